@@ -1,0 +1,335 @@
+"""The settings: their schema, where `configs/` lies, how overrides are applied, and what combinations make no sense.
+
+Hydra composes YAML files and overrides into a `DictConfig` checked against the dataclasses below; `typed` turns it into
+those dataclasses, and `check` gathers every problem in one `ConfigError`. Nothing here imports torch, so `--help`,
+`--cfg job` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from adaptive_trainer.errors import ConfigError
+
+__all__ = ["Config", "apply_overrides", "check", "compose_config", "config_dir", "register", "typed"]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+LR_POLICIES = ("none", "linear", "sqrt", "auto")
+TRANSFORMS = ("torchvision", "timm", "none")
+ON_ERROR = ("raise", "skip")
+
+
+@dataclass
+class ModelConfig:
+    """Which network: a timm name (`efficientnet_b0`) or a torchvision one (`torchvision/mobilenet_v3_small`)."""
+
+    name: str = "efficientnet_b0"
+    pretrained: bool = False
+    num_classes: int | None = None  # null: as many as the data set has
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """The data sets (`train` and `val` are nodes with a `_target_`), their transforms and how they are loaded."""
+
+    train: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] | None = None  # null: val_fraction of train, split by seed
+    root: str | None = None
+    val_fraction: float = 0.2
+    image_size: int = 224
+    transforms: str = "torchvision"
+    hflip: float = 0.5
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    auto_augment: str | None = None
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    num_workers: int = 2
+    on_error: str = "raise"
+
+
+@dataclass
+class OptimizerConfig:
+    """A timm optimizer by name; `kwargs` go to its constructor (`foreach`, `fused`, `betas`, ...)."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScheduleConfig:
+    """A timm learning-rate schedule by name, a function of the update count; lengths in epochs."""
+
+    name: str = "cosine"
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainerConfig:
+    """One training run. Accumulation is derived: ceil(batch_size / micro_batch_size)."""
+
+    epochs: int = 1
+    batch_size: int = 24
+    micro_batch_size: int | None = None  # null: the batch size
+    eval_batch_size: int | None = None  # null: the micro-batch size
+    precision: str = "fp32"
+    checkpoint_activations: bool = False
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    label_smoothing: float = 0.0
+    lr_policy: str = "auto"
+    deterministic: bool = False
+    checkpoint_every: int | None = None  # updates; null: at the end of every epoch
+    log_every: int = 20  # updates
+
+
+@dataclass
+class MemoryConfig:
+    """`limit`: a size (`5600MiB`), a fraction of the card, null (the default) or `none` (no limit)."""
+
+    limit: Any = None
+
+
+@dataclass
+class RungConfig:
+    """A name and the overrides that make the recipe smaller."""
+
+    name: str = ""
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LadderConfig:
+    """The rungs, in order; the request itself is rung 0 and is not listed."""
+
+    rungs: list[RungConfig] = field(default_factory=list)
+    climb: bool = False
+    avoid_thrashing: bool = False
+
+
+@dataclass
+class PhaseConfig:
+    """A stage of training with overrides of its own."""
+
+    name: str = ""
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PhasesConfig:
+    """Stages of training, in order, weights carried on; none listed: one stage, as configured."""
+
+    stages: list[PhaseConfig] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """Everything a run is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+    device: str = "auto"
+    seed: int = 0
+    resume: str | None = None
+    output_dir: str | None = None  # null: Hydra's output folder
+    optimized_metric: str = "val_accuracy"
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that `configs/config.yaml` lists first."""
+    ConfigStore.instance().store(name="config_schema", node=Config)
+
+
+def config_dir() -> str:
+    """Absolute path of `configs/`: inside the package (a wheel) or beside it (a checkout, an editable install)."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return str(folder)
+    raise ConfigError(
+        f"no configs/config.yaml in {package} or beside it: the installation is not complete, install again"
+    )
+
+
+def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path | None = None) -> DictConfig:
+    """The settings that `python -m adaptive_trainer OVERRIDES` would use, for scripts and notebooks.
+
+    Args:
+        overrides: Hydra overrides, as on the command line: `["data=cifar10", "trainer.epochs=3"]`.
+        config_folder: a folder with YAML files of your own, as `--config-dir` on the command line.
+
+    Raises:
+        ConfigError: an override names no setting, or gives it a value of the wrong type.
+    """
+    register()
+    extra = [f"hydra.searchpath=[file://{Path(config_folder).resolve()}]"] if config_folder is not None else []
+    message = ""
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        try:
+            return compose("config", overrides=[*overrides, *extra])
+        except (HydraException, OmegaConfBaseException) as error:
+            message = f"{error}" if error.__cause__ is None else f"{error} {error.__cause__}"
+    raise ConfigError(message)
+
+
+def typed(cfg: DictConfig) -> Config:
+    """`cfg` with interpolations resolved, as the dataclasses above.
+
+    Raises:
+        ConfigError: a value is missing or does not resolve.
+    """
+    message = ""
+    try:
+        schema = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+        value = OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        message = str(error)
+    if message:
+        raise ConfigError(message)
+    if not isinstance(value, Config):
+        raise TypeError(f"expected a Config, got {type(value).__name__}")
+    return value
+
+
+def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """A copy of `cfg` with Hydra overrides applied: `key=value`, `+key=value`, or `group=choice`.
+
+    A choice of a group replaces that whole node (`optimizer=sgd`), or is laid over the settings where the group's file
+    says `@package _global_` (`preset=minimum`).
+
+    Raises:
+        ConfigError: one message that lists every override that cannot be applied, and why.
+    """
+    result = cfg.copy()
+    problems = []
+    for text in overrides:
+        try:
+            _apply(result, text)
+        except (HydraException, OmegaConfBaseException, ConfigError) as error:
+            problems.append(f"{text!r}: {str(error).splitlines()[0]}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return result
+
+
+def _apply(cfg: DictConfig, text: str) -> None:
+    override = OverridesParser.create().parse_override(text)
+    if override.is_sweep_override():
+        raise ConfigError("is a sweep; give one value")
+    if override.is_delete():
+        raise ConfigError("removes a key; give it a value instead")
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, str) and (Path(config_dir()) / key).is_dir():
+        _choose(cfg, key, value)
+    elif override.is_add() or override.is_force_add():
+        with open_dict(cfg):
+            OmegaConf.update(cfg, key, value)
+    else:
+        if not _exists(cfg, key):
+            raise ConfigError(f"there is no setting {key!r}; to add one to a free-form node write +{key}=...")
+        OmegaConf.update(cfg, key, value)
+
+
+def _exists(cfg: DictConfig, key: str) -> bool:
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if OmegaConf.is_list(node):
+        return last.isdigit() and int(last) < len(node)
+    return OmegaConf.is_dict(node) and last in node
+
+
+def _choose(cfg: DictConfig, group: str, choice: str) -> None:
+    content = _compose_alone(f"+{group}={choice}")
+    if set(content) == {group} and group in cfg:
+        schema = OmegaConf.structured(Config)
+        OmegaConf.update(cfg, group, schema[group] if group in schema else {}, merge=False)
+    for name in content:
+        OmegaConf.update(cfg, str(name), content[name], merge=True)
+
+
+def _compose_alone(override: str) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return compose(overrides=[override])
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        return compose(overrides=[override])
+
+
+def check(config: Config) -> None:
+    """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
+    problems = [*_out_of_range(config), *_not_a_choice(config)]
+    batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
+    if micro is not None and micro > batch > 0:
+        problems.append(
+            f"trainer.micro_batch_size={micro} is above trainer.batch_size={batch}; make it at most {batch}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _out_of_range(config: Config) -> list[str]:
+    t, d, o = config.trainer, config.data, config.optimizer
+    least: list[tuple[str, float | None, float]] = [
+        ("trainer.epochs", t.epochs, 1),
+        ("trainer.batch_size", t.batch_size, 1),
+        ("trainer.micro_batch_size", t.micro_batch_size, 1),
+        ("trainer.eval_batch_size", t.eval_batch_size, 1),
+        ("trainer.checkpoint_every", t.checkpoint_every, 1),
+        ("trainer.log_every", t.log_every, 1),
+        ("trainer.label_smoothing", t.label_smoothing, 0),
+        ("data.image_size", d.image_size, 1),
+        ("data.num_workers", d.num_workers, 0),
+        ("optimizer.lr", o.lr, 0),
+        ("optimizer.weight_decay", o.weight_decay, 0),
+        ("schedule.warmup_epochs", config.schedule.warmup_epochs, 0),
+        ("model.num_classes", config.model.num_classes, 2),
+    ]
+    problems = [
+        f"{key}={value} is below {low:g}" for key, value, low in least if value is not None and not value >= low
+    ]
+    open_intervals = [
+        ("data.val_fraction", d.val_fraction),
+        ("trainer.ema_decay", t.ema_decay),
+    ]
+    problems += [f"{k}={v} is not between 0 and 1" for k, v in open_intervals if v is not None and not 0 < v < 1]
+    if t.clip_grad is not None and not t.clip_grad > 0:
+        problems.append(f"trainer.clip_grad={t.clip_grad} is not above 0; null turns clipping off")
+    if t.label_smoothing >= 1:
+        problems.append(f"trainer.label_smoothing={t.label_smoothing} is not below 1")
+    return problems
+
+
+def _not_a_choice(config: Config) -> list[str]:
+    choices = [
+        ("trainer.precision", config.trainer.precision, PRECISIONS),
+        ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
+        ("data.transforms", config.data.transforms, TRANSFORMS),
+        ("data.on_error", config.data.on_error, ON_ERROR),
+    ]
+    return [f"{key}={value} is none of {', '.join(allowed)}" for key, value, allowed in choices if value not in allowed]
+
+
+def field_names(node: type) -> list[str]:
+    """Names of a schema's settings, in order."""
+    return [f.name for f in fields(node)]

@@ -1,0 +1,97 @@
+"""Every error the package raises on purpose, and the exit code each ends the command line with.
+
+    AdaptiveTrainerError
+    |- UserError (also a ValueError)         exit 2   what the user can mend
+    |  |- ConfigError                                 a key, value, rung or combination of them
+    |  |- DataError                                   a missing, empty or broken data set
+    |  |- ModelError                                  an unknown model, or one that refuses its input
+    |  |- CheckpointError                             a damaged or foreign checkpoint, a full disk
+    |  `- DivergedError                               the loss is no longer a number
+    |- OutOfMemory                           -        one attempt ran out of memory; the descent answers it
+    |- LadderExhausted                       exit 3   no rung fits
+    |- DeviceUnusable                        exit 4   the device answers nothing any more
+    `- Interrupted                           exit 75  stopped by a signal, state saved, can be resumed
+
+Messages say what came, what is allowed and what to do. No error keeps another exception, a traceback or a tensor:
+whatever a failed step held must be free to go.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdaptiveTrainerError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeviceUnusable",
+    "DivergedError",
+    "Interrupted",
+    "LadderExhausted",
+    "ModelError",
+    "OutOfMemory",
+    "UserError",
+]
+
+
+class AdaptiveTrainerError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UserError(AdaptiveTrainerError, ValueError):
+    """Something the user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key, a value, a rung or a combination of them that cannot be used."""
+
+
+class DataError(UserError):
+    """A data set that is missing, empty, of one class, or holds a broken file."""
+
+
+class ModelError(UserError):
+    """An unknown model, or one that refuses the input it is given."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, foreign, or cannot be written."""
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
+
+
+class OutOfMemory(AdaptiveTrainerError):
+    """One attempt ran out of memory, and what it held has been rolled back and released.
+
+    Attributes:
+        phase: where it happened, in words for the record ("forward", "optimizer step", "evaluation", ...).
+        reason: the first line of the original message.
+    """
+
+    def __init__(self, reason: str, *, phase: str) -> None:
+        super().__init__(f"out of memory in {phase}: {reason}")
+        self.phase = phase
+        self.reason = reason
+
+
+class LadderExhausted(AdaptiveTrainerError):
+    """No rung of the ladder fits."""
+
+    exit_code = 3
+
+
+class DeviceUnusable(AdaptiveTrainerError):
+    """After an error the device answers nothing any more; only a new process can use it."""
+
+    exit_code = 4
+
+
+class Interrupted(AdaptiveTrainerError):
+    """A signal stopped the run after its state was saved. 75 is EX_TEMPFAIL of sysexits.h: "try again later"."""
+
+    exit_code = 75
