@@ -1,0 +1,255 @@
+"""Rungs and what they are allowed to do: make the recipe smaller, never larger, and say every change with its reason.
+
+Pure: no torch, no device. `resolve` turns the configured ladder into complete settings, one per rung, cumulative from
+the request down; `make_ladder` does the same for plain dictionaries, for people with a training loop of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from adaptive_trainer.config import Config, apply_overrides, check, typed
+from adaptive_trainer.errors import ConfigError
+
+__all__ = ["REQUESTED", "Change", "Recipe", "Rung", "changes", "make_ladder", "recipe", "resolve", "scaled_lr"]
+
+T = TypeVar("T")
+REQUESTED = "requested"
+NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
+
+
+@dataclass(frozen=True, slots=True)
+class Rung(Generic[T]):
+    """One step of a ladder.
+
+    Attributes:
+        name: as in the configuration; rung 0 is `requested`.
+        settings: everything in force at this rung, cumulative.
+        overrides: what this rung itself sets.
+        passed_over: why the rung is not to be tried; empty when it is.
+        notes: decisions taken on the way to these settings, each with its reason.
+    """
+
+    name: str
+    settings: T
+    overrides: tuple[str, ...] = ()
+    passed_over: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What decides memory and mathematics, in one line of a table."""
+
+    model: str
+    image_size: int
+    batch_size: int
+    micro_batch_size: int
+    eval_batch_size: int
+    precision: str
+    checkpoint_activations: bool
+    optimizer: str
+    lr: float
+    num_workers: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in one update."""
+        return math.ceil(self.batch_size / self.micro_batch_size)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        micro = f" in micro-batches of {self.micro_batch_size}" if self.accumulation > 1 else ""
+        saved = ", activations recomputed" if self.checkpoint_activations else ""
+        return f"{self.model}, batch {self.batch_size}{micro}, image {self.image_size}, {self.precision}{saved}"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting that differs from what was asked for."""
+
+    key: str
+    asked: Any
+    used: Any
+    why: str
+
+
+def recipe(config: Config) -> Recipe:
+    """The recipe of complete settings, with the derived sizes filled in."""
+    trainer = config.trainer
+    micro = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
+    return Recipe(
+        model=config.model.name,
+        image_size=config.data.image_size,
+        batch_size=trainer.batch_size,
+        micro_batch_size=micro,
+        eval_batch_size=trainer.eval_batch_size or micro,
+        precision=trainer.precision,
+        checkpoint_activations=trainer.checkpoint_activations,
+        optimizer=config.optimizer.name,
+        lr=config.optimizer.lr,
+        num_workers=config.data.num_workers,
+    )
+
+
+def make_ladder(
+    requested: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]
+) -> tuple[Rung[dict[str, Any]], ...]:
+    """A ladder of plain settings: `make_ladder({"batch": 64}, {"half": {"batch": 32}, "amp": {"amp": True}})`.
+
+    Raises:
+        ConfigError: a step sets a key that the request does not have.
+    """
+    settings = dict(requested)
+    ladder = [Rung(REQUESTED, dict(settings))]
+    for name, step in steps.items():
+        unknown = sorted(set(step) - set(settings))
+        if unknown:
+            raise ConfigError(f"step {name!r} sets {', '.join(unknown)}; the request has {', '.join(sorted(settings))}")
+        settings |= step
+        ladder.append(Rung(name, dict(settings), tuple(f"{key}={value}" for key, value in step.items())))
+    return tuple(ladder)
+
+
+def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
+    """Complete settings for the request and for each configured rung, in order.
+
+    An override that would raise what was asked for is left out, and a rung of which nothing is left is passed over,
+    both with the reason. The learning rate follows the batch size by `trainer.lr_policy`.
+
+    Raises:
+        ConfigError: one message with every problem of the request and of all rungs.
+    """
+    asked = typed(cfg)
+    problems = [] if (text := _problem(asked)) is None else [text]
+    ladder = [Rung(REQUESTED, asked)]
+    follows = True  # until a rung sets the learning rate itself
+    for number, rung in enumerate(asked.ladder.rungs, start=1):
+        name = rung.name or f"rung-{number}"
+        try:
+            cfg, kept, notes = _step(cfg, rung.overrides)
+        except ConfigError as error:
+            problems.append(f"rung {name!r}: {error}")
+            continue
+        follows = follows and not any(_sets_lr(text) for text in kept)
+        config = typed(cfg)
+        if follows:
+            lr, why = scaled_lr(asked, config.trainer.batch_size)
+            config.optimizer.lr = lr
+            notes += [why] if why else []
+        if (text := _problem(config)) is not None:
+            problems.append(f"rung {name!r}: {text}")
+        ladder.append(
+            Rung(name, config, tuple(kept), "" if kept else "; ".join(notes) or "it sets nothing", tuple(notes))
+        )
+    names = [rung.name for rung in ladder]
+    problems += [f"rung name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return tuple(ladder)
+
+
+def _problem(config: Config) -> str | None:
+    try:
+        check(config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _step(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, list[str], list[str]]:
+    """`cfg` one rung down: the settings, the overrides that were kept, and why others were not."""
+    kept, notes = [], []
+    apply_overrides(cfg, overrides)  # all problems of the rung at once
+    for text in overrides:
+        candidate = _clamped(apply_overrides(cfg, [text]))
+        reason = _refusal(typed(cfg), typed(candidate))
+        if reason:
+            notes.append(f"{text} is left out: {reason}")
+        else:
+            cfg = candidate
+            kept.append(text)
+    return cfg, kept, notes
+
+
+def _clamped(cfg: DictConfig) -> DictConfig:
+    """A smaller batch takes a larger micro-batch down with it."""
+    micro = cfg.trainer.micro_batch_size
+    if micro is not None and micro >= cfg.trainer.batch_size:
+        OmegaConf.update(cfg, "trainer.micro_batch_size", None)
+    return cfg
+
+
+def _refusal(before: Config, after: Config) -> str:
+    """Why a change is not a step down; empty when it is one."""
+    if before == after:
+        return "it is so already"
+    old, new = recipe(before), recipe(after)
+    sizes = ("batch_size", "micro_batch_size", "image_size")
+    raised = [
+        f"{key} from {getattr(old, key)} to {getattr(new, key)}"
+        for key in sizes
+        if getattr(new, key) > getattr(old, key)
+    ]
+    if raised:
+        return f"it would raise {', '.join(raised)}"
+    if old.precision != "fp32" and new.precision != old.precision:
+        return f"{old.precision} was asked for and takes no more memory than {new.precision}"
+    if old.checkpoint_activations and not new.checkpoint_activations:
+        return "it would keep all activations"
+    if new.batch_size < old.batch_size and new.micro_batch_size == old.micro_batch_size:
+        return f"the micro-batch stays {new.micro_batch_size}, so a smaller batch would save no memory"
+    return ""
+
+
+def _sets_lr(override: str) -> bool:
+    return override.lstrip("+").startswith(("optimizer.lr=", "optimizer=", "preset="))
+
+
+def scaled_lr(asked: Config, batch_size: int) -> tuple[float, str]:
+    """The learning rate at another batch size by `trainer.lr_policy`, and why.
+
+    `linear`: lr * b / B (Goyal et al., 2017, arXiv 1706.02677). `sqrt`: lr * sqrt(b / B) (Malladi et al., 2022,
+    arXiv 2205.10287, for adaptive optimizers). `auto`: sqrt for adaptive optimizers, linear for SGD and its kin.
+    """
+    lr, asked_batch, policy = asked.optimizer.lr, asked.trainer.batch_size, asked.trainer.lr_policy
+    if batch_size == asked_batch or policy == "none":
+        why = f"learning rate stays {lr:g}: trainer.lr_policy=none" if batch_size != asked_batch else ""
+        return lr, why
+    rule = policy
+    if policy == "auto":
+        rule = "linear" if asked.optimizer.name.lower().startswith(NOT_ADAPTIVE) else "sqrt"
+    ratio = batch_size / asked_batch
+    used = lr * (ratio if rule == "linear" else math.sqrt(ratio))
+    return used, f"learning rate {lr:g} -> {used:.3g}: {rule} rule for batch size {asked_batch} -> {batch_size}"
+
+
+def changes(asked: Config, rung: Rung[Config]) -> list[Change]:
+    """Every setting of `rung` that differs from the request, with the reason."""
+    old, new = _flat(asdict(asked)), _flat(asdict(rung.settings))
+    lr_note = next((note for note in rung.notes if note.startswith("learning rate")), "")
+    return [
+        Change(
+            key,
+            old.get(key),
+            value,
+            lr_note if key == "optimizer.lr" and lr_note else f"out of memory: rung {rung.name}",
+        )
+        for key, value in new.items()
+        if old.get(key) != value
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,214 @@
+"""The undo of one update: everything that training changes, kept so that a failed update leaves no trace.
+
+`TrainState` names what training changes; `Undo` copies it into buffers that are allocated once, and puts it back in
+place. Nothing here allocates on the device once the buffers exist, neither taking nor restoring: that is when memory is
+short. What did not exist before the update (lazily made optimizer state, a fresh GradScaler's scale) is recorded as
+absent and is absent again after a roll-back.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, _refresh_per_optimizer_state
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from adaptive_trainer.position import Position
+
+__all__ = ["TrainState", "Undo"]
+
+P = ParamSpec("P")
+LEFT_BY_FUSED_STEP = ("grad_scale", "found_inf")
+
+
+def _unseen(method: Callable[P, None]) -> Callable[P, None]:
+    """Hides copying from dispatch modes (tracers, the simulated card): it is no work of the training."""
+
+    @functools.wraps(method)
+    def hidden(*args: P.args, **kwargs: P.kwargs) -> None:
+        with torch.no_grad(), _disable_current_modes():
+            method(*args, **kwargs)
+
+    return hidden
+
+
+@dataclass
+class TrainState:
+    """All that one update changes, together or not at all.
+
+    Attributes:
+        position: which samples are done.
+        updates: committed updates since the model was built.
+        meters: running sums over the samples of this epoch: `loss` (sum over samples), `correct`, `skipped` (updates
+            whose step the GradScaler left out because of an overflow). Scalars on the device.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler
+    ema: ModelEmaV3 | None
+    position: Position
+    updates: int = 0
+    meters: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Shadow:
+    """Copies of a changing list of tensors in buffers that are made once and used again."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.live: list[Tensor] = []
+        self.copies: list[Tensor] = []
+
+    def save(self, tensors: list[Tensor]) -> None:
+        same = len(tensors) == len(self.live) and all(a is b for a, b in zip(tensors, self.live, strict=True))
+        if not same and [_layout(t) for t in tensors] != [_layout(t) for t in self.copies]:
+            self.copies = [torch.empty_like(t, device=self.device or t.device, requires_grad=False) for t in tensors]
+        self.live = tensors
+        if tensors:
+            torch._foreach_copy_(self.copies, tensors)
+
+    def restore(self) -> None:
+        if self.live:
+            torch._foreach_copy_(self.live, self.copies)
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+class Undo:
+    """Takes and restores one state. `begin` before the update, `before_step` before the optimizer, `roll_back` after a
+    failure.
+
+    Args:
+        state: what is watched; its model, optimizer, scaler and EMA objects must stay the same ones.
+        device: where training runs; its random numbers are part of the state.
+        on_host: keep all copies in host memory, not beside the tensors.
+    """
+
+    def __init__(self, state: TrainState, device: torch.device, *, on_host: bool = False) -> None:
+        self.state = state
+        self.device = device
+        self.buffers = [(m._buffers, name) for m in state.model.modules() for name in m._buffers]
+        self.parameters = list(state.model.parameters())
+        self.average = [] if state.ema is None else list(state.ema.module.state_dict().values())
+        owners = [state.optimizer, *([] if state.ema is None else [state.ema])]
+        self.generators = [
+            v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)
+        ]
+        host = torch.device("cpu")
+        self.on_host = on_host
+        self.small = _Shadow(host if on_host else None)
+        self.beside, self.host = _Shadow(), _Shadow(host)
+        self.large = self.host
+        self.begun = self.stepping = False
+
+    @_unseen
+    def begin(self) -> None:
+        """Keep what forward, backward and clipping change: buffers, scaler, meters, random numbers, plain values."""
+        state = self.state
+        self.begun = self.stepping = False
+        self.bound = [(owner, name, owner[name]) for owner, name in self.buffers]
+        self.scaler_tensors = (state.scaler._scale, state.scaler._growth_tracker)
+        self.meters = dict(state.meters)
+        kept = [t for _, _, t in self.bound] + list(self.scaler_tensors) + list(self.meters.values())
+        self.small.save([t for t in kept if t is not None])
+        self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+        self.random = self._random_states()
+        self.position, self.updates = state.position, state.updates
+        self.begun = True
+
+    @_unseen
+    def before_step(self, *, on_host: bool = False) -> None:
+        """Keep what the optimizer step and the moving average change: parameters, optimizer state, average."""
+        self.large = self.host if on_host or self.on_host else self.beside
+        optimizer_state = {p: dict(values) for p, values in self.state.optimizer.state.items()}
+        leaves: list[Any] = []
+        self.optimizer_state: list[tuple[Any, list[Any], TreeSpec]] = []
+        for parameter, values in optimizer_state.items():
+            flat, spec = tree_flatten(values)
+            self.optimizer_state.append((parameter, flat, spec))
+            leaves += flat
+        leaves += [value for group in self.groups for value in group.values()]
+        self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
+        self.stepping = True
+
+    @_unseen
+    def roll_back(self) -> None:
+        """Put everything back as it was at `begin`, and drop the gradients. Allocates nothing on the device."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        if not self.begun:
+            return
+        if self.stepping:
+            self.large.restore()
+        self.small.restore()
+        for owner, name, tensor in self.bound:
+            owner[name] = tensor
+        if self.stepping:
+            self._restore_optimizer_state()
+        self._restore_plain()
+        torch.clear_autocast_cache()
+
+    def _restore_optimizer_state(self) -> None:
+        state = self.state.optimizer.state
+        state.clear()
+        for parameter, flat, spec in self.optimizer_state:
+            state[parameter] = tree_unflatten(flat, spec)
+
+    def _restore_plain(self) -> None:
+        state = self.state
+        for group, kept in zip(state.optimizer.param_groups, self.groups, strict=True):
+            for key in [key for key in group if key != "params" and key not in kept]:
+                del group[key]
+            group.update(kept)
+        state.scaler._scale, state.scaler._growth_tracker = self.scaler_tensors
+        state.scaler._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        for name in LEFT_BY_FUSED_STEP:
+            if hasattr(state.optimizer, name):
+                delattr(state.optimizer, name)
+        state.meters = dict(self.meters)
+        state.position, state.updates = self.position, self.updates
+        self._set_random_states()
+
+    def _random_states(self) -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        own = [g.getstate() if isinstance(g, random.Random) else g.get_state() for g in self.generators]
+        return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(), own
+
+    def _set_random_states(self) -> None:
+        cpu, cuda, python, numpy, own = self.random
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.device)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, kept in zip(self.generators, own, strict=True):
+            if isinstance(generator, random.Random):
+                generator.setstate(kept)
+            else:
+                generator.set_state(kept)
+
+
+def tensors_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state with a name of its own: what a bit-for-bit comparison looks at."""
+    yield from ((f"model/{k}", v.detach()) for k, v in state.model.named_parameters())
+    yield from ((f"buffer/{k}", v) for k, v in state.model.named_buffers())
+    if state.ema is not None:
+        yield from ((f"ema/{k}", v) for k, v in state.ema.module.state_dict().items())
+    for number, parameter in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
+        flat, _ = tree_flatten(dict(state.optimizer.state.get(parameter, {})))
+        yield from ((f"optimizer/{number}/{k}", v) for k, v in enumerate(flat) if isinstance(v, Tensor))
+    yield from ((f"meter/{k}", v) for k, v in state.meters.items())

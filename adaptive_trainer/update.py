@@ -1,0 +1,286 @@
+"""One optimizer update as a transaction: it happens wholly, or it leaves no trace.
+
+`Update.run` copies what the update will change, runs the micro-batches, the clipping and the step, and commits position
+and counters last. On an out-of-memory everything is rolled back, what the failed update held is freed, and the same
+samples are tried once more (an out-of-memory can be spurious); a second failure is raised as `OutOfMemory` for the
+descent to answer. `prove` runs whole updates and one evaluation batch on made-up images and undoes them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer import oom
+from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.models import has_batch_norm
+from adaptive_trainer.position import micro_batches
+from adaptive_trainer.transaction import TrainState, Undo
+
+__all__ = ["Loss", "Shapes", "Update", "prove"]
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PROVEN_UPDATES = 2  # the optimizer makes its state in the first; the second meets the full peak
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Sizes of the tensors that training will meet: square RGB images, integer labels."""
+
+    batch_size: int
+    eval_batch_size: int
+    image_size: int
+    num_classes: int
+
+
+class Update:
+    """Runs updates on one state under one recipe.
+
+    Args:
+        state: what is trained.
+        loss: mean loss of (output, labels) over the samples it is given.
+        device: where it runs.
+        capacity: the memory it may use.
+        micro_batch_size: most samples in one forward and backward.
+        precision: `fp32`, `bf16` or `fp16`.
+        clip_grad: largest gradient norm, or None.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        loss: Loss,
+        *,
+        device: torch.device,
+        capacity: Capacity,
+        micro_batch_size: int,
+        precision: str,
+        clip_grad: float | None,
+    ) -> None:
+        self.state = state
+        self.loss = loss
+        self.device = device
+        self.capacity = capacity
+        self.micro_batch_size = micro_batch_size
+        self.precision = precision
+        self.clip_grad = clip_grad
+        self.phase = "begin"
+        self.step_allocates: bool | None = None  # not known yet
+        self._undo = Undo(state, device)
+        state.optimizer.register_step_pre_hook(self._enter_step)
+        self._avoid_single = has_batch_norm(state.model)
+
+    def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
+        """One update on images (N, C, H, W) and labels (N,), after which `samples` more count as done.
+
+        Raises:
+            OutOfMemory: it failed twice; the state is as before, bit for bit, and what it held is freed.
+            DeviceUnusable: the device answers nothing any more.
+            Exception: whatever is not about memory, unchanged, after a roll-back.
+        """
+        failure = self._attempt(images, labels) if len(labels) else None
+        if failure is not None and not failure.exact:
+            log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, failure.text)
+            failure = self._attempt(images, labels)
+        if failure is not None:
+            raise OutOfMemory(failure.text, phase=self.phase)
+        self.state.position = self.state.position.advance(samples)
+        self.state.updates += 1
+
+    def _attempt(self, images: Tensor, labels: Tensor) -> oom.Failure | None:
+        """The update, or the reason why it was rolled back."""
+        failure = None
+        self.phase = "begin"
+        try:
+            self._undo.begin()
+            with self.capacity.device_work():
+                self._accumulate(images, labels)
+                self._step()
+        except BaseException as error:
+            failure = oom.describe(error, pressure=self.capacity.pressure)
+            if not self._is_out_of_memory(failure):
+                if failure.kind is not oom.Kind.POISONED:
+                    self._undo.roll_back()
+                raise
+        if failure is None:
+            for parameter in self._undo.parameters:
+                parameter.grad = None
+            return None
+        self._recover(failure)
+        return failure
+
+    def _is_out_of_memory(self, failure: oom.Failure) -> bool:
+        on_host = failure.kind is oom.Kind.HOST and self.device.type == "cpu"
+        return failure.kind is oom.Kind.DEVICE or on_host
+
+    def _recover(self, failure: oom.Failure) -> None:
+        if self.phase == "optimizer step" and not self._undo.stepping:
+            raise DeviceUnusable(
+                "out of memory in an optimizer step that had been measured to allocate nothing, so no copy was kept: "
+                f"{failure.text}. The weights may be half updated; go on from the last checkpoint with resume=auto"
+            )
+        self._undo.roll_back()
+        self._release_after(failure)
+
+    def _release_after(self, failure: oom.Failure) -> None:
+        if not oom.probe(self.device):
+            raise DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")
+        oom.release(self.device)
+
+    def _accumulate(self, images: Tensor, labels: Tensor) -> None:
+        """Forward and backward of every micro-batch, each weighted by its share of the samples."""
+        state = self.state
+        state.model.train()
+        total = len(labels)
+        sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
+        for part, target in zip(images.split(sizes), labels.split(sizes), strict=True):
+            self.phase = "forward"
+            x = part.to(self.device, non_blocking=True)
+            y = target.to(self.device, non_blocking=True)
+            output = self._forward(x)
+            with self._autocast():
+                loss = self.loss(output, y)
+            self._measure(output, y, loss)
+            self.phase = "backward"
+            state.scaler.scale(loss * (len(target) / total)).backward()  # type: ignore[no-untyped-call]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        with self._autocast():
+            output: Tensor = self.state.model(x)
+        return output
+
+    @torch.no_grad()
+    def _measure(self, output: Tensor, target: Tensor, loss: Tensor) -> None:
+        meters = self.state.meters
+        meters["loss"].add_(loss.detach(), alpha=len(target))
+        if _is_classification(output, target):
+            meters["correct"].add_((output.argmax(1) == target).sum())
+
+    def _step(self) -> None:
+        """Clip, step, adapt the scale, average: from the first change of a weight on, only a copy can undo it."""
+        state, scaler = self.state, self.state.scaler
+        self.phase = "clipping"
+        if scaler.is_enabled():
+            scaler.unscale_(state.optimizer)
+            for overflow in scaler._found_inf_per_device(state.optimizer).values():
+                state.meters["skipped"].add_(overflow)
+        if self.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
+        warm = self._is_warm()
+        if not warm or self.step_allocates is not False:
+            self._undo.before_step(on_host=not (warm and self.step_allocates))
+        scaler.step(state.optimizer)
+        self.phase = "optimizer step"
+        scaler.update()
+        if state.ema is not None:
+            state.ema.update(state.model, step=state.updates + 1)
+        if warm and self.step_allocates is None and self.device.type == "cuda":
+            self.step_allocates = _allocations(self.device) > self._allocations_before_step
+
+    def _enter_step(self, *_: Any) -> None:
+        self.phase = "optimizer step"
+        if self.step_allocates is None and self.device.type == "cuda":
+            self._allocations_before_step = _allocations(self.device)
+
+    def _is_warm(self) -> bool:
+        """Whether the optimizer has made all of its state."""
+        state = self.state.optimizer.state
+        return all(p in state for p in self._undo.parameters if p.grad is not None)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Sum of the loss and number of right answers of one evaluation batch.
+
+        Raises:
+            OutOfMemory: it does not fit; what it held is freed.
+        """
+        failure = None
+        self.phase = "evaluation"
+        try:
+            with self.capacity.device_work():
+                return self._evaluate(model.eval(), images, labels)
+        except Exception as error:
+            failure = oom.describe(error, pressure=self.capacity.pressure)
+            if not self._is_out_of_memory(failure):
+                raise
+        self._release_after(failure)
+        raise OutOfMemory(failure.text, phase=self.phase)
+
+    def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        y = labels.to(self.device, non_blocking=True)
+        with self._autocast():
+            output = model(images.to(self.device, non_blocking=True))
+            loss = float(self.loss(output, y)) * len(labels)
+        correct = int((output.argmax(1) == y).sum()) if _is_classification(output, y) else 0
+        return loss, correct
+
+
+def _is_classification(output: Tensor, target: Tensor) -> bool:
+    return output.ndim == 2 and target.ndim == 1
+
+
+def _allocations(device: torch.device) -> int:
+    """Blocks that torch's allocator has handed out so far."""
+    return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
+
+
+def prove(update: Update, shapes: Shapes) -> int:
+    """Show that a recipe fits: whole updates and one evaluation batch at real shapes, then undo them all.
+
+    Returns:
+        The evaluation batch size that fits: the one asked for, halved until it does.
+
+    Raises:
+        OutOfMemory: it does not fit; the state is as before.
+        RuntimeError: nothing ran.
+    """
+    state = update.state
+    trace = Undo(state, update.device, on_host=True)
+    trace.begin()
+    trace.before_step()
+    try:
+        images, labels = _made_up(shapes.batch_size, shapes)
+        for _ in range(PROVEN_UPDATES):
+            update.run(images, labels, samples=0)
+        if update.step_allocates:
+            update.run(images, labels, samples=0)  # the copies made beside the weights from now on count as well
+        proven = state.updates - trace.updates
+        eval_batch = _prove_evaluation(update, shapes)
+    finally:
+        trace.roll_back()
+    if proven < PROVEN_UPDATES:
+        raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
+    return eval_batch
+
+
+def _prove_evaluation(update: Update, shapes: Shapes) -> int:
+    model = update.state.model if update.state.ema is None else update.state.ema.module
+    size = shapes.eval_batch_size
+    while True:
+        try:
+            update.evaluate(model, *_made_up(size, shapes))
+        except OutOfMemory:
+            if size == 1:
+                raise
+        else:
+            return size
+        size //= 2
+
+
+def _made_up(size: int, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """Random images (size, 3, S, S) and labels (size,) that draw nothing from the run's own random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(size, 3, shapes.image_size, shapes.image_size, generator=generator)
+    return images, torch.randint(shapes.num_classes, (size,), generator=generator)
