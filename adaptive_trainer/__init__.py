@@ -1,0 +1,55 @@
+"""Training that steps down a ladder of settings when the GPU runs out of memory, and loses nothing on the way.
+
+Names are imported when they are first used: `import adaptive_trainer` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptive_trainer.config import compose_config
+    from adaptive_trainer.descent import Attempt, descend
+    from adaptive_trainer.ladder import Rung, make_ladder
+    from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
+    from adaptive_trainer.report import Result
+    from adaptive_trainer.trainer import Trainer, load_model
+
+__all__ = [
+    "Attempt",
+    "Result",
+    "Rung",
+    "Trainer",
+    "clear_gpu_memory",
+    "compose_config",
+    "descend",
+    "load_model",
+    "make_ladder",
+    "monitor_gpu_memory",
+    "print_gpu_memory",
+]
+
+_HOME = {
+    "Attempt": "descent",
+    "Result": "report",
+    "Rung": "ladder",
+    "Trainer": "trainer",
+    "clear_gpu_memory": "memory.usage",
+    "compose_config": "config",
+    "descend": "descent",
+    "load_model": "trainer",
+    "make_ladder": "ladder",
+    "monitor_gpu_memory": "memory.usage",
+    "print_gpu_memory": "memory.usage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -8,7 +8,7 @@ those dataclasses, and `check` gathers every problem in one `ConfigError`. Nothi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,7 @@ def _exists(cfg: DictConfig, key: str) -> bool:
 def _choose(cfg: DictConfig, group: str, choice: str) -> None:
     content = _compose_alone(f"+{group}={choice}")
     if set(content) == {group} and group in cfg:
-        schema = OmegaConf.structured(Config)
-        OmegaConf.update(cfg, group, schema[group] if group in schema else {}, merge=False)
+        OmegaConf.update(cfg, group, OmegaConf.structured(Config)[group], merge=False)
     for name in content:
         OmegaConf.update(cfg, str(name), content[name], merge=True)
 
@@ -328,8 +327,3 @@ def _not_a_choice(config: Config) -> list[str]:
         ("data.on_error", config.data.on_error, ON_ERROR),
     ]
     return [f"{key}={value} is none of {', '.join(allowed)}" for key, value, allowed in choices if value not in allowed]
-
-
-def field_names(node: type) -> list[str]:
-    """Names of a schema's settings, in order."""
-    return [f.name for f in fields(node)]

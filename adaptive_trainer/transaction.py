@@ -50,7 +50,9 @@ class TrainState:
     Attributes:
         position: which samples are done.
         updates: committed updates since the model was built.
-        meters: running sums over the samples of this epoch: `loss` (sum over samples), `correct`, `skipped` (updates
+        finished_epochs: epochs that are trained, evaluated and recorded.
+        best: best value of the evaluated metric so far.
+        meters: running sums over this epoch: `loss` (over samples), `correct`, `seen` (samples), `skipped` (updates
             whose step the GradScaler left out because of an overflow). Scalars on the device.
     """
 
@@ -60,6 +62,8 @@ class TrainState:
     ema: ModelEmaV3 | None
     position: Position
     updates: int = 0
+    finished_epochs: int = 0
+    best: float | None = None
     meters: dict[str, Tensor] = field(default_factory=dict)
 
 

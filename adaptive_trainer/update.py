@@ -165,6 +165,7 @@ class Update:
     def _measure(self, output: Tensor, target: Tensor, loss: Tensor) -> None:
         meters = self.state.meters
         meters["loss"].add_(loss.detach(), alpha=len(target))
+        meters["seen"].add_(len(target))
         if _is_classification(output, target):
             meters["correct"].add_((output.argmax(1) == target).sum())
 

@@ -1,0 +1,167 @@
+"""Atomic checkpoints with everything a run needs to go on, bit for bit.
+
+A file is written under a temporary name, flushed to disk and then renamed, so a reader meets either the old one or the
+new one, whole. It is read with `weights_only=True`: it can hold data, never code.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.position import Position
+from adaptive_trainer.transaction import TrainState
+
+__all__ = ["load", "pack", "save", "unpack"]
+
+FORMAT = "adaptive_trainer checkpoint"
+VERSION = 1
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (tensors, plain values, dicts, lists) to `path`, atomically.
+
+    Raises:
+        CheckpointError: it cannot be written; the file that was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    problem = ""
+    try:
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        problem = str(error).splitlines()[0]
+    finally:
+        part.unlink(missing_ok=True)
+    if problem:
+        kept = f"the last good one is kept in {path}" if path.exists() else "there is no earlier one"
+        raise CheckpointError(
+            f"cannot write checkpoint {path}: {problem}; {kept}. Free some disk space and use resume=auto"
+        )
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself durable (POSIX; Windows has no such call)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, tensors on the CPU.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}; give resume the path of a .pt file, or auto")
+    problem = ""
+    content: Any = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            problem = f"its part {damaged} is damaged"
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        problem = str(error).splitlines()[0]
+    except Exception as error:  # the unpickler's own error type is private
+        problem = f"it holds something that is not plain data ({type(error).__name__})"
+    if problem:
+        raise CheckpointError(f"cannot read checkpoint {path}: {problem}; use another one")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of adaptive_trainer; give resume one of its .pt files")
+    if content["version"] != VERSION:
+        raise CheckpointError(f"{path} has version {content['version']}, this program reads {VERSION}")
+    return content
+
+
+def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
+    """Everything in `state` and the random numbers, as plain data for `save`."""
+    persistent = state.model.state_dict()
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=True)
+    return {
+        "model": persistent,
+        "buffers": {k: v for k, v in state.model.named_buffers() if k not in persistent},
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict() if state.scaler._scale is not None else {},
+        "ema": None if state.ema is None else state.ema.module.state_dict(),
+        "position": state.position.to_dict(),
+        "updates": state.updates,
+        "finished_epochs": state.finished_epochs,
+        "best": state.best,
+        "meters": dict(state.meters),
+        "random": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "python": [version, list(words), gauss],
+            "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
+        },
+    }
+
+
+def unpack(content: dict[str, Any], state: TrainState, device: torch.device, *, keep_groups: bool) -> None:
+    """Put what `pack` gave into `state`, in place.
+
+    Args:
+        keep_groups: keep the optimizer's own settings (the run asks for others than the checkpoint has).
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model or optimizer.
+    """
+    problem = ""
+    try:
+        state.model.load_state_dict(content["model"])
+        if state.ema is not None and content["ema"] is not None:
+            state.ema.module.load_state_dict(content["ema"])
+        _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
+    except (RuntimeError, ValueError, KeyError) as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise CheckpointError(f"the checkpoint does not fit this run's model or optimizer: {problem}")
+    buffers = dict(state.model.named_buffers())
+    with torch.no_grad():
+        for name, value in content["buffers"].items():
+            buffers[name].copy_(value)
+        for name, value in content["meters"].items():
+            state.meters[name].copy_(value)
+    if state.scaler.is_enabled() and content["scaler"]:
+        state.scaler.load_state_dict(content["scaler"])
+    state.position = Position.from_dict(content["position"])
+    state.updates, state.finished_epochs, state.best = content["updates"], content["finished_epochs"], content["best"]
+    _restore_random(content["random"], device)
+
+
+def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bool) -> None:
+    own = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(saved)
+    if keep_groups:
+        for group, values in zip(state.optimizer.param_groups, own, strict=True):
+            group.update(values)
+
+
+def _restore_random(saved: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(saved["torch"])
+    if device.type == "cuda" and saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"], device)
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -1,0 +1,293 @@
+"""Epochs: fetch, update, evaluate, record, checkpoint. Everything it does can be taken up again where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from adaptive_trainer import oom
+from adaptive_trainer.data import Batch, DataSets, eval_loader, train_loader
+from adaptive_trainer.errors import DivergedError, Interrupted, OutOfMemory
+from adaptive_trainer.session import Session
+
+__all__ = ["Hooks", "Loop", "StopSignal"]
+
+log = logging.getLogger(__name__)
+
+FEWER_WORKERS = {4: 2, 2: 0, 1: 0}
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM become a request to stop after the running update; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        """Listen while the block runs, in the main thread (elsewhere Python takes no signals); then restore."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells others.
+
+    Attributes:
+        checkpoint: save the state; True when it is the best so far.
+        metrics: one row an epoch.
+        event: something was decided, in words, for the record.
+        leave: asked after each epoch: is it time to try a rung above?
+    """
+
+    checkpoint: Callable[[bool], None]
+    metrics: Callable[[dict[str, Any]], None]
+    event: Callable[[str], None]
+    leave: Callable[[], bool]
+
+
+@dataclass
+class Loop:
+    """Trains one session to its last epoch, or until memory runs out, a signal comes, or it is time to climb."""
+
+    session: Session
+    data: DataSets
+    device: torch.device
+    rung: str
+    eval_batch_size: int
+    hooks: Hooks
+    stop: StopSignal
+    num_workers: int = field(init=False)
+    latest: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        """Start with the workers that the settings ask for."""
+        self.num_workers = self.session.config.data.num_workers
+
+    def run(self) -> bool:
+        """Train until the last epoch is finished (True), or until `hooks.leave` says so (False).
+
+        Raises:
+            OutOfMemory: an update, or the evaluation of a single sample, does not fit; the state is as before it.
+            DivergedError: the loss is no longer a number.
+            Interrupted: a signal came; the state is saved.
+        """
+        state = self.session.state
+        while state.finished_epochs < self.session.config.trainer.epochs:
+            if state.position.epoch == state.finished_epochs:
+                self._train_epoch()
+            self._finish_epoch()
+            if self.hooks.leave():
+                return False
+        return True
+
+    def _train_epoch(self) -> None:
+        state, trainer = self.session.state, self.session.config.trainer
+        epoch = state.position.epoch
+        self.started = time.perf_counter()
+        bar = tqdm(
+            total=state.position.size,
+            initial=state.position.cursor,
+            desc=f"epoch {epoch + 1}/{trainer.epochs}",
+            unit="img",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        )
+        with bar:
+            while state.position.epoch == epoch:
+                if not self._train_on(self._open_train_loader(), epoch, bar):
+                    self._reduce_workers()
+
+    def _train_on(self, loader: DataLoader[Batch], epoch: int, bar: tqdm[Any]) -> bool:
+        """Updates from one loader until the epoch ends; False when a data worker died."""
+        state, trainer = self.session.state, self.session.config.trainer
+        for batch in self._guarded(loader):
+            if batch is None:
+                return False
+            self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
+            self.session.update.run(batch.images, batch.labels, samples=batch.samples)
+            bar.update(batch.samples)
+            if batch.skipped:
+                self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
+            if state.updates % trainer.log_every == 0:
+                bar.set_postfix(loss=f"{self._mean_loss():.3f}", refresh=False)
+            at_end = state.position.epoch != epoch
+            if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
+                self.hooks.checkpoint(False)
+            self._stop_if_asked()
+        return True
+
+    def _open_train_loader(self) -> DataLoader[Batch]:
+        config, state = self.session.config, self.session.state
+        return train_loader(
+            self.data,
+            state.position,
+            batch_size=config.trainer.batch_size,
+            image_size=config.data.image_size,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _guarded(self, loader: DataLoader[Batch]) -> Iterator[Batch | None]:
+        """The loader's batches; None, and no more, when a data worker ran out of memory."""
+        iterator = iter(loader)
+        while True:
+            reason = ""
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                failure = oom.describe(error)
+                if failure.kind not in (oom.Kind.WORKER, oom.Kind.HOST) or self.num_workers == 0:
+                    raise
+                reason = failure.text
+            if reason:
+                self.hooks.event(f"a data worker failed ({reason}): fewer workers, the same samples again")
+                yield None
+                return
+            yield batch
+
+    def _reduce_workers(self) -> None:
+        fewer = FEWER_WORKERS.get(self.num_workers, 4 if self.num_workers > 4 else 0)
+        self.hooks.event(f"data.num_workers {self.num_workers} -> {fewer}")
+        self.num_workers = fewer
+
+    def _mean_loss(self) -> float:
+        meters = self.session.state.meters
+        return float(meters["loss"] / meters["seen"].clamp(min=1))
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.name:
+            self.hooks.checkpoint(False)
+            updates = self.session.state.updates
+            raise Interrupted(
+                f"stopped by {self.stop.name} after update {updates}, state saved; go on with resume=auto"
+            )
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record, keep the best, checkpoint."""
+        state, config = self.session.state, self.session.config
+        meters = {name: float(value) for name, value in state.meters.items()}
+        seen = max(meters["seen"], 1.0)
+        self._check_number(meters["loss"] / seen)
+        loss, accuracy = self.evaluate()
+        seconds = time.perf_counter() - self.started
+        state.finished_epochs += 1
+        for value in state.meters.values():
+            value.zero_()
+        self.latest = {
+            "epoch": state.finished_epochs,
+            "updates": state.updates,
+            "rung": self.rung,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "train_loss": meters["loss"] / seen,
+            "train_accuracy": meters["correct"] / seen,
+            "val_loss": loss,
+            "val_accuracy": accuracy,
+            "skipped_updates": int(meters["skipped"]),
+            "seconds": round(seconds, 3),
+        }
+        self.hooks.metrics(self.latest)
+        log.info(
+            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, %.1f s",
+            state.finished_epochs, config.trainer.epochs, meters["loss"] / seen, loss, 100 * accuracy, seconds,
+        )  # fmt: skip
+        is_best = state.best is None or accuracy > state.best
+        if is_best:
+            state.best = accuracy
+        self.hooks.checkpoint(is_best)
+
+    def _check_number(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        precision = self.session.config.trainer.precision
+        blame = ""
+        if precision == "fp16":
+            blame = (
+                f" fp16 overflows at 65504, and rung {self.rung!r} trains in it: try trainer.precision=bf16 or fp32."
+            )
+        raise DivergedError(
+            f"the training loss is {loss} after update {self.session.state.updates}.{blame} "
+            f"A lower optimizer.lr (now {self.session.config.optimizer.lr:g}) or trainer.clip_grad=1 often helps"
+        )
+
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss and share of right answers on the validation set, of the moving average where there is one.
+
+        A batch that does not fit is halved for evaluation alone.
+
+        Raises:
+            OutOfMemory: a single sample does not fit.
+        """
+        total = len(self.data.val)
+        loss, correct, done, seen = 0.0, 0, 0, 0
+        with tqdm(total=total, desc="evaluation", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+            while done < total:
+                for batch in self._guarded(self._open_eval_loader(done)):
+                    if batch is None:
+                        self._reduce_workers()
+                        break
+                    sums = self._evaluate_batch(batch)
+                    if sums is None:
+                        break
+                    loss, correct = loss + sums[0], correct + sums[1]
+                    done, seen = done + batch.samples, seen + len(batch.labels)
+                    bar.update(batch.samples)
+                    self._stop_if_asked()
+        return loss / max(seen, 1), correct / max(seen, 1)
+
+    def _evaluate_batch(self, batch: Batch) -> tuple[float, int] | None:
+        """Sums over one batch; None when the evaluation batch had to be halved."""
+        if not len(batch.labels):
+            return 0.0, 0
+        state = self.session.state
+        model = state.model if state.ema is None else state.ema.module
+        try:
+            return self.session.update.evaluate(model, batch.images, batch.labels)
+        except OutOfMemory:
+            if len(batch.labels) == 1:
+                raise
+        smaller = max(1, min(self.eval_batch_size, len(batch.labels)) // 2)
+        self.hooks.event(
+            f"out of memory in evaluation: its batch {self.eval_batch_size} -> {smaller}; training keeps its own"
+        )
+        self.eval_batch_size = smaller
+        return None
+
+    def _open_eval_loader(self, start: int) -> DataLoader[Batch]:
+        return eval_loader(
+            self.data,
+            batch_size=self.eval_batch_size,
+            image_size=self.session.config.data.image_size,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            start=start,
+        )

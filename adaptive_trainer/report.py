@@ -1,0 +1,132 @@
+"""The record of a run, for people and for programs: result.json, attempts.jsonl, metrics.csv, the table of rungs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptive_trainer.descent import Attempt
+from adaptive_trainer.ladder import Change, Recipe
+
+__all__ = ["Record", "Result", "rung_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to: plain data.
+
+    Attributes:
+        outcome: `trained`.
+        rung: the rung that holds at the end.
+        requested, used: what was asked for and what trained.
+        changes: every setting that differs, and why.
+        events: what else was decided on the way, in words, in order.
+        metrics: of the last evaluation, plus the best one.
+        attempts: every rung tried, in order.
+        stages: for staged training, name, rung and metrics of each stage.
+        output_dir: where the record and the checkpoints are.
+    """
+
+    outcome: str
+    rung: str
+    requested: Recipe
+    used: Recipe
+    changes: list[Change]
+    events: list[str]
+    metrics: dict[str, float]
+    attempts: list[Attempt]
+    output_dir: str
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Record:
+    """Writes one run's files into its output folder, as things happen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.attempts: list[Attempt] = []
+        self.events: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def attempt(self, entry: Attempt) -> None:
+        """Keep one attempt and append it to attempts.jsonl."""
+        self.attempts.append(entry)
+        with (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_json(asdict(entry)) + "\n")
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.csv."""
+        path = self.folder / "metrics.csv"
+        is_new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def forget_after(self, updates: int) -> None:
+        """Drop rows of metrics.csv that a resumed run, now at `updates`, will write again."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        path.unlink()
+        for row in rows:
+            self.metrics(row)
+
+    def result(self, result: Result) -> None:
+        """Write result.json."""
+        self.write("result.json", _json({**asdict(result), "accumulation": result.used.accumulation}, indent=2) + "\n")
+
+    def failure(self, outcome: str, message: str) -> None:
+        """Write result.json for a run that did not end well."""
+        content = {"outcome": outcome, "message": message, "attempts": [asdict(a) for a in self.attempts]}
+        self.write("result.json", _json({**content, "events": self.events}, indent=2) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a whole text file, by way of a temporary name."""
+        part = self.folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.folder / name)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN; such a number is written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def rung_table(attempts: Sequence[Attempt]) -> str:
+    """A table of the rungs tried, a line each."""
+    rows = [("rung", "outcome", "peak MiB", "reserved MiB", "seconds", "phase: reason")]
+    for entry in attempts:
+        where = f"{entry.phase}: {entry.reason}" if entry.phase else entry.reason
+        peaks = (_mib(entry.peak_allocated_bytes), _mib(entry.peak_reserved_bytes))
+        rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", where[:80]))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    aligned = [
+        "  ".join(
+            [row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(row[c].rjust(widths[c]) for c in (2, 3, 4)), row[5]]
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.0f}"

@@ -1,0 +1,128 @@
+"""What one rung trains with, built from its settings, and carried over to the next rung.
+
+Batch, image size, precision and accumulation keep the weights and the optimizer. Another model starts anew; another
+optimizer starts anew on the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adaptive_trainer import oom
+from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.ladder import recipe
+from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.models import checkpoint_activations
+from adaptive_trainer.optimizers import Schedule, build_ema, build_optimizer, build_scaler, build_schedule
+from adaptive_trainer.position import Position, updates_per_epoch
+from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.update import Loss, Update
+
+__all__ = ["Parts", "Session", "enter"]
+
+METERS = ("loss", "correct", "seen", "skipped")
+ModelFactory = Callable[[ModelConfig, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stays the same on every rung.
+
+    Attributes:
+        make_model: builds a network from the model settings and the number of classes.
+        make_loss: builds the mean loss of (output, labels) from the settings.
+        num_classes: width of the model's head.
+        train_size: samples in the training set.
+    """
+
+    make_model: ModelFactory
+    make_loss: Callable[[Config], Loss]
+    num_classes: int
+    train_size: int
+    device: torch.device
+    capacity: Capacity
+
+
+@dataclass
+class Session:
+    """A rung's settings and the objects that train under them."""
+
+    config: Config
+    state: TrainState
+    update: Update
+    schedule: Schedule
+
+
+def enter(config: Config, parts: Parts, session: Session | None = None) -> Session:
+    """A session under `config`: a new one, or one that carries the given session's state as far as the settings allow.
+
+    Raises:
+        OutOfMemory: the weights alone do not fit.
+    """
+    failure = None
+    try:
+        with parts.capacity.device_work():
+            fresh = session is None or config.model != session.config.model
+            state = _new_state(config, parts) if fresh or session is None else _carried(config, session, parts)
+    except Exception as error:
+        failure = oom.describe(error, pressure=parts.capacity.pressure)
+        if failure.kind is not oom.Kind.DEVICE:
+            raise
+    if failure is not None:
+        oom.release(parts.device)
+        raise OutOfMemory(failure.text, phase="building the model")
+    return _around(state, config, parts)
+
+
+def _new_state(config: Config, parts: Parts) -> TrainState:
+    torch.manual_seed(config.seed)
+    model = parts.make_model(config.model, parts.num_classes).to(parts.device)
+    checkpoint_activations(model, config.trainer.checkpoint_activations)
+    return TrainState(
+        model,
+        build_optimizer(model, config.optimizer, config.optimizer.lr, parts.device),
+        build_scaler(config.trainer.precision, parts.device),
+        build_ema(model, config.trainer.ema_decay),
+        Position(config.seed, 0, 0, parts.train_size),
+        meters={name: torch.zeros((), device=parts.device) for name in METERS},
+    )
+
+
+def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
+    """The session's state, with only those parts made anew whose settings `config` changes."""
+    old, state = session.config, session.state
+    checkpoint_activations(state.model, config.trainer.checkpoint_activations)
+    if config.trainer.precision != old.trainer.precision:
+        state.scaler = build_scaler(config.trainer.precision, parts.device)
+    if config.trainer.ema_decay != old.trainer.ema_decay:
+        state.ema = build_ema(state.model, config.trainer.ema_decay)
+    same_rate = {**vars(config.optimizer), "lr": None} == {**vars(old.optimizer), "lr": None}
+    if not same_rate:
+        state.optimizer = build_optimizer(state.model, config.optimizer, config.optimizer.lr, parts.device)
+    return state
+
+
+def _around(state: TrainState, config: Config, parts: Parts) -> Session:
+    used = recipe(config)
+    update = Update(
+        state,
+        parts.make_loss(config),
+        device=parts.device,
+        capacity=parts.capacity,
+        micro_batch_size=used.micro_batch_size,
+        precision=used.precision,
+        clip_grad=config.trainer.clip_grad,
+    )
+    schedule = build_schedule(
+        state.optimizer,
+        config.schedule,
+        lr=used.lr,
+        epochs=config.trainer.epochs,
+        updates_per_epoch=updates_per_epoch(parts.train_size, used.batch_size),
+    )
+    return Session(config, state, update, schedule)

@@ -1,0 +1,237 @@
+"""One ladder, descended and trained to the end: descent and loop take turns until the last epoch is finished."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adaptive_trainer import checkpoint
+from adaptive_trainer.config import Config
+from adaptive_trainer.data import DataSets
+from adaptive_trainer.descent import Attempt, descend, exhausted_message
+from adaptive_trainer.errors import LadderExhausted, ModelError, OutOfMemory
+from adaptive_trainer.ladder import Rung, changes, recipe
+from adaptive_trainer.loop import Hooks, Loop, StopSignal
+from adaptive_trainer.models import check_image_size
+from adaptive_trainer.report import Record
+from adaptive_trainer.session import Parts, Session, enter
+from adaptive_trainer.update import Shapes, prove
+
+__all__ = ["Stage"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage:
+    """Trains under a ladder.
+
+    Attributes:
+        number: which stage of the run it is, from 0.
+        saved: a checkpoint to go on from, or None.
+        weights: a model's `state_dict` to start from, or None, with the model settings it belongs to.
+    """
+
+    ladder: Sequence[Rung[Config]]
+    parts: Parts
+    data: DataSets
+    record: Record
+    stop: StopSignal
+    number: int = 0
+    saved: dict[str, Any] | None = None
+    weights: tuple[Any, dict[str, Any]] | None = None
+    session: Session | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    _room: dict[str, int | None] = field(default_factory=dict)
+    _wait: int = 1
+    _climb_at: int = 0
+
+    def run(self) -> Rung[Config]:
+        """Descend, train, descend again where memory runs out; returns the rung that holds at the end.
+
+        Raises:
+            LadderExhausted: no rung fits.
+        """
+        start = self._first()
+        while True:
+            rung, eval_batch = self._descend(start)
+            start = self.ladder.index(rung)
+            failure = None
+            try:
+                if self._loop(rung, eval_batch).run():
+                    return rung
+                start = self._above(start)
+                self.event(f"there is room again: trying rung {self.ladder[start].name} above {rung.name}")
+                self._climb_at = self._opened.state.finished_epochs + 2 * self._wait
+                self._wait *= 2
+            except OutOfMemory as error:
+                failure = (error.phase, error.reason)
+            if failure is not None:
+                self._failed_in_training(rung, *failure)
+                start += 1
+
+    def _first(self) -> int:
+        """The rung to begin with: the saved one where the ladder still has it."""
+        if self.saved is None:
+            return 0
+        names = [rung.name for rung in self.ladder]
+        return names.index(self.saved["rung"]) if self.saved["rung"] in names else 0
+
+    def _descend(self, start: int) -> tuple[Rung[Config], int]:
+        capacity = self.parts.capacity
+        if start == len(self.ladder):
+            raise LadderExhausted(exhausted_message(self.record.attempts))
+        found = descend(
+            self.ladder[start:],
+            self._prove,
+            judge=self._judge,
+            meter=capacity,
+            on_attempt=self._attempted,
+            device=self.parts.device,
+        )
+        self._checkpoint(False)
+        for change in changes(self.ladder[0].settings, found.rung):
+            log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
+        log.info("rung %s holds: %s", found.rung.name, recipe(found.rung.settings))
+        return found.rung, found.value
+
+    def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
+        """Why a rung need not be tried, and the bytes it is expected to need."""
+        reason = ""
+        if rung is not self.ladder[0]:
+            try:
+                check_image_size(rung.settings.model, rung.settings.data.image_size)
+            except ModelError as error:
+                reason = str(error)
+        return reason, None
+
+    def _attempted(self, entry: Attempt) -> None:
+        self.record.attempt(entry)
+        peak = "" if entry.peak_allocated_bytes is None else f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB"
+        where = f" in {entry.phase}" if entry.phase else ""
+        why = f": {entry.reason}" if entry.reason else ""
+        log.info("rung %s: %s%s%s, %.2f s%s", entry.rung, entry.outcome, where, peak, entry.seconds, why)
+        if entry.outcome == "oom":
+            self._room[entry.rung] = self.parts.capacity.room()
+
+    def _prove(self, config: Config) -> int:
+        """Make the session match `config` and prove it; returns the evaluation batch that fits."""
+        if self.session is not None and config.model != self.session.config.model:
+            self._leave_model(config)
+        self.session = enter(config, self.parts, self.session)
+        if self.saved is not None:
+            self._resume(self.saved)
+            self.saved = None
+        elif self.weights is not None and self.weights[0] == config.model and self.session.state.updates == 0:
+            self.session.state.model.load_state_dict(self.weights[1])
+        used = recipe(config)
+        shapes = Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes)
+        return prove(self.session.update, shapes)
+
+    def _leave_model(self, config: Config) -> None:
+        """Keep what the larger model has learned, and let it go."""
+        old = self._opened
+        self.event(f"model {old.config.model.name} -> {config.model.name}: the smaller model starts from epoch 1")
+        if old.state.updates:
+            name = f"before-{config.model.name.replace('/', '-')}.pt"
+            checkpoint.save(self.folder / name, self._content(self._rung_name(old.config)))
+            self.event(f"what {old.config.model.name} has learned is kept in checkpoints/{name}")
+        self.session = None
+        self.metrics = {}
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        session = self._opened
+        asked = asdict(session.config)
+        keep = saved["config"]["optimizer"] != asked["optimizer"]
+        checkpoint.unpack(saved, session.state, self.parts.device, keep_groups=keep)
+        state = session.state
+        self.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
+        for key in ("model", "data", "optimizer", "schedule", "trainer"):
+            for name, value in asked[key].items():
+                if saved["config"][key].get(name) != value:
+                    self.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
+        self.record.forget_after(state.updates)
+
+    def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
+        hooks = Hooks(
+            checkpoint=self._checkpoint,
+            metrics=self._measured,
+            event=self.event,
+            leave=lambda: self._may_climb(rung),
+        )
+        return Loop(self._opened, self.data, self.parts.device, rung.name, eval_batch, hooks, self.stop)
+
+    def _failed_in_training(self, rung: Rung[Config], phase: str, reason: str) -> None:
+        allocated, reserved = self.parts.capacity.peaks()
+        where = f"{phase}, after update {self._opened.state.updates}"
+        self._attempted(Attempt(rung.name, "oom", where, reason, None, allocated, reserved))
+
+    def _may_climb(self, rung: Rung[Config]) -> bool:
+        """Whether to try the rung above: only when more memory is free than when it failed, and not too often."""
+        above = self._above(self.ladder.index(rung))
+        if not rung.settings.ladder.climb or above < 0 or self._opened.state.finished_epochs < self._climb_at:
+            return False
+        if self.ladder[above].settings.model != rung.settings.model:
+            return False
+        then, now = self._room.get(self.ladder[above].name), self.parts.capacity.room()
+        return then is not None and now is not None and now > then
+
+    def _above(self, index: int) -> int:
+        """The nearest rung above that is not passed over; -1 where there is none."""
+        return next((i for i in range(index - 1, -1, -1) if not self.ladder[i].passed_over), -1)
+
+    def _measured(self, row: dict[str, Any]) -> None:
+        self.metrics = row
+        self.record.metrics({"stage": self.number, **row})
+
+    def _checkpoint(self, is_best: bool) -> None:
+        content = self._content(self._rung_name(self._opened.config))
+        checkpoint.save(self.folder / "last.pt", content)
+        if is_best:
+            about = {key: content[key] for key in ("config", "rung", "stage", "num_classes", "classes", "best")}
+            checkpoint.save(self.folder / "best.pt", {**about, "model": self.model.state_dict(), "ema": None})
+
+    def _content(self, rung: str) -> dict[str, Any]:
+        session = self._opened
+        return {
+            **checkpoint.pack(session.state, self.parts.device),
+            "rung": rung,
+            "stage": self.number,
+            "config": asdict(session.config),
+            "num_classes": self.parts.num_classes,
+            "classes": list(self.data.classes),
+        }
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained network: the moving average where there is one."""
+        state = self._opened.state
+        return state.model if state.ema is None else state.ema.module
+
+    def weights_learned(self) -> tuple[Any, dict[str, Any]]:
+        """What the next stage starts from: the model settings and the model's `state_dict`."""
+        return self._opened.config.model, self._opened.state.model.state_dict()
+
+    def event(self, text: str) -> None:
+        """Log a decision and keep it for the record."""
+        log.info("%s", text)
+        self.record.events.append(text)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.record.folder / "checkpoints"
+
+    @property
+    def _opened(self) -> Session:
+        if self.session is None:
+            raise RuntimeError("no rung has been entered yet")
+        return self.session
+
+    def _rung_name(self, config: Config) -> str:
+        return next(rung.name for rung in self.ladder if rung.settings is config)

@@ -1,0 +1,228 @@
+"""The Trainer: settings in, result out. It opens device, data and record, and runs the stages one after another."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.utils.data import Dataset
+
+from adaptive_trainer import checkpoint
+from adaptive_trainer.config import Config, ModelConfig, apply_overrides
+from adaptive_trainer.data import build_datasets
+from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, ConfigError, Interrupted, LadderExhausted
+from adaptive_trainer.ladder import Rung, changes, recipe, resolve
+from adaptive_trainer.loop import StopSignal
+from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.models import build_model, check_image_size
+from adaptive_trainer.process import private_process_state, seed_everything
+from adaptive_trainer.report import Record, Result, rung_table
+from adaptive_trainer.session import ModelFactory, Parts
+from adaptive_trainer.stage import Stage
+from adaptive_trainer.update import Loss
+
+__all__ = ["Trainer", "load_model"]
+
+log = logging.getLogger(__name__)
+
+Ladder = tuple[Rung[Config], ...]
+
+
+class Trainer:
+    """Trains an image classifier on whatever memory there is.
+
+    Args:
+        cfg: settings from `compose_config`, or Hydra's own.
+        model: builds the network from (model settings, number of classes); by name from timm or torchvision if None.
+        train_data, val_data: map-style data sets of (image, label), instead of the configured ones.
+        loss: mean loss of (output, labels); cross entropy with `trainer.label_smoothing` if None.
+        output_dir: where the record and the checkpoints go; by default `output_dir` of the settings, else
+            `outputs/DATE/TIME`.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        *,
+        model: ModelFactory | None = None,
+        train_data: Dataset[Any] | None = None,
+        val_data: Dataset[Any] | None = None,
+        loss: Loss | None = None,
+        output_dir: str | Path | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self._make_model = model or build_model
+        self._named = model is None
+        self._data = (train_data, val_data)
+        self._loss = loss
+        chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+        self.output_dir = Path(chosen)
+        self.model: nn.Module | None = None
+
+    def fit(self) -> Result:
+        """Train to the last epoch on the first rung that holds; write the record; return it.
+
+        Raises:
+            UserError: something the user can mend: settings, data, model, checkpoint, a diverging loss.
+            LadderExhausted: no rung fits.
+            DeviceUnusable: the device answers nothing any more after an error.
+            Interrupted: a signal came; the state is saved.
+        """
+        ladders = self._ladders()
+        asked = ladders[0][1][0].settings
+        device = _device(asked.device)
+        record = Record(self.output_dir)
+        record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
+        try:
+            with private_process_state(deterministic=asked.trainer.deterministic):
+                seed_everything(asked.seed)
+                with limited(device, asked.memory.limit) as capacity:
+                    log.info("%s", capacity.description)
+                    return self._run(ladders, device, capacity, record)
+        except (AdaptiveTrainerError, KeyboardInterrupt) as error:
+            record.failure(_outcome(error), str(error))
+            raise
+
+    def _ladders(self) -> list[tuple[str, Ladder]]:
+        """The stages' names and ladders; one stage named `train` where none are configured."""
+        stages = list(self.cfg.phases.stages)
+        if not stages:
+            return [("train", resolve(self.cfg))]
+        return [(stage.name, resolve(apply_overrides(self.cfg, stage.overrides))) for stage in stages]
+
+    def _run(
+        self, ladders: list[tuple[str, Ladder]], device: torch.device, capacity: Capacity, record: Record
+    ) -> Result:
+        """Train the stages one after another."""
+        first = ladders[0][1][0].settings
+        data = build_datasets(first, *self._data)
+        if self._named:
+            for _, ladder in ladders:
+                check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size)
+        parts = Parts(
+            make_model=self._make_model,
+            make_loss=self._build_loss,
+            num_classes=first.model.num_classes or data.num_classes,
+            train_size=len(data.train),
+            device=device,
+            capacity=capacity,
+        )
+        saved = _saved(self.cfg.resume, self.output_dir)
+        if self.cfg.resume and saved is None:
+            log.info("resume=auto: no checkpoint in %s, starting from the beginning", self.output_dir)
+        stages, weights = [], None
+        with StopSignal().listening() as stop:
+            for number, (name, ladder) in enumerate(ladders):
+                if saved is not None and number < saved["stage"]:
+                    continue
+                stage = Stage(ladder, parts, data, record, stop, number, saved, weights)
+                rung = self._train(stage, name, capacity, record)
+                saved, weights = None, stage.weights_learned()
+                stages.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
+        return self._result(ladder, rung, stage, stages, record)
+
+    def _train(self, stage: Stage, name: str, capacity: Capacity, record: Record) -> Rung[Config]:
+        """One stage; what an exhausted ladder leaves to be said is added to its message."""
+        message = ""
+        try:
+            rung = stage.run()
+        except LadderExhausted as error:
+            message = str(error)
+        if message:
+            raise LadderExhausted(f"{message}\n{_advice(capacity)}")
+        self.model = stage.model
+        log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts))
+        return rung
+
+    def _build_loss(self, config: Config) -> Loss:
+        return self._loss or nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
+
+    def _result(
+        self, ladder: Ladder, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record
+    ) -> Result:
+        asked = ladder[0].settings
+        result = Result(
+            outcome="trained",
+            rung=rung.name,
+            requested=recipe(asked),
+            used=recipe(rung.settings),
+            changes=changes(asked, rung),
+            events=record.events,
+            metrics={key: value for key, value in stage.metrics.items() if isinstance(value, int | float)},
+            attempts=record.attempts,
+            output_dir=str(self.output_dir),
+            stages=stages if len(stages) > 1 else [],
+        )
+        record.result(result)
+        return result
+
+
+def _device(name: str) -> torch.device:
+    """The device that settings name; `auto` is the first CUDA card, else the CPU.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    problem = ""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise ConfigError(f"device={name}: {problem}; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def _saved(resume: str | None, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None for a fresh start."""
+    if resume is None:
+        return None
+    path = folder / "checkpoints" / "last.pt" if resume == "auto" else Path(resume)
+    if resume == "auto" and not path.exists():
+        return None
+    content = checkpoint.load(path)
+    if "optimizer" not in content:
+        raise CheckpointError(f"{path} holds a model only and cannot be trained on; resume from last.pt beside it")
+    return content
+
+
+def _outcome(error: BaseException) -> str:
+    if isinstance(error, LadderExhausted):
+        return "exhausted"
+    return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+
+
+def _advice(capacity: Capacity) -> str:
+    return (
+        f"capacity: {capacity.description}\n{capacity.other_users()}\n"
+        "what to try: a larger memory.limit, closing other programs on the card, ladder=faithful, "
+        "a smaller model.name, data.image_size or trainer.micro_batch_size"
+    )
+
+
+def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module:
+    """The trained network of a checkpoint (`checkpoints/best.pt`), on the CPU, ready to be used.
+
+    Args:
+        model: the factory that the Trainer was given, if any.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or something else.
+    """
+    content = checkpoint.load(Path(path))
+    settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})
+    network = (model or build_model)(settings, content["num_classes"])
+    network.load_state_dict(content["ema"] or content["model"])
+    return network.eval()
