@@ -1,0 +1,276 @@
+"""Is an error an out-of-memory, of which kind; and giving back everything that a failed step holds.
+
+`describe` sorts an error by its type, then by the `error_code` of `torch.AcceleratorError`, then by the texts that
+torch, CUDA's libraries and the DataLoader are known to write. It looks at the error itself, then at what it wraps.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from adaptive_trainer.errors import AdaptiveTrainerError, OutOfMemory
+
+__all__ = [
+    "Failure",
+    "Kind",
+    "SimulatedOutOfMemory",
+    "describe",
+    "forget_traceback",
+    "is_out_of_memory",
+    "probe",
+    "release",
+]
+
+
+class Kind(StrEnum):
+    """What an error says about memory."""
+
+    DEVICE = "device memory"
+    HOST = "host memory"
+    WORKER = "data worker"
+    POISONED = "device unusable"
+    OTHER = "not memory"
+
+
+class SimulatedOutOfMemory(torch.OutOfMemoryError):
+    """A simulated card is full. It counts exactly, so the same work would fail again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is kept of an error: plain text, nothing that holds a frame or a tensor.
+
+    Attributes:
+        kind: what it says about memory.
+        type_name: class name of the error that decided the kind.
+        text: first line of its message.
+        exact: it came from a simulated card, so a retry of the same work cannot help.
+    """
+
+    kind: Kind
+    type_name: str
+    text: str
+    exact: bool
+
+
+MAX_TEXT = 400  # characters kept of a message
+
+CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+CUDA_CAPTURE_INVALIDATED = 901  # what an out-of-memory turns into while a CUDA graph is captured
+# "Sticky" errors of the CUDA runtime: ECC, illegal address, launch timeout, assert, and the other faults of a kernel.
+CUDA_STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
+
+IN_DATA_LOADER = re.compile(r"^Caught (\S+) in (?:DataLoader worker process|pin memory thread)")
+WORKER_GONE = re.compile(
+    r"DataLoader worker \(pid\(s\) [\d, ]+\) exited unexpectedly"
+    r"|DataLoader worker \(pid \d+\) is killed by signal: (?:Killed|Bus error)"
+    r"|workers are out of shared memory"
+    r"|unable to (?:open|mmap|allocate|resize|write to) .*(?:</?torch_|shared memory)"
+)
+POISONED = re.compile(
+    r"(?:CUDA|HIP)(?: driver)? error: (?:"
+    r"an illegal memory access|device-side assert triggered|misaligned address|unspecified launch failure"
+    r"|uncorrectable ECC error|an illegal instruction|hardware stack error|invalid program counter"
+    r"|the launch timed out|operation not supported on global/shared address space|device not ready)"
+    # Expandable segments after a failed mapping, and address space used up: every later allocation fails.
+    r"|handles_\.at\(i\) INTERNAL ASSERT FAILED|VSZ exhaustion"
+    # A communicator that ran out of memory cannot be used again.
+    r"|Failed to CUDA calloc|Cuda failure (?:2 )?'out of memory'"
+)
+HOST = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|\bstd::bad_alloc\b")
+DEVICE = re.compile(
+    r"\b(?:CUDA|HIP|XPU|MPS backend) out of memory\b"
+    r"|\b(?:CUDA|HIP)(?: driver)? error: out of memory"
+    r"|would exceed allowed memory"
+    r"|CUDA ran out of memory outside PyTorch's allocator"
+    r"|\b[A-Z]+_(?:STATUS_)?ALLOC_FAILED\b"
+    r"|MODULE:PT_DEVMEM Allocation failed"
+    r"|NVML_SUCCESS == r INTERNAL ASSERT FAILED"  # raised while the message of an out-of-memory is written
+    r"|^Invalid buffer size: \d"  # MPS
+)
+# Texts that a lack of memory and a plain mistake (an unknown architecture, a bad label before) share.
+AMBIGUOUS = re.compile(
+    r"unable to find an engine to execute|Unable to find a valid cuDNN algorithm"
+    r"|\b(?:CUDNN|CUBLAS|CUSOLVER)_STATUS_(?:NOT_SUPPORTED|NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED)"
+    r"|CUFFT_INTERNAL_ERROR"
+    r"|previous error during capture"
+)
+NOT_DEVICE_MEMORY = re.compile(r"out of resource: ")  # Triton: shared memory or registers of one kernel
+
+
+def describe(error: BaseException, *, pressure: Callable[[], bool] | None = None) -> Failure:
+    """Sort an error, its `inner_exception`, `__cause__` and `__context__`; the first that is about memory decides.
+
+    Args:
+        error: what was caught. `KeyboardInterrupt` and its like, and errors that this package raises on purpose, are
+            never about memory, whatever they were raised in answer to.
+        pressure: whether device memory is really short; asked only for texts that can have another cause. Without it
+            they count as not memory.
+    """
+    if isinstance(error, Exception) and (isinstance(error, OutOfMemory) or not isinstance(error, AdaptiveTrainerError)):
+        for link in _chain(error):
+            kind = _kind(link, pressure)
+            if kind is not Kind.OTHER:
+                return _failure(link, kind)
+    return _failure(error, Kind.OTHER)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device ran out of memory: the errors that a smaller batch, image or model can answer."""
+    return describe(error).kind is Kind.DEVICE
+
+
+def _failure(error: BaseException, kind: Kind) -> Failure:
+    lines = str(error).strip().splitlines() or [""]
+    exact = isinstance(error, SimulatedOutOfMemory)
+    return Failure(kind, type(error).__name__, lines[0][:MAX_TEXT] or type(error).__name__, exact)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything it wraps, nearest first, each once."""
+    queue, seen = [error], set[int]()
+    while queue:
+        link = queue.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        inner = (getattr(link, "inner_exception", None), link.__cause__, _context(link))
+        queue += [e for e in inner if isinstance(e, BaseException)]
+
+
+def _context(error: BaseException) -> BaseException | None:
+    """`__context__`, unless it was being handled outside the code that raised `error`.
+
+    Python links every new error to the one whose handler is running, even many calls further up: a shape mismatch in
+    a training started from an `except torch.OutOfMemoryError:` block is no out-of-memory. Such an outer handler is not
+    among the frames that `error` passed through.
+    """
+    context = error.__context__
+    if context is None or context.__traceback__ is None or error.__traceback__ is None:
+        return context
+    handler = context.__traceback__.tb_frame
+    entry = error.__traceback__
+    while entry.tb_frame is not handler:
+        if entry.tb_next is None:
+            return None
+        entry = entry.tb_next
+    return context
+
+
+def _kind(error: BaseException, pressure: Callable[[], bool] | None) -> Kind:
+    text = str(error)
+    worker = IN_DATA_LOADER.match(text)
+    if worker:
+        return _kind_in_worker(worker[1], text)
+    if isinstance(error, OutOfMemory):
+        return Kind.DEVICE
+    if isinstance(error, torch.OutOfMemoryError):
+        return Kind.POISONED if POISONED.search(text) else Kind.DEVICE
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return Kind.HOST
+    if not isinstance(error, RuntimeError):
+        return Kind.OTHER  # a ValueError may quote any text
+    return _kind_of_code(error, pressure) or _kind_of_text(text, pressure)
+
+
+def _kind_in_worker(type_name: str, text: str) -> Kind:
+    by_type = "MemoryError" in type_name or type_name == "OutOfMemoryError"
+    return Kind.WORKER if by_type or WORKER_GONE.search(text) or _about_memory(text) else Kind.OTHER
+
+
+def _about_memory(text: str) -> bool:
+    return bool(HOST.search(text) or DEVICE.search(text))
+
+
+def _kind_of_code(error: RuntimeError, pressure: Callable[[], bool] | None) -> Kind | None:
+    """By the code of the CUDA runtime, which `torch.AcceleratorError` carries; None where it decides nothing."""
+    code = getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None
+    if code == CUDA_OUT_OF_MEMORY:
+        return Kind.DEVICE
+    if code in CUDA_STICKY:
+        return Kind.POISONED
+    if code == CUDA_CAPTURE_INVALIDATED:
+        return _if_short(pressure)
+    return None
+
+
+def _kind_of_text(text: str, pressure: Callable[[], bool] | None) -> Kind:
+    if NOT_DEVICE_MEMORY.search(text):
+        return Kind.OTHER
+    for pattern, kind in (
+        (WORKER_GONE, Kind.WORKER),
+        (POISONED, Kind.POISONED),
+        (HOST, Kind.HOST),
+        (DEVICE, Kind.DEVICE),
+    ):
+        if pattern.search(text):
+            return kind
+    return _if_short(pressure) if AMBIGUOUS.search(text) else Kind.OTHER
+
+
+def _if_short(pressure: Callable[[], bool] | None) -> Kind:
+    return Kind.DEVICE if pressure is not None and pressure() else Kind.OTHER
+
+
+def probe(device: torch.device) -> bool:
+    """Whether the device still answers: wait for it, then one tiny computation. Always true on a CPU.
+
+    A device that is merely full answers too.
+    """
+    if device.type == "cpu":
+        return True
+    try:
+        torch.accelerator.synchronize(device)
+        return bool((torch.ones(8, device=device) * 2).sum().item() == 16)
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+
+
+def release(device: torch.device) -> None:
+    """Free what nothing refers to any more and give the caching allocator's free memory back to the driver.
+
+    Call it after the `except` block, when the failed step's own references are gone: the error being handled keeps
+    every frame of the step alive. cuBLAS workspaces go too, so a CUDA graph captured earlier must not be replayed.
+    `gc.collect` is most of the time it takes (0.1 to 0.2 s with torch and timm loaded).
+    """
+    torch.clear_autocast_cache()
+    gc.collect()
+    if device.type == "cpu":
+        return
+    torch.accelerator.synchronize(device)
+    clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear_workspaces is not None and device.type == "cuda":
+        clear_workspaces()
+    with suppress(RuntimeError):  # it frees at the driver, which can fail right after an out-of-memory
+        torch.accelerator.empty_cache()
+
+
+def forget_traceback() -> None:
+    """Drop the last error that escaped to a prompt or a notebook cell, with the frames and tensors it holds.
+
+    IPython keeps it in four places, and a later cell that works clears only one of them. Outputs of cells (`Out[n]`,
+    `_`) are the user's own and stay. Outside IPython only the `sys.last_*` of a plain prompt are dropped.
+    """
+    for name in ("last_exc", "last_value", "last_traceback", "last_type"):
+        if getattr(sys, name, None) is not None:
+            setattr(sys, name, None)
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = get_ipython() if get_ipython is not None else None
+    if shell is None:
+        return
+    shell.InteractiveTB.tb = None
+    result = shell.last_execution_result
+    if result is not None:
+        result.error_in_exec = result.error_before_exec = None
