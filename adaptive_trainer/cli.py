@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _job(cfg: DictConfig, codes: list[int]) -> float:
-    """One run. Its error, if any, leaves as a new exception that holds text only, so nothing of a failed job lives on."""
+    """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
     from adaptive_trainer import oom
     from adaptive_trainer.trainer import Trainer
 

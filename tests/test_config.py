@@ -1,0 +1,152 @@
+"""The settings: every YAML composes, bad input gets one clear message, the option surface is frozen."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from adaptive_trainer.config import Config, apply_overrides, check, compose_config, config_dir, typed
+from adaptive_trainer.errors import ConfigError
+
+GROUPS = sorted(p for p in Path(config_dir()).glob("*/*.yaml") if p.parent.name != "sweep")
+SWEEPS = sorted(Path(config_dir()).glob("sweep/*.yaml"))
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_every_choice_composes(path: Path) -> None:
+    extra = ["data.root=somewhere"] if path.parent.name == "data" else []
+    config = typed(compose_config([f"{path.parent.name}={path.stem}", *extra]))
+    check(config)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_sweep_composes(path: Path) -> None:
+    typed(compose_config([f"+sweep={path.stem}"]))
+
+
+def test_defaults_are_the_documented_request() -> None:
+    config = typed(compose_config())
+    assert (config.trainer.batch_size, config.data.image_size, config.trainer.precision) == (24, 224, "fp32")
+    assert (config.model.name, config.optimizer.name) == ("efficientnet_b0", "adamw")
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"), [("minimum", (8, 192, 0)), ("balanced", (16, 224, 2)), ("maximum", (24, 224, 4))]
+)
+def test_presets(preset: str, expected: tuple[int, int, int]) -> None:
+    config = typed(compose_config([f"preset={preset}"]))
+    assert (config.trainer.batch_size, config.data.image_size, config.data.num_workers) == expected
+
+
+def test_a_value_on_the_command_line_beats_the_preset() -> None:
+    assert typed(compose_config(["preset=minimum", "trainer.batch_size=12"])).trainer.batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.batchsize=3", "batchsize"),
+        ("trainer.batch_size=big", "big"),
+        ("ladder=nowhere", "nowhere"),
+        ("optimizer=nowhere", "adamw"),  # the choices there are
+    ],
+)
+def test_compose_refuses_what_does_not_exist(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        compose_config([override])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.batchsize=3", "no setting 'trainer.batchsize'"),
+        ("trainer.batch_size=big", "big"),
+        ("trainer.batch_size=3,4", "sweep"),
+        ("~trainer.batch_size", "removes"),
+        ("optimizer=nowhere", "nowhere"),
+    ],
+)
+def test_apply_overrides_refuses_what_does_not_exist(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        apply_overrides(compose_config(), [override])
+
+
+def test_apply_overrides_reports_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)trainer\.nothing.*data\.image_size=big"):
+        apply_overrides(compose_config(), ["trainer.nothing=1", "data.image_size=big"])
+
+
+def test_apply_overrides_leaves_the_original_alone() -> None:
+    cfg = compose_config()
+    before = OmegaConf.to_yaml(cfg)
+    apply_overrides(cfg, ["trainer.batch_size=2", "optimizer=sgd", "preset=minimum", "+model.kwargs.drop_rate=0.3"])
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+def test_a_group_choice_replaces_its_whole_node() -> None:
+    cfg = compose_config(["+optimizer.kwargs.eps=1e-6"])
+    config = typed(apply_overrides(cfg, ["optimizer=sgd"]))
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.kwargs) == ("sgd", 0.05, {})
+
+
+def test_a_global_choice_is_laid_over_the_settings() -> None:
+    config = typed(apply_overrides(compose_config(["trainer.epochs=7"]), ["preset=minimum"]))
+    assert (config.trainer.batch_size, config.data.image_size, config.trainer.epochs) == (8, 192, 7)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.batch_size=0",
+        "trainer.epochs=0",
+        "trainer.micro_batch_size=32",
+        "trainer.precision=fp8",
+        "trainer.clip_grad=-1",
+        "trainer.clip_grad=nan",
+        "trainer.label_smoothing=1.0",
+        "trainer.ema_decay=1.0",
+        "trainer.lr_policy=cube",
+        "data.image_size=0",
+        "data.num_workers=-1",
+        "data.val_fraction=1.0",
+        "data.transforms=other",
+        "data.on_error=ignore",
+        "optimizer.lr=-0.1",
+        "optimizer.lr=nan",
+        "model.num_classes=1",
+    ],
+)
+def test_check_refuses_values_that_cannot_be_right(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        check(typed(compose_config([override])))
+
+
+def test_check_gathers_every_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(typed(compose_config(["trainer.epochs=0", "data.image_size=0", "trainer.precision=fp8"])))
+    assert all(key in str(caught.value) for key in ("trainer.epochs", "data.image_size", "trainer.precision"))
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder" / "mine.yaml").write_text("rungs: [{name: tiny, overrides: [trainer.batch_size=2]}]\n")
+    config = typed(compose_config(["ladder=mine"], config_folder=tmp_path))
+    assert [rung.name for rung in config.ladder.rungs] == ["tiny"]
+
+
+def surface(node: Any, prefix: str = "") -> list[str]:
+    names = []
+    for field in fields(node):
+        value = getattr(node, field.name)
+        names += surface(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
+    return names
+
+
+def test_the_option_surface_is_frozen() -> None:
+    """A new setting is a decision: it is added here, to the documentation and to the change log."""
+    frozen = (Path(__file__).parent / "options.txt").read_text(encoding="utf-8").split()
+    assert surface(Config()) == frozen

@@ -1,0 +1,168 @@
+"""Ladder arithmetic: rungs only ever make the recipe smaller, and say what they do."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_trainer.config import Config, RungConfig, compose_config
+from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.ladder import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
+
+DEFAULT = ["requested", "batch-16", "batch-8", "image-192", "image-160", "amp", "accumulate"]
+MODELS = ["mobilenetv3-large", "mobilenetv3-small"]
+
+
+def ladder(*overrides: str) -> dict[str, Rung[Config]]:
+    return {rung.name: rung for rung in resolve(compose_config(overrides))}
+
+
+def test_the_default_ladder_in_its_order() -> None:
+    rungs = ladder()
+    assert list(rungs) == DEFAULT + MODELS
+    assert not any(rung.passed_over for rung in rungs.values())
+    last = recipe(rungs["mobilenetv3-small"].settings)
+    assert (last.batch_size, last.micro_batch_size, last.accumulation) == (8, 4, 2)
+    assert (last.image_size, last.precision, last.model) == (160, "fp16", "mobilenetv3_small_100")
+
+
+def test_the_faithful_ladder_keeps_the_batch_size_for_long() -> None:
+    rungs = ladder("ladder=faithful")
+    kept = [recipe(rungs[name].settings).batch_size for name in list(rungs)[:7]]
+    assert kept == [24] * 7
+    assert recipe(rungs["micro-2"].settings).accumulation == 12
+
+
+def test_no_ladder_is_the_request_alone() -> None:
+    assert list(ladder("ladder=none")) == ["requested"]
+
+
+def test_bf16_that_was_asked_for_stays() -> None:
+    rungs = ladder("trainer.precision=bf16")
+    assert {recipe(rung.settings).precision for rung in rungs.values()} == {"bf16"}
+    assert "bf16" in rungs["amp"].passed_over
+
+
+def test_a_rung_above_the_request_is_passed_over_with_the_reason() -> None:
+    rungs = ladder("trainer.batch_size=8")
+    assert "raise batch_size from 8 to 16" in rungs["batch-16"].passed_over
+    assert "already" in rungs["batch-8"].passed_over
+
+
+def test_of_a_rung_only_what_shrinks_is_kept() -> None:
+    rungs = ladder(
+        "trainer.batch_size=8", "ladder.rungs=[{name: a, overrides: ['preset=balanced', 'data.image_size=96']}]"
+    )
+    assert rungs["a"].overrides == ("data.image_size=96",)
+    assert recipe(rungs["a"].settings).batch_size == 8
+
+
+def test_a_smaller_batch_that_saves_nothing_is_passed_over() -> None:
+    assert "save no memory" in ladder("ladder=faithful")["batch-16"].passed_over
+
+
+def test_a_rung_of_any_key() -> None:
+    rungs = ladder(
+        "ladder.rungs=[{name: sgd, overrides: ['optimizer=sgd']}, {name: drop, overrides: ['+model.kwargs.x=1']}]"
+    )
+    assert rungs["sgd"].settings.optimizer.name == "sgd"
+    assert rungs["sgd"].settings.optimizer.lr == 0.05
+    assert rungs["drop"].settings.model.kwargs == {"x": 1}
+
+
+def test_all_problems_of_all_rungs_at_once() -> None:
+    bad = "[{name: a, overrides: ['trainer.nothing=1']}, {name: b, overrides: ['data.image_size=big']}]"
+    with pytest.raises(ConfigError) as caught:
+        ladder(f"ladder.rungs={bad}", "trainer.epochs=0")
+    assert all(text in str(caught.value) for text in ("'a'", "trainer.nothing", "'b'", "big", "trainer.epochs=0"))
+
+
+def test_a_name_used_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="used twice"):
+        ladder("ladder.rungs=[{name: requested, overrides: ['trainer.batch_size=2']}]")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "policy", "expected"),
+    [("adamw", "auto", 1e-3 * math.sqrt(1 / 3)), ("adamw", "linear", 1e-3 / 3), ("adamw", "none", 1e-3)],
+)
+def test_learning_rate_follows_the_policy(optimizer: str, policy: str, expected: float) -> None:
+    rung = ladder(f"optimizer={optimizer}", f"trainer.lr_policy={policy}")["batch-8"]
+    assert rung.settings.optimizer.lr == pytest.approx(expected)
+    assert any("learning rate" in note for note in rung.notes)
+
+
+def test_sgd_follows_linearly_by_default() -> None:
+    assert ladder("optimizer=sgd")["batch-8"].settings.optimizer.lr == pytest.approx(0.05 / 3)
+
+
+def test_a_rung_that_sets_the_learning_rate_is_obeyed() -> None:
+    rungs = ladder("ladder.rungs=[{name: a, overrides: ['trainer.batch_size=8', 'optimizer.lr=0.5']}]")
+    assert rungs["a"].settings.optimizer.lr == 0.5
+
+
+def test_changes_name_key_both_values_and_reason() -> None:
+    rungs = ladder()
+    found = {change.key: change for change in changes(rungs["requested"].settings, rungs["image-192"])}
+    assert set(found) == {"trainer.batch_size", "data.image_size", "optimizer.lr"}
+    assert (found["data.image_size"].asked, found["data.image_size"].used) == (224, 192)
+    assert "sqrt rule" in found["optimizer.lr"].why
+
+
+def test_make_ladder_is_cumulative_and_refuses_unknown_keys() -> None:
+    rungs = make_ladder({"batch": 64, "amp": False}, {"half": {"batch": 32}, "amp": {"amp": True}})
+    assert [rung.settings for rung in rungs] == [
+        {"batch": 64, "amp": False},
+        {"batch": 32, "amp": False},
+        {"batch": 32, "amp": True},
+    ]
+    with pytest.raises(ConfigError, match="bach"):
+        make_ladder({"batch": 64}, {"half": {"bach": 32}})
+
+
+OVERRIDES = st.one_of(
+    st.integers(1, 64).map(lambda n: f"trainer.batch_size={n}"),
+    st.integers(1, 64).map(lambda n: f"trainer.micro_batch_size={n}"),
+    st.integers(32, 320).map(lambda n: f"data.image_size={n}"),
+    st.sampled_from(["fp32", "bf16", "fp16"]).map(lambda p: f"trainer.precision={p}"),
+    st.booleans().map(lambda b: f"trainer.checkpoint_activations={str(b).lower()}"),
+)
+REQUEST = compose_config(["ladder=none"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(OVERRIDES, min_size=1, max_size=3), max_size=5))
+def test_no_rung_raises_anything(steps: list[list[str]]) -> None:
+    cfg = REQUEST.copy()
+    cfg.ladder.rungs = [RungConfig(f"r{n}", step) for n, step in enumerate(steps)]
+    for above, below in pairwise(resolve(cfg)):
+        a, b = recipe(above.settings), recipe(below.settings)
+        assert b.batch_size <= a.batch_size
+        assert b.micro_batch_size <= a.micro_batch_size
+        assert b.image_size <= a.image_size
+        assert (a.precision == "fp32") >= (b.precision == "fp32")
+        assert b.checkpoint_activations >= a.checkpoint_activations
+        assert bool(below.passed_over) == (not below.overrides)
+        assert below.passed_over == "" or a == b
+
+
+@given(st.integers(1, 512), st.integers(1, 512))
+def test_accumulation_covers_the_batch(batch: int, micro: int) -> None:
+    used = Recipe("m", 32, batch, min(micro, batch), 1, "fp32", False, "adamw", 0.1, 0)
+    assert (used.accumulation - 1) * used.micro_batch_size < batch <= used.accumulation * used.micro_batch_size
+
+
+@given(st.floats(1e-6, 1.0), st.integers(1, 512), st.integers(1, 512), st.sampled_from(["linear", "sqrt", "auto"]))
+def test_learning_rate_scaling_is_monotonic_and_undone_by_going_back(
+    lr: float, asked: int, used: int, policy: str
+) -> None:
+    config = Config()
+    config.optimizer.lr, config.trainer.batch_size, config.trainer.lr_policy = lr, asked, policy
+    scaled, _ = scaled_lr(config, used)
+    assert (scaled <= lr) == (used <= asked)
+    config.optimizer.lr, config.trainer.batch_size = scaled, used
+    assert scaled_lr(config, asked)[0] == pytest.approx(lr)
