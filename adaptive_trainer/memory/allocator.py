@@ -1,0 +1,209 @@
+"""A model of PyTorch's native CUDA caching allocator: one device, one stream, default settings. Pure Python.
+
+It places blocks as `c10/cuda/CUDACachingAllocator.cpp` does, so that replaying a program's allocations gives the same
+allocated and reserved bytes, and shows whether the program fits a capacity:
+
+- sizes are rounded up to 512 bytes; up to 1 MiB a block comes from the small pool, else from the large pool;
+- the smallest free block that is large enough is taken, the lowest address first; a remainder is split off when it is
+  at least 512 bytes (small pool) or more than 1 MiB (large pool); neighbouring free blocks are joined;
+- when no block is free, a segment is reserved: 2 MiB for the small pool, 20 MiB for requests under 10 MiB, else the
+  request rounded up to 2 MiB;
+- when the capacity does not allow the segment, all wholly free segments are given back and it is tried once more.
+  (The allocator's earlier step, giving back only large enough blocks, acts only where `max_split_size_mb` is set.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+__all__ = ["AllocatorFull", "CachingAllocator"]
+
+MiB = 1 << 20
+MIN_BLOCK = 512
+SMALL_LIMIT = MiB
+SMALL_SEGMENT = 2 * MiB
+LARGE_SEGMENT = 20 * MiB
+LARGE_SEGMENT_LIMIT = 10 * MiB
+LARGE_ROUNDING = 2 * MiB
+
+# A free block's sort key is its size and then its address, packed into one integer.
+ADDRESS_BITS = 60
+
+
+class AllocatorFull(Exception):
+    """The capacity does not allow a request, even after every cached segment was given back.
+
+    Attributes (bytes): `requested`, `segment` (what had to be reserved for it), `allocated`, `reserved`, `capacity`.
+    """
+
+    def __init__(self, *, requested: int, segment: int, allocated: int, reserved: int, capacity: int) -> None:
+        super().__init__(
+            f"tried to allocate {requested} bytes (a segment of {segment}) with {allocated} allocated "
+            f"and {reserved} reserved of {capacity} bytes"
+        )
+        self.requested = requested
+        self.segment = segment
+        self.allocated = allocated
+        self.reserved = reserved
+        self.capacity = capacity
+
+
+class _Block:
+    """A piece of a segment; `previous` and `next` are its neighbours in the same segment."""
+
+    __slots__ = ("address", "free", "next", "pool", "previous", "requested", "size")
+
+    def __init__(self, address: int, size: int, pool: list[int]) -> None:
+        self.address = address
+        self.size = size
+        self.pool = pool
+        self.requested = 0
+        self.free = False
+        self.previous: _Block | None = None
+        self.next: _Block | None = None
+
+
+class CachingAllocator:
+    """The allocator. `capacity` limits `reserved`, as a per-process memory fraction does; None is no limit.
+
+    Attributes (bytes now, and the most since the start or `reset_peaks`): `requested` as asked for, `allocated` in
+    blocks handed out, `reserved` in segments; `peak_requested`, `peak_allocated`, `peak_reserved`.
+    `num_retries` counts requests for which the cached segments had to be given back.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.allocated = self.reserved = self.requested = 0
+        self.peak_allocated = self.peak_reserved = self.peak_requested = 0
+        self.num_retries = 0
+        self._small: list[int] = []
+        self._large: list[int] = []
+        self._free: dict[int, _Block] = {}
+        self._used: dict[int, _Block] = {}
+        self._next_address = SMALL_SEGMENT
+
+    def allocate(self, nbytes: int) -> int:
+        """Take a block of `nbytes`; the handle is its address. 0 bytes take no block and give handle 0.
+
+        Raises:
+            AllocatorFull: the capacity does not allow it.
+        """
+        if nbytes <= 0:
+            if nbytes:
+                raise ValueError(f"{nbytes} bytes cannot be allocated; give 0 or more")
+            return 0
+        size = (nbytes + MIN_BLOCK - 1) & -MIN_BLOCK
+        small = size <= SMALL_LIMIT
+        pool = self._small if small else self._large
+        at = bisect_left(pool, size << ADDRESS_BITS)
+        if at < len(pool):
+            block = self._free.pop(pool.pop(at))
+            block.free = False
+        else:
+            block = self._new_segment(size, pool, nbytes)
+        rest = block.size - size
+        if rest > SMALL_LIMIT or (small and rest >= MIN_BLOCK):
+            self._split(block, size)
+        block.requested = nbytes
+        self._used[block.address] = block
+        self.requested += nbytes
+        self.allocated += block.size
+        if self.requested > self.peak_requested:
+            self.peak_requested = self.requested
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        return block.address
+
+    def free(self, handle: int) -> None:
+        """Give a block back to its pool, joined with its free neighbours. Handle 0 is nothing.
+
+        Raises:
+            KeyError: no block is in use under this handle.
+        """
+        if handle == 0:
+            return
+        block = self._used.pop(handle)
+        self.requested -= block.requested
+        self.allocated -= block.size
+        pool = block.pool
+        previous, following = block.previous, block.next
+        if previous is not None and previous.free:
+            self._take(previous)
+            block.address = previous.address
+            block.size += previous.size
+            block.previous = previous.previous
+            if block.previous is not None:
+                block.previous.next = block
+        if following is not None and following.free:
+            self._take(following)
+            block.size += following.size
+            block.next = following.next
+            if block.next is not None:
+                block.next.previous = block
+        self._put(block, pool)
+
+    def empty_cache(self) -> None:
+        """Give back every wholly free segment."""
+        for pool in (self._large, self._small):
+            kept = []
+            for key in pool:
+                block = self._free[key]
+                if block.previous is None and block.next is None:
+                    del self._free[key]
+                    self.reserved -= block.size
+                else:
+                    kept.append(key)
+            pool[:] = kept
+
+    def reset_peaks(self) -> None:
+        """Start the peaks anew from what is in use now."""
+        self.peak_allocated = self.allocated
+        self.peak_reserved = self.reserved
+        self.peak_requested = self.requested
+
+    def _new_segment(self, size: int, pool: list[int], nbytes: int) -> _Block:
+        if size <= SMALL_LIMIT:
+            segment = SMALL_SEGMENT
+        elif size < LARGE_SEGMENT_LIMIT:
+            segment = LARGE_SEGMENT
+        else:
+            segment = (size + LARGE_ROUNDING - 1) // LARGE_ROUNDING * LARGE_ROUNDING
+        capacity = self.capacity
+        if capacity is not None and self.reserved + segment > capacity:
+            self.num_retries += 1
+            self.empty_cache()
+            if self.reserved + segment > capacity:
+                raise AllocatorFull(
+                    requested=nbytes,
+                    segment=segment,
+                    allocated=self.allocated,
+                    reserved=self.reserved,
+                    capacity=capacity,
+                )
+        self.reserved += segment
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
+        block = _Block(self._next_address, segment, pool)
+        self._next_address += segment
+        return block
+
+    def _split(self, block: _Block, size: int) -> None:
+        rest = _Block(block.address + size, block.size - size, block.pool)
+        rest.previous, rest.next = block, block.next
+        if block.next is not None:
+            block.next.previous = rest
+        block.next = rest
+        block.size = size
+        self._put(rest, block.pool)
+
+    def _put(self, block: _Block, pool: list[int]) -> None:
+        key = (block.size << ADDRESS_BITS) | block.address
+        block.free = True
+        self._free[key] = block
+        insort(pool, key)
+
+    def _take(self, block: _Block) -> None:
+        key = (block.size << ADDRESS_BITS) | block.address
+        del self._free[key]
+        pool = block.pool
+        del pool[bisect_left(pool, key)]
