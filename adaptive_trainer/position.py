@@ -1,0 +1,134 @@
+"""Which samples come next: a function of (seed, epoch, committed samples), and of nothing else.
+
+The order of an epoch depends on seed and epoch alone. Batch size, micro-batch size, workers and ranks are no part of
+the state, so they may change at any update: every sample is still seen exactly once an epoch, in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+__all__ = ["Key", "Position", "key_seed", "micro_batches", "updates_per_epoch"]
+
+Key = tuple[int, int]  # (epoch, index of the sample in the data set)
+
+
+def key_seed(*parts: int) -> int:
+    """A seed of 63 bits that depends on all the numbers, the same in every process and on every machine."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where training stands.
+
+    Attributes:
+        seed: decides the order of every epoch.
+        epoch: the running epoch, from 0.
+        cursor: committed samples of this epoch, always below `size`.
+        size: samples in the training set.
+    """
+
+    seed: int
+    epoch: int
+    cursor: int
+    size: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a position.
+
+        Raises:
+            ValueError: the cursor is outside the data set, or the epoch is negative.
+        """
+        if self.epoch < 0 or not 0 <= self.cursor < self.size:
+            raise ValueError(
+                f"epoch {self.epoch}, cursor {self.cursor} is no position in {self.size} samples: "
+                f"the epoch is 0 or more, the cursor 0 to {self.size - 1}"
+            )
+
+    def permutation(self) -> list[int]:
+        """The order of the samples in this epoch."""
+        import torch
+
+        generator = torch.Generator().manual_seed(key_seed(self.seed, self.epoch))
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return order
+
+    def next_size(self, batch_size: int) -> int:
+        """Samples in the next update: at most `batch_size` (one more only for batch size 2).
+
+        No update is left with a single sample where that can be avoided, since BatchNorm has no variance of one: when
+        `batch_size + 1` samples remain, one fewer is taken now (3 of 3 for batch size 2).
+        """
+        remaining = self.size - self.cursor
+        if remaining == batch_size + 1 and batch_size > 1:
+            return batch_size - 1 if batch_size > 2 else 3
+        return min(batch_size, remaining)
+
+    def batches(self, batch_size: int) -> Iterator[list[Key]]:
+        """The remaining updates of this epoch, each as the keys of its samples."""
+        order = self.permutation()
+        position = self
+        while position.epoch == self.epoch:
+            size = position.next_size(batch_size)
+            yield [(self.epoch, index) for index in order[position.cursor : position.cursor + size]]
+            position = position.advance(size)
+
+    def advance(self, samples: int) -> Position:
+        """The position after `samples` more; at the end of the data set it is the start of the next epoch.
+
+        Raises:
+            ValueError: that many samples are not left in this epoch, or the number is negative.
+        """
+        remaining = self.size - self.cursor
+        if not 0 <= samples <= remaining:
+            raise ValueError(f"cannot advance by {samples}: {remaining} samples are left in epoch {self.epoch}")
+        if samples == remaining:
+            return replace(self, epoch=self.epoch + 1, cursor=0)
+        return replace(self, cursor=self.cursor + samples)
+
+    def schedule_step(self, batch_size: int) -> int:
+        """Updates that lead here when every update so far had `batch_size` samples: what a schedule counts by.
+
+        It equals the number of updates in a run whose batch size never changed, and depends on nothing but position
+        and batch size, so that a schedule needs no memory of its own.
+        """
+        per_epoch = updates_per_epoch(self.size, batch_size)
+        return self.epoch * per_epoch + min(math.ceil(self.cursor / batch_size), per_epoch - 1)
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain data for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Position:
+        """The position that `to_dict` gave."""
+        return cls(**{name: int(data[name]) for name in ("seed", "epoch", "cursor", "size")})
+
+
+def updates_per_epoch(size: int, batch_size: int) -> int:
+    """Updates in a whole epoch of `size` samples. For batch size 2 a last single sample joins the update before it."""
+    full, rest = divmod(size, batch_size)
+    joined = batch_size == 2 and rest == 1 and full > 0
+    return full + (rest > 0) - joined
+
+
+def micro_batches(samples: int, micro_batch_size: int, avoid_single: bool) -> list[int]:
+    """Sizes of the forward passes of one update: as few as fit, as even as possible, the larger ones first.
+
+    Args:
+        avoid_single: no part of one sample (BatchNorm) where there is more than one. For micro-batch size 2 and an odd
+            number of samples, one part then has 3; for micro-batch size 1 the parts have 2 or 3.
+    """
+    if samples == 0:
+        return []
+    parts = math.ceil(samples / micro_batch_size)
+    if avoid_single:
+        parts = max(1, min(parts, samples // 2))
+    small, larger = divmod(samples, parts)
+    return [small + 1] * larger + [small] * (parts - larger)
