@@ -1,0 +1,237 @@
+"""How much memory training may use: a real cap on a CUDA card, or a simulated card where there is none.
+
+On CUDA the cap limits the caching allocator, so that a big card runs out of memory where a small one would. Without
+CUDA, live tensor bytes are counted at the operators, through a model of the same allocator, and
+`torch.OutOfMemoryError` is raised where a card of that size would raise it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from adaptive_trainer import oom
+from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.memory import usage
+from adaptive_trainer.memory.card import SimulatedCard
+from adaptive_trainer.memory.usage import Usage, format_bytes
+
+__all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limited", "parse_limit"]
+
+DEFAULT_SIMULATED = 512 * 2**20
+SMALLEST_LIMIT = 2**20
+SHORT = 0.8  # share of the capacity above which memory counts as really short
+
+UNITS = {"b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("ib", 1024), ("b", 1000))
+}
+ALLOWED = (
+    "allowed are a size (5600MiB, 6GiB, 512 MB), a fraction of the card above 0 and up to 1 (0.5), "
+    "null for the default, or none for no limit"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`memory.limit`, understood. None of the three set: the default."""
+
+    bytes: int | None = None
+    fraction: float | None = None
+    lifted: bool = False
+
+    def of(self, total: int) -> int | None:
+        """The limit in bytes on a card of `total` bytes; None where none is set."""
+        return self.bytes if self.fraction is None else int(self.fraction * total)
+
+
+def parse_limit(value: object) -> Limit:
+    """Understand `memory.limit`: null, `none`, a size with its unit, whole bytes, or a fraction in (0, 1].
+
+    Raises:
+        ConfigError: anything else, and sizes under 1 MiB (most likely a unit was forgotten).
+    """
+    if value is None:
+        return Limit()
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("", "null"):
+            return Limit()
+        if text == "none":
+            return Limit(lifted=True)
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text)
+        if match and match[2] in UNITS:
+            return _size(value, float(match[1]) * UNITS[match[2]])
+        if match and not match[2]:
+            return _number(value, float(match[1]))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        return _number(value, float(value))
+    raise ConfigError(f"memory.limit={value!r} cannot be read; {ALLOWED}")
+
+
+def _number(value: object, number: float) -> Limit:
+    if 0 < number <= 1:
+        return Limit(fraction=number)
+    if math.isfinite(number) and number > 1 and number.is_integer():
+        return _size(value, number)
+    raise ConfigError(f"memory.limit={value!r} is neither a size nor a fraction; {ALLOWED}")
+
+
+def _size(value: object, size: float) -> Limit:
+    if size < SMALLEST_LIMIT:
+        raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, less than 1 MiB; write a unit, such as 5600MiB")
+    return Limit(bytes=int(size))
+
+
+class Capacity:
+    """The memory that training may use on one device. `limited` makes it.
+
+    Attributes:
+        device: the device.
+        bytes: the cap; None where none is set.
+        description: the device and the cap, in words.
+        card: the simulated card, where there is one.
+        exact: whether it counts exactly, so that the same work meets the same limit again.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None, description: str, card: SimulatedCard | None) -> None:
+        self.device = device
+        self.bytes = limit
+        self.description = description
+        self.card = card
+        self.exact = card is not None
+        self._failed = self._working = False
+
+    @contextmanager
+    def device_work(self) -> Iterator[None]:
+        """Around what a card would do: forward, backward, optimizer step. Data loading stays outside."""
+        if self.card is None or self._working:
+            yield
+            return
+        if self._failed:  # after a failure a real card's cache is emptied too (`oom.release`)
+            self.card.empty_cache()
+        self._failed = self._working = True
+        try:
+            with self.card:
+                yield
+            self._failed = False
+        finally:
+            self._working = False
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside `device_work`, around what a real card would keep in host memory."""
+        if self.card is None:
+            yield
+            return
+        before, self.card.paused = self.card.paused, True
+        try:
+            yield
+        finally:
+            self.card.paused = before
+
+    def usage(self) -> Usage:
+        """What is used now and was used at the most, in bytes; zeros where nothing counts (a CPU with no limit)."""
+        return self.card.usage() if self.card is not None else usage.snapshot(self.device)
+
+    def peaks(self) -> tuple[int, int]:
+        """Peak allocated and peak reserved bytes since the last `reset_peaks`."""
+        used = self.usage()
+        return used.peak_allocated, used.peak_reserved
+
+    def reset_peaks(self) -> None:
+        """Start counting peaks anew."""
+        usage.reset_peaks(self.device)
+
+    def empty_cache(self) -> None:
+        """Give back what is reserved and not allocated."""
+        if self.card is not None:
+            self.card.empty_cache()
+        elif self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def room(self) -> int | None:
+        """Bytes that this process could hold in tensors now: the cap, or what other processes leave of the card.
+
+        None where that is not known.
+        """
+        if self.device.type != "cuda":
+            return self.bytes
+        left = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return left if self.bytes is None else min(left, self.bytes)
+
+    def pressure(self) -> bool:
+        """Whether memory is really short: more than 0.8 of the room is reserved. False where the device is mute."""
+        try:
+            room = self.room()
+            return room is not None and self.usage().reserved > SHORT * room
+        except RuntimeError:
+            return False
+
+    def other_users(self) -> str:
+        """A sentence on who else holds memory of the device."""
+        return usage.describe_users(self.device)
+
+
+def limited(device: torch.device, limit: object) -> AbstractContextManager[Capacity]:
+    """Limit what training may use of `device` while the context is open; contexts may be nested.
+
+    Args:
+        device: where training runs.
+        limit: `memory.limit`, see `parse_limit`. A fraction is of the CUDA card, or of the default simulated card.
+
+    Raises:
+        ConfigError: the limit cannot be read, is larger than the card, or cannot be set on this kind of device.
+    """
+    asked = parse_limit(limit)
+    if device.type == "cuda":
+        return _on_cuda(device, asked)
+    if device.type == "cpu":
+        return _on_cpu(device, asked)
+    if asked not in (Limit(), Limit(lifted=True)):
+        raise ConfigError(f"memory.limit={limit!r} cannot be set on {device.type}: only CUDA and the CPU have limits")
+    return nullcontext(Capacity(device, None, f"{device.type}, whose memory is neither limited nor measured", None))
+
+
+@contextmanager
+def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
+    total = torch.cuda.get_device_properties(device).total_memory
+    cap = asked.of(total)
+    name = f"{device} ({torch.cuda.get_device_name(device)}, {format_bytes(total)})"
+    if cap is not None and cap > total:
+        raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {name}; ask for less, or for none")
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    if asked == Limit() and before < 1:
+        cap = int(before * total)  # set by whoever calls
+    oom.release(device)  # what the allocator has cached counts against the cap
+    if cap is not None or asked.lifted:
+        # The allocator takes the whole number under fraction * total: half a byte more keeps it from falling short.
+        fraction = 1.0 if cap is None else min(1.0, (cap + 0.5) / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+    capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by memory.limit"
+    usage.reset_peaks(device)
+    try:
+        yield Capacity(device, cap, f"{name}, {capped}", None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+@contextmanager
+def _on_cpu(device: torch.device, asked: Limit) -> Iterator[Capacity]:
+    if asked.lifted:
+        yield Capacity(device, None, "the CPU, with no limit on memory (memory.limit=none)", None)
+        return
+    size = asked.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
+    text = f"a simulated card of {format_bytes(size)} (no CUDA here; memory.limit sets its size, none lifts it)"
+    card = SimulatedCard(size)
+    usage.simulated_cards.append(card)
+    try:
+        yield Capacity(device, size, text, card)
+    finally:
+        usage.simulated_cards.remove(card)

@@ -1,0 +1,130 @@
+"""A simulated card: counts live tensor bytes at the operators and runs out of memory where a card of its size would."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptive_trainer import oom
+from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
+from adaptive_trainer.memory.usage import Usage, format_bytes
+
+__all__ = ["SimulatedCard"]
+
+
+class _Storage(weakref.ref[torch.UntypedStorage]):
+    """A live storage and its block. torch keeps one Python object per storage, alive as long as the storage is."""
+
+    __slots__ = ("handle", "key", "nbytes")
+    key: int
+    handle: int
+    nbytes: int
+
+
+class SimulatedCard(TorchDispatchMode):
+    """Counts the tensors that operators see and make, and runs out of memory as a card of `capacity` bytes would.
+
+    As a dispatch mode it counts while it is entered; storages that die are given back at any time. Tensors that were
+    there before (weights, the batch) count from the first operator that is given them. The scratch memory of single
+    kernels is not seen.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self.paused = False
+        self._allocator = CachingAllocator(capacity)
+        self._live: dict[int, _Storage] = {}
+        # Storages die whenever Python collects garbage, perhaps while the allocator is at work: their blocks wait here.
+        self._dead: deque[int] = deque()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count the arguments, run the operator, count its results; drop the results if they do not fit."""
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        full = self._count(args) or (self._count(kwargs.values()) if kwargs else None)
+        if full is None:
+            out = func(*args, **kwargs)
+            full = self._count((out,))
+            if full is None:
+                return out
+            del out  # before the error is raised: its traceback would keep this frame, and the result, alive
+        raise oom.SimulatedOutOfMemory(full)
+
+    def _count(self, values: Iterable[Any]) -> str | None:
+        """Give every tensor in `values` its block; why not, where one does not fit."""
+        for value in values:
+            if isinstance(value, Tensor):
+                full = self._hold(value)
+            elif isinstance(value, list | tuple):
+                full = self._count(value)
+            else:
+                continue
+            if full is not None:
+                return full
+        return None
+
+    def _hold(self, tensor: Tensor) -> str | None:
+        if tensor.layout is not torch.strided:
+            return None  # sparse and opaque tensors have no storage of their own
+        storage = tensor.untyped_storage()
+        key, nbytes = id(storage), storage.nbytes()
+        known = self._live.get(key)
+        if known is not None:
+            if known.nbytes == nbytes:
+                return None
+        elif storage.device.type != "cpu":
+            return None  # meta and fake tensors
+        try:
+            self._drain()
+            handle = self._allocator.allocate(nbytes)
+        except AllocatorFull as error:
+            return self._message(error)
+        if known is not None:  # resized: as on a card, the old block goes when the new one is there
+            self._allocator.free(known.handle)
+        else:
+            known = self._live[key] = _Storage(storage, self._forget)
+            known.key = key
+        known.handle, known.nbytes = handle, nbytes
+        return None
+
+    def _forget(self, storage: _Storage) -> None:
+        self._live.pop(storage.key, None)
+        self._dead.append(storage.handle)
+
+    def _drain(self) -> None:
+        while self._dead:
+            self._allocator.free(self._dead.popleft())
+
+    def _message(self, error: AllocatorFull) -> str:
+        free, cached = self.capacity - error.reserved, error.reserved - error.allocated
+        return (
+            f"Simulated card out of memory. Tried to allocate {format_bytes(error.requested)}. The card has a total "
+            f"capacity of {format_bytes(self.capacity)} of which {format_bytes(free)} is free; "
+            f"{format_bytes(error.allocated)} is allocated, and {format_bytes(cached)} is reserved but unallocated."
+        )
+
+    def usage(self) -> Usage:
+        """What is used of the card."""
+        self._drain()
+        a = self._allocator
+        return Usage(a.allocated, a.reserved, a.peak_allocated, a.peak_reserved, a.num_retries)
+
+    def reset_peaks(self) -> None:
+        """Start counting peaks anew."""
+        self._drain()
+        self._allocator.reset_peaks()
+
+    def empty_cache(self) -> None:
+        """Give back every wholly free segment, as `torch.cuda.empty_cache` does."""
+        self._drain()
+        self._allocator.empty_cache()

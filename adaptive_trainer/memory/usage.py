@@ -1,0 +1,299 @@
+"""What memory is used, and by whom: tables for people, plain numbers for the trainer.
+
+Without a GPU the functions show the simulated card that trains just now, where there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ParamSpec, Protocol, TextIO, TypeVar, overload
+
+import torch
+
+from adaptive_trainer import oom
+
+__all__ = [
+    "Card",
+    "GpuProcess",
+    "Usage",
+    "clear_gpu_memory",
+    "describe_users",
+    "format_bytes",
+    "memory_users",
+    "monitor_gpu_memory",
+    "print_gpu_memory",
+    "reset_peaks",
+    "simulated_cards",
+    "snapshot",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NO_GPU = "no CUDA GPU here and no simulated card in use: nothing to show"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of a device that this process's tensors fill (`allocated`) and that its allocator holds (`reserved`).
+
+    Peaks count since the last `reset_peaks`; `num_alloc_retries`, how often the allocator had to flush its cache to
+    serve a request, since the process began.
+    """
+
+    allocated: int = 0
+    reserved: int = 0
+    peak_allocated: int = 0
+    peak_reserved: int = 0
+    num_alloc_retries: int = 0
+
+
+class Card(Protocol):
+    """A simulated card, as far as this module needs to know it."""
+
+    @property
+    def capacity(self) -> int:
+        """Its size in bytes."""
+
+    def usage(self) -> Usage:
+        """What is used of it."""
+
+    def reset_peaks(self) -> None:
+        """Start counting peaks anew."""
+
+    def empty_cache(self) -> None:
+        """Give back what is reserved and not allocated."""
+
+
+simulated_cards: list[Card] = []  # those in use, the innermost last; `memory.capacity.limited` keeps the list
+
+
+def format_bytes(n: int | None) -> str:
+    """Bytes for people: `5600 MiB`; below 10 MiB in KiB, below 10 KiB in bytes; `unknown` for None."""
+    if n is None:
+        return "unknown"
+    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
+        if abs(n) >= 10 * size:
+            return f"{n / size:.0f} {unit}"
+    return f"{n} bytes"
+
+
+def snapshot(device: torch.device) -> Usage:
+    """What is used of a CUDA device, or of the simulated card in use; zeros where neither is known."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        return Usage(
+            stats.get("allocated_bytes.all.current", 0),
+            stats.get("reserved_bytes.all.current", 0),
+            stats.get("allocated_bytes.all.peak", 0),
+            stats.get("reserved_bytes.all.peak", 0),
+            stats.get("num_alloc_retries", 0),
+        )
+    return simulated_cards[-1].usage() if simulated_cards else Usage()
+
+
+def reset_peaks(device: torch.device) -> None:
+    """Start counting a device's peaks anew; a `monitor_gpu_memory` that is under way keeps what it has seen."""
+    for monitor in _monitors:
+        monitor.note_peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif simulated_cards:
+        simulated_cards[-1].reset_peaks()
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def print_gpu_memory(file: TextIO | None = None) -> None:
+    """Print, per GPU: name, total, allocated, reserved, free on the device, percentages, and who else holds memory."""
+    lines = [line for device in _devices() for line in (_cuda_line(device), "  " + describe_users(device))]
+    lines += [_card_line(card) for card in simulated_cards]
+    print("\n".join(lines or [NO_GPU]), file=file or sys.stdout)
+
+
+def _cuda_line(device: torch.device) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    return _line(f"{device} ({torch.cuda.get_device_name(device)})", total, snapshot(device), free)
+
+
+def _card_line(card: Card) -> str:
+    used = card.usage()
+    return _line("simulated card", card.capacity, used, card.capacity - used.reserved)
+
+
+def _line(name: str, total: int, used: Usage, free: int) -> str:
+    parts = [("allocated", used.allocated), ("reserved", used.reserved), ("free on the device", free)]
+    shares = [f"{label} {format_bytes(value)} ({100 * value / total:.0f} %)" for label, value in parts]
+    return f"{name}: total {format_bytes(total)}, {', '.join(shares)}"
+
+
+def clear_gpu_memory() -> int:
+    """Free all device memory that nothing refers to any more, and say how much; returns the freed bytes.
+
+    Works in a notebook after an out-of-memory escaped from a cell, with no restart of the kernel: the traceback that
+    IPython keeps, and with it the failed cell's local tensors, is dropped. What the notebook's own variables and
+    outputs (`model`, `Out[n]`, `_`) refer to stays.
+    """
+    oom.forget_traceback()
+    devices = _devices() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    before = _held(devices)
+    oom.release(torch.device("cpu"))
+    for device in devices:
+        oom.release(device)
+    for card in simulated_cards:
+        card.empty_cache()
+    freed = before - _held(devices)
+    still = sum(used.allocated for used in _all_usage(devices))
+    print(f"freed {format_bytes(freed)}; {format_bytes(still)} are still in use")
+    return freed
+
+
+def _all_usage(devices: list[torch.device]) -> list[Usage]:
+    return [snapshot(device) for device in devices] + [card.usage() for card in simulated_cards]
+
+
+def _held(devices: list[torch.device]) -> int:
+    return sum(used.reserved for used in _all_usage(devices))
+
+
+class Monitor:
+    """Measures a block of code or the calls of a function: what `monitor_gpu_memory` makes.
+
+    Attributes:
+        before, peak, after: allocated bytes at the start, at the most, and at the end of the last block or call.
+    """
+
+    def __init__(self, label: str, file: TextIO | None) -> None:
+        self.label = label
+        self.file = file
+        self.before = self.peak = self.after = 0
+
+    def __enter__(self) -> Monitor:
+        """Start measuring."""
+        self.device = _current()
+        reset_peaks(self.device)
+        _monitors.append(self)
+        self.before = self.peak = snapshot(self.device).allocated
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop measuring and print one line; an error goes on."""
+        self.note_peak()
+        _monitors.remove(self)
+        self.after = snapshot(self.device).allocated
+        values = [f"{name} {format_bytes(getattr(self, name))}" for name in ("before", "peak", "after")]
+        print(f"{self.label}: {', '.join(values)}", file=self.file or sys.stdout)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate: every call of `function` is measured."""
+
+        @functools.wraps(function)
+        def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+            with Monitor(self.label or getattr(function, "__qualname__", "call"), self.file):
+                return function(*args, **kwargs)
+
+        return measured
+
+    def note_peak(self) -> None:
+        """Keep the peak seen so far; called before someone resets the device's own."""
+        self.peak = max(self.peak, snapshot(self.device).peak_allocated)
+
+
+_monitors: list[Monitor] = []
+
+
+@overload
+def monitor_gpu_memory(target: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def monitor_gpu_memory(target: str = "", /, *, file: TextIO | None = None) -> Monitor: ...
+def monitor_gpu_memory(target: Any = "", /, *, file: TextIO | None = None) -> Any:
+    """Print allocated memory before, at its peak and after: a decorator and a context manager.
+
+        @monitor_gpu_memory
+        def train(): ...
+
+        with monitor_gpu_memory("evaluation") as seen:
+            ...
+        seen.peak  # bytes
+
+    Measures the current CUDA device, or the simulated card in use. Monitors may be nested.
+    """
+    if callable(target):
+        return Monitor("", file)(target)
+    return Monitor(target, file)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process that holds memory of a GPU. `bytes` is None where the driver does not say (containers, Windows)."""
+
+    pid: int
+    name: str
+    bytes: int | None
+
+
+def memory_users(device: torch.device) -> list[GpuProcess]:
+    """The processes that hold memory of a CUDA device, by NVML; the largest first, [] where NVML cannot tell.
+
+    In a container the pids are the host's, and some or all processes may be missing.
+    """
+    found = _ask_nvml(device)
+    return found if isinstance(found, list) else []
+
+
+def describe_users(device: torch.device) -> str:
+    """A sentence on who else holds memory of the device, and how much is held outside this process's allocator."""
+    if device.type != "cuda":
+        return "no other process uses this device's memory"
+    free, total = torch.cuda.mem_get_info(device)
+    outside = max(0, total - free - snapshot(device).reserved)
+    text = f"{format_bytes(outside)} are held outside this process's allocator (its own CUDA context included)"
+    found = _ask_nvml(device)
+    if isinstance(found, str):
+        return f"{text}; by whom is not known: {found}"
+    others = [f"{user.name} (pid {user.pid}): {format_bytes(user.bytes)}" for user in found if user.pid != os.getpid()]
+    return f"{text}; {', '.join(others) or 'NVML names no other process (in a container it may not see them)'}"
+
+
+def _ask_nvml(device: torch.device) -> list[GpuProcess] | str:
+    """The device's processes, or why they are not known. Only reads."""
+    try:
+        import pynvml
+    except ImportError:
+        return "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+    try:
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        users = [GpuProcess(p.pid, _process_name(pynvml, p.pid), p.usedGpuMemory) for p in running]
+    except (pynvml.NVMLError, RuntimeError, AssertionError) as error:  # torch: no such device, no driver
+        return f"NVML: {error}"
+    finally:
+        pynvml.nvmlShutdown()
+    return sorted(users, key=lambda user: -(user.bytes or 0))
+
+
+def _process_name(pynvml: Any, pid: int) -> str:
+    with suppress(pynvml.NVMLError):
+        name = pynvml.nvmlSystemGetProcessName(pid)
+        return Path(name.decode(errors="replace") if isinstance(name, bytes) else name).name
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "unknown program"
