@@ -1,0 +1,257 @@
+"""Networks by name from timm and torchvision, and what the trainer must know about a network before it trains it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.errors import ModelError
+
+__all__ = ["build_model", "check_image_size", "checkpoint_activations", "has_batch_norm"]
+
+log = logging.getLogger(__name__)
+
+TORCHVISION = "torchvision/"
+WITH_AUXILIARY_HEAD = ("googlenet", "inception_v3")  # they return a tuple in training unless told otherwise
+NETWORK_PACKAGES = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
+NETWORK_TIMEOUT = 20.0  # seconds of silence
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The network that `config.name` names, its head sized to the classes, on the current default device.
+
+    Maps images (N, 3, H, W) to scores (N, num_classes).
+
+    Raises:
+        ModelError: the name is unknown, `config.kwargs` do not suit it, or its pretrained weights cannot be had.
+    """
+    _check_name(config.name)
+    problem = ""
+    try:
+        with _network_timeout():
+            if config.name.startswith(TORCHVISION):
+                return _from_torchvision(config, num_classes)
+            return _from_timm(config, num_classes)
+    except Exception as error:
+        problem = _explained(config, error)
+        if not problem:
+            raise
+    raise ModelError(problem)
+
+
+def _from_timm(config: ModelConfig, num_classes: int) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(
+        config.name, pretrained=config.pretrained, num_classes=num_classes, **config.kwargs
+    )
+    return model
+
+
+def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
+    from torchvision.models import get_model
+
+    name = config.name.removeprefix(TORCHVISION)
+    kwargs: dict[str, Any] = {}
+    if name in WITH_AUXILIARY_HEAD:
+        kwargs = {"aux_logits": False, "transform_input": config.pretrained, "init_weights": True}
+    model: nn.Module = get_model(name, weights=None, num_classes=num_classes, **{**kwargs, **config.kwargs})
+    if config.pretrained:
+        kwargs.pop("init_weights", None)
+        learned = get_model(name, weights="DEFAULT", **{**kwargs, **config.kwargs}).state_dict()
+        own = model.state_dict()
+        fitting = {key: value for key, value in learned.items() if key in own and own[key].shape == value.shape}
+        model.load_state_dict(fitting, strict=False)  # all but the head, whose shape follows the classes
+    return model
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return
+    if name.startswith(TORCHVISION):
+        import torchvision
+
+        known = [TORCHVISION + each for each in torchvision.models.list_models(module=torchvision.models)]
+        is_known, plain = name in known, name
+    else:
+        plain = name.split(".")[0]
+        is_known, known = timm.is_model(plain), timm.list_models()
+    if is_known:
+        return
+    near = difflib.get_close_matches(plain, known, n=3) or [n for n in known if plain.lower() in n][:3]
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(known)}, such as {', '.join(known[:3])}"
+    raise ModelError(f"unknown model.name={name}: {hint} (a timm name, or torchvision/NAME)")
+
+
+def _explained(config: ModelConfig, error: Exception) -> str:
+    """What the user can do about a failure to build; empty where it is none of the user's doing."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    package = type(error).__module__.split(".")[0]
+    is_missing = isinstance(error, OSError) or package in NETWORK_PACKAGES or "No pretrained weights" in text
+    if config.pretrained and is_missing:
+        return (
+            f"cannot get the pretrained weights of {config.name}: {text}. Use model.pretrained=false, or connect to "
+            "the network once so that they are kept in the cache"
+        )
+    if is_missing and ":" in config.name:
+        return f"cannot read model.name={config.name}: {text}"
+    if config.kwargs and isinstance(error, TypeError | ValueError | AssertionError):
+        return f"{config.name} does not take model.kwargs={config.kwargs}: {text}"
+    return ""
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    """Downloads that set no time limit of their own end when the network is silent."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def check_image_size(config: ModelConfig, image_size: int) -> None:
+    """Refuse an image size that the network cannot take, found out by running shapes alone (no memory, about 0.1 s).
+
+    A network that cannot be run on shapes alone even at the size it was made for is let through.
+
+    Raises:
+        ModelError: the network refuses the size; also everything that `build_model` raises it for.
+    """
+    made_for, refusal = _refusal(config.name, json.dumps(config.kwargs, sort_keys=True), image_size)
+    if refusal:
+        advice = "" if config.name.startswith(TORCHVISION) else f", or +model.kwargs.img_size={image_size} if it has it"
+        raise ModelError(
+            f"{config.name} refuses data.image_size={image_size}: {refusal}. Use data.image_size={made_for}{advice}, "
+            "or another model.name"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(name: str, kwargs: str, image_size: int) -> tuple[int, str]:
+    """The size the network was made for, and why it refuses `image_size` (empty: it does not)."""
+    config = ModelConfig(name=name, kwargs=json.loads(kwargs))
+    made_for = _made_for(config)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = build_model(config, num_classes=2).eval()
+    except NotImplementedError:
+        return made_for, ""
+    if _failure(model, made_for):
+        return made_for, ""
+    return made_for, _failure(model, image_size)
+
+
+def _made_for(config: ModelConfig) -> int:
+    import timm
+
+    given = config.kwargs.get("img_size", config.kwargs.get("image_size"))
+    if isinstance(given, int):
+        return given
+    known = (
+        None if config.name.startswith(TORCHVISION) else timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    )
+    return 224 if known is None else int(known.input_size[-1])
+
+
+@torch.no_grad()
+def _failure(model: nn.Module, image_size: int) -> str:
+    """The first line of what a forward pass on shapes alone fails with; empty when it passes."""
+    try:
+        model(torch.empty(2, 3, image_size, image_size, device="meta"))
+    except Exception as error:  # models refuse sizes with every kind of error
+        return str(error).splitlines()[0].rstrip(".! ") if str(error) else type(error).__name__
+    return ""
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether training the network on a single sample is impossible or senseless, because of BatchNorm."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def checkpoint_activations(model: nn.Module, enable: bool) -> None:
+    """Keep only the inputs of blocks for the backward pass and compute the rest again (Chen et al., arXiv 1604.06174).
+
+    Saves most of the activations' memory for about a third more time. timm's networks know their own blocks; of others,
+    the modules that stand in an `nn.Sequential` or `nn.ModuleList` are taken. The second computation leaves buffers
+    alone: BatchNorm statistics are counted once.
+    """
+    if not _by_its_own_means(model, enable):
+        blocks = list(_blocks(model))
+        if enable and not blocks:
+            log.warning("%s has no blocks to recompute: trainer.checkpoint_activations saves nothing", _name(model))
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+            if enable:
+                block.__dict__["forward"] = functools.partial(_recomputed_later, type(block).forward, block)
+    if enable:
+        _keep_buffers_when_recomputing(model)
+
+
+def _by_its_own_means(model: nn.Module, enable: bool) -> bool:
+    switch: Callable[[bool], None] | None = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        return False
+    try:
+        switch(enable)
+    except AssertionError:  # timm's way to say that this network has no checkpointing
+        return False
+    return True
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules with parts of their own that stand directly in a plain container, the outermost first."""
+    for child in module.children():
+        is_container = type(child) in CONTAINERS
+        has_parts = next(child.children(), None) is not None and next(child.parameters(), None) is not None
+        if type(module) in CONTAINERS and not is_container:
+            if has_parts:
+                yield child
+        else:
+            yield from _blocks(child)
+
+
+def _recomputed_later(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not (module.training and torch.is_grad_enabled()):
+        return forward(module, *args, **kwargs)
+    return checkpoint(functools.partial(forward, module), *args, use_reentrant=False, **kwargs)
+
+
+def _keep_buffers_when_recomputing(model: nn.Module) -> None:
+    """A module that runs inside a backward pass runs for the second time: it gets copies of its buffers to change."""
+    for module in model.modules():
+        if module._buffers and _lend_buffers not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_lend_buffers)
+            module.register_forward_hook(_take_buffers_back, always_call=True)
+
+
+def _lend_buffers(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if torch._C._current_graph_task_id() != -1:  # -1: no backward pass is running in this thread
+        kept = dict(module._buffers)
+        module.__dict__["kept_buffers"] = kept
+        module._buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
+
+
+def _take_buffers_back(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    kept = module.__dict__.pop("kept_buffers", None)
+    if kept is not None:
+        module._buffers.update(kept)
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

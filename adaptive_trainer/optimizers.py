@@ -1,0 +1,151 @@
+"""Optimizers and learning-rate schedules by name from timm, the moving average of weights, and the GradScaler."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from adaptive_trainer.config import OptimizerConfig, ScheduleConfig
+from adaptive_trainer.errors import ConfigError
+
+__all__ = ["Schedule", "build_ema", "build_optimizer", "build_scaler", "build_schedule"]
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
+CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
+SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
+WARMUP_LR = 1e-5
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device: torch.device) -> Optimizer:
+    """The timm optimizer that `config.name` names, over the model's parameters.
+
+    Biases and parameters of one dimension have no weight decay. The fused implementation is used where torch has one
+    for the device and `config.kwargs` do not choose another.
+
+    Args:
+        lr: the learning rate to begin with; it may differ from `config.lr` after a change of the batch size.
+
+    Raises:
+        ConfigError: the name is unknown, needs what this trainer does not do, or `config.kwargs` do not suit it.
+    """
+    _check_optimizer(config)
+    problem = ""
+    try:
+        kwargs = {**_fused(config, device), **config.kwargs}
+        optimizer: Optimizer = create_optimizer_v2(
+            model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
+        )
+        return optimizer
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        problem = str(error).splitlines()[0]
+    given = f" with optimizer.kwargs={config.kwargs}" if config.kwargs else ""
+    raise ConfigError(f"optimizer.name={config.name}{given} cannot be built: {problem}")
+
+
+def _check_optimizer(config: OptimizerConfig) -> None:
+    name, known = config.name.lower(), [str(each) for each in list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or ["adamw", "sgd", "lion"]
+        raise ConfigError(f"unknown optimizer.name={config.name}: did you mean {', '.join(near)}? (a timm optimizer)")
+    info = get_optimizer_info(name)
+    if info.second_order:
+        raise ConfigError(
+            f"optimizer.name={config.name} needs second derivatives, which cost the memory that is short; use adamw"
+        )
+    takes = {"eps": info.has_eps, "betas": info.has_betas}
+    ignored = [key for key in config.kwargs if not takes.get(key, True)]
+    if ignored:
+        raise ConfigError(f"optimizer.name={config.name} does not take optimizer.kwargs {', '.join(ignored)}")
+
+
+def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
+    if device.type not in ("cpu", "cuda") or any(key in config.kwargs for key in CHOOSES_IMPLEMENTATION):
+        return {}
+    is_fused = get_optimizer_class(config.name, bind_defaults=False) in FUSED
+    return {"fused": True} if is_fused else {}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a function of the update count: no memory of its own, so it can be built anew at any time.
+
+    Attributes:
+        optimizer: whose learning rate `apply` sets.
+        lr: the base learning rate.
+        values: a timm scheduler over a stand-in optimizer, or None for a constant learning rate.
+    """
+
+    optimizer: Optimizer
+    lr: float
+    values: Any = None
+
+    def lr_at(self, update: int) -> float:
+        """The learning rate of update number `update`, from 0."""
+        if self.values is None:
+            return self.lr
+        self.values.step_update(update)
+        return float(self.values.optimizer.param_groups[0]["lr"])
+
+    def apply(self, update: int) -> None:
+        """Set the learning rate for update number `update`, times `lr_scale` in the groups that have one."""
+        lr = self.lr_at(update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def build_schedule(
+    optimizer: Optimizer, config: ScheduleConfig, *, lr: float, epochs: int, updates_per_epoch: int
+) -> Schedule:
+    """The timm schedule that `config.name` names, counted in updates; nothing is changed before `Schedule.apply`.
+
+    Args:
+        lr: the base learning rate.
+
+    Raises:
+        ConfigError: the name is unknown, not a function of the update count, or `config.kwargs` do not suit it.
+    """
+    if config.name == "plateau":
+        raise ConfigError(
+            "schedule.name=plateau follows a metric, and a schedule here is a function of the update count alone; "
+            f"use one of {', '.join(SCHEDULES)}"
+        )
+    problem = ""
+    # timm writes into the groups of the optimizer it is given, at once, and keys that a checkpoint would carry along
+    stand_in = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=lr)
+    warmup: dict[str, Any] = {"warmup_lr": min(WARMUP_LR, lr), "warmup_epochs": config.warmup_epochs}
+    try:
+        values, _ = create_scheduler_v2(
+            stand_in,
+            sched=config.name,
+            num_epochs=epochs,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **{**warmup, **config.kwargs},
+        )
+        if values is not None or config.name == "none":
+            return Schedule(optimizer, lr, values)
+    except (TypeError, ValueError) as error:
+        problem = str(error).splitlines()[0].rstrip(". ")
+    given = f" with schedule.kwargs={config.kwargs}" if config.kwargs else ""
+    known = f"; the names are {', '.join(SCHEDULES)}" if config.name not in SCHEDULES else ""
+    raise ConfigError(f"schedule.name={config.name}{given} cannot be built: {problem or 'unknown'}{known}")
+
+
+def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+    """A moving average of the model's weights and buffers; None when no decay is given."""
+    return None if decay is None else ModelEmaV3(model, decay=decay)
+
+
+def build_scaler(precision: str, device: torch.device) -> GradScaler:
+    """The loss scaling that fp16 needs; it does nothing for other precisions."""
+    return GradScaler(device.type, enabled=precision == "fp16")
