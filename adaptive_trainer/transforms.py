@@ -1,0 +1,114 @@
+"""From a data set's image to the network's input: augmentation for training, resize and crop for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adaptive_trainer.config import DataConfig
+from adaptive_trainer.errors import ConfigError
+
+__all__ = ["Transform", "build_transform", "to_rgb"]
+
+Transform = Callable[[Any], Tensor]
+EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
+AUTO_AUGMENT = {
+    "ra": "RandAugment",
+    "ta_wide": "TrivialAugmentWide",
+    "imagenet": "AutoAugment",
+    "augmix": "AugMix",
+}  # names of torchvision's reference scripts
+
+
+def to_rgb(image: Any) -> Image.Image | Tensor:
+    """A PIL image, or a tensor (C, H, W) or (H, W), grey or with alpha, with exactly three channels.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if isinstance(image, Tensor) and image.ndim in (2, 3):
+        planes = image if image.ndim == 3 else image[None]
+        if planes.shape[0] in (3, 4):
+            return planes[:3]
+        if planes.shape[0] in (1, 2):
+            return planes[:1].expand(3, -1, -1)
+    got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    raise TypeError(f"the image is {got}; a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels is needed")
+
+
+def build_transform(config: DataConfig, image_size: int, *, training: bool) -> Transform:
+    """From an RGB image (PIL, or a tensor of bytes or of floats from 0 to 1) to a float tensor (3, size, size).
+
+    `data.transforms=none` only resizes images of another size, and neither augments nor normalises.
+
+    Raises:
+        ConfigError: `data.auto_augment` or another setting of the augmentation is not known.
+    """
+    if config.transforms == "timm":
+        return _timm(config, image_size, training)
+    return _torchvision(config, image_size, training)
+
+
+def _torchvision(config: DataConfig, size: int, training: bool) -> Transform:
+    from torchvision.transforms import v2
+
+    to_float: list[Any] = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    if config.transforms == "none":
+        return v2.Compose([*to_float, v2.Resize((size, size), antialias=True)])  # type: ignore[no-any-return]
+    if training:
+        steps = [v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), antialias=True)]
+        steps += [v2.RandomHorizontalFlip(config.hflip)] if config.hflip else []
+        steps += [_auto_augment(config.auto_augment)] if config.auto_augment else []
+    else:
+        steps = [v2.Resize(round(size / EVAL_CROP), antialias=True), v2.CenterCrop(size)]
+    return v2.Compose([*steps, *to_float, v2.Normalize(config.mean, config.std)])  # type: ignore[no-any-return]
+
+
+def _auto_augment(name: str) -> Any:
+    from torchvision.transforms import v2
+
+    if name not in AUTO_AUGMENT:
+        raise ConfigError(
+            f"data.auto_augment={name} is none of {', '.join(AUTO_AUGMENT)} (or null); with data.transforms=timm it is "
+            "a string of timm, such as rand-m9-mstd0.5"
+        )
+    return getattr(v2, AUTO_AUGMENT[name])()
+
+
+def _timm(config: DataConfig, size: int, training: bool) -> Transform:
+    from timm.data import create_transform
+
+    settings: dict[str, Any] = {
+        "scale": tuple(config.crop_scale),
+        "hflip": config.hflip,
+        "color_jitter": None,
+        "auto_augment": config.auto_augment,
+        "interpolation": "bilinear",
+        "mean": tuple(config.mean),
+        "std": tuple(config.std),
+        "crop_pct": EVAL_CROP,
+    }
+    problem = ""
+    try:
+        return _Pil(create_transform((3, size, size), is_training=training, **settings))
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        problem = f"{type(error).__name__} {error}"
+    raise ConfigError(f"timm does not take these transforms (data.auto_augment={config.auto_augment}): {problem}")
+
+
+class _Pil:
+    """timm's transforms want PIL images; others are made into some."""
+
+    def __init__(self, chain: Transform) -> None:
+        self.chain = chain
+
+    def __call__(self, image: Any) -> Tensor:
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        return self.chain(image if isinstance(image, Image.Image) else to_pil_image(image))
