@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer.config import ModelConfig
@@ -229,7 +229,16 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _recomputed_later(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not (module.training and torch.is_grad_enabled()):
         return forward(module, *args, **kwargs)
-    return checkpoint(functools.partial(forward, module), *args, use_reentrant=False, **kwargs)
+    return checkpoint(functools.partial(_on_lent_buffers, forward, module), *args, use_reentrant=False, **kwargs)
+
+
+def _on_lent_buffers(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's own forward, which is run again without the block's hooks."""
+    _lend_buffers(module, args)
+    try:
+        return forward(module, *args, **kwargs)
+    finally:
+        _take_buffers_back(module, args, None)
 
 
 def _keep_buffers_when_recomputing(model: nn.Module) -> None:
@@ -247,7 +256,7 @@ def _lend_buffers(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         module._buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
 
 
-def _take_buffers_back(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _take_buffers_back(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     kept = module.__dict__.pop("kept_buffers", None)
     if kept is not None:
         module._buffers.update(kept)

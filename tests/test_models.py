@@ -1,0 +1,232 @@
+"""Networks by name, image sizes they refuse, and recomputation that leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.errors import ModelError
+from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
+
+
+class Block(nn.Module):
+    """A residual block with what recomputation gets wrong: statistics, dropout, a counter outside the state_dict."""
+
+    seen: Tensor
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(width, momentum=None)
+        self.drop = nn.Dropout(0.3)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        out: Tensor = x + self.drop(nn.functional.silu(self.norm(self.conv(x))))
+        return out
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Sequential(Block(), Block()), Block(), nn.Flatten(), nn.LazyLinear(5)
+    )  # fmt: skip
+
+
+def bytes_kept(model: nn.Module, images: Tensor) -> int:
+    """Distinct bytes that one forward and backward pass keeps between the two."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.train()
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images).square().sum()
+    loss.backward()
+    return sum(seen.values())
+
+
+def facts(model: nn.Module) -> dict[str, Tensor]:
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**dict(model.named_buffers()), **gradients, "rng": torch.get_rng_state()}
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "network":
+        model = network()
+        model(torch.zeros(2, 3, 64, 64))
+        return model
+    return build_model(ModelConfig(name), 5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        "test_efficientnet",
+        "test_vit",
+        "torchvision/resnet18",
+        "torchvision/mobilenet_v3_small",
+        "network",
+    ],
+)
+def test_recomputing_changes_nothing_but_memory(name: str) -> None:
+    plain = make(name)
+    saving = copy.deepcopy(plain)
+    checkpoint_activations(saving, True)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    expected_bytes, expected = bytes_kept(plain, images), facts(plain)
+    assert bytes_kept(saving, images) < 0.75 * expected_bytes
+    found = facts(saving)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert plain.state_dict().keys() == saving.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "network"])
+def test_recomputing_can_be_turned_off_and_on(name: str) -> None:
+    model = make(name)
+    images = torch.randn(4, 3, 64, 64)
+    plain = bytes_kept(model, images)
+    for enable in (True, True, False, True, False):
+        checkpoint_activations(model, enable)
+        assert (bytes_kept(model, images) < plain) == enable
+
+
+def test_copy_of_a_recomputing_network_uses_its_own_weights() -> None:
+    model = make("network")
+    checkpoint_activations(model, True)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert twin(torch.randn(2, 3, 64, 64)).abs().sum() > 0
+
+
+class FailsInBackward(nn.BatchNorm2d):
+    """Runs out of memory when it is computed again, after it has changed its statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = super().forward(input)
+        if torch._C._current_graph_task_id() != -1:
+            raise torch.OutOfMemoryError("made up")
+        return out
+
+
+def test_failure_while_recomputing_gives_the_buffers_back() -> None:
+    model = make("network")
+    block = model[2]  # type: ignore[index]
+    assert isinstance(block, Block)
+    block.norm = FailsInBackward(4)
+    checkpoint_activations(model, True)
+    loss = model(torch.randn(4, 3, 64, 64)).sum()
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward()
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name][0], name
+        assert torch.equal(buffer, buffers[name][1]), name
+
+
+def test_network_without_blocks_says_that_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint_activations(build_model(ModelConfig("torchvision/vgg11"), 2), True)
+    assert "has no blocks to recompute" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision/squeezenet1_0", "torchvision/googlenet"])
+def test_head_has_the_classes(name: str) -> None:
+    model = build_model(ModelConfig(name), 7).train()
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_kwargs_reach_the_model() -> None:
+    model = build_model(ModelConfig("test_vit", kwargs={"drop_rate": 0.5}), 3)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig("efficientnet_bo"), "unknown model.name=efficientnet_bo: did you mean efficientnet_b"),
+        (ModelConfig("torchvision/mobilenet_v3"), "did you mean torchvision/mobilenet_v"),
+        (ModelConfig("zzz"), "there are .* such as"),
+        (ModelConfig("test_vit", kwargs={"depht": 3}), "test_vit does not take model.kwargs=.*depht"),
+        (ModelConfig("torchvision/resnet18", kwargs={"depht": 3}), "torchvision/resnet18 does not take model.kwargs"),
+        (ModelConfig("local-dir:/nowhere"), "cannot read model.name=local-dir:/nowhere"),
+    ],
+)
+def test_what_cannot_be_built_is_explained(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_model(config, 3)
+
+
+def test_errors_of_the_model_itself_pass_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> nn.Module:
+        raise TypeError("a bug")
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "test_resnet", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        build_model(ModelConfig("test_resnet"), 3)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision/mobilenet_v3_small"])
+def test_pretrained_without_network_is_explained(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port: refused at once
+    with pytest.raises(ModelError, match=f"pretrained weights of {name}.*Use model.pretrained=false"):
+        build_model(ModelConfig(name, pretrained=True), 3)
+
+
+def test_pretrained_weights_of_torchvision_are_kept_under_another_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    learned = torchvision.models.mobilenet_v3_small()
+    url: str = torchvision.models.MobileNet_V3_Small_Weights.DEFAULT.url
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(learned.state_dict(), folder / url.rpartition("/")[2])
+    model = build_model(ModelConfig("torchvision/mobilenet_v3_small", pretrained=True), 5)
+    found, expected = model.state_dict(), learned.state_dict()
+    other = [key for key in expected if not torch.equal(found[key], expected[key])]
+    assert other == ["classifier.3.weight", "classifier.3.bias"]
+    assert found["classifier.3.weight"].shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("vit_tiny_patch16_224", 192, "refuses data.image_size=192: .*224.*Use data.image_size=224"),
+        ("convnext_tiny", 16, "convnext_tiny refuses data.image_size=16"),
+        ("torchvision/vit_b_16", 160, "refuses data.image_size=160"),
+    ],
+)
+def test_refused_image_sizes(name: str, size: int, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        check_image_size(ModelConfig(name), size)
+
+
+def test_image_sizes_that_are_taken_leave_the_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    check_image_size(ModelConfig("test_efficientnet"), 160)
+    check_image_size(ModelConfig("vit_tiny_patch16_224", kwargs={"img_size": 192}), 192)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_has_batch_norm() -> None:
+    assert has_batch_norm(build_model(ModelConfig("test_efficientnet"), 2))
+    assert not has_batch_norm(build_model(ModelConfig("test_vit"), 2))

@@ -1,0 +1,153 @@
+"""Optimizers and schedules by name; a schedule remembers nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from adaptive_trainer.config import OptimizerConfig, ScheduleConfig
+from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.optimizers import SCHEDULES, build_ema, build_optimizer, build_scaler, build_schedule
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum"])
+def test_fused_by_default(name: str) -> None:
+    assert build_optimizer(network(), OptimizerConfig(name), 0.1, CPU).defaults["fused"] is True
+
+
+@pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}, {"capturable": False}])
+def test_a_chosen_implementation_is_kept(kwargs: dict[str, Any]) -> None:
+    defaults = build_optimizer(network(), OptimizerConfig("adamw", kwargs=kwargs), 0.1, CPU).defaults
+    assert not defaults["fused"]
+    assert {key: defaults[key] for key in kwargs} == kwargs
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "rmsprop", "adan"])
+def test_built_optimizer_learns(name: str) -> None:
+    torch.manual_seed(0)
+    model, images, labels = network(), torch.randn(8, 3, 8, 8), torch.arange(8) % 3
+    optimizer = build_optimizer(model, OptimizerConfig(name, weight_decay=0.1), 1e-3, CPU)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig("adamv"), "unknown optimizer.name=adamv: did you mean .*adam"),
+        (OptimizerConfig("adamw", kwargs={"beta": 1}), "adamw with optimizer.kwargs=.* cannot be built: .*beta"),
+        (OptimizerConfig("adamw", kwargs={"betas": [2.0, 0.9]}), "cannot be built: Invalid beta"),
+        (OptimizerConfig("sgd", kwargs={"eps": 1e-8}), "sgd does not take optimizer.kwargs eps"),
+        (OptimizerConfig("adahessian"), "second derivatives"),
+    ],
+)
+def test_what_cannot_be_built_is_explained(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(network(), config, 0.1, CPU)
+
+
+def sgd(lr: float = 0.1) -> torch.optim.SGD:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups: list[dict[str, Any]] = [{"params": weights[:1]}, {"params": weights[1:], "lr_scale": 0.5}]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "none"])
+def test_schedule_equals_timm_step_by_step(name: str) -> None:
+    reference = sgd()
+    theirs, _ = create_scheduler_v2(
+        reference, name, num_epochs=4, warmup_epochs=1, min_lr=1e-3, step_on_epochs=False, updates_per_epoch=5
+    )
+    ours = sgd()
+    config = ScheduleConfig(name, warmup_epochs=1, min_lr=1e-3)
+    schedule = build_schedule(ours, config, lr=0.1, epochs=4, updates_per_epoch=5)
+    for update in range(21):
+        theirs.step_update(update)
+        schedule.apply(update)
+        assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in reference.param_groups]
+
+
+@given(updates=st.lists(st.integers(0, 40), min_size=2), name=st.sampled_from(SCHEDULES))
+def test_schedule_remembers_nothing(updates: list[int], name: str) -> None:
+    config = ScheduleConfig(name, warmup_epochs=0.5)
+    used = build_schedule(sgd(), config, lr=0.1, epochs=4, updates_per_epoch=10)
+    walked = [used.lr_at(update) for update in updates]
+    for update, lr in zip(updates, walked, strict=True):
+        assert build_schedule(sgd(), config, lr=0.1, epochs=4, updates_per_epoch=10).lr_at(update) == lr
+
+
+def test_building_a_schedule_changes_nothing() -> None:
+    optimizer = sgd()
+    before = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    schedule = build_schedule(optimizer, ScheduleConfig("cosine", 1), lr=0.7, epochs=2, updates_per_epoch=3)
+    assert [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups] == before
+    schedule.apply(3)
+    assert [set(g) for g in optimizer.param_groups] == [{*b, "params"} for b in before]
+
+
+def test_schedule_goes_on_at_the_same_share_of_the_run_after_a_change_of_the_batch() -> None:
+    optimizer, config = sgd(), ScheduleConfig("cosine")
+    large = build_schedule(optimizer, config, lr=0.1, epochs=4, updates_per_epoch=10)
+    small = build_schedule(optimizer, config, lr=0.05, epochs=4, updates_per_epoch=20)
+    for update in range(0, 40, 5):
+        assert small.lr_at(2 * update) == pytest.approx(large.lr_at(update) / 2)
+
+
+def test_warmup_never_starts_above_the_learning_rate() -> None:
+    schedule = build_schedule(sgd(), ScheduleConfig("cosine", 1), lr=1e-6, epochs=3, updates_per_epoch=10)
+    assert max(schedule.lr_at(update) for update in range(30)) == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ScheduleConfig("plateau"), "plateau follows a metric.*use one of none, constant, cosine"),
+        (ScheduleConfig("cosin"), "schedule.name=cosin cannot be built: .*the names are none, constant, cosine"),
+        (ScheduleConfig("cosine", kwargs={"speed": 1}), "cosine with schedule.kwargs=.* cannot be built: .*speed"),
+        (ScheduleConfig("cosine", kwargs={"num_epochs": 1}), "cannot be built: .*num_epochs"),
+    ],
+)
+def test_schedules_that_cannot_be_built_are_explained(config: ScheduleConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_schedule(sgd(), config, lr=0.1, epochs=2, updates_per_epoch=5)
+
+
+def test_moving_average_follows_weights_and_buffers() -> None:
+    model = network()
+    assert build_ema(model, None) is None
+    ema = build_ema(model, 0.75)
+    assert ema is not None
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update(model, step=2)  # the first one copies
+    for name, value in ema.module.state_dict().items():
+        moved = 0.25 if name in dict(model.named_parameters()) else 0.0
+        assert torch.allclose(value.float(), start[name].float() + moved, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("precision", "enabled"), [("fp32", False), ("bf16", False), ("fp16", True)])
+def test_only_fp16_scales_the_loss(precision: str, enabled: bool) -> None:
+    assert build_scaler(precision, CPU).is_enabled() is enabled
