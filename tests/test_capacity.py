@@ -1,0 +1,453 @@
+"""Limits, the cap on a CUDA card, and the simulated card."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from adaptive_trainer import oom
+from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, Capacity, Limit, limited, parse_limit
+
+CPU = torch.device("cpu")
+MiB = 2**20
+
+
+@pytest.fixture
+def card() -> Iterator[Capacity]:
+    with limited(CPU, "64MiB") as capacity:
+        yield capacity
+
+
+def block(mib: float) -> torch.Tensor:
+    return torch.zeros(int(mib * MiB), dtype=torch.uint8)
+
+
+# -- memory.limit
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [
+        (None, Limit()),
+        ("null", Limit()),
+        ("none", Limit(lifted=True)),
+        ("None", Limit(lifted=True)),
+        ("5600MiB", Limit(bytes=5600 * MiB)),
+        (" 6 gib ", Limit(bytes=6 * 2**30)),
+        ("1.5GiB", Limit(bytes=3 * 2**29)),
+        ("512 MB", Limit(bytes=512 * 10**6)),
+        ("2097152", Limit(bytes=2 * MiB)),
+        ("2097152B", Limit(bytes=2 * MiB)),
+        (6 * 2**30, Limit(bytes=6 * 2**30)),
+        (6e9, Limit(bytes=6 * 10**9)),
+        (0.5, Limit(fraction=0.5)),
+        ("0.5", Limit(fraction=0.5)),
+        (1, Limit(fraction=1.0)),
+        (1.0, Limit(fraction=1.0)),
+    ],
+)
+def test_limits_that_can_be_read(value: object, limit: Limit) -> None:
+    assert parse_limit(value) == limit
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("lots", "1.5", "-6GiB", "NaNGiB", "6 potatoes", "6G", "GiB", "50%", "1e3MiB"),
+        *(-1, 0, 0.0, 1.5, float("nan"), float("inf"), True, False, [6]),
+    ],
+)
+def test_limits_that_cannot_be_read(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.limit=.*allowed are a size .*fraction") as caught:
+        parse_limit(value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [5600, "5600", "0MiB", "12kB"])
+def test_a_forgotten_unit(value: object) -> None:
+    with pytest.raises(ConfigError, match="less than 1 MiB; write a unit"):
+        parse_limit(value)
+
+
+@given(st.integers(1, 10**6))
+def test_sizes_in_mib(n: int) -> None:
+    assert parse_limit(f"{n}MiB").of(0) == n * MiB
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 2**40))
+def test_a_fraction_is_never_more_than_the_whole(fraction: float, total: int) -> None:
+    of = parse_limit(fraction).of(total)
+    assert of is not None
+    assert 0 <= of <= total
+
+
+# -- the context
+
+
+def test_the_default_and_a_fraction_of_it() -> None:
+    with limited(CPU, None) as whole, limited(CPU, 0.5) as half:
+        assert whole.bytes == whole.room() == DEFAULT_SIMULATED
+        assert half.bytes == DEFAULT_SIMULATED // 2
+        assert "simulated card of 512 MiB" in whole.description
+        assert "none lifts it" in whole.description
+        assert whole.exact
+
+
+def test_no_limit_counts_nothing() -> None:
+    with limited(CPU, "none") as capacity:
+        with capacity.device_work(), capacity.uncounted():
+            block(1)
+        assert capacity.bytes is capacity.room() is None
+        assert capacity.peaks() == (0, 0)
+        assert not capacity.exact
+        assert not capacity.pressure()
+        assert "no limit" in capacity.description
+        capacity.reset_peaks()
+        capacity.empty_cache()
+
+
+def test_a_device_without_caps() -> None:
+    with limited(torch.device("mps"), None) as capacity, capacity.device_work():
+        assert "neither limited nor measured" in capacity.description
+    with pytest.raises(ConfigError, match="cannot be set on mps"):
+        limited(torch.device("mps"), "6GiB")
+
+
+def test_nothing_leaks_from_one_context_to_the_next() -> None:
+    for _ in range(2):
+        with limited(CPU, "64MiB") as capacity:
+            assert capacity.usage().peak_reserved == 0
+            with capacity.device_work():
+                kept = block(40)
+            assert capacity.usage().allocated == len(kept)
+    total = block(100)  # outside of all: not counted
+    assert len(total) == 100 * MiB
+
+
+# -- what is counted
+
+
+def test_results_are_counted_and_given_back(card: Capacity) -> None:
+    with card.device_work():
+        a = block(8)
+        b = a + 1
+    assert card.usage().allocated == 16 * MiB
+    del a
+    assert card.usage().allocated == 8 * MiB
+    del b
+    assert card.usage().allocated == 0
+    assert card.peaks()[0] == 16 * MiB
+    card.reset_peaks()
+    assert card.peaks()[0] == 0
+
+
+def test_views_and_in_place_count_once(card: Capacity) -> None:
+    with card.device_work():
+        a = block(8)
+        view = a.view(-1, 1024)[3:]
+        a.add_(1)
+        torch.add(a, 1, out=a)
+        del a
+    assert card.usage().allocated == 8 * MiB
+    del view
+    assert card.usage().allocated == 0
+
+
+def test_resizing(card: Capacity) -> None:
+    with card.device_work():
+        a, out = block(4), torch.empty(0, dtype=torch.uint8)
+        a.resize_(16 * MiB)
+        assert card.usage().allocated == 16 * MiB
+        torch.add(a, 1, out=out)
+        assert card.usage().allocated == 32 * MiB
+    del a, out
+    assert card.usage().allocated == 0
+
+
+def test_what_was_there_before_counts_when_it_is_used(card: Capacity) -> None:
+    model, x = nn.Linear(1024, 1024), torch.zeros(16, 1024)
+    assert card.usage().allocated == 0
+    with card.device_work(), torch.no_grad():
+        y = model(x)
+    wanted = sum(t.nbytes for t in (*model.parameters(), x, y))
+    assert card.usage().allocated == wanted
+
+
+def test_saved_for_backward_counts_until_backward(card: Capacity) -> None:
+    x = torch.zeros(MiB, requires_grad=True)  # 4 MiB
+    with card.device_work():
+        y = (x * 2).exp().sum()
+        assert card.usage().allocated == (4 + 4) * MiB + 512  # x, what exp keeps, the sum
+        card.reset_peaks()
+        y.backward()  # type: ignore[no-untyped-call]
+        assert card.peaks()[0] >= (4 + 4 + 4) * MiB  # backward is seen: its own results on top
+    del y
+    assert card.usage().allocated == (4 + 4) * MiB  # x and its gradient
+
+
+def test_uncounted(card: Capacity) -> None:
+    with card.device_work():
+        with card.uncounted():
+            shadow = block(60)
+        block(40)
+    assert card.peaks()[0] == 40 * MiB
+    assert len(shadow) == 60 * MiB
+
+
+def test_fake_meta_and_sparse_tensors_are_no_ones_memory(card: Capacity) -> None:
+    with card.device_work():
+        torch.empty(2**40, device="meta").add(1)
+        with FakeTensorMode():
+            torch.empty(2**40).add(1)
+        torch.eye(3).to_sparse() * 2
+    assert card.peaks()[0] < MiB
+    with FakeTensorMode(), card.device_work():
+        torch.empty(2**40).add(1)
+    assert card.peaks()[0] < MiB
+
+
+# -- running out
+
+
+def test_full(card: Capacity) -> None:
+    with card.device_work():
+        a = block(40)
+        with pytest.raises(
+            torch.OutOfMemoryError, match=r"out of memory\. Tried to allocate 32 MiB.*capacity of 64 MiB"
+        ):
+            block(32)
+        assert card.usage().allocated == 40 * MiB
+        b = block(20)
+    assert card.usage().allocated == len(a) + len(b)
+    assert card.usage().num_alloc_retries == 1  # the cache was flushed in vain
+
+
+def test_the_error_keeps_no_result_alive(card: Capacity) -> None:
+    with pytest.raises(torch.OutOfMemoryError) as caught, card.device_work():
+        block(40).repeat(2)
+    assert oom.describe(caught.value).exact
+    del caught
+    assert card.usage().allocated == 0
+
+
+def test_a_card_too_small_for_the_weights() -> None:
+    with (
+        limited(CPU, "2MiB") as capacity,
+        pytest.raises(torch.OutOfMemoryError),
+        capacity.device_work(),
+    ):
+        nn.Linear(1024, 1024)(torch.zeros(1, 1024))
+
+
+def test_after_a_failure_the_next_work_begins_with_an_empty_cache(card: Capacity) -> None:
+    def fail() -> None:
+        with card.device_work():
+            kept = [block(24), block(24)]
+            kept.append(block(24))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
+    assert card.usage().reserved == 48 * MiB
+    with card.device_work():
+        assert card.usage().reserved == 0
+        block(56)
+    assert card.usage().num_alloc_retries == 1  # of the failed try; none after it
+
+
+def test_pressure(card: Capacity) -> None:
+    with card.device_work():
+        assert not card.pressure()
+        kept = block(60)
+        assert card.pressure()
+    assert len(kept) == 60 * MiB
+
+
+def test_device_work_may_be_nested_and_cards_too(card: Capacity) -> None:
+    with card.device_work(), card.device_work():
+        a = block(8)
+    with limited(CPU, "32MiB") as inner, card.device_work(), inner.device_work():
+        b = block(8)
+        with pytest.raises(torch.OutOfMemoryError, match="of 32 MiB"):
+            block(28)
+    assert card.usage().allocated == len(a) + len(b)
+
+
+# -- with the rest of torch
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operators; raises at one of them, where asked to."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = 0
+        self.fail_at = fail_at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.fail_at:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype | None, *, save: bool, steps: int = 2
+) -> float:
+    """A few updates with autocast, GradScaler, activation checkpointing and clipping; the last loss."""
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    x, y = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+    value = 0.0
+    for _ in range(steps):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = checkpoint(model, x, use_reentrant=False) if save else model(x)
+            loss = nn.functional.cross_entropy(out, y)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer) if scaler.is_enabled() else None
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        value = float(loss.detach())
+    return value
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_training_is_not_changed_and_nothing_is_left(
+    card: Capacity, kind: dict[str, Any], dtype: torch.dtype | None, save: bool
+) -> None:
+    def run() -> tuple[float, nn.Module]:
+        model = network()
+        return train(model, torch.optim.AdamW(model.parameters(), **kind), dtype, save=save), model
+
+    wanted, reference = run()
+    with card.device_work():
+        value, model = run()
+    assert value == wanted
+    pairs = zip(model.state_dict().values(), reference.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert card.peaks()[0] > 0
+    del model, pairs
+    gc.collect()
+    assert card.usage().allocated == 0
+
+
+def test_an_outer_mode_sees_the_operators_and_its_error_passes(card: Capacity) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder() as outer, card.device_work():
+        train(model, optimizer, None, save=False, steps=1)
+    assert outer.seen > 20
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="injected") as caught,
+        Recorder(outer.seen // 2),
+        card.device_work(),
+    ):
+        train(model, optimizer, None, save=False, steps=1)
+    assert not oom.describe(caught.value).exact
+
+
+def test_a_failed_training_leaves_only_the_weights(card: Capacity) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
+    weights = sum(p.nbytes for p in model.parameters())
+
+    def fail() -> None:
+        with card.device_work():
+            model(torch.zeros(2**14, 256)).sum().backward()  # 16 MiB each: does not fit
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fail()
+    for parameter in model.parameters():
+        parameter.grad = None
+    gc.collect()
+    assert card.usage().allocated <= weights
+    with card.device_work():
+        model(torch.zeros(2**10, 256)).sum().backward()
+
+
+# -- a real card
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mib", [140, 700, 2600])
+def test_a_cap_on_cuda_is_exact(mib: int) -> None:
+    device = torch.device("cuda", 0)
+    oom.release(device)
+    before = torch.cuda.memory_allocated(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    with limited(device, f"{mib}MiB") as capacity:
+        assert capacity.bytes == mib * MiB
+        assert (capacity.room() or 0) <= mib * MiB
+        whole = torch.empty(mib * MiB - before, dtype=torch.uint8, device=device) if not before else None
+        del whole
+        torch.cuda.empty_cache()
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            torch.empty(mib * MiB + 1, dtype=torch.uint8, device=device)
+        assert oom.describe(caught.value).kind is oom.Kind.DEVICE
+        assert not oom.describe(caught.value).exact
+    assert torch.cuda.get_per_process_memory_fraction(device) == fraction
+    assert torch.cuda.memory_allocated(device) == before
+    torch.empty(3000 * MiB, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.gpu
+def test_caps_on_cuda_nest_and_a_default_keeps_the_callers() -> None:
+    device = torch.device("cuda", 0)
+    with limited(device, "700MiB"):
+        with limited(device, None) as same:
+            assert same.bytes == 700 * MiB
+        with limited(device, "none") as free:
+            assert free.bytes is None
+            torch.empty(2000 * MiB, dtype=torch.uint8, device=device)
+        oom.release(device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2000 * MiB, dtype=torch.uint8, device=device)
+    with pytest.raises(ConfigError, match="more than all of"), limited(device, "1000GiB"):
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", ["forward", "backward", "step"])
+def test_memory_returns_to_its_value_after_a_real_out_of_memory(phase: str) -> None:
+    device = torch.device("cuda", 0)
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8))).to(device)  # 128 MiB
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def attempt(rows: int) -> None:
+        model(torch.zeros(rows, 2048, device=device)).sum().backward()
+        optimizer.step()
+
+    failed: Callable[[], None] = lambda: attempt(200_000 if phase == "forward" else 64)  # noqa: E731
+    limits = {"forward": "700MiB", "backward": "250MiB", "step": "420MiB"}
+    oom.release(device)
+    before = torch.cuda.memory_allocated(device)
+    kind = None
+    with limited(device, limits[phase]) as capacity:
+        try:
+            failed()
+        except RuntimeError as error:
+            kind = oom.describe(error, pressure=capacity.pressure).kind
+        assert kind is oom.Kind.DEVICE
+        assert oom.probe(device)
+        optimizer.zero_grad()
+        optimizer.state.clear()
+        oom.release(device)
+        assert torch.cuda.memory_allocated(device) == before
+    attempt(64)
