@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -430,21 +430,27 @@ def test_memory_returns_to_its_value_after_a_real_out_of_memory(phase: str) -> N
     model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8))).to(device)  # 128 MiB
     optimizer = torch.optim.AdamW(model.parameters())
 
+    reached = ""
+
     def attempt(rows: int) -> None:
-        model(torch.zeros(rows, 2048, device=device)).sum().backward()
+        nonlocal reached
+        reached = "forward"
+        loss = model(torch.zeros(rows, 2048, device=device)).sum()
+        reached = "backward"
+        loss.backward()
+        reached = "step"
         optimizer.step()
 
-    failed: Callable[[], None] = lambda: attempt(200_000 if phase == "forward" else 64)  # noqa: E731
     limits = {"forward": "700MiB", "backward": "250MiB", "step": "420MiB"}
     oom.release(device)
     before = torch.cuda.memory_allocated(device)
     kind = None
     with limited(device, limits[phase]) as capacity:
         try:
-            failed()
+            attempt(200_000 if phase == "forward" else 64)
         except RuntimeError as error:
             kind = oom.describe(error, pressure=capacity.pressure).kind
-        assert kind is oom.Kind.DEVICE
+        assert (reached, kind) == (phase, oom.Kind.DEVICE)
         assert oom.probe(device)
         optimizer.zero_grad()
         optimizer.state.clear()

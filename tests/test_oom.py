@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -293,3 +294,22 @@ def test_a_real_out_of_memory_on_cuda() -> None:
     assert oom.probe(device)
     oom.release(device)
     assert torch.cuda.memory_allocated(device) == before
+
+
+BAD_LABEL = """
+import torch
+from adaptive_trainer import oom
+device = torch.device("cuda", 0)
+try:
+    torch.nn.functional.cross_entropy(torch.zeros(2, 3, device=device), torch.tensor([0, 7], device=device))
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    failure = oom.describe(error, pressure=lambda: True)
+print(failure.kind, oom.probe(device), sep=", ")
+"""
+
+
+@pytest.mark.gpu
+def test_a_real_device_side_assert_leaves_the_device_unusable() -> None:
+    ran = subprocess.run([sys.executable, "-c", BAD_LABEL], capture_output=True, text=True, check=False)
+    assert ran.stdout == "device unusable, False\n", ran.stderr
