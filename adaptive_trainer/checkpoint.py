@@ -96,12 +96,12 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
     """Everything in `state` and the random numbers, as plain data for `save`."""
     persistent = state.model.state_dict()
     version, words, gauss = random.getstate()
-    numpy = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "model": persistent,
         "buffers": {k: v for k, v in state.model.named_buffers() if k not in persistent},
         "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict() if state.scaler._scale is not None else {},
+        "scaler": state.scaler.state_dict() if getattr(state.scaler, "_scale", None) is not None else {},
         "ema": None if state.ema is None else state.ema.module.state_dict(),
         "position": state.position.to_dict(),
         "updates": state.updates,
@@ -112,7 +112,7 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "python": [version, list(words), gauss],
-            "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
+            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         },
     }
 

@@ -136,7 +136,7 @@ def _try(
             entry.outcome = "failed"
             record(entry)
             raise
-    entry.seconds = time.perf_counter() - started
+    entry.seconds = round(time.perf_counter() - started, 3)
     if meter is not None:
         entry.peak_allocated_bytes, entry.peak_reserved_bytes = meter.peaks()
     return entry, value

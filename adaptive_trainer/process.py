@@ -16,7 +16,7 @@ __all__ = ["private_process_state", "seed_everything"]
 def private_process_state(*, deterministic: bool) -> Iterator[None]:
     """Run the block with deterministic algorithms or not, and undo every process-wide change afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     dtype = torch.get_default_dtype()

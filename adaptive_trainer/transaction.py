@@ -29,6 +29,7 @@ from adaptive_trainer.position import Position
 __all__ = ["TrainState", "Undo"]
 
 P = ParamSpec("P")
+SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none
 LEFT_BY_FUSED_STEP = ("grad_scale", "found_inf")
 
 
@@ -125,9 +126,9 @@ class Undo:
         state = self.state
         self.begun = self.stepping = False
         self.bound = [(owner, name, owner[name]) for owner, name in self.buffers]
-        self.scaler_tensors = (state.scaler._scale, state.scaler._growth_tracker)
+        self.scaler_tensors = {name: getattr(state.scaler, name, None) for name in SCALER_TENSORS}
         self.meters = dict(state.meters)
-        kept = [t for _, _, t in self.bound] + list(self.scaler_tensors) + list(self.meters.values())
+        kept = [t for _, _, t in self.bound] + list(self.scaler_tensors.values()) + list(self.meters.values())
         self.small.save([t for t in kept if t is not None])
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
         self.random = self._random_states()
@@ -178,8 +179,9 @@ class Undo:
             for key in [key for key in group if key != "params" and key not in kept]:
                 del group[key]
             group.update(kept)
-        state.scaler._scale, state.scaler._growth_tracker = self.scaler_tensors
-        state.scaler._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        if state.scaler.is_enabled():
+            vars(state.scaler).update(self.scaler_tensors)
+            state.scaler._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         for name in LEFT_BY_FUSED_STEP:
             if hasattr(state.optimizer, name):
                 delattr(state.optimizer, name)

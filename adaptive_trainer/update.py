@@ -142,7 +142,7 @@ class Update:
         state.model.train()
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
-        for part, target in zip(images.split(sizes), labels.split(sizes), strict=True):
+        for part, target in zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True):
             self.phase = "forward"
             x = part.to(self.device, non_blocking=True)
             y = target.to(self.device, non_blocking=True)

@@ -114,8 +114,7 @@ class Capacity:
         if self.card is None or self._working:
             yield
             return
-        if self._failed:  # after a failure a real card's cache is emptied too (`oom.release`)
-            self.card.empty_cache()
+        self._forget_failure()
         self._failed = self._working = True
         try:
             with self.card:
@@ -123,6 +122,12 @@ class Capacity:
             self._failed = False
         finally:
             self._working = False
+
+    def _forget_failure(self) -> None:
+        """Empty the simulated card's cache after a failure, as `oom.release` empties a real card's."""
+        if self._failed and not self._working and self.card is not None:
+            self.card.empty_cache()
+            self._failed = False
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -147,6 +152,7 @@ class Capacity:
 
     def reset_peaks(self) -> None:
         """Start counting peaks anew."""
+        self._forget_failure()
         usage.reset_peaks(self.device)
 
     def empty_cache(self) -> None:
