@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from adaptive_trainer.config import config_dir, register
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Entry of `python -m adaptive_trainer`; ends the process with the exit code."""
     register()
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
     codes: list[int] = []
 
     def job(cfg: DictConfig) -> float:
@@ -45,13 +46,16 @@ def main() -> None:
 def _job(cfg: DictConfig, codes: list[int]) -> float:
     """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
     from adaptive_trainer import oom
+    from adaptive_trainer.resume import saved_settings
     from adaptive_trainer.trainer import Trainer
 
     hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failure: AdaptiveTrainerError | None = None
     try:
-        result = Trainer(cfg, output_dir=hydra_config.runtime.output_dir).fit()
+        cfg = saved_settings(cfg, hydra_config.overrides.task, folder)
+        result = Trainer(cfg, output_dir=folder).fit()
     except AdaptiveTrainerError as error:
         codes.append(error.exit_code)
         if whole_traceback:
@@ -62,18 +66,12 @@ def _job(cfg: DictConfig, codes: list[int]) -> float:
         codes.append(DeviceUnusable.exit_code if found.kind is oom.Kind.POISONED else 1)
         if whole_traceback or found.kind is not oom.Kind.POISONED:
             raise
-        failure = DeviceUnusable(f"the device is unusable after: {found.text}. What was saved is in {_folder()}")
+        failure = DeviceUnusable(f"the device is unusable after: {found.text}. What was saved is in {folder}")
     if failure is None:
         codes.append(0)
         return float(result.metrics.get(cfg.optimized_metric, float("nan")))
     log.error("%s", failure)
-    if hydra_config.mode is RunMode.MULTIRUN:
-        raise failure
-    return float("nan")
-
-
-def _folder() -> str:
-    return str(HydraConfig.get().runtime.output_dir)
+    return float("nan")  # the other jobs of a sweep go on; the exit code tells
 
 
 def _bare(error: AdaptiveTrainerError) -> AdaptiveTrainerError:

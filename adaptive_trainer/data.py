@@ -12,6 +12,7 @@ import operator
 import random
 import signal
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,12 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _loader(view: _View, batches: Iterable[list[Key]], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    with warnings.catch_warnings():  # more workers than cores are the user's choice
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        return _make_loader(view, batches, num_workers, pin_memory)
+
+
+def _make_loader(view: _View, batches: Iterable[list[Key]], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
     return DataLoader(
         view,
         batch_sampler=batches,

@@ -27,6 +27,7 @@ __all__ = ["Hooks", "Loop", "StopSignal"]
 
 log = logging.getLogger(__name__)
 
+UPDATES_PER_FLUSH = 5  # a cache that is flushed this often or more is thrashing
 FEWER_WORKERS = {4: 2, 2: 0, 1: 0}
 
 
@@ -90,6 +91,8 @@ class Loop:
     def __post_init__(self) -> None:
         """Start with the workers that the settings ask for."""
         self.num_workers = self.session.config.data.num_workers
+        self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
+        self._has_warned = False
 
     def run(self) -> bool:
         """Train until the last epoch is finished (True), or until `hooks.leave` says so (False).
@@ -137,12 +140,36 @@ class Loop:
             if batch.skipped:
                 self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
             if state.updates % trainer.log_every == 0:
-                bar.set_postfix(loss=f"{self._mean_loss():.3f}", refresh=False)
+                loss = self._mean_loss()
+                self._check_number("training", loss)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                self._watch_for_thrashing()
             at_end = state.position.epoch != epoch
             if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
                 self.hooks.checkpoint(False)
             self._stop_if_asked()
         return True
+
+    def _watch_for_thrashing(self) -> None:
+        """Whether the allocator had to flush its cache again and again since the last look: it works, but slowly.
+
+        Raises:
+            OutOfMemory: it did, and `ladder.avoid_thrashing` says that such a rung does not fit.
+        """
+        config, updates = self.session.config, self.session.state.updates
+        retries = self.session.update.capacity.usage().num_alloc_retries
+        (since, before), self._flushes = self._flushes, (updates, retries)
+        flushes = retries - before
+        if flushes * UPDATES_PER_FLUSH < updates - since or updates == since or flushes < 2:
+            return
+        text = f"the allocator flushed its cache {flushes} times in {updates - since} updates"
+        if config.ladder.avoid_thrashing:
+            raise OutOfMemory(f"{text} and ladder.avoid_thrashing is on", phase="training")
+        if not self._has_warned:
+            self._has_warned = True
+            self.hooks.event(
+                f"rung {self.rung} fits, but {text}, which is slow; ladder.avoid_thrashing=true steps down"
+            )
 
     def _open_train_loader(self) -> DataLoader[Batch]:
         config, state = self.session.config, self.session.state
@@ -197,8 +224,9 @@ class Loop:
         state, config = self.session.state, self.session.config
         meters = {name: float(value) for name, value in state.meters.items()}
         seen = max(meters["seen"], 1.0)
-        self._check_number(meters["loss"] / seen)
+        self._check_number("training", meters["loss"] / seen)
         loss, accuracy = self.evaluate()
+        self._check_number("validation", loss)
         seconds = time.perf_counter() - self.started
         state.finished_epochs += 1
         for value in state.meters.values():
@@ -225,7 +253,7 @@ class Loop:
             state.best = accuracy
         self.hooks.checkpoint(is_best)
 
-    def _check_number(self, loss: float) -> None:
+    def _check_number(self, kind: str, loss: float) -> None:
         if math.isfinite(loss):
             return
         precision = self.session.config.trainer.precision
@@ -235,7 +263,7 @@ class Loop:
                 f" fp16 overflows at 65504, and rung {self.rung!r} trains in it: try trainer.precision=bf16 or fp32."
             )
         raise DivergedError(
-            f"the training loss is {loss} after update {self.session.state.updates}.{blame} "
+            f"the {kind} loss is {loss} after update {self.session.state.updates}.{blame} "
             f"A lower optimizer.lr (now {self.session.config.optimizer.lr:g}) or trainer.clip_grad=1 often helps"
         )
 

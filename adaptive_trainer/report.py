@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adaptive_trainer.descent import Attempt
+from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder import Change, Recipe
 
 __all__ = ["Record", "Result", "rung_table"]
@@ -51,19 +53,20 @@ class Record:
         self.folder = folder
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl."""
         self.attempts.append(entry)
-        with (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
+        with self._writing(), (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json(asdict(entry)) + "\n")
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.csv."""
         path = self.folder / "metrics.csv"
         is_new = not path.exists() or path.stat().st_size == 0
-        with path.open("a", encoding="utf-8", newline="") as file:
+        with self._writing(), path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             if is_new:
                 writer.writeheader()
@@ -75,9 +78,9 @@ class Record:
         if not path.exists():
             return
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+            kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["updates"]) <= updates]
         path.unlink()
-        for row in rows:
+        for row in kept:
             self.metrics(row)
 
     def result(self, result: Result) -> None:
@@ -87,13 +90,28 @@ class Record:
     def failure(self, outcome: str, message: str) -> None:
         """Write result.json for a run that did not end well."""
         content = {"outcome": outcome, "message": message, "attempts": [asdict(a) for a in self.attempts]}
-        self.write("result.json", _json({**content, "events": self.events}, indent=2) + "\n")
+        with suppress(CheckpointError):  # the disk may be full, and the first error is the one to show
+            self.write("result.json", _json({**content, "events": self.events}, indent=2) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write a whole text file, by way of a temporary name."""
         part = self.folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.folder / name)
+        with self._writing():
+            part.write_text(text, encoding="utf-8")
+            part.replace(self.folder / name)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        problem = ""
+        try:
+            yield
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            raise CheckpointError(
+                f"cannot write the record of this run in {self.folder}: {problem}. Free some disk space, or choose "
+                "another folder, and use resume=auto"
+            )
 
 
 def _json(value: Any, indent: int | None = None) -> str:

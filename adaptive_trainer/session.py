@@ -36,12 +36,14 @@ class Parts:
     Attributes:
         make_model: builds a network from the model settings and the number of classes.
         make_loss: builds the mean loss of (output, labels) from the settings.
+        request: what was asked for, as YAML.
         num_classes: width of the model's head.
         train_size: samples in the training set.
     """
 
     make_model: ModelFactory
     make_loss: Callable[[Config], Loss]
+    request: str
     num_classes: int
     train_size: int
     device: torch.device

@@ -14,10 +14,10 @@ from adaptive_trainer import checkpoint
 from adaptive_trainer.config import Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, descend, exhausted_message
-from adaptive_trainer.errors import LadderExhausted, ModelError, OutOfMemory
+from adaptive_trainer.errors import CheckpointError, ConfigError, LadderExhausted, ModelError, OutOfMemory
 from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
-from adaptive_trainer.models import check_image_size
+from adaptive_trainer.models import build_model, check_image_size, has_batch_norm
 from adaptive_trainer.report import Record
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.update import Shapes, prove
@@ -76,11 +76,29 @@ class Stage:
                 start += 1
 
     def _first(self) -> int:
-        """The rung to begin with: the saved one where the ladder still has it."""
-        if self.saved is None:
+        """The rung to begin with: the saved one; one further up when more is asked for, or there is more memory.
+
+        Raises:
+            CheckpointError: the ladder has no rung with the saved model.
+        """
+        saved = self.saved
+        if saved is None:
             return 0
-        names = [rung.name for rung in self.ladder]
-        return names.index(self.saved["rung"]) if self.saved["rung"] in names else 0
+        possible = [i for i, rung in enumerate(self.ladder) if asdict(rung.settings.model) == saved["config"]["model"]]
+        if not possible:
+            raise CheckpointError(
+                f"the checkpoint holds the model {saved['config']['model']} and no rung of the ladder trains it; "
+                "ask for that model, or start anew with resume=null"
+            )
+        grown = (self.parts.capacity.size or 0) > (saved["capacity"] or 0)
+        if saved["requested"] == self._asked() and not grown:
+            return next((i for i in possible if self.ladder[i].name == saved["rung"]), possible[0])
+        return possible[0]
+
+    def _asked(self) -> dict[str, Any]:
+        """What decides the memory that the request needs."""
+        asked = asdict(recipe(self.ladder[0].settings))
+        return {key: asked[key] for key in asked if key not in ("lr", "num_workers")}
 
     def _descend(self, start: int) -> tuple[Rung[Config], int]:
         capacity = self.parts.capacity
@@ -102,13 +120,24 @@ class Stage:
 
     def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need."""
-        reason = ""
-        if rung is not self.ladder[0]:
+        reason = self._single_sample(rung.settings)
+        if rung is not self.ladder[0] and self.parts.make_model is build_model:
             try:
                 check_image_size(rung.settings.model, rung.settings.data.image_size)
             except ModelError as error:
                 reason = str(error)
         return reason, None
+
+    def _single_sample(self, config: Config) -> str:
+        """Why a batch or micro-batch of one is not trained; empty where it may be."""
+        used = recipe(config)
+        if self.session is None or used.micro_batch_size > 1 or not has_batch_norm(self.session.state.model):
+            return ""
+        key = "batch_size" if used.batch_size == 1 else "micro_batch_size"
+        return (
+            f"trainer.{key}=1 leaves BatchNorm a single sample, which has no variance; "
+            "use 2 or more, or a model without BatchNorm"
+        )
 
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
@@ -123,7 +152,11 @@ class Stage:
         """Make the session match `config` and prove it; returns the evaluation batch that fits."""
         if self.session is not None and config.model != self.session.config.model:
             self._leave_model(config)
+        elif self.saved is not None and asdict(config.model) != self.saved["config"]["model"]:
+            self._leave_saved(config)
         self.session = enter(config, self.parts, self.session)
+        if problem := self._single_sample(config):
+            raise ConfigError(problem)
         if self.saved is not None:
             self._resume(self.saved)
             self.saved = None
@@ -136,17 +169,32 @@ class Stage:
     def _leave_model(self, config: Config) -> None:
         """Keep what the larger model has learned, and let it go."""
         old = self._opened
-        self.event(f"model {old.config.model.name} -> {config.model.name}: the smaller model starts from epoch 1")
-        if old.state.updates:
-            name = f"before-{config.model.name.replace('/', '-')}.pt"
-            checkpoint.save(self.folder / name, self._content(self._rung_name(old.config)))
-            self.event(f"what {old.config.model.name} has learned is kept in checkpoints/{name}")
+        learned = self._content(self._rung_name(old.config)) if old.state.updates else None
+        self._start_anew(old.config.model.name, config.model.name, learned)
         self.session = None
+
+    def _leave_saved(self, config: Config) -> None:
+        """The same for a checkpoint whose model does not fit any more."""
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            self._start_anew(saved["config"]["model"]["name"], config.model.name, saved)
+
+    def _start_anew(self, larger: str, smaller: str, learned: dict[str, Any] | None) -> None:
+        self.event(f"model {larger} -> {smaller}: the smaller model starts from epoch 1")
+        if learned is not None:
+            name = f"before-{smaller.replace('/', '-')}.pt"
+            checkpoint.save(self.folder / name, learned)
+            self.event(f"what {larger} has learned is kept in checkpoints/{name}")
         self.metrics = {}
 
     def _resume(self, saved: dict[str, Any]) -> None:
         session = self._opened
         asked = asdict(session.config)
+        if saved["position"]["size"] != self.parts.train_size:
+            raise CheckpointError(
+                f"the checkpoint was made with {saved['position']['size']} training samples and there are "
+                f"{self.parts.train_size} now; use the same data, or start anew with resume=null"
+            )
         keep = saved["config"]["optimizer"] != asked["optimizer"]
         checkpoint.unpack(saved, session.state, self.parts.device, keep_groups=keep)
         state = session.state
@@ -155,6 +203,7 @@ class Stage:
             for name, value in asked[key].items():
                 if saved["config"][key].get(name) != value:
                     self.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
+        self.metrics = saved["metrics"]
         self.record.forget_after(state.updates)
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
@@ -203,6 +252,10 @@ class Stage:
             "rung": rung,
             "stage": self.number,
             "config": asdict(session.config),
+            "request": self.parts.request,
+            "requested": self._asked(),
+            "capacity": self.parts.capacity.size,
+            "metrics": self.metrics,
             "num_classes": self.parts.num_classes,
             "classes": list(self.data.classes),
         }

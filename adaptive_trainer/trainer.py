@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import Dataset
 
-from adaptive_trainer import checkpoint
+from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.config import Config, ModelConfig, apply_overrides
 from adaptive_trainer.data import build_datasets
-from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, ConfigError, Interrupted, LadderExhausted
+from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.ladder import Rung, changes, recipe, resolve
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
@@ -57,7 +57,6 @@ class Trainer:
     ) -> None:
         self.cfg = cfg
         self._make_model = model or build_model
-        self._named = model is None
         self._data = (train_data, val_data)
         self._loss = loss
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
@@ -101,20 +100,22 @@ class Trainer:
         """Train the stages one after another."""
         first = ladders[0][1][0].settings
         data = build_datasets(first, *self._data)
-        if self._named:
+        if self._make_model is build_model:
             for _, ladder in ladders:
                 check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size)
         parts = Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
+            request=OmegaConf.to_yaml(self.cfg),
             num_classes=first.model.num_classes or data.num_classes,
             train_size=len(data.train),
             device=device,
             capacity=capacity,
         )
-        saved = _saved(self.cfg.resume, self.output_dir)
-        if self.cfg.resume and saved is None:
+        path = resume.find(self.cfg.resume, self.output_dir)
+        if self.cfg.resume and path is None:
             log.info("resume=auto: no checkpoint in %s, starting from the beginning", self.output_dir)
+        saved = None if path is None else resume.load(path)
         stages, weights = [], None
         with StopSignal().listening() as stop:
             for number, (name, ladder) in enumerate(ladders):
@@ -128,7 +129,7 @@ class Trainer:
 
     def _train(self, stage: Stage, name: str, capacity: Capacity, record: Record) -> Rung[Config]:
         """One stage; what an exhausted ladder leaves to be said is added to its message."""
-        message = ""
+        message, earlier = "", len(record.attempts)
         try:
             rung = stage.run()
         except LadderExhausted as error:
@@ -136,7 +137,7 @@ class Trainer:
         if message:
             raise LadderExhausted(f"{message}\n{_advice(capacity)}")
         self.model = stage.model
-        log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts))
+        log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
         return rung
 
     def _build_loss(self, config: Config) -> Loss:
@@ -183,19 +184,6 @@ def _device(name: str) -> torch.device:
             raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
         return torch.device("cuda", device.index or 0)
     return device
-
-
-def _saved(resume: str | None, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint to go on from; None for a fresh start."""
-    if resume is None:
-        return None
-    path = folder / "checkpoints" / "last.pt" if resume == "auto" else Path(resume)
-    if resume == "auto" and not path.exists():
-        return None
-    content = checkpoint.load(path)
-    if "optimizer" not in content:
-        raise CheckpointError(f"{path} holds a model only and cannot be trained on; resume from last.pt beside it")
-    return content
 
 
 def _outcome(error: BaseException) -> str:

@@ -95,14 +95,23 @@ class Capacity:
     Attributes:
         device: the device.
         bytes: the cap; None where none is set.
+        size: the cap, else all of the device; None where that is not known.
         description: the device and the cap, in words.
         card: the simulated card, where there is one.
         exact: whether it counts exactly, so that the same work meets the same limit again.
     """
 
-    def __init__(self, device: torch.device, limit: int | None, description: str, card: SimulatedCard | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        limit: int | None,
+        description: str,
+        card: SimulatedCard | None = None,
+        total: int | None = None,
+    ) -> None:
         self.device = device
         self.bytes = limit
+        self.size = total if limit is None else limit
         self.description = description
         self.card = card
         self.exact = card is not None
@@ -202,7 +211,7 @@ def limited(device: torch.device, limit: object) -> AbstractContextManager[Capac
         return _on_cpu(device, asked)
     if asked not in (Limit(), Limit(lifted=True)):
         raise ConfigError(f"memory.limit={limit!r} cannot be set on {device.type}: only CUDA and the CPU have limits")
-    return nullcontext(Capacity(device, None, f"{device.type}, whose memory is neither limited nor measured", None))
+    return nullcontext(Capacity(device, None, f"{device.type}, whose memory is neither limited nor measured"))
 
 
 @contextmanager
@@ -223,7 +232,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
     capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by memory.limit"
     usage.reset_peaks(device)
     try:
-        yield Capacity(device, cap, f"{name}, {capped}", None)
+        yield Capacity(device, cap, f"{name}, {capped}", total=total)
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
 
@@ -231,7 +240,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
 @contextmanager
 def _on_cpu(device: torch.device, asked: Limit) -> Iterator[Capacity]:
     if asked.lifted:
-        yield Capacity(device, None, "the CPU, with no limit on memory (memory.limit=none)", None)
+        yield Capacity(device, None, "the CPU, with no limit on memory (memory.limit=none)")
         return
     size = asked.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
     text = f"a simulated card of {format_bytes(size)} (no CUDA here; memory.limit sets its size, none lifts it)"
