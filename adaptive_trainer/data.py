@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,5 +197,13 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the main one answers it."""
+    """Ctrl-C, and a scheduler's SIGTERM, reach every process of the group; only the main one answers them.
+
+    A second SIGTERM ends the worker: it is how a loader gets rid of one that hangs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
+
+
+def _ignore_once(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

@@ -228,6 +228,7 @@ class Loop:
         loss, accuracy = self.evaluate()
         self._check_number("validation", loss)
         seconds = time.perf_counter() - self.started
+        allocated, reserved = self.session.update.capacity.peaks()
         state.finished_epochs += 1
         for value in state.meters.values():
             value.zero_()
@@ -241,12 +242,15 @@ class Loop:
             "val_loss": loss,
             "val_accuracy": accuracy,
             "skipped_updates": int(meters["skipped"]),
+            "peak_allocated_bytes": allocated,
+            "peak_reserved_bytes": reserved,
             "seconds": round(seconds, 3),
         }
         self.hooks.metrics(self.latest)
         log.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, %.1f s",
-            state.finished_epochs, config.trainer.epochs, meters["loss"] / seen, loss, 100 * accuracy, seconds,
+            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, peak memory %.0f MiB, %.1f s",
+            state.finished_epochs, config.trainer.epochs, meters["loss"] / seen, loss, 100 * accuracy,
+            allocated / 2**20, seconds,
         )  # fmt: skip
         is_best = state.best is None or accuracy > state.best
         if is_best:

@@ -180,7 +180,7 @@ class Stage:
             self._start_anew(saved["config"]["model"]["name"], config.model.name, saved)
 
     def _start_anew(self, larger: str, smaller: str, learned: dict[str, Any] | None) -> None:
-        self.event(f"model {larger} -> {smaller}: the smaller model starts from epoch 1")
+        self.event(f"model {larger} -> {smaller}: the new model starts from epoch 1")
         if learned is not None:
             name = f"before-{smaller.replace('/', '-')}.pt"
             checkpoint.save(self.folder / name, learned)
