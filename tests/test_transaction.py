@@ -1,0 +1,261 @@
+"""An out-of-memory at any operator of an update leaves no trace, in the manner of SQLite's tests.
+
+For N = 1, 2, 3, ... the N-th operator of an update runs out of memory, until one update passes whole. It fails once:
+the update's own retry must end in the state of an undisturbed update. Or it keeps failing: the state must be the one
+before, and the update at the next rung must end as if that rung had been used from the beginning.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from adaptive_trainer import oom
+from adaptive_trainer.config import ScheduleConfig
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.optimizers import Schedule, build_schedule
+from adaptive_trainer.position import Position
+from adaptive_trainer.transaction import TrainState, Undo
+from adaptive_trainer.update import Update
+from tests.faults import Fault, Net, differences, dump, storages
+
+CPU = torch.device("cpu")
+METERS = ("loss", "correct", "seen", "skipped")
+NEXT_RUNG = 3  # its micro-batch size
+IN_STEP = ("clipping", "optimizer step")
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
+    "adamw-single": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False),
+    "adamw-foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True),
+    "adamw-fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
+    "lion": lambda model: create_optimizer_v2(model, "lion", lr=1e-3, weight_decay=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination of what an update can be made of; `accumulate` makes micro-batches of 4 and 3 samples."""
+
+    optimizer: str
+    precision: str
+    warm: bool
+    ema: bool = True
+    clip: bool = True
+    accumulate: bool = True
+    scale: float = 2.0**10
+    model: str = ""
+    image_size: int = 8
+
+    def __str__(self) -> str:
+        on = [name for name in ("warm", "ema", "clip", "accumulate") if getattr(self, name)]
+        scale = ["overflow"] if self.scale > 2**20 else []
+        return " ".join([*([self.model] if self.model else []), self.optimizer, self.precision, *scale, *on])
+
+
+@dataclass
+class Run:
+    """A training that has come to the update under test."""
+
+    case: Case
+    capacity: Capacity
+    state: TrainState
+    schedule: Schedule
+    images: Tensor
+    labels: Tensor
+
+    def update(self, micro_batch_size: int | None = None) -> Update:
+        """What a rung with this micro-batch size runs its updates with."""
+        return Update(
+            self.state,
+            nn.functional.cross_entropy,
+            device=CPU,
+            capacity=self.capacity,
+            micro_batch_size=micro_batch_size or (4 if self.case.accumulate else 7),
+            precision=self.case.precision,
+            clip_grad=0.5 if self.case.clip else None,
+        )
+
+    def advance(self, update: Update, fault: AbstractContextManager[Any] | None = None) -> None:
+        """One update on the samples that come next, at the learning rate of its number."""
+        self.schedule.apply(self.state.position.schedule_step(7))
+        start = self.state.position.cursor
+        images, labels = self.images[start : start + 7], self.labels[start : start + 7]
+        with fault or nullcontext():
+            update.run(images, labels, samples=7)
+
+
+def start(case: Case, capacity: Capacity) -> Run:
+    """The same run in the same state each time it is called."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    model = timm.create_model(case.model, num_classes=5, drop_path_rate=0.2) if case.model else Net()
+    state = TrainState(
+        model,
+        OPTIMIZERS[case.optimizer](model),
+        GradScaler("cpu", init_scale=case.scale, growth_interval=2, enabled=case.precision == "fp16"),
+        ModelEmaV3(model, decay=0.9) if case.ema else None,
+        Position(0, 0, 0, 70),
+        meters={name: torch.zeros(()) for name in METERS},
+    )
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(70, 3, case.image_size, case.image_size, generator=generator)
+    cosine = ScheduleConfig(name="cosine", warmup_epochs=0.5)
+    schedule = build_schedule(state.optimizer, cosine, lr=0.01, epochs=2, updates_per_epoch=10)
+    run = Run(case, capacity, state, schedule, images, torch.randint(5, (70,), generator=generator))
+    if case.warm:
+        run.advance(run.update())
+    schedule.apply(state.position.schedule_step(7))
+    return run
+
+
+@dataclass
+class Tally:
+    """What a series of injections has shown."""
+
+    injections: Counter[str] = field(default_factory=Counter)
+    compared: int = 0
+    differing: list[str] = field(default_factory=list)
+    left_over: int = 0
+
+    def compare(self, run: Run, expected: dict[str, Any]) -> None:
+        found = dump(run.state)
+        self.compared += len(expected)
+        self.differing += differences(found, expected)
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{count} in {phase}" for phase, count in self.injections.items())
+        return (
+            f"{self.injections.total():,} injections ({phases}), {self.compared:,} comparisons, "
+            f"{len(self.differing)} differ, {self.left_over} storages left over"
+        )
+
+
+def fail_once(case: Case, capacity: Capacity, at: int, expected: dict[str, Any], tally: Tally) -> bool:
+    """Whether operator `at` exists: it fails, and the retry must succeed."""
+    run = start(case, capacity)
+    update = run.update()
+    fault = Fault(at, phase=lambda: update.phase)
+    run.advance(update, fault)
+    if fault.raised:
+        tally.injections[fault.phases[at]] += 1
+        tally.compare(run, expected)
+        tally.left_over += fault.left_over(storages(run.state))
+    return bool(fault.raised)
+
+
+def keep_failing(case: Case, capacity: Capacity, at: int, expected: tuple[Any, Any], tally: Tally) -> bool:
+    """Whether operator `at` exists: it and all after it fail, then the next rung takes over."""
+    run = start(case, capacity)
+    update = run.update()
+    before, after = expected
+    fault = Fault(at, keeps_failing=True, phase=lambda: update.phase)
+    with suppress(OutOfMemory):
+        run.advance(update, fault)
+    if fault.raised:
+        assert fault.raised == 2
+        tally.injections[fault.phases[at]] += 1
+        tally.compare(run, before)
+        tally.left_over += fault.left_over(storages(run.state))
+        run.advance(run.update(NEXT_RUNG))
+        tally.compare(run, after)
+    return bool(fault.raised)
+
+
+def undisturbed(case: Case, capacity: Capacity, micro_batch_size: int | None = None) -> dict[str, Any]:
+    run = start(case, capacity)
+    run.advance(run.update(micro_batch_size))
+    return dump(run.state)
+
+
+def inject(case: Case, capacity: Capacity, stride: int = 1) -> Tally:
+    """Fail every operator of one update, or every `stride`-th outside of clipping and optimizer step, in two modes."""
+    tally = Tally()
+    once = undisturbed(case, capacity)
+    keeps = dump(start(case, capacity).state), undisturbed(case, capacity, NEXT_RUNG)
+    assert differences(once, keeps[0])
+    phases = operators(case, capacity)
+    at = 0
+    while True:
+        if at % stride == 0 or at >= len(phases) or phases[at] in IN_STEP:
+            more = fail_once(case, capacity, at, once, tally)
+            assert keep_failing(case, capacity, at, keeps, tally) == more
+            if not more:
+                break
+        at += 1
+    assert at == len(phases)
+    return tally
+
+
+def operators(case: Case, capacity: Capacity) -> list[str]:
+    """The phase of each operator of an undisturbed update."""
+    run = start(case, capacity)
+    update = run.update()
+    fault = Fault(phase=lambda: update.phase)
+    run.advance(update, fault)
+    return fault.phases
+
+
+@pytest.fixture(scope="module")
+def capacity() -> Iterator[Capacity]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with limited(CPU, "none") as found:
+        gc.collect()
+        gc.freeze()  # a collection after each failure then looks at new objects alone
+        yield found
+        gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def covering() -> list[Case]:
+    """Every optimizer with every precision, the rest spread so that every pair of settings occurs."""
+    cases = []
+    for row, optimizer in enumerate(OPTIMIZERS):
+        for column, precision in enumerate(("fp32", "bf16", "fp16")):
+            number = row + column
+            cases.append(
+                Case(
+                    optimizer,
+                    precision,
+                    warm=number % 2 == 1,
+                    ema=(row + 2 * column) % 3 != 0,
+                    clip=(row * 2 + column) % 3 != 1,
+                    accumulate=(row + column) % 3 != 2,
+                )
+            )
+    return [*cases, Case("adamw-fused", "fp16", warm=False, scale=2.0**40), Case("sgd", "fp16", True, scale=2.0**40)]
+
+
+def record(case: Case, tally: Tally, seconds: float, record_property: Callable[[str, object], None]) -> None:
+    record_property("summary", f"{case}: {tally}, {seconds:.1f} s")
+    assert tally.injections.total() > 100
+    assert sorted(set(tally.differing)) == []
+    assert tally.left_over == 0
+
+
+@pytest.mark.parametrize("case", covering(), ids=str)
+def test_every_operator(case: Case, capacity: Capacity, record_property: Callable[[str, object], None]) -> None:
+    started = time.perf_counter()
+    record(case, inject(case, capacity), time.perf_counter() - started, record_property)
