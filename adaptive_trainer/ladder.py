@@ -126,7 +126,8 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
         ConfigError: one message with every problem of the request and of all rungs.
     """
     asked = typed(cfg)
-    problems = [] if (text := _problem(asked)) is None else [text]
+    wrong_request = _problem(asked)
+    problems = [] if wrong_request is None else [wrong_request]
     ladder = [Rung(REQUESTED, asked)]
     follows = True  # until a rung sets the learning rate itself
     for number, rung in enumerate(asked.ladder.rungs, start=1):
@@ -142,7 +143,7 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
             lr, why = scaled_lr(asked, config.trainer.batch_size)
             config.optimizer.lr = lr
             notes += [why] if why else []
-        if (text := _problem(config)) is not None:
+        if (text := _problem(config)) not in (None, wrong_request):  # rungs inherit what is wrong with the request
             problems.append(f"rung {name!r}: {text}")
         ladder.append(
             Rung(name, config, tuple(kept), "" if kept else "; ".join(notes) or "it sets nothing", tuple(notes))
