@@ -48,6 +48,7 @@ class Stage:
     session: Session | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     _room: dict[str, int | None] = field(default_factory=dict)
+    _batch_norm: set[str] = field(default_factory=set)  # models seen to have it
     _wait: int = 1
     _climb_at: int = 0
 
@@ -131,7 +132,7 @@ class Stage:
     def _single_sample(self, config: Config) -> str:
         """Why a batch or micro-batch of one is not trained; empty where it may be."""
         used = recipe(config)
-        if self.session is None or used.micro_batch_size > 1 or not has_batch_norm(self.session.state.model):
+        if used.micro_batch_size > 1 or config.model.name not in self._batch_norm:
             return ""
         key = "batch_size" if used.batch_size == 1 else "micro_batch_size"
         return (
@@ -149,22 +150,39 @@ class Stage:
             self._room[entry.rung] = self.parts.capacity.room()
 
     def _prove(self, config: Config) -> int:
-        """Make the session match `config` and prove it; returns the evaluation batch that fits."""
+        """Make the session match `config` and prove it; returns the evaluation batch that fits.
+
+        A session that was built for this attempt goes with it when it fails: nothing is left of it.
+        """
         if self.session is not None and config.model != self.session.config.model:
             self._leave_model(config)
         elif self.saved is not None and asdict(config.model) != self.saved["config"]["model"]:
             self._leave_saved(config)
+        is_new = self.session is None
         self.session = enter(config, self.parts, self.session)
-        if problem := self._single_sample(config):
+        try:
+            if is_new:
+                self._fill(self.session)
+            used = recipe(config)
+            shapes = Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes)
+            eval_batch = prove(self.session.update, shapes)
+        except BaseException:
+            if is_new:
+                self.session = None
+            raise
+        self.saved = None
+        return eval_batch
+
+    def _fill(self, session: Session) -> None:
+        """Put what was learned earlier into a new session."""
+        if has_batch_norm(session.state.model):
+            self._batch_norm.add(session.config.model.name)
+        if problem := self._single_sample(session.config):
             raise ConfigError(problem)
         if self.saved is not None:
-            self._resume(self.saved)
-            self.saved = None
-        elif self.weights is not None and self.weights[0] == config.model and self.session.state.updates == 0:
-            self.session.state.model.load_state_dict(self.weights[1])
-        used = recipe(config)
-        shapes = Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes)
-        return prove(self.session.update, shapes)
+            self._resume(session, self.saved)
+        elif self.weights is not None and self.weights[0] == session.config.model:
+            session.state.model.load_state_dict(self.weights[1])
 
     def _leave_model(self, config: Config) -> None:
         """Keep what the larger model has learned, and let it go."""
@@ -187,8 +205,7 @@ class Stage:
             self.event(f"what {larger} has learned is kept in checkpoints/{name}")
         self.metrics = {}
 
-    def _resume(self, saved: dict[str, Any]) -> None:
-        session = self._opened
+    def _resume(self, session: Session, saved: dict[str, Any]) -> None:
         asked = asdict(session.config)
         if saved["position"]["size"] != self.parts.train_size:
             raise CheckpointError(

@@ -1,0 +1,431 @@
+"""What must hold on a real CUDA card, as tables: rungs under caps, a disturbed run against its replay, what undo costs.
+
+Usage: python scripts/gpu_checks.py [caps] [soak] [cost] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, for the replay
+
+import argparse
+import hashlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import Dataset
+
+from adaptive_trainer import Trainer, compose_config, oom
+from adaptive_trainer.config import Config
+from adaptive_trainer.data import build_datasets, train_loader
+from adaptive_trainer.ladder import recipe, resolve
+from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.models import build_model
+from adaptive_trainer.optimizers import build_optimizer
+from adaptive_trainer.process import private_process_state, seed_everything
+from adaptive_trainer.session import Parts, Session, enter
+from adaptive_trainer.stage import Stage
+from adaptive_trainer.transaction import Undo
+from adaptive_trainer.update import Loss, Update
+
+MiB = 1 << 20
+CUDA = torch.device("cuda", 0)
+CAPS = (5600, 2600, 1300, 700, 550, 400, 240, 190, 140)
+FAKE = ["data=fakedata", "data.train.size=48", "data.val.size=24", "data.num_workers=0", "device=cuda"]
+SOAK_UPDATES = 200
+SMALL = ["trainer.batch_size=8", "trainer.micro_batch_size=4", "data.image_size=160", "trainer.precision=fp16"]
+
+
+# ---- caps: the rung that the descent lands on, against brute force -------------------------------------------------
+
+
+def plain_training_fits(config: Config) -> bool:
+    """Whether a loop written by hand trains three updates and evaluates a batch at these settings."""
+    failure = None
+    try:
+        _plain_training(config)
+    except Exception as error:
+        failure = oom.describe(error, pressure=lambda: True)
+        if failure.kind is not oom.Kind.DEVICE:
+            raise
+    oom.release(CUDA)
+    return failure is None
+
+
+def _plain_training(config: Config) -> None:
+    used = recipe(config)
+    model = build_model(config.model, 10).to(CUDA)
+    optimizer = build_optimizer(model, config.optimizer, used.lr, CUDA)
+    scaler = GradScaler("cuda", enabled=used.precision == "fp16")
+    half = torch.bfloat16 if used.precision == "bf16" else torch.float16
+    images = torch.rand(used.batch_size, 3, used.image_size, used.image_size)
+    labels = torch.randint(10, (used.batch_size,))
+    loss_of = nn.CrossEntropyLoss()
+    for _ in range(3):
+        for x, y in zip(images.split(used.micro_batch_size), labels.split(used.micro_batch_size), strict=True):  # type: ignore[no-untyped-call]
+            with torch.autocast("cuda", half, enabled=used.precision != "fp32"):
+                loss = loss_of(model(x.to(CUDA)), y.to(CUDA)) * (len(y) / used.batch_size)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad(), torch.autocast("cuda", half, enabled=used.precision != "fp32"):
+        float(loss_of(model.eval()(images[: used.eval_batch_size].to(CUDA)), labels[: used.eval_batch_size].to(CUDA)))
+
+
+def brute_force(cap: int) -> str:
+    """The first rung of the default ladder at which the plain loop trains under `cap` MiB; "none" where none does."""
+    ladder = resolve(compose_config([*FAKE, "trainer.epochs=1"]))
+    with limited(CUDA, f"{cap}MiB"):
+        return next((rung.name for rung in ladder if plain_training_fits(rung.settings)), "none")
+
+
+@dataclass
+class Descent:
+    """One run under a cap.
+
+    Attributes:
+        rung: where it ended.
+        tried: rungs that ran out of memory on the way.
+        seconds: of the descent and the training.
+        allocated: bytes allocated before each attempt and after the run.
+    """
+
+    rung: str
+    tried: int
+    seconds: float
+    allocated: list[int] = field(default_factory=list)
+
+
+def descend_under(cap: int, folder: Path, overrides: tuple[str, ...] = ()) -> Descent:
+    """Train one short epoch under `cap` MiB."""
+    allocated: list[int] = []
+    prove = Stage._prove
+
+    def measured(stage: Stage, config: Config) -> int:
+        allocated.append(torch.cuda.memory_allocated(CUDA))
+        return prove(stage, config)
+
+    started = time.perf_counter()
+    with patch.object(Stage, "_prove", measured):
+        config = compose_config([*FAKE, f"memory.limit={cap}MiB", *overrides])
+        result = Trainer(config, output_dir=folder / f"cap-{cap}").fit()
+    seconds = time.perf_counter() - started
+    oom.release(CUDA)
+    allocated.append(torch.cuda.memory_allocated(CUDA))
+    tried = sum(attempt.outcome == "oom" for attempt in result.attempts)
+    return Descent(result.rung, tried, seconds, allocated)
+
+
+def caps(folder: Path) -> list[str]:
+    """A row for each cap."""
+    rows = [
+        "| cap, MiB | rung | brute force | out of memory on the way | seconds | memory back | ",
+        "|---|---|---|---|---|---|",
+    ]
+    for cap in CAPS:
+        wanted, got = brute_force(cap), descend_under(cap, folder)
+        back = "yes" if len(set(got.allocated)) == 1 else f"no: {got.allocated}"
+        rows.append(f"| {cap} | {got.rung} | {wanted} | {got.tried} | {got.seconds:.1f} | {back} |")
+    return rows
+
+
+# ---- soak: another process takes and gives back memory at random; then the same without it -----------------------
+
+HOG = """
+import random, sys, time, torch
+random.seed(1)
+least, most = int(sys.argv[1]), int(sys.argv[2])
+torch.zeros(1, device="cuda")
+print("ready", flush=True)
+while True:
+    free = torch.cuda.mem_get_info()[0]
+    take = free - random.randint(least, most) * 2**20
+    held = None
+    if take > 0:
+        try:
+            held = torch.empty(take, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            pass
+    time.sleep(random.uniform(0.02, 0.4))
+    del held
+    torch.cuda.empty_cache()
+    time.sleep(random.uniform(0.0, 0.3))
+"""
+
+
+class Numbered(Dataset[tuple[Tensor, int]]):
+    """Images whose first pixel tells their number."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(index))
+        image[:, 0, 0] = index / 4096
+        return image, index % 10
+
+
+@dataclass
+class Journal:
+    """What was committed, update by update."""
+
+    losses: list[float] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    rungs: list[str] = field(default_factory=list)
+    recoveries: int = 0
+    memory_differs: list[int] = field(default_factory=list)
+
+
+SOAK = [
+    "data.transforms=none", "data.num_workers=0", "device=cuda", "trainer.deterministic=true", "trainer.batch_size=24",
+    "trainer.epochs=10", "ladder.climb=true", "schedule=cosine",
+]  # fmt: skip
+SOAK_RUNGS = (
+    ("batch-16", "trainer.micro_batch_size=16"), ("micro-8", "trainer.micro_batch_size=8"),
+    ("amp", "trainer.precision=bf16"), ("micro-4", "trainer.micro_batch_size=4"),
+    ("micro-2", "trainer.micro_batch_size=2"),
+)  # fmt: skip
+
+
+def soak_config() -> Any:
+    config = compose_config(SOAK)
+    config.ladder.rungs = [{"name": name, "overrides": [override]} for name, override in SOAK_RUNGS]
+    return config
+
+
+def digest(model: nn.Module) -> str:
+    content = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        content.update(tensor.cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
+def disturbed(folder: Path, journal: Journal) -> tuple[str, list[str]]:
+    """Train while the other process plays; the digest of the weights, and the record's events."""
+    attempt, run = Update._attempt, Update.run
+
+    def watched(update: Update, images: Tensor, labels: Tensor) -> oom.Failure | None:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()  # every update has to ask the driver again
+        before = torch.cuda.memory_allocated(CUDA)
+        failure = attempt(update, images, labels)
+        if failure is not None:
+            journal.recoveries += 1
+            after = torch.cuda.memory_allocated(CUDA)
+            if after != before:
+                journal.memory_differs.append(after - before)
+        return failure
+
+    def committed(update: Update, images: Tensor, labels: Tensor, *, samples: int) -> None:
+        run(update, images, labels, samples=samples)
+        if samples:
+            journal.losses.append(float(update.state.meters["loss"]))
+            journal.seen += (images[:, 0, 0, 0] * 4096).round().long().tolist()
+
+    hog = subprocess.Popen([sys.executable, "-c", HOG, "250", "4000"], stdout=subprocess.PIPE, text=True)
+    try:
+        if hog.stdout is not None:
+            hog.stdout.readline()
+        data = Numbered(SOAK_UPDATES * 24 // 10)
+        trainer = Trainer(soak_config(), train_data=data, val_data=Numbered(48), output_dir=folder / "soak")
+        with patch.object(Update, "_attempt", watched), patch.object(Update, "run", committed):
+            result = trainer.fit()
+    finally:
+        hog.kill()
+        hog.wait()
+    assert trainer.model is not None
+    fallen = [f"{a.rung}:{a.outcome}" for a in result.attempts]
+    return digest(trainer.model), fallen
+
+
+def schedule_of(folder: Path) -> list[tuple[str, int]]:
+    """(rung, update from which it trained) of the disturbed run, from its attempts."""
+    begins, updates = [], 0
+    for line in (folder / "soak" / "attempts.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "after update" in entry["phase"]:
+            updates = int(entry["phase"].rpartition(" ")[2])
+        if entry["outcome"] == "fits":
+            begins.append((entry["rung"], updates))
+    return begins
+
+
+def replay(begins: list[tuple[str, int]], size: int) -> tuple[str, list[float], list[int]]:
+    """The same rungs from the same updates on, with nobody disturbing."""
+    ladder = {rung.name: rung.settings for rung in resolve(soak_config())}
+    first = ladder["requested"]
+    losses: list[float] = []
+    seen: list[int] = []
+    with private_process_state(deterministic=True), limited(CUDA, None) as capacity:
+        seed_everything(first.seed)
+        data = build_datasets(first, Numbered(size), Numbered(48))
+
+        def make_loss(config: Config) -> Loss:
+            return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
+
+        parts = Parts(build_model, make_loss, "", 10, size, CUDA, capacity)
+        session: Session | None = None
+        for (rung, _), end in zip(begins, [*(b for _, b in begins[1:]), None], strict=True):
+            session = enter(ladder[rung], parts, session)
+            _train_until(session, data, end, losses, seen)
+        assert session is not None
+        return digest(session.state.model), losses, seen
+
+
+def _train_until(session: Session, data: Any, end: int | None, losses: list[float], seen: list[int]) -> None:
+    state, trainer = session.state, session.config.trainer
+    while state.position.epoch < trainer.epochs and (end is None or state.updates < end):
+        if state.position.cursor == 0:
+            for meter in state.meters.values():
+                meter.zero_()
+        loader = train_loader(
+            data, state.position, batch_size=trainer.batch_size, image_size=224, num_workers=0, pin_memory=True
+        )
+        for batch in loader:
+            if end is not None and state.updates >= end:
+                return
+            session.schedule.apply(state.position.schedule_step(trainer.batch_size))
+            session.update.run(batch.images, batch.labels, samples=batch.samples)
+            losses.append(float(state.meters["loss"]))
+            seen += (batch.images[:, 0, 0, 0] * 4096).round().long().tolist()
+
+
+def soak(folder: Path) -> list[str]:
+    """The disturbed run and its replay, compared."""
+    journal = Journal()
+    weights, attempts = disturbed(folder, journal)
+    oom.release(CUDA)
+    size = SOAK_UPDATES * 24 // 10
+    begins = schedule_of(folder)
+    same_weights, losses, seen = replay(begins, size)
+    epochs = [sorted(journal.seen[i : i + size]) == list(range(size)) for i in range(0, len(journal.seen), size)]
+    back = "yes" if not journal.memory_differs else f"no: {journal.memory_differs}"
+    equal = losses == journal.losses and weights == same_weights and seen == journal.seen
+    return [
+        "| what | value |", "|---|---|",
+        f"| committed updates | {len(journal.losses)} |",
+        f"| out-of-memories rolled back | {journal.recoveries} |",
+        f"| attempts | {', '.join(attempts)} |",
+        f"| every sample once an epoch | {'yes' if all(epochs) and len(epochs) == 10 else 'NO'} |",
+        f"| losses, samples and weights equal to the undisturbed replay, bit for bit | {'yes' if equal else 'NO'} |",
+        f"| memory after each recovery as before the update | {back} |",
+    ]  # fmt: skip
+
+
+# ---- cost: an update with undo against the same update without -----------------------------------------------------
+
+
+class NoUndo(Undo):
+    """Keeps nothing."""
+
+    def begin(self) -> None:
+        self.begun = False
+
+    def before_step(self, *, on_host: bool = False) -> None:
+        self.stepping = True
+
+
+def _update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update, Tensor, Tensor]:
+    config = resolve(compose_config(overrides))[0].settings
+    used = recipe(config)
+    parts = Parts(build_model, lambda _: nn.CrossEntropyLoss(), "", 10, 1024, CUDA, capacity)
+    session = enter(config, parts)
+    if not undo:
+        session.update._undo = NoUndo(session.state, CUDA)
+    images = torch.rand(used.batch_size, 3, used.image_size, used.image_size).pin_memory()
+    return session.update, images, torch.randint(10, (used.batch_size,)).pin_memory()
+
+
+def _milliseconds(step: Callable[[], None], updates: int = 30) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(updates):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / updates * 1e3
+
+
+def cost(folder: Path) -> list[str]:
+    """Time and memory of an update with and without undo, in alternating blocks of one process."""
+    rows = [
+        "| recipe | with undo, ms | without, ms | ratio (median of 9 pairs) | extra peak, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, overrides in (
+        ("24@224 fp32 fused AdamW", []),
+        ("24@224 fp32 foreach AdamW", ["+optimizer.kwargs.foreach=true"]),
+        ("24@224 fp32 SGD", ["optimizer=sgd"]),
+        ("8@160 fp16 micro-batch 4", SMALL),
+    ):  # fmt: skip
+        rows.append(f"| {name} | {_cost(overrides)} |")
+    return rows
+
+
+def _cost(overrides: list[str]) -> str:
+    times: dict[bool, list[float]] = {True: [], False: []}
+    peaks: dict[bool, int] = {}
+    with limited(CUDA, None) as capacity:
+        steps: dict[bool, Callable[[], None]] = {}
+        for undo in (True, False):
+            torch.cuda.synchronize()
+            base = torch.cuda.memory_allocated(CUDA)
+            update, images, labels = _update(overrides, capacity, undo=undo)
+
+            def step(update: Update = update, images: Tensor = images, labels: Tensor = labels) -> None:
+                update.run(images, labels, samples=0)
+
+            steps[undo] = step
+            for _ in range(5):
+                step()
+            torch.cuda.reset_peak_memory_stats(CUDA)
+            _milliseconds(step, 5)
+            peaks[undo] = torch.cuda.max_memory_allocated(CUDA) - base
+        for number in range(9):
+            for undo in (True, False) if number % 2 else (False, True):
+                times[undo].append(_milliseconds(steps[undo]))
+    ratio = statistics.median(a / b for a, b in zip(times[True], times[False], strict=True))
+    with_undo, without = statistics.median(times[True]), statistics.median(times[False])
+    return f"{with_undo:.2f} | {without:.2f} | {ratio:.4f} | {(peaks[True] - peaks[False]) / MiB:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    checks: dict[str, Callable[[Path], list[str]]] = {"caps": caps, "soak": soak, "cost": cost}
+    parser.add_argument("checks", nargs="*", default=list(checks), choices=[*checks, []])
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    folder = arguments.out or Path(tempfile.mkdtemp())
+    random.seed(0)
+    lines = [f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}, {date.today()}", ""]
+    for name in arguments.checks or checks:
+        started = time.perf_counter()
+        rows = checks[name](folder)
+        lines += [f"### {name} ({time.perf_counter() - started:.0f} s)", "", *rows, ""]
+        print("\n".join(lines[-len(rows) - 3 :]), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu-checks.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

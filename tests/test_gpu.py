@@ -1,0 +1,21 @@
+"""On a real card: real out-of-memories under real caps, and the rung that brute force finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import gpu_checks
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("cap", gpu_checks.CAPS)
+def test_the_rung_under_a_cap_is_the_one_that_brute_force_finds(cap: int, tmp_path: Path) -> None:
+    found = gpu_checks.descend_under(cap, tmp_path)
+
+    assert found.rung == gpu_checks.brute_force(cap)
+    assert len(set(found.allocated)) == 1, "memory is back to its value before the attempt, every time"
+    if cap < 2000:
+        assert found.tried > 0
