@@ -50,7 +50,7 @@ def _job(cfg: DictConfig, codes: list[int]) -> float:
     from adaptive_trainer.trainer import Trainer
 
     hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    folder = Path(cfg.output_dir or hydra_config.runtime.output_dir)
     whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failure: AdaptiveTrainerError | None = None
     try:
