@@ -277,7 +277,7 @@ def _compose_alone(override: str) -> DictConfig:
 
 def check(config: Config) -> None:
     """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
-    problems = [*_out_of_range(config), *_not_a_choice(config)]
+    problems = [*_out_of_range(config), *_no_transform(config.data), *_not_a_choice(config)]
     batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
     if micro is not None and micro > batch > 0:
         problems.append(
@@ -316,6 +316,17 @@ def _out_of_range(config: Config) -> list[str]:
         problems.append(f"trainer.clip_grad={t.clip_grad} is not above 0; null turns clipping off")
     if t.label_smoothing >= 1:
         problems.append(f"trainer.label_smoothing={t.label_smoothing} is not below 1")
+    return problems
+
+
+def _no_transform(data: DataConfig) -> list[str]:
+    problems = []
+    if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        problems.append(f"data.crop_scale={data.crop_scale} is no pair of shares of the image, 0 < least <= most <= 1")
+    if not 0 <= data.hflip <= 1:
+        problems.append(f"data.hflip={data.hflip} is no probability from 0 to 1")
+    if len(data.mean) != 3 or len(data.std) != 3 or not min(data.std) > 0:
+        problems.append(f"data.mean={data.mean}, data.std={data.std} are not three numbers each, data.std above 0")
     return problems
 
 

@@ -123,7 +123,7 @@ def _images_in(folder: Path) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(IMAGE_FILES))
 
 
-def image_folder(root: str, split: str = "train") -> ImageFiles | None:
+def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:
     """Images sorted into folders, one a class: ROOT/CLASS/image.jpg, or ROOT/train/CLASS/... and ROOT/val/CLASS/...
 
     Args:
@@ -134,6 +134,8 @@ def image_folder(root: str, split: str = "train") -> ImageFiles | None:
     Raises:
         DataError: a folder is missing, has fewer than two classes, or a class without an image.
     """
+    if root is None:
+        raise DataError("data.root has no value; give the folder of your images: data.root=FOLDER")
     top = Path(root).expanduser()
     if not top.is_dir():
         raise DataError(f"data.root={root} is no folder; give one with ROOT/CLASS/image.jpg")
