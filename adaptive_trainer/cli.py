@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -39,6 +40,10 @@ def main() -> None:
             codes.append(UserError.exit_code)
         elif not codes:
             raise
+    except Exception:  # HYDRA_FULL_ERROR=1 lets everything through: it is shown whole, and the code stays the same
+        traceback.print_exc()
+        if not codes:
+            codes.append(UserError.exit_code)
     if any(codes):
         sys.exit(max(codes))
 
