@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, _refresh_per_optimizer_state
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from adaptive_trainer.position import Position
 
@@ -30,6 +30,7 @@ __all__ = ["TrainState", "Undo"]
 
 P = ParamSpec("P")
 SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none
+PLAIN = (Tensor, int, float, bool, str, type(None))  # values of an optimizer's state that are no containers
 LEFT_BY_FUSED_STEP = ("grad_scale", "found_inf")
 
 
@@ -69,24 +70,38 @@ class TrainState:
 
 
 class _Shadow:
-    """Copies of a changing list of tensors in buffers that are made once and used again."""
+    """Copies of a changing list of tensors in buffers that are made once and used again.
+
+    One kernel copies many tensors only where all are of one type on one device, hence the groups.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
         self.live: list[Tensor] = []
         self.copies: list[Tensor] = []
+        self.groups: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def save(self, tensors: list[Tensor]) -> None:
         same = len(tensors) == len(self.live) and all(a is b for a, b in zip(tensors, self.live, strict=True))
         if not same and [_layout(t) for t in tensors] != [_layout(t) for t in self.copies]:
             self.copies = [torch.empty_like(t, device=self.device or t.device, requires_grad=False) for t in tensors]
-        self.live = tensors
-        if tensors:
-            torch._foreach_copy_(self.copies, tensors)
+        if not same:
+            self.live, self.groups = tensors, _alike(tensors, self.copies)
+        for live, copies in self.groups:
+            torch._foreach_copy_(copies, live)
 
     def restore(self) -> None:
-        if self.live:
-            torch._foreach_copy_(self.live, self.copies)
+        for live, copies in self.groups:
+            torch._foreach_copy_(live, copies)
+
+
+def _alike(live: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    groups: defaultdict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for tensor, copy in zip(live, copies, strict=True):
+        mine, theirs = groups[tensor.device, tensor.dtype]
+        mine.append(tensor)
+        theirs.append(copy)
+    return list(groups.values())
 
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
@@ -139,13 +154,12 @@ class Undo:
     def before_step(self, *, on_host: bool = False) -> None:
         """Keep what the optimizer step and the moving average change: parameters, optimizer state, average."""
         self.large = self.host if on_host or self.on_host else self.beside
-        optimizer_state = {p: dict(values) for p, values in self.state.optimizer.state.items()}
         leaves: list[Any] = []
-        self.optimizer_state: list[tuple[Any, list[Any], TreeSpec]] = []
-        for parameter, values in optimizer_state.items():
-            flat, spec = tree_flatten(values)
-            self.optimizer_state.append((parameter, flat, spec))
-            leaves += flat
+        self.optimizer_state: list[tuple[Any, dict[str, Any]]] = []
+        for parameter, values in self.state.optimizer.state.items():
+            kept = {key: v if isinstance(v, PLAIN) else tree_map(lambda leaf: leaf, v) for key, v in values.items()}
+            self.optimizer_state.append((parameter, kept))
+            leaves += [leaf for v in kept.values() for leaf in ((v,) if isinstance(v, PLAIN) else tree_leaves(v))]
         leaves += [value for group in self.groups for value in group.values()]
         self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
         self.stepping = True
@@ -170,8 +184,8 @@ class Undo:
     def _restore_optimizer_state(self) -> None:
         state = self.state.optimizer.state
         state.clear()
-        for parameter, flat, spec in self.optimizer_state:
-            state[parameter] = tree_unflatten(flat, spec)
+        for parameter, kept in self.optimizer_state:
+            state[parameter] = kept
 
     def _restore_plain(self) -> None:
         state = self.state

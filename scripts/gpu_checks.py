@@ -5,13 +5,10 @@ Usage: python scripts/gpu_checks.py [caps] [soak] [cost] [--out FOLDER]
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, for the replay
-
 import argparse
 import hashlib
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -31,7 +28,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, compose_config, oom
-from adaptive_trainer.config import Config
+from adaptive_trainer.config import Config, RungConfig
 from adaptive_trainer.data import build_datasets, train_loader
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.memory.capacity import limited
@@ -210,7 +207,7 @@ SOAK_RUNGS = (
 
 def soak_config() -> Any:
     config = compose_config(SOAK)
-    config.ladder.rungs = [{"name": name, "overrides": [override]} for name, override in SOAK_RUNGS]
+    config.ladder.rungs = [RungConfig(name, [override]) for name, override in SOAK_RUNGS]
     return config
 
 
@@ -357,7 +354,7 @@ def _update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update,
     return session.update, images, torch.randint(10, (used.batch_size,)).pin_memory()
 
 
-def _milliseconds(step: Callable[[], None], updates: int = 30) -> float:
+def _milliseconds(step: Callable[[], None], updates: int = 15) -> float:
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(updates):
@@ -388,7 +385,7 @@ def _cost(overrides: list[str]) -> str:
     with limited(CUDA, None) as capacity:
         steps: dict[bool, Callable[[], None]] = {}
         for undo in (True, False):
-            torch.cuda.synchronize()
+            oom.release(CUDA)
             base = torch.cuda.memory_allocated(CUDA)
             update, images, labels = _update(overrides, capacity, undo=undo)
 
@@ -400,6 +397,7 @@ def _cost(overrides: list[str]) -> str:
                 step()
             torch.cuda.reset_peak_memory_stats(CUDA)
             _milliseconds(step, 5)
+            torch.cuda.synchronize()
             peaks[undo] = torch.cuda.max_memory_allocated(CUDA) - base
         for number in range(9):
             for undo in (True, False) if number % 2 else (False, True):
@@ -417,14 +415,20 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.out or Path(tempfile.mkdtemp())
     random.seed(0)
-    lines = [f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}, {date.today()}", ""]
-    for name in arguments.checks or checks:
-        started = time.perf_counter()
-        rows = checks[name](folder)
-        lines += [f"### {name} ({time.perf_counter() - started:.0f} s)", "", *rows, ""]
-        print("\n".join(lines[-len(rows) - 3 :]), flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu-checks.md").write_text("\n".join(lines), encoding="utf-8")
+    if len(arguments.checks) != 1:  # each in a process of its own
+        for name in arguments.checks or checks:
+            subprocess.run([sys.executable, __file__, name, "--out", str(folder)], check=False)
+        return
+    [name] = arguments.checks
+    if name == "soak":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, for the replay
+    started = time.perf_counter()
+    rows = checks[name](folder)
+    about = f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}, {date.today()}"
+    text = "\n".join([f"### {name}: {about}, {time.perf_counter() - started:.0f} s", "", *rows, ""])
+    print(text, flush=True)
+    with (folder / "gpu-checks.md").open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 if __name__ == "__main__":
