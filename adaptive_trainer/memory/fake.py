@@ -1,0 +1,243 @@
+"""Fake tensors that stand in for real ones, and a recorder of every storage that is born and dies.
+
+Under `fake_device` CPU factories give tensors without data. CPU, because without a driver PyTorch's backward refuses
+fake CUDA tensors. Where the two devices would keep different tensors the CPU is made to follow CUDA: the operators that
+CUDA's autocast runs in float32, and dropout, which on CUDA keeps a mask of one byte per element.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Kind", "Recorder", "fake_device", "materialize"]
+
+aten = torch.ops.aten
+
+# Run in float32 by CUDA's autocast and left as they come by the CPU's (aten/src/ATen/autocast_mode.h, list fp32).
+FLOAT32 = (
+    "layer_norm", "native_layer_norm", "group_norm", "rms_norm", "softplus", "exp", "expm1", "log", "log1p", "log2",
+    "log10", "logsumexp", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "reciprocal", "rsqrt", "dist",
+    "cosine_similarity", "renorm", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
+)  # fmt: skip
+# The same with an output in float32 and no copy of the input (list fp32_set_opt_dtype).
+FLOAT32_OUTPUT = ("sum", "sum.dim_IntList", "cumsum", "cumprod", "linalg_vector_norm", "linalg_matrix_norm")
+SOFTMAX = {"softmax.int": aten._softmax, "log_softmax.int": aten._log_softmax}
+
+GEMMS = frozenset({aten.addmm.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default})
+TILES = 64 * 128 * 128  # a weight gradient this large keeps tensor cores busy without being split
+CONV, CONV_BACKWARD = aten.convolution.default, aten.convolution_backward.default
+
+
+class Kind:
+    """What an event is. Marks stand for scratch memory that an operator takes and gives back."""
+
+    BORN = 0
+    DIED = 1
+    GEMM = 2  # matrix product in forward or step
+    GEMM_BIAS = 3  # matrix product with a bias added, in forward or step
+    GEMM_BACKWARD = 4  # matrix product in backward: on a CUDA device it runs in another thread
+    CONV = 5  # convolution that needs its operands in another layout; the size is that of all operands
+    # Weight gradient of a 1x1 convolution, in float32 or in half precision, with the CONV mark of its operands next;
+    # the size is that of one float32 weight gradient per sample
+    SPLIT = 6
+    SPLIT_HALF = 7
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down storages as they are born and die, and marks.
+
+    Args:
+        cuda: note what a CUDA card would: marks, and no tensors that stay on the host. Else, all that a CPU holds.
+
+    Attributes:
+        kinds, numbers: per event, its `Kind` and which allocation or mark it is about, counted from 0.
+        sizes, parts: per allocation or mark, its bytes and the value of `part` at its birth.
+        part: set by the program that is recorded.
+    """
+
+    def __init__(self, *, cuda: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cuda = cuda
+        self.kinds = bytearray()
+        self.numbers: list[int] = []
+        self.sizes: list[int] = []
+        self.parts = bytearray()
+        self.part = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and note what its outputs bring."""
+        if func is aten._local_scalar_dense.default:  # .item(): any value will do, but a step count is not 0
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        out = func(*args, **(kwargs or {}))
+        if self.cuda and (func is CONV or func is CONV_BACKWARD):
+            self._convolution(func, args, out)
+            return out
+        if self.cuda and func in GEMMS:
+            self._gemm(func)
+        # torch.tensor(3.0) is host memory, such as the step count of an optimizer
+        self._see(out, on_host=self.cuda and func is aten.lift_fresh.default)
+        return out
+
+    def any_died_since(self, number: int) -> bool:
+        """Whether an allocation numbered `number` or later is gone again."""
+        return any(k == Kind.DIED and n >= number for k, n in zip(self.kinds, self.numbers, strict=True))
+
+    def _see(self, out: Any, *, on_host: bool = False) -> None:
+        if isinstance(out, Tensor):
+            self._storage(out, on_host)
+        elif isinstance(out, tuple | list):
+            for item in out:
+                self._see(item)
+
+    def _storage(self, tensor: Tensor, on_host: bool) -> None:
+        storage = tensor.untyped_storage()
+        identity = id(storage)
+        if identity in self._known:
+            return
+        number = -1 if on_host else self._born(Kind.BORN, storage.nbytes())
+
+        def died(_: Any, identity: int = identity, number: int = number) -> None:
+            del self._known[identity]
+            if number >= 0:
+                self._event(Kind.DIED, number)
+
+        self._known[identity] = weakref.ref(storage, died)
+
+    def _born(self, kind: int, nbytes: int) -> int:
+        number = len(self.sizes)
+        self.sizes.append(nbytes)
+        self.parts.append(self.part)
+        self._event(kind, number)
+        return number
+
+    def _event(self, kind: int, number: int) -> None:
+        self.kinds.append(kind)
+        self.numbers.append(number)
+
+    def _gemm(self, func: Any) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        kind = Kind.GEMM_BACKWARD if in_backward else Kind.GEMM_BIAS if func is aten.addmm.default else Kind.GEMM
+        self._born(kind, 0)
+
+    def _convolution(self, func: Any, args: Any, out: Any) -> None:
+        forward = func is CONV
+        x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
+        groups, stride = (args[8], args[3]) if forward else (args[9], args[4])
+        operands = sum(t.numel() * t.element_size() for t in (x, weight, y))
+        depthwise = groups > 1 and groups == x.shape[1]  # a kernel of PyTorch's own, or one without scratch
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4
+        pointwise = groups == 1 and all(n == 1 for n in (*weight.shape[2:], *stride))
+        for number, result in enumerate((out,) if forward else out):  # each has a convolution, and scratch, of its own
+            if not isinstance(result, Tensor):
+                continue
+            self._storage(result, on_host=False)
+            if depthwise or channels_last or result.ndim == 1 or (pointwise and (forward or number == 0)):
+                continue
+            half = x.element_size() == 2
+            if pointwise and not (half and weight.numel() >= TILES):
+                self._born(Kind.SPLIT_HALF if half else Kind.SPLIT, 4 * x.shape[0] * weight.numel())
+            self._born(Kind.CONV, operands)
+
+
+@contextmanager
+def fake_device(*, cuda: bool) -> Iterator[None]:
+    """CPU tensors have no data, and follow the rules of CUDA if asked. Real tensors may be mixed in at no cost."""
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    try:
+        for name, key, kernel in _kernels() if cuda else ():
+            library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        library._destroy()  # type: ignore[no-untyped-call]
+
+
+@cache
+def _kernels() -> list[tuple[str, str, Callable[..., Any]]]:
+    on_cuda, on_cpu = (
+        set(torch._C._dispatch_get_registrations_for_dispatch_key(key)) for key in ("AutocastCUDA", "AutocastCPU")
+    )
+    rules = {name: _in_float32(_operator(name)) for name in FLOAT32}
+    rules |= {name: _to_float32(_operator(name)) for name in FLOAT32_OUTPUT}
+    rules |= {name: _softmax(_operator(name), fused) for name, fused in SOFTMAX.items()}
+    missing = {f"aten::{name}" for name in rules} & on_cuda - on_cpu
+    kernels = [(name, "AutocastCPU", kernel) for name, kernel in rules.items() if f"aten::{name}" in missing]
+    return [*kernels, ("dropout", "AutogradCPU", _dropout)]
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet, None), overload or "default", None)
+
+
+def _no_autocast() -> Any:
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+
+
+def _half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _in_float32(operator: Any) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with _no_autocast():
+            return operator(*(a.float() if _half(a) else a for a in args), **kwargs)
+
+    return kernel
+
+
+def _to_float32(operator: Any) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with _no_autocast():
+            if _half(args[0]) and kwargs.get("dtype") is None:
+                kwargs["dtype"] = torch.float32
+            return operator(*args, **kwargs)
+
+    return kernel
+
+
+def _softmax(operator: Any, fused: Any) -> Callable[..., Any]:
+    def kernel(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+        with _no_autocast():
+            if _half(x) and dtype in (None, torch.float32):
+                return fused(x, dim, True)
+            return operator(x, dim, dtype)
+
+    return kernel
+
+
+def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
+    if not train or p == 0 or x.numel() == 0:
+        return x
+    dropped: Tensor = torch.native_dropout(x, p, train)[0]
+    return dropped
+
+
+def materialize(model: nn.Module) -> None:
+    """Replace parameters and buffers, on meta or with data, by fake ones, module by module as `model.to` does."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                made[id(tensor)] = nn.Parameter(made[id(tensor)], requires_grad=tensor.requires_grad)
+        return made[id(tensor)]
+
+    originals = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]  # keep ids valid
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+    del originals

@@ -1,0 +1,192 @@
+"""How much memory an update will need, and whether it fits: a trace replayed through the model of the allocator.
+
+What a trace cannot show is added at replay, each with its reason:
+
+- cuBLAS takes a workspace for matrix products: 32 MiB from compute capability 9.0 on, else 8.125 MiB. Up to torch 2.14
+  each thread that multiplies (the caller's, and the one that runs backward) keeps its own; from 2.15 on it is held only
+  during the product.
+- cublasLt, which multiplies and adds a bias in one go, takes another 1 MiB.
+- cuDNN's tensor-core kernels want channels last. For other layouts they copy all operands of a convolution into a
+  workspace. If it does not get one it takes another kernel, so a workspace alone never makes an update fail.
+- For the weight gradient of a 1x1 convolution cuDNN likes to make one float32 gradient per sample and add them up.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
+from adaptive_trainer.memory.fake import Kind
+from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec
+
+__all__ = ["Prediction", "predict", "verdict"]
+
+MiB = 1 << 20
+UPDATES = 3  # the first makes the optimizer's state, the second meets the full peak, the third finds the cache as it is
+CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in between
+MARGIN = 0.05  # the prediction's worst error on the cards it was compared with
+HOPPER = (9, 0)
+SPLIT_LIMIT = {Kind.SPLIT: 5, Kind.SPLIT_HALF: 10}  # of the operands' bytes: more than 5 times their elements
+SCOPED_WORKSPACES_SINCE = (2, 15)
+UNIFIED_WORKSPACES_SINCE = (2, 12)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an update, and an evaluation batch, will need on one kind of card, in bytes of the allocator.
+
+    The CUDA context and other processes are not in it.
+
+    Attributes:
+        live_bytes: peak of the bytes asked for.
+        allocated_bytes: peak of the blocks handed out, as `torch.cuda.max_memory_allocated`.
+        reserved_bytes: peak of the segments with no limit, as `torch.cuda.max_memory_reserved`.
+        min_capacity_bytes: the smallest limit under which the update still runs.
+        seconds: what the prediction took.
+        reason: why nothing is known; then the four sizes are None.
+    """
+
+    live_bytes: int | None
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    min_capacity_bytes: int | None
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What libraries take beside the tensors, in bytes."""
+
+    gemm: int
+    bias: int
+    kept: bool
+
+    @staticmethod
+    def of(capability: tuple[int, int], version: tuple[int, int]) -> _Scratch:
+        gemm = 32 * MiB if capability >= HOPPER else 8 * MiB + 128 * 1024
+        kept = version < SCOPED_WORKSPACES_SINCE
+        return _Scratch(gemm, 0 if kept and version >= UNIFIED_WORKSPACES_SINCE else MiB, kept)
+
+
+def predict(
+    spec: TraceSpec,
+    *,
+    capability: tuple[int, int] = HOPPER,
+    version: str = torch.__version__,
+    tracer: Tracer | None = None,
+) -> Prediction:
+    """Predict the memory that `spec` needs. Uses no GPU and never raises for a network that cannot be traced.
+
+    Args:
+        spec: the update.
+        capability: compute capability of the card, such as (8, 6).
+        version: version of torch that will train.
+        tracer: remembers traces; pass the same one for all rungs of a ladder.
+    """
+    start = time.perf_counter()
+    reason = ""
+    try:
+        trace = (tracer or Tracer()).trace(spec)
+    except TraceError as error:
+        reason = str(error)
+    if reason:
+        return Prediction(None, None, None, None, time.perf_counter() - start, reason)
+    major, minor = version.split(".")[:2]
+    scratch = _Scratch.of(capability, (int(major), int(minor)))
+    free = _Replay(trace, scratch, None)
+    free.run()
+    peaks = free.allocator
+    least = _min_capacity(trace, scratch, peaks.peak_reserved)
+    return Prediction(
+        peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, least, time.perf_counter() - start
+    )
+
+
+def verdict(prediction: Prediction, capacity_bytes: int, margin: float = MARGIN) -> str:
+    """ "fits", "unsure" or "hopeless" in a capacity (bytes for the allocator), or "unknown" where nothing is predicted.
+
+    Between the smallest capacity less `margin` and the same plus `margin`, both fractions of it, it is unsure.
+    """
+    least = prediction.min_capacity_bytes
+    if least is None:
+        return "unknown"
+    if capacity_bytes >= least * (1 + margin):
+        return "fits"
+    return "hopeless" if capacity_bytes < least * (1 - margin) else "unsure"
+
+
+def _min_capacity(trace: Trace, scratch: _Scratch, at_most: int) -> int:
+    low, high = 0, -(-at_most // CAPACITY_STEP)
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            _Replay(trace, scratch, middle * CAPACITY_STEP).run()
+        except AllocatorFull:
+            low = middle + 1
+        else:
+            high = middle
+    return high * CAPACITY_STEP
+
+
+class _Replay:
+    """One run of a trace on an allocator of its own."""
+
+    def __init__(self, trace: Trace, scratch: _Scratch, capacity: int | None) -> None:
+        self.trace = trace
+        self.scratch = scratch
+        self.allocator = CachingAllocator(capacity)
+        self._handles: dict[int, int] = {}
+        self._workspaces: set[int] = set()
+
+    def run(self) -> None:
+        """The network, some updates, an evaluation batch.
+
+        Raises:
+            AllocatorFull: the capacity is too small.
+        """
+        trace = self.trace
+        self._play(0, trace.update_start)
+        for _ in range(UPDATES):
+            self._play(trace.update_start, trace.evaluation_start)
+        self._play(trace.evaluation_start, len(trace.kinds))
+
+    def _play(self, start: int, stop: int) -> None:
+        handles, sizes = self._handles, self.trace.sizes
+        allocate, free = self.allocator.allocate, self.allocator.free
+        split: int | None = None
+        events = zip(self.trace.kinds[start:stop], self.trace.numbers[start:stop], strict=True)
+        for kind, number in events:
+            if kind == Kind.BORN:
+                if number not in handles:  # what outlived an earlier update is still there
+                    handles[number] = allocate(sizes[number])
+            elif kind == Kind.DIED:
+                if number in handles:
+                    free(handles.pop(number))
+            elif kind == Kind.CONV:
+                self._convolve(sizes[number] if split is None else split)
+                split = None
+            elif kind in SPLIT_LIMIT:
+                split = sizes[number] if sizes[number] <= SPLIT_LIMIT[kind] * sizes[number + 1] else None
+            else:
+                self._multiply(kind)
+
+    def _convolve(self, nbytes: int) -> None:
+        try:
+            self.allocator.free(self.allocator.allocate(nbytes))
+        except AllocatorFull:
+            return  # cuDNN takes a kernel without a workspace
+
+    def _multiply(self, kind: int) -> None:
+        scratch, allocator = self.scratch, self.allocator
+        if not scratch.kept:
+            allocator.free(allocator.allocate(scratch.bias if kind == Kind.GEMM_BIAS else scratch.gemm))
+            return
+        thread = Kind.GEMM_BACKWARD if kind == Kind.GEMM_BACKWARD else Kind.GEMM
+        for user, nbytes in ((thread, scratch.gemm), (Kind.GEMM_BIAS, scratch.bias)):
+            if user not in self._workspaces and user in (thread, kind):
+                self._workspaces.add(user)
+                allocator.allocate(nbytes)

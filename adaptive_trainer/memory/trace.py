@@ -1,0 +1,309 @@
+"""The allocations of one training update and one evaluation batch, found without a GPU and without any memory.
+
+The network, the optimizer and the update run on fake tensors: they have shapes but no data. Every storage that is born
+or dies is written down in order; matrix products and convolutions leave a mark, since their scratch memory depends on
+the card and is priced at replay (`predict`).
+
+The size of every allocation is affine in the samples and in the samples times the area of an image. So a few traces of
+a network give its allocations at other batch and image sizes (`Tracer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from adaptive_trainer.memory.fake import Recorder, fake_device, materialize
+
+__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "trace"]
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion
+METERS = 4  # scalars that add up the loss and the right answers
+TRACED_PARTS = 2  # the first micro-batch makes the gradients, the second adds to them, and so do all further ones
+
+
+class TraceError(Exception):
+    """The update cannot be traced; the message says why."""
+
+
+@dataclass(frozen=True)
+class TraceSpec:
+    """One update, and one evaluation batch, of one network.
+
+    Attributes:
+        make_model: builds the network; it is called under `torch.device("meta")`.
+        make_optimizer: builds the optimizer of a network. Where it leaves `foreach` and `fused` open, PyTorch's choice
+            is traced, which on CUDA is `foreach`.
+        input_shape: shape of one sample, such as (3, 224, 224).
+        micro_batches: samples in each forward and backward of the update, the largest first.
+        eval_batch_size: samples in one evaluation batch; None leaves evaluation out.
+        loss: mean loss of (output, labels).
+        precision: "fp32", "bf16" or "fp16" (with a GradScaler).
+        channels_last: weights and images in that memory format.
+        ema: a moving average of the weights is kept on the device.
+        clip_grad: the gradient's norm is clipped.
+        undo: the copies that `adaptive_trainer.transaction` keeps on the device for a roll-back: of the buffers, and
+            where a step of the optimizer allocates, of weights, optimizer state and moving average.
+        cuda: trained on a CUDA card; else on the CPU, whose memory a simulated card counts.
+        key: names make_model, make_optimizer and loss, so that traces of equal keys can be put to use for each other;
+            None keeps the trace to itself.
+    """
+
+    make_model: Callable[[], nn.Module]
+    make_optimizer: Callable[[nn.Module], Optimizer]
+    input_shape: tuple[int, ...]
+    micro_batches: tuple[int, ...]
+    eval_batch_size: int | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    precision: str = "fp32"
+    channels_last: bool = False
+    ema: bool = False
+    clip_grad: bool = False
+    undo: bool = False
+    cuda: bool = True
+    key: Hashable = None
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Samples behind each part of a trace: what no sample has a part in, the batch, micro-batches, evaluation."""
+        return (0, sum(self.micro_batches), *self.micro_batches[:TRACED_PARTS], self.eval_batch_size or 0)
+
+    @property
+    def signature(self) -> Hashable:
+        """All but the sizes: traces of equal signatures have the same events."""
+        flags = (self.precision, self.channels_last, self.ema, self.clip_grad, self.undo, self.cuda)
+        sizes = (self.input_shape[:-2], len(self.input_shape), len(self.batches), self.eval_batch_size is None)
+        return (self.key, *sizes, *flags)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Events in order, in three stretches: making the network, one update, one evaluation batch.
+
+    Attributes:
+        kinds: `Kind` of each event.
+        numbers: which allocation or mark each event is about, counted from 0 in order of birth.
+        sizes: bytes of each allocation or mark.
+        parts: the part of the update, an index into `batches`, in which each allocation or mark was born.
+        batches: samples in each part, as in `TraceSpec.batches`.
+        area: pixels of an image.
+        update_start, evaluation_start: indices into the events.
+    """
+
+    kinds: bytes
+    numbers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    parts: bytes
+    batches: tuple[int, ...]
+    area: int
+    update_start: int
+    evaluation_start: int
+
+
+def trace(spec: TraceSpec) -> Trace:
+    """Run the update of `spec` on fake tensors.
+
+    Raises:
+        TraceError: it cannot be run without data, or fails for another reason.
+    """
+    reason = ""
+    for on_meta in (True, False):  # a few networks look at values while they are built: those are built for real
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return _trace(spec, on_meta=on_meta)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    raise TraceError(reason)
+
+
+def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
+    with torch.device("meta" if on_meta else "cpu"):
+        model = spec.make_model()
+        if spec.channels_last:
+            model.to(memory_format=torch.channels_last)
+    recorder = Recorder(cuda=spec.cuda)
+    with fake_device(cuda=spec.cuda), recorder:
+        materialize(model)
+        training = _Training(spec, model.train(), recorder)
+        update_start = len(recorder.kinds)
+        training.update()
+        evaluation_start = len(recorder.kinds)
+        if spec.eval_batch_size:
+            training.evaluate(spec.eval_batch_size)
+    return Trace(
+        bytes(recorder.kinds),
+        tuple(recorder.numbers),
+        tuple(recorder.sizes),
+        bytes(recorder.parts),
+        spec.batches,
+        _area(spec.input_shape),
+        update_start,
+        evaluation_start,
+    )
+
+
+class _Training:
+    """The update and the evaluation, with every tensor held as long as `adaptive_trainer.update` holds it."""
+
+    def __init__(self, spec: TraceSpec, model: nn.Module, recorder: Recorder) -> None:
+        self.spec = spec
+        self.model = model
+        self.recorder = recorder
+        self.optimizer = spec.make_optimizer(model)
+        for group in self.optimizer.param_groups if spec.cuda else ():
+            if group.get("foreach", True) is None and not group.get("fused"):
+                group["foreach"] = True
+        self.scaler = GradScaler("cpu", enabled=spec.precision == "fp16")
+        self.meters = [torch.zeros(()) for _ in range(METERS)]
+        self.average = [torch.empty_like(t) for t in model.state_dict().values()] if spec.ema else []
+        self.copies = [torch.empty_like(t) for t in (*model.buffers(), *self.meters)] if spec.undo else []
+
+    def update(self) -> None:
+        """Micro-batches, clipping, step: the gradients are gone at its end, the optimizer's state stays."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._accumulate()
+        self.recorder.part = 0
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        if self.spec.clip_grad:
+            nn.utils.clip_grad_norm_(parameters, 1.0, foreach=self.spec.cuda or None)
+        born = len(self.recorder.sizes)
+        self.optimizer.step()
+        allocates = self.recorder.any_died_since(born)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        for parameter in parameters:
+            parameter.grad = None
+        if self.spec.undo and allocates:
+            state = [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
+            self.copies += [torch.empty_like(t, requires_grad=False) for t in [*parameters, *state, *self.average]]
+
+    def _accumulate(self) -> None:
+        self.recorder.part = 1
+        images, labels = (None, None) if self.spec.cuda else self._batch(self.spec.batches[1])
+        start = 0
+        for part, samples in enumerate(self.spec.batches[2:-1], start=2):
+            self.recorder.part = part
+            if images is None or labels is None:
+                x, y = self._batch(samples)
+            else:  # parts of a batch on the CPU take no memory of their own
+                x, y = images[start : start + samples], labels[start : start + samples]
+            with self._autocast():
+                output = self.model(x)
+            with self._autocast():
+                loss = self.spec.loss(output, y)
+            self._measure(output, y)
+            self.scaler.scale(loss * 0.5).backward()  # type: ignore[no-untyped-call]
+            start += samples
+
+    @torch.no_grad()
+    def _measure(self, output: Tensor, y: Tensor) -> None:
+        if output.ndim == 2 and y.ndim == 1:
+            self.meters[0].add_((output.argmax(1) == y).sum())
+
+    @torch.no_grad()
+    def evaluate(self, samples: int) -> None:
+        """One batch through the network in evaluation mode."""
+        self.recorder.part = len(self.spec.batches) - 1
+        self.model.eval()
+        x, y = self._batch(samples)
+        with self._autocast():
+            output = self.model(x)
+            self.spec.loss(output, y)
+        self._measure(output, y)
+
+    def _batch(self, samples: int) -> tuple[Tensor, Tensor]:
+        x = torch.empty(samples, *self.spec.input_shape)
+        if self.spec.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, torch.empty(samples, dtype=torch.long)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", AUTOCAST.get(self.spec.precision), enabled=self.spec.precision in AUTOCAST)
+
+
+class Tracer:
+    """Traces, and remembers what it traced: known traces of a signature give others without running anything."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, list[Trace]] = {}
+
+    def trace(self, spec: TraceSpec) -> Trace:
+        """The trace of `spec`.
+
+        Raises:
+            TraceError: it cannot be made.
+        """
+        if spec.key is None:
+            return trace(spec)
+        known = self.known.setdefault(spec.signature, [])
+        found = _derived(known, spec)
+        if found is None:
+            found = trace(spec)
+            known.append(found)
+        return found
+
+
+def _derived(known: Sequence[Trace], spec: TraceSpec) -> Trace | None:
+    """The trace of `spec` as a weighted sum of known ones, or None where they do not determine it.
+
+    A size is c0 + b * c1 + b * area * c2, with unknown c >= 0. If weights turn the known (1, b, b * area) into those
+    asked for, the same weights turn the known sizes into those asked for.
+    """
+    area = _area(spec.input_shape)
+    same = [t for t in known if t.area == area]
+    at_stride = all(side % STRIDE == 0 for side in spec.input_shape[-2:])
+    return _combined(same, spec.batches, area) or (_combined(known, spec.batches, area) if at_stride else None)
+
+
+def _area(input_shape: tuple[int, ...]) -> int:
+    return input_shape[-1] * input_shape[-2] if len(input_shape) > 1 else 1
+
+
+def _combined(known: Sequence[Trace], batches: tuple[int, ...], area: int) -> Trace | None:
+    if not known or len({(t.kinds, t.parts) for t in known}) > 1:
+        return None
+    sizes = np.array([t.sizes for t in known], dtype=np.float64)
+    parts = np.frombuffer(known[0].parts, dtype=np.uint8)
+    result = np.zeros(len(parts))
+    for part, samples in enumerate(batches):
+        rows = np.array([(1, t.batches[part], t.batches[part] * t.area) for t in known], dtype=np.float64)
+        mine = parts == part
+        value = _weighted(rows, np.array((1, samples, samples * area), dtype=np.float64), sizes[:, mine])
+        if value is None or np.abs(value - np.rint(value)).max(initial=0) > 0.01:
+            return None
+        for term in ((1, 0, 0), (0, 1, 0)):  # a negative term: the sizes grow faster than the area
+            constant = _weighted(rows, np.array(term, dtype=np.float64), sizes[:, mine])
+            if constant is not None and constant.min(initial=0) < -0.5:
+                return None
+        result[mine] = np.rint(value)
+    first = known[0]
+    return Trace(
+        first.kinds,
+        first.numbers,
+        tuple(int(n) for n in result),
+        first.parts,
+        batches,
+        area,
+        first.update_start,
+        first.evaluation_start,
+    )
+
+
+def _weighted(rows: Any, wanted: Any, sizes: Any) -> Any:
+    """sizes (traces, allocations) -> (allocations,) for the wanted row, or None where rows do not span it."""
+    scale = np.abs(rows).max(axis=0, initial=1)
+    weights, *_ = np.linalg.lstsq((rows / scale).T, wanted / scale, rcond=None)
+    if np.abs(weights @ (rows / scale) - wanted / scale).max() > 1e-9:
+        return None
+    return weights @ sizes

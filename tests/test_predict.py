@@ -1,0 +1,144 @@
+"""Traces replayed through the allocator: peaks, scratch memory, the smallest capacity, and the verdict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from adaptive_trainer.memory.fake import Kind
+from adaptive_trainer.memory.predict import Prediction, predict, verdict
+from adaptive_trainer.memory.trace import Trace, Tracer, TraceSpec
+
+MiB = 2**20
+GiB = 2**30
+
+
+class Canned(Tracer):
+    """Gives one trace, whatever it is asked for."""
+
+    def __init__(self, events: list[tuple[int, int]], sizes: list[int], update_start: int = 0) -> None:
+        super().__init__()
+        kinds, numbers = bytes(kind for kind, _ in events), tuple(number for _, number in events)
+        stop = len(events)
+        self.canned = Trace(kinds, numbers, tuple(sizes), bytes(len(sizes)), (0, 1, 0), 1, update_start, stop)
+
+    def trace(self, spec: TraceSpec) -> Trace:
+        return self.canned
+
+
+def linear() -> nn.Module:
+    return nn.Linear(4, 4)
+
+
+SPEC = TraceSpec(linear, lambda m: torch.optim.SGD(m.parameters(), 0.1), (4,), (2,))
+
+
+def replayed(
+    events: list[tuple[int, int]], sizes: list[int], *, version: str = "2.14.1", capability: tuple[int, int] = (9, 0)
+) -> tuple[int, int, int, int]:
+    found = predict(SPEC, version=version, capability=capability, tracer=Canned(events, sizes))
+    assert found.live_bytes is not None
+    assert found.allocated_bytes is not None
+    assert found.reserved_bytes is not None
+    assert found.min_capacity_bytes is not None
+    return found.live_bytes, found.allocated_bytes, found.reserved_bytes, found.min_capacity_bytes
+
+
+BORN, DIED = Kind.BORN, Kind.DIED
+
+
+def test_live_allocated_and_reserved() -> None:
+    events = [(BORN, 0), (BORN, 1), (DIED, 0), (DIED, 1)]
+    assert replayed(events, [100, 14 * MiB]) == (14 * MiB + 100, 14 * MiB + 512, 16 * MiB, 16 * MiB)
+
+
+def test_what_outlives_an_update_is_not_taken_again() -> None:
+    assert replayed([(BORN, 0)], [30 * MiB]) == (30 * MiB, 30 * MiB, 30 * MiB, 30 * MiB)
+
+
+def test_the_smallest_capacity_is_below_what_is_reserved_when_it_may() -> None:
+    """30 MiB are free in the cache, in pieces of which none is large enough, and can be given back."""
+    small = list(range(3))
+    events = [*((BORN, n) for n in small), *((DIED, n) for n in small), (BORN, 3), (DIED, 3)]
+    live, _, reserved, least = replayed(events, [10 * MiB] * 3 + [31 * MiB])
+    assert live == 31 * MiB
+    assert reserved == 62 * MiB
+    assert least == 32 * MiB
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "bytes_kept"),
+    [
+        ("2.11.0", (9, 0), 32 * MiB + MiB),  # cublasLt has a workspace of its own
+        ("2.14.1+cu130", (9, 0), 32 * MiB),
+        ("2.14.1", (10, 0), 32 * MiB),
+        ("2.14.1", (8, 6), 8 * MiB + 128 * 1024),
+        ("2.14.1", (7, 5), 8 * MiB + 128 * 1024),
+    ],
+)
+def test_workspaces_of_matrix_products_are_kept(version: str, capability: tuple[int, int], bytes_kept: int) -> None:
+    events = [(Kind.GEMM_BIAS, 0), (BORN, 1), (DIED, 1)]
+    live, *_ = replayed(events, [0, MiB], version=version, capability=capability)
+    assert live == bytes_kept + MiB
+
+
+def test_the_thread_of_backward_has_a_workspace_of_its_own() -> None:
+    one, *_ = replayed([(Kind.GEMM, 0), (Kind.GEMM, 1)], [0, 0])
+    two, *_ = replayed([(Kind.GEMM, 0), (Kind.GEMM_BACKWARD, 1)], [0, 0])
+    assert (one, two) == (32 * MiB, 64 * MiB)
+
+
+def test_later_versions_hold_workspaces_only_during_the_product() -> None:
+    events = [(Kind.GEMM, 0), (Kind.GEMM_BACKWARD, 1), (BORN, 2), (DIED, 2)]
+    live, *_ = replayed(events, [0, 0, MiB], version="2.15.0")
+    assert live == 32 * MiB
+
+
+def test_a_convolution_goes_without_a_workspace_that_does_not_fit() -> None:
+    live, _, reserved, least = replayed([(BORN, 0), (Kind.CONV, 1), (DIED, 0)], [20 * MiB, 50 * MiB])
+    assert (live, reserved, least) == (70 * MiB, 70 * MiB, 20 * MiB)
+
+
+def test_weight_gradients_are_split_over_the_samples_unless_that_is_out_of_proportion() -> None:
+    split, *_ = replayed([(Kind.SPLIT, 0), (Kind.CONV, 1)], [40 * MiB, 8 * MiB])
+    not_split, *_ = replayed([(Kind.SPLIT, 0), (Kind.CONV, 1)], [41 * MiB, 8 * MiB])
+    half, *_ = replayed([(Kind.SPLIT_HALF, 0), (Kind.CONV, 1)], [80 * MiB, 8 * MiB])
+    assert (split, not_split, half) == (40 * MiB, 8 * MiB, 80 * MiB)
+
+
+def test_a_network_that_cannot_be_traced_is_unknown() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no such mode")
+
+    found = predict(TraceSpec(Broken, lambda m: torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1), (4,), (2,)))
+    assert found.reason == "ValueError: no such mode"
+    assert (found.live_bytes, found.allocated_bytes, found.reserved_bytes, found.min_capacity_bytes) == (None,) * 4
+    assert verdict(found, GiB) == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("capacity", "answer"),
+    [(1050, "fits"), (1049, "unsure"), (1000, "unsure"), (950, "unsure"), (949, "hopeless"), (0, "hopeless")],
+)
+def test_verdict(capacity: int, answer: str) -> None:
+    prediction = Prediction(900, 950, 1200, 1000 * MiB, 0.0)
+    assert verdict(prediction, capacity * MiB) == answer
+
+
+def test_a_wider_margin_is_less_sure() -> None:
+    prediction = Prediction(900, 950, 1200, 1000, 0.0)
+    assert verdict(prediction, 1060, margin=0.1) == "unsure"
+    assert verdict(prediction, 1000, margin=0.0) == "fits"
+    assert verdict(prediction, 999, margin=0.0) == "hopeless"
+
+
+def test_any_module_optimizer_and_shape() -> None:
+    """Weights and their gradients, momentum, and the batch with its activations, all in the small pool."""
+    make = lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9)  # noqa: E731
+    found = predict(TraceSpec(linear, make, (4,), (2,), cuda=False))
+    weights = 4 * (4 * 4 + 4)
+    assert found.live_bytes is not None
+    assert 3 * weights <= found.live_bytes <= 3 * weights + 1024
+    assert found.reserved_bytes == 2 * MiB

@@ -1,0 +1,305 @@
+"""Traces of an update without data: against what a CPU run really allocates, and against each other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from adaptive_trainer.config import ModelConfig, OptimizerConfig
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.fake import Kind
+from adaptive_trainer.memory.predict import Prediction, predict
+from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, trace
+from adaptive_trainer.models import build_model, checkpoint_activations, has_batch_norm
+from adaptive_trainer.optimizers import build_ema, build_optimizer, build_scaler
+from adaptive_trainer.position import Position, micro_batches
+from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.update import Shapes, Update, prove
+
+CPU = torch.device("cpu")
+MiB = 2**20
+METERS = ("loss", "correct", "seen", "skipped")
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters())
+
+
+def spec(model: Callable[[], nn.Module], *micro: int, size: int = 64, **settings: Any) -> TraceSpec:
+    return TraceSpec(model, settings.pop("make_optimizer", adamw), (3, size, size), micro, **settings)
+
+
+class Conv(nn.Sequential):
+    """Two convolutions and a head, with BatchNorm between."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(16, 10),
+        )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small operators wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- against a real update on a CPU, counted by the simulated card
+
+
+class Case:
+    """One recipe, predicted and really run."""
+
+    def __init__(
+        self, name: str, batch: int, micro: int, size: int = 64, precision: str = "fp32", optimizer: str = "adamw",
+        checkpoint: bool = False, ema: float | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.batch, self.micro, self.size = name, batch, micro, size
+        self.precision, self.optimizer, self.checkpoint, self.ema = precision, optimizer, checkpoint, ema
+
+    def model(self) -> nn.Module:
+        model = build_model(ModelConfig(name=self.name), 10)
+        checkpoint_activations(model, self.checkpoint)
+        return model
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        return build_optimizer(model, OptimizerConfig(name=self.optimizer), 1e-3, CPU)
+
+    def predicted(self) -> Prediction:
+        parts = tuple(micro_batches(self.batch, self.micro, has_batch_norm(self.model())))
+        return predict(
+            TraceSpec(
+                self.model, self.make_optimizer, (3, self.size, self.size), parts, self.micro,
+                precision=self.precision, clip_grad=True, ema=self.ema is not None, cuda=False,
+            )
+        )  # fmt: skip
+
+    def measured(self, limit: int) -> tuple[int, int]:
+        with limited(CPU, limit) as capacity:
+            with capacity.device_work():
+                model = self.model()
+                state = TrainState(
+                    model, self.make_optimizer(model), build_scaler(self.precision, CPU), build_ema(model, self.ema),
+                    Position(0, 0, 0, 100), meters={name: torch.zeros(()) for name in METERS},
+                )  # fmt: skip
+            update = Update(
+                state, nn.CrossEntropyLoss(), device=CPU, capacity=capacity, micro_batch_size=self.micro,
+                precision=self.precision, clip_grad=1.0,
+            )  # fmt: skip
+            prove(update, Shapes(self.batch, self.micro, self.size, 10))
+            return capacity.peaks()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("mobilenetv3_small_100", 4, 4),
+        Case("mobilenetv3_small_100", 8, 4, precision="bf16", optimizer="sgd"),
+        Case("mobilenetv3_small_100", 2, 2, precision="fp16"),
+        Case("resnet18", 4, 4, optimizer="lion", checkpoint=True),
+        Case("resnet18", 5, 2, ema=0.9),
+        Case("torchvision/squeezenet1_1", 6, 2, optimizer="sgd"),
+        Case("vit_tiny_patch16_224", 2, 2, 224),
+    ],
+    ids=lambda case: f"{case.name}-{case.precision}-{case.optimizer}",
+)
+def test_what_a_real_update_allocates(case: Case) -> None:
+    predicted = case.predicted()
+    assert predicted.reason == ""
+    assert predicted.allocated_bytes is not None
+    assert predicted.reserved_bytes is not None
+    assert predicted.min_capacity_bytes is not None
+    allocated, reserved = case.measured(4 * 2**30)
+    assert predicted.allocated_bytes == pytest.approx(allocated, rel=0.002)
+    assert predicted.reserved_bytes == pytest.approx(reserved, abs=4 * MiB)
+    case.measured(predicted.min_capacity_bytes + 4 * MiB)
+    with pytest.raises(OutOfMemory):
+        case.measured(int(0.97 * predicted.min_capacity_bytes))
+
+
+# -- derived traces
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "resnet18", "convnext_atto"])
+def test_three_traces_give_the_others(name: str, precision: str) -> None:
+    def at(batch: int, size: int) -> TraceSpec:
+        make = functools.partial(timm.create_model, name, num_classes=10)
+        return spec(make, batch, size=size, precision=precision, eval_batch_size=batch, key=name)
+
+    tracer = Tracer()
+    for batch, size in ((2, 96), (4, 96), (2, 128)):
+        tracer.trace(at(batch, size))
+    known = sum(len(traces) for traces in tracer.known.values())
+    derived, direct = tracer.trace(at(25, 224)), trace(at(25, 224))
+    # autocast's cache of weights dies in no fixed order
+    assert replace(derived, numbers=()) == replace(direct, numbers=())
+    assert sorted(derived.numbers) == sorted(direct.numbers)
+    assert sum(len(traces) for traces in tracer.known.values()) == known
+
+
+def test_an_uneven_split_and_accumulation_are_derived_too() -> None:
+    tracer = Tracer()
+    for parts in ((3, 2), (4, 4), (2, 2)):
+        tracer.trace(spec(Conv, *parts, key="conv"))
+    wanted = spec(Conv, 6, 5, 5, 5, key="conv")
+    assert tracer.trace(wanted) == trace(wanted)
+    assert len(next(iter(tracer.known.values()))) < 4
+
+
+def test_sizes_off_the_stride_are_traced_themselves() -> None:
+    tracer = Tracer()
+    for batch, size in ((2, 96), (4, 96), (2, 128)):
+        tracer.trace(spec(Conv, batch, size=size, key="conv"))
+    wanted = spec(Conv, 3, size=100, key="conv")
+    assert tracer.trace(wanted) == trace(wanted)
+    assert len(next(iter(tracer.known.values()))) == 4
+
+
+def test_sizes_that_grow_faster_than_the_area_are_traced_themselves() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 8, 16, 16)
+            self.head = nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            mixed: Tensor = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+            scores: Tensor = self.head(mixed.mean(1))
+            return scores
+
+    tracer = Tracer()
+    for batch, size in ((2, 64), (4, 64), (2, 96), (2, 128)):
+        tracer.trace(spec(Attention, batch, size=size, key="attention"))
+    wanted = spec(Attention, 3, size=224, key="attention")
+    assert tracer.trace(wanted) == trace(wanted)
+
+
+def test_without_a_key_nothing_is_shared() -> None:
+    tracer = Tracer()
+    tracer.trace(spec(Conv, 2))
+    assert tracer.known == {}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"precision": "bf16"},
+        {"ema": True},
+        {"clip_grad": True},
+        {"undo": True},
+        {"cuda": False},
+        {"eval_batch_size": 2},
+    ],
+)
+def test_whatever_changes_the_events_has_traces_of_its_own(other: dict[str, Any]) -> None:
+    plain = spec(Conv, 2, key="conv")
+    assert replace(plain, **other).signature != plain.signature
+    assert replace(plain, micro_batches=(3,), input_shape=(3, 96, 96)).signature == plain.signature
+
+
+# -- what is held
+
+
+def born(found: Trace) -> int:
+    return sum(
+        found.sizes[n] for k, n in zip(found.kinds[: found.update_start], found.numbers, strict=False) if k == Kind.BORN
+    )
+
+
+def test_the_undo_keeps_buffers_and_what_an_allocating_step_changes() -> None:
+    buffers = sum(t.numel() * t.element_size() for t in Conv().buffers())
+    weights = sum(t.numel() * t.element_size() for t in Conv().parameters())
+
+    def left(optimizer: Callable[[nn.Module], Optimizer], undo: bool) -> int:
+        found = trace(spec(Conv, 2, make_optimizer=optimizer, undo=undo))
+        live = {n for k, n in zip(found.kinds, found.numbers, strict=True) if k == Kind.BORN}
+        live -= {n for k, n in zip(found.kinds, found.numbers, strict=True) if k == Kind.DIED}
+        return sum(found.sizes[n] for n in live)
+
+    def extra(optimizer: Callable[[nn.Module], Optimizer]) -> int:
+        return left(optimizer, True) - left(optimizer, False)
+
+    small = buffers + 4 * len(METERS)
+    assert extra(lambda m: SGD(m.parameters(), 0.1, momentum=0.9, fused=True)) == small
+    assert extra(lambda m: AdamW(m.parameters(), fused=True)) == small
+    assert extra(lambda m: AdamW(m.parameters(), foreach=True)) == small + 3 * weights
+
+
+def test_the_moving_average_is_kept() -> None:
+    plain, averaged = trace(spec(Conv, 2)), trace(spec(Conv, 2, ema=True))
+    assert born(averaged) - born(plain) == sum(t.numel() * t.element_size() for t in Conv().state_dict().values())
+
+
+def test_half_precision_saves_activations() -> None:
+    for precision in ("fp16", "bf16"):
+        half, single = (predict(spec(Conv, 64, size=224, precision=p)).live_bytes for p in (precision, "fp32"))
+        assert half is not None
+        assert single is not None
+        assert 0.4 * single < half < 0.8 * single
+
+
+# -- what cannot be traced
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x)
+        return scores[x.flatten(1).amax(1) > 0.5]
+
+
+class Breaks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no such mode")
+
+
+class LooksAtValuesWhenBuilt(Conv):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+
+
+def test_a_network_that_cannot_be_traced_is_told_with_the_reason() -> None:
+    with pytest.raises(TraceError, match=r"DataDependentOutput|DynamicOutput|Unsupported"):
+        trace(spec(DataDependent, 4))
+    with pytest.raises(TraceError, match="no such mode"):
+        trace(spec(Breaks, 4, make_optimizer=lambda m: SGD([nn.Parameter(torch.zeros(1))], 0.1)))
+
+
+def test_a_network_that_looks_at_values_while_it_is_built() -> None:
+    found = trace(spec(LooksAtValuesWhenBuilt, 2))
+    assert found.sizes == trace(spec(Conv, 2)).sizes
+
+
+def test_tracing_leaves_no_trace() -> None:
+    before = torch.get_rng_state()
+    trace(spec(Conv, 2, precision="fp16"))
+    assert torch.equal(before, torch.get_rng_state())
+    x = torch.rand(2, 3, 8, 8)
+    assert Conv()(x).sum().isfinite()
+    with torch.autocast("cpu", torch.bfloat16):  # the rules of CUDA are gone: the CPU's layer_norm keeps its type
+        assert nn.functional.layer_norm(x.bfloat16(), (8, 8)).dtype == torch.bfloat16
+
+
+def test_stretches() -> None:
+    found = trace(spec(Conv, 2, eval_batch_size=2))
+    assert 0 < found.update_start < found.evaluation_start < len(found.kinds)
+    assert trace(spec(Conv, 2)).evaluation_start == len(trace(spec(Conv, 2)).kinds)
