@@ -11,7 +11,9 @@ from adaptive_trainer import Trainer, compose_config, load_model
 
 def main(overrides: list[str]) -> None:
     result = Trainer(compose_config(overrides)).fit()
-    print(f"rung {result.rung}, validation accuracy {result.metrics['val_accuracy']:.3f}, record in {result.output_dir}")
+    print(
+        f"rung {result.rung}, validation accuracy {result.metrics['val_accuracy']:.3f}, record in {result.output_dir}"
+    )
     for change in result.changes:
         print(f"  {change.key}: {change.asked} -> {change.used} ({change.why})")
     model = load_model(f"{result.output_dir}/checkpoints/best.pt")
