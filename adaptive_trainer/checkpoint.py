@@ -41,8 +41,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        problem = str(error).splitlines()[0]
+    except OSError as error:
+        problem = str(error)
+    except RuntimeError as error:  # torch's zip writer loses the system's own error
+        problem = f"the disk is full, or refuses to take more ({str(error).splitlines()[0]})"
     finally:
         part.unlink(missing_ok=True)
     if problem:
