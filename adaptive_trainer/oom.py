@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from adaptive_trainer.errors import AdaptiveTrainerError, OutOfMemory
 
@@ -246,6 +247,7 @@ def release(device: torch.device) -> None:
     `gc.collect` is most of the time it takes (0.1 to 0.2 s with torch and timm loaded).
     """
     torch.clear_autocast_cache()
+    _drop_failed_backward()
     gc.collect()
     if device.type == "cpu":
         return
@@ -255,6 +257,12 @@ def release(device: torch.device) -> None:
         clear_workspaces()
     with suppress(RuntimeError):  # it frees at the driver, which can fail right after an out-of-memory
         torch.accelerator.empty_cache()
+
+
+def _drop_failed_backward() -> None:
+    """Empty autograd's queue: after an error the steps that were not run keep their tensors until the next backward."""
+    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
+        torch.zeros((), device="cpu", requires_grad=True).backward()  # type: ignore[no-untyped-call]
 
 
 def forget_traceback() -> None:
