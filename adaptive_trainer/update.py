@@ -76,7 +76,6 @@ class Update:
         self.phase = "begin"
         self.step_allocates: bool | None = None  # not known yet
         self._undo = Undo(state, device)
-        state.optimizer.register_step_pre_hook(self._enter_step)
         self._avoid_single = has_batch_norm(state.model)
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
@@ -182,7 +181,11 @@ class Update:
         warm = self._is_warm()
         if not warm or self.step_allocates is not False:
             self._undo.before_step(on_host=not (warm and self.step_allocates))
-        scaler.step(state.optimizer)
+        hook = state.optimizer.register_step_pre_hook(self._enter_step)
+        try:
+            scaler.step(state.optimizer)
+        finally:
+            hook.remove()  # it would keep this update, and its copies, alive at the next rung
         self.phase = "optimizer step"
         scaler.update()
         if state.ema is not None:
