@@ -6,7 +6,7 @@ What `dump` leaves out has not been compared: a new piece of training state belo
 from __future__ import annotations
 
 import random
-
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Fault(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, list | tuple) else [out]:
             if isinstance(tensor, Tensor):
-                self.made.append(StorageWeakRef(tensor.untyped_storage()))
+                self.made.append(StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
         if self._hits(number):
             self._refuse(func)
         return out
@@ -63,7 +63,21 @@ class Fault(TorchDispatchMode):
 
     def left_over(self, known: set[int]) -> int:
         """Storages made under this mode that still live and are not among the known ones."""
-        return len({ref.cdata for ref in self.made if not ref.expired()} - known)
+        living = {ref.cdata for ref in self.made if not ref.expired()}  # type: ignore[no-untyped-call]
+        return len(living - known)
+
+
+class Faults(Fault):  # type: ignore[no-untyped-call]
+    """Runs out of memory each time that many operators have run since the failure before, or since the beginning."""
+
+    def __init__(self, gaps: list[int]) -> None:
+        super().__init__(gaps[0] if gaps else None)
+        self.gaps = gaps[1:]
+
+    def _refuse(self, func: Any) -> None:
+        at, self.at = self.at, self.count + self.gaps.pop(0) if self.gaps else None
+        self.raised += 1
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Injected at operator {at} ({func}).")
 
 
 class DropPath(nn.Module):

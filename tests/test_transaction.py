@@ -14,15 +14,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -35,9 +33,9 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.optimizers import Schedule, build_schedule
 from adaptive_trainer.position import Position
-from adaptive_trainer.transaction import TrainState, Undo
+from adaptive_trainer.transaction import TrainState, Undo, _Shadow
 from adaptive_trainer.update import Update
-from tests.faults import Fault, Net, differences, dump, storages
+from tests.faults import Fault, Faults, Net, differences, dump, storages
 
 CPU = torch.device("cpu")
 METERS = ("loss", "correct", "seen", "skipped")
@@ -104,6 +102,10 @@ class Run:
         with fault or nullcontext():
             update.run(images, labels, samples=7)
 
+    def storages(self) -> set[int]:
+        """What may live between two updates."""
+        return storages(self.state) | {t.untyped_storage()._cdata for t in (self.images, self.labels)}
+
 
 def start(case: Case, capacity: Capacity) -> Run:
     """The same run in the same state each time it is called."""
@@ -161,7 +163,7 @@ def fail_once(case: Case, capacity: Capacity, at: int, expected: dict[str, Any],
     if fault.raised:
         tally.injections[fault.phases[at]] += 1
         tally.compare(run, expected)
-        tally.left_over += fault.left_over(storages(run.state))
+        tally.left_over += fault.left_over(run.storages())
     return bool(fault.raised)
 
 
@@ -174,10 +176,10 @@ def keep_failing(case: Case, capacity: Capacity, at: int, expected: tuple[Any, A
     with suppress(OutOfMemory):
         run.advance(update, fault)
     if fault.raised:
-        assert fault.raised == 2
+        assert fault.raised >= 2  # a profiler's mark on the way out may fail as well
         tally.injections[fault.phases[at]] += 1
         tally.compare(run, before)
-        tally.left_over += fault.left_over(storages(run.state))
+        tally.left_over += fault.left_over(run.storages())
         run.advance(run.update(NEXT_RUNG))
         tally.compare(run, after)
     return bool(fault.raised)
@@ -196,15 +198,13 @@ def inject(case: Case, capacity: Capacity, stride: int = 1) -> Tally:
     keeps = dump(start(case, capacity).state), undisturbed(case, capacity, NEXT_RUNG)
     assert differences(once, keeps[0])
     phases = operators(case, capacity)
-    at = 0
-    while True:
+    at, more = 0, True
+    while more:
         if at % stride == 0 or at >= len(phases) or phases[at] in IN_STEP:
             more = fail_once(case, capacity, at, once, tally)
             assert keep_failing(case, capacity, at, keeps, tally) == more
-            if not more:
-                break
         at += 1
-    assert at == len(phases)
+    assert at == len(phases) + 1
     return tally
 
 
@@ -259,3 +259,123 @@ def record(case: Case, tally: Tally, seconds: float, record_property: Callable[[
 def test_every_operator(case: Case, capacity: Capacity, record_property: Callable[[str, object], None]) -> None:
     started = time.perf_counter()
     record(case, inject(case, capacity), time.perf_counter() - started, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["efficientnet_b0", "mobilenetv3_large_100"])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_every_operator_of_a_real_network(
+    optimizer: str, model: str, capacity: Capacity, record_property: Callable[[str, object], None]
+) -> None:
+    """All of clipping and optimizer step, and every 20th operator of forward, backward and moving average."""
+    number = list(OPTIMIZERS).index(optimizer)
+    precision = ("fp32", "bf16", "fp16")[number % 3]
+    case = Case(optimizer, precision, warm=number % 2 == 0, accumulate=number == 0, model=model, image_size=32)
+    started = time.perf_counter()
+    record(case, inject(case, capacity, stride=20), time.perf_counter() - started, record_property)
+
+
+def nothing(*_: Any) -> None:
+    """Stands for an undo that has been forgotten."""
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "name", "seen"),
+    [
+        (_Shadow, "restore", {"buffer/norm1.running_mean", "buffer/seen", "ema/stem.weight", "meter/loss", "model/"}),
+        (Undo, "_restore_optimizer_state", {"optimizer state", "optimizer states"}),
+        (Undo, "_restore_plain", {"stages", "optimizer attributes", "rng torch", "rng python", "rng numpy"}),
+        (Undo, "_set_random_states", {"rng torch", "rng python", "rng numpy"}),
+    ],
+)
+def test_a_forgotten_undo_is_noticed(
+    forgotten: type, name: str, seen: set[str], capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("adamw-fused", "fp16", warm=False)
+    expected = dump(start(case, capacity).state), undisturbed(case, capacity, NEXT_RUNG)
+    phases = operators(case, capacity)
+    monkeypatch.setattr(forgotten, name, nothing)
+    tally = Tally()
+    for at in range(phases.index("optimizer step"), len(phases)):
+        with suppress(RuntimeError, KeyError):  # what the next rung can meet; the comparison was before it
+            keep_failing(case, capacity, at, expected, tally)
+    assert {part for part in seen if not any(found.startswith(part) for found in tally.differing)} == set()
+
+
+def test_a_kept_error_is_noticed(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, kept = Case("sgd", "fp32", warm=False), list[BaseException]()
+    describe = oom.describe
+
+    def keeping(error: BaseException, **options: Any) -> oom.Failure:
+        kept.append(error)
+        return describe(error, **options)
+
+    monkeypatch.setattr(oom, "describe", keeping)
+    expected = dump(start(case, capacity).state), undisturbed(case, capacity, NEXT_RUNG)
+    tally = Tally()
+    assert keep_failing(case, capacity, operators(case, capacity).index("backward"), expected, tally)
+    assert tally.differing == []
+    assert tally.left_over > 0
+
+
+class Refusing:
+    """`torch.empty_like` with no memory for call number `at`: the copies' buffers are refused."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count, self.allocate = at, 0, torch.empty_like
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.count += 1
+        if self.count == self.at + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Injected into the making of a copy.")
+        return self.allocate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_no_room_for_the_copies(warm: bool, capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("adamw-single", "fp16", warm)
+    expected, tally = undisturbed(case, capacity), Tally()
+    at, more = 0, True
+    while more:
+        run, refusing = start(case, capacity), Refusing(at)
+        update = run.update()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", refusing)
+            run.advance(update)
+        tally.compare(run, expected)
+        at, more = at + 1, refusing.count > at
+    assert at > 20
+    assert sorted(set(tally.differing)) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_whole_run_with_random_failures(seed: int, capacity: Capacity) -> None:
+    """Failures at random operators, of the retry as well, and rung changes: it ends as its rungs do undisturbed."""
+    draw = random.Random(seed)
+    case = Case(draw.choice(list(OPTIMIZERS)), draw.choice(["fp32", "bf16", "fp16"]), warm=False)
+    disturbed = start(case, capacity)
+    rungs, rung, failures = [], 7, 0
+    while disturbed.state.updates < 10:
+        update = disturbed.update(rung)
+        fault = Faults([draw.randrange(150) for _ in range(draw.choice([0, 1, 2]))])
+        try:
+            disturbed.advance(update, fault)
+            rungs.append(rung)
+        except OutOfMemory:
+            rung = max(2, rung - 1)
+        failures += fault.raised
+    replay = start(case, capacity)
+    for each in rungs:
+        replay.advance(replay.update(each))
+    assert failures > 5
+    assert differences(dump(disturbed.state), dump(replay.state)) == []
+
+
+def test_the_copies_of_a_rung_go_with_it(capacity: Capacity) -> None:
+    run = start(Case("adamw-single", "fp32", warm=True), capacity)
+    first = run.update()
+    run.advance(first)
+    gone = weakref.ref(first._undo)
+    run.advance(first := run.update(NEXT_RUNG))
+    assert first._undo is not gone()
+    assert gone() is None
