@@ -12,7 +12,6 @@ import operator
 import random
 import signal
 import struct
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,14 +170,15 @@ def _seeded(seed: int) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+class _Loader(DataLoader[Batch]):
+    """More workers than cores are the user's choice, and no reason for a warning every epoch."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 def _loader(view: _View, batches: Iterable[list[Key]], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    with warnings.catch_warnings():  # more workers than cores are the user's choice
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        return _make_loader(view, batches, num_workers, pin_memory)
-
-
-def _make_loader(view: _View, batches: Iterable[list[Key]], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    return DataLoader(
+    return _Loader(
         view,
         batch_sampler=batches,
         num_workers=num_workers,
