@@ -19,7 +19,9 @@ from adaptive_trainer.errors import ConfigError
 
 __all__ = ["Schedule", "build_ema", "build_optimizer", "build_scaler", "build_schedule"]
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
+# One kernel for all parameters, on CPU and CUDA. Not SGD: where a GradScaler finds an overflow in its first fused step,
+# the step is left out and the momentum stays what the memory held before.
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
 CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
 SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 WARMUP_LR = 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +24,28 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum"])
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum", "lion"])
+def test_an_overflow_in_the_first_step_is_survived(name: str) -> None:
+    model, images = network(), torch.randn(4, 3, 8, 8)
+    optimizer = build_optimizer(model, OptimizerConfig(name), 0.1, CPU)
+    scaler = build_scaler("fp16", CPU)
+    for factor in (float("inf"), 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(images).square().mean() * factor).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
 def test_fused_by_default(name: str) -> None:
     assert build_optimizer(network(), OptimizerConfig(name), 0.1, CPU).defaults["fused"] is True
 
