@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from tqdm import tqdm
 
 from adaptive_trainer import oom
@@ -54,6 +55,23 @@ class StopSignal:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+@contextmanager
+def _told_by_the_loader() -> Iterator[None]:
+    """The death of a data worker is an error of the loader that is asked for a batch, for as long as the block runs.
+
+    torch's own handler raises it wherever the main thread is, were it between the commit of weights and of position.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    _set_SIGCHLD_handler()  # torch installs it once, with the first loader: now, so that it is not done later
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,10 @@ class Loop:
             DivergedError: the loss is no longer a number.
             Interrupted: a signal came; the state is saved.
         """
+        with _told_by_the_loader():
+            return self._run()
+
+    def _run(self) -> bool:
         state = self.session.state
         while state.finished_epochs < self.session.config.trainer.epochs:
             if state.position.epoch == state.finished_epochs:
