@@ -6,6 +6,7 @@ earlier. `Launcher` is the tests' side, `serve` the other one.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -38,7 +39,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Started:
-    """A running process."""
+    """A running process. It must be waited for."""
 
     pid: int
     folder: Path
@@ -102,6 +103,7 @@ def serve() -> None:
     """Fork for every request line; only the child, set up as asked, returns from here with something to run."""
     for name in WARM:
         importlib.import_module(name)
+    gc.freeze()  # a child that collects garbage would copy every page
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "wait" in request:
@@ -126,6 +128,7 @@ def _become(request: dict[str, Any]) -> None:
     if request["largest_file"] is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], resource.RLIM_INFINITY))
+    sys.path.insert(0, request["folder"])
     sys.argv = [request["script"] or "adaptive_trainer", *request["args"]]
 
 
