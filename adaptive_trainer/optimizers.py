@@ -149,5 +149,8 @@ def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:
 
 
 def build_scaler(precision: str, device: torch.device) -> GradScaler:
-    """The loss scaling that fp16 needs; it does nothing for other precisions."""
-    return GradScaler(device.type, enabled=precision == "fp16")
+    """The loss scaling that fp16 needs; it does nothing for other precisions. Its tensors exist from the beginning."""
+    scaler = GradScaler(device.type, enabled=precision == "fp16")
+    if scaler.is_enabled():
+        scaler._lazy_init_scale_growth_tracker(device)
+    return scaler

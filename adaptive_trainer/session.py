@@ -71,14 +71,13 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
         with parts.capacity.device_work():
             fresh = session is None or config.model != session.config.model
             state = _new_state(config, parts) if fresh or session is None else _carried(config, session, parts)
+            return _around(state, config, parts)
     except Exception as error:
         failure = oom.describe(error, pressure=parts.capacity.pressure)
         if failure.kind is not oom.Kind.DEVICE:
             raise
-    if failure is not None:
-        oom.release(parts.device)
-        raise OutOfMemory(failure.text, phase="building the model")
-    return _around(state, config, parts)
+    oom.release(parts.device)
+    raise OutOfMemory(failure.text, phase="building the model")
 
 
 def _new_state(config: Config, parts: Parts) -> TrainState:

@@ -76,6 +76,7 @@ class Update:
         self.phase = "begin"
         self.step_allocates: bool | None = None  # not known yet
         self._undo = Undo(state, device)
+        self._undo.begin()  # its copies are made now, so that no update has to
         self._avoid_single = has_batch_norm(state.model)
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
@@ -139,6 +140,7 @@ class Update:
         """Forward and backward of every micro-batch, each weighted by its share of the samples."""
         state = self.state
         state.model.train()
+        self.phase = "forward"
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
         for part, target in zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True):
