@@ -82,15 +82,15 @@ def load(path: Path) -> dict[str, Any]:
         else:
             problem = f"its part {damaged} is damaged"
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        problem = str(error).splitlines()[0]
+        problem = (str(error) or type(error).__name__).splitlines()[0]
     except Exception as error:  # the unpickler's own error type is private
         problem = f"it holds something that is not plain data ({type(error).__name__})"
     if problem:
         raise CheckpointError(f"cannot read checkpoint {path}: {problem}; use another one")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of adaptive_trainer; give resume one of its .pt files")
-    if content["version"] != VERSION:
-        raise CheckpointError(f"{path} has version {content['version']}, this program reads {VERSION}")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {content.get('version')}, this program reads {VERSION}")
     return content
 
 
