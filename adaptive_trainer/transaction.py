@@ -123,7 +123,11 @@ class Undo:
         self.device = device
         self.buffers = [(m._buffers, name) for m in state.model.modules() for name in m._buffers]
         self.parameters = list(state.model.parameters())
-        self.average = [] if state.ema is None else list(state.ema.module.state_dict().values())
+        self.average = []
+        if state.ema is not None:
+            self.average = list(state.ema.module.state_dict().values())
+            averaged = state.ema.module.modules()
+            self.buffers += [(m._buffers, name) for m in averaged for name in m._non_persistent_buffers_set]
         owners = [state.optimizer, *([] if state.ema is None else [state.ema])]
         self.generators = [
             v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)
