@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Entry of `python -m adaptive_trainer`; ends the process with the exit code."""
     register()
+    if not {"-m", "--multirun"} & set(sys.argv):
+        sys.argv[1:] = [_as_list(argument) for argument in sys.argv[1:]]
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
     codes: list[int] = []
 
@@ -40,27 +43,33 @@ def main() -> None:
             codes.append(UserError.exit_code)
         elif not codes:
             raise
-    except Exception:  # HYDRA_FULL_ERROR=1 lets everything through: it is shown whole, and the code stays the same
-        traceback.print_exc()
+    except Exception as error:  # HYDRA_FULL_ERROR=1 lets everything through: it is shown whole, with the same code
+        if isinstance(error, UserError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exc()
         if not codes:
             codes.append(UserError.exit_code)
     if any(codes):
         sys.exit(max(codes))
 
 
+def _as_list(argument: str) -> str:
+    """`batch=8,16` means the list [8,16]: Hydra keeps plain commas for sweeps."""
+    key, _, value = argument.partition("=")
+    return f"{key}=[{value}]" if key in ("batch", "size") and "[" not in value else argument
+
+
 def _job(cfg: DictConfig, codes: list[int]) -> float:
     """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
     from adaptive_trainer import oom
-    from adaptive_trainer.resume import saved_settings
-    from adaptive_trainer.trainer import Trainer
 
     hydra_config = HydraConfig.get()
     folder = Path(cfg.output_dir or hydra_config.runtime.output_dir)
     whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failure: AdaptiveTrainerError | None = None
     try:
-        cfg = saved_settings(cfg, hydra_config.overrides.task, folder)
-        result = Trainer(cfg, output_dir=folder).fit()
+        value = _run(cfg, hydra_config.overrides.task, folder)
     except AdaptiveTrainerError as error:
         codes.append(error.exit_code)
         if whole_traceback:
@@ -74,9 +83,31 @@ def _job(cfg: DictConfig, codes: list[int]) -> float:
         failure = DeviceUnusable(f"the device is unusable after: {found.text}. What was saved is in {folder}")
     if failure is None:
         codes.append(0)
-        return float(result.metrics.get(cfg.optimized_metric, float("nan")))
+        return value
     log.error("%s", failure)
     return float("nan")  # the other jobs of a sweep go on; the exit code tells
+
+
+def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
+    """The task that the settings name; what a sweep compares, NaN for a task without."""
+    if cfg.task == "plan":
+        from adaptive_trainer.plan_tasks import run_plan
+
+        run_plan(cfg, folder)
+    elif cfg.task == "memory":
+        import torch
+
+        from adaptive_trainer.measure import measure
+        from adaptive_trainer.plan_tasks import run_memory
+
+        run_memory(cfg, folder, measure if torch.cuda.is_available() else None)
+    else:
+        from adaptive_trainer.resume import saved_settings
+        from adaptive_trainer.trainer import Trainer
+
+        cfg = saved_settings(cfg, overrides, folder)
+        return float(Trainer(cfg, output_dir=folder).fit().metrics.get(cfg.optimized_metric, float("nan")))
+    return float("nan")
 
 
 def _bare(error: AdaptiveTrainerError) -> AdaptiveTrainerError:
