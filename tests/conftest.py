@@ -1,6 +1,16 @@
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two threads each wait for each other
+
+import gc
+from collections.abc import Iterator
+
 import pytest
+import torch
+
+from adaptive_trainer.memory.capacity import Capacity, limited
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -10,3 +20,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lines = [value for report in calls for name, value in report.user_properties if name == "summary"]
     for line in lines:
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="module")
+def capacity() -> Iterator[Capacity]:
+    """The CPU with no limit on memory, for many small updates on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with limited(torch.device("cpu"), "none") as found:
+        gc.collect()
+        gc.freeze()  # a collection after each failure then looks at new objects alone
+        yield found
+        gc.unfreeze()
+    torch.set_num_threads(threads)

@@ -7,129 +7,28 @@ before, and the update at the next rung must end as if that rung had been used f
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
+from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import ScheduleConfig
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.memory.capacity import Capacity, limited
-from adaptive_trainer.optimizers import Schedule, build_schedule
-from adaptive_trainer.position import Position
-from adaptive_trainer.transaction import TrainState, Undo, _Shadow
-from adaptive_trainer.update import Update
-from tests.faults import Fault, Faults, Net, differences, dump, storages
+from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.transaction import Undo, _Shadow
+from tests.faults import Fault, Faults, differences, dump, storages
+from tests.runs import OPTIMIZERS, Case, Run, start
 
-CPU = torch.device("cpu")
-METERS = ("loss", "correct", "seen", "skipped")
 NEXT_RUNG = 3  # its micro-batch size
 IN_STEP = ("clipping", "optimizer step")
-
-OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
-    "adamw-single": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False),
-    "adamw-foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True),
-    "adamw-fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True),
-    "lion": lambda model: create_optimizer_v2(model, "lion", lr=1e-3, weight_decay=0.1),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One combination of what an update can be made of; `accumulate` makes micro-batches of 4 and 3 samples."""
-
-    optimizer: str
-    precision: str
-    warm: bool
-    ema: bool = True
-    clip: bool = True
-    accumulate: bool = True
-    scale: float = 2.0**10
-    model: str = ""
-    image_size: int = 8
-
-    def __str__(self) -> str:
-        on = [name for name in ("warm", "ema", "clip", "accumulate") if getattr(self, name)]
-        scale = ["overflow"] if self.scale > 2**20 else []
-        return " ".join([*([self.model] if self.model else []), self.optimizer, self.precision, *scale, *on])
-
-
-@dataclass
-class Run:
-    """A training that has come to the update under test."""
-
-    case: Case
-    capacity: Capacity
-    state: TrainState
-    schedule: Schedule
-    images: Tensor
-    labels: Tensor
-
-    def update(self, micro_batch_size: int | None = None) -> Update:
-        """What a rung with this micro-batch size runs its updates with."""
-        return Update(
-            self.state,
-            nn.functional.cross_entropy,
-            device=CPU,
-            capacity=self.capacity,
-            micro_batch_size=micro_batch_size or (4 if self.case.accumulate else 7),
-            precision=self.case.precision,
-            clip_grad=0.5 if self.case.clip else None,
-        )
-
-    def advance(self, update: Update, fault: AbstractContextManager[Any] | None = None) -> None:
-        """One update on the samples that come next, at the learning rate of its number."""
-        self.schedule.apply(self.state.position.schedule_step(7))
-        start = self.state.position.cursor
-        images, labels = self.images[start : start + 7], self.labels[start : start + 7]
-        with fault or nullcontext():
-            update.run(images, labels, samples=7)
-
-    def storages(self) -> set[int]:
-        """What may live between two updates."""
-        return storages(self.state) | {t.untyped_storage()._cdata for t in (self.images, self.labels)}
-
-
-def start(case: Case, capacity: Capacity) -> Run:
-    """The same run in the same state each time it is called."""
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-    model = timm.create_model(case.model, num_classes=5, drop_path_rate=0.2) if case.model else Net()
-    state = TrainState(
-        model,
-        OPTIMIZERS[case.optimizer](model),
-        GradScaler("cpu", init_scale=case.scale, growth_interval=2, enabled=case.precision == "fp16"),
-        ModelEmaV3(model, decay=0.9) if case.ema else None,
-        Position(0, 0, 0, 70),
-        meters={name: torch.zeros(()) for name in METERS},
-    )
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(70, 3, case.image_size, case.image_size, generator=generator)
-    cosine = ScheduleConfig(name="cosine", warmup_epochs=0.5)
-    schedule = build_schedule(state.optimizer, cosine, lr=0.01, epochs=2, updates_per_epoch=10)
-    run = Run(case, capacity, state, schedule, images, torch.randint(5, (70,), generator=generator))
-    if case.warm:
-        run.advance(run.update())
-    schedule.apply(state.position.schedule_step(7))
-    return run
 
 
 @dataclass
@@ -163,7 +62,7 @@ def fail_once(case: Case, capacity: Capacity, at: int, expected: dict[str, Any],
     if fault.raised:
         tally.injections[fault.phases[at]] += 1
         tally.compare(run, expected)
-        tally.left_over += fault.left_over(run.storages())
+        tally.left_over += fault.left_over(storages(run.state))
     return bool(fault.raised)
 
 
@@ -179,7 +78,7 @@ def keep_failing(case: Case, capacity: Capacity, at: int, expected: tuple[Any, A
         assert fault.raised >= 2  # a profiler's mark on the way out may fail as well
         tally.injections[fault.phases[at]] += 1
         tally.compare(run, before)
-        tally.left_over += fault.left_over(run.storages())
+        tally.left_over += fault.left_over(storages(run.state))
         run.advance(run.update(NEXT_RUNG))
         tally.compare(run, after)
     return bool(fault.raised)
@@ -215,18 +114,6 @@ def operators(case: Case, capacity: Capacity) -> list[str]:
     fault = Fault(phase=lambda: update.phase)
     run.advance(update, fault)
     return fault.phases
-
-
-@pytest.fixture(scope="module")
-def capacity() -> Iterator[Capacity]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with limited(CPU, "none") as found:
-        gc.collect()
-        gc.freeze()  # a collection after each failure then looks at new objects alone
-        yield found
-        gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def covering() -> list[Case]:

@@ -1,0 +1,335 @@
+"""An update without an out-of-memory is a plain loop, bit for bit; with one it is retried once, then refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from adaptive_trainer.config import ModelConfig, compose_config
+from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.position import Position
+from adaptive_trainer.trainer import Trainer
+from adaptive_trainer.transaction import Undo
+from adaptive_trainer.update import PROVEN_UPDATES, Shapes, Update, prove
+from tests.faults import Fault, differences, dump
+from tests.runs import CPU, OPTIMIZERS, Case, Run, start
+
+SHAPES = Shapes(batch_size=7, eval_batch_size=5, image_size=8, num_classes=5)
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# -- the golden check
+
+
+def plain_training(run: Run, updates: int) -> None:
+    """A loop as anyone would write it."""
+    case, state = run.case, run.state
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    model.train()
+    for number in range(updates):
+        warm_up = 1e-5 + number * (0.01 - 1e-5) / 5
+        lr = warm_up if number < 5 else 0.5 * 0.01 * (1 + math.cos(math.pi * number / 20))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, labels = run.images[7 * number : 7 * number + 7], run.labels[7 * number : 7 * number + 7]
+        for part in [slice(0, 4), slice(4, 7)] if case.accumulate else [slice(0, 7)]:
+            x, y = images[part], labels[part]
+            with torch.autocast("cpu", AUTOCAST[case.precision], enabled=case.precision != "fp32"):
+                output = model(x)
+                loss = nn.functional.cross_entropy(output, y)
+            scaler.scale(loss * (len(y) / 7)).backward()  # type: ignore[no-untyped-call]
+            state.meters["loss"].add_(loss.detach(), alpha=len(y))
+            state.meters["correct"] += (output.argmax(1) == y).sum()
+            state.meters["seen"] += len(y)
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
+            overflow = not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+            state.meters["skipped"] += overflow
+        if case.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if state.ema is not None:
+            average(state.ema.module, model, 0.9 if number else 0.0)
+        state.position, state.updates = state.position.advance(7), state.updates + 1
+
+
+@torch.no_grad()
+def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """The first average is a copy, as timm has it."""
+    for mean, value in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("precision", list(AUTOCAST))
+@pytest.mark.parametrize("everything", [True, False])
+def test_updates_are_a_plain_loop(optimizer: str, precision: str, everything: bool, capacity: Capacity) -> None:
+    case = Case(optimizer, precision, warm=False, ema=everything, clip=everything, accumulate=everything)
+    plain = start(case, capacity)
+    plain_training(plain, 8)
+    expected = dump(plain.state)
+    run = start(case, capacity)
+    update = run.update()
+    for _ in range(8):
+        run.advance(update)
+    assert differences(dump(run.state), expected) == []
+
+
+def test_an_overflow_skips_the_step_as_in_a_plain_loop(capacity: Capacity) -> None:
+    case = Case("adamw-fused", "fp16", warm=False, scale=2.0**40)
+    plain = start(case, capacity)
+    plain_training(plain, 3)
+    expected = dump(plain.state)
+    run = start(case, capacity)
+    update = run.update()
+    for _ in range(3):
+        run.advance(update)
+    assert float(run.state.meters["skipped"]) == 3
+    assert differences(dump(run.state), expected) == []
+
+
+def tiny(config: ModelConfig, num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(36, num_classes)
+    )
+
+
+def pictures(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    return TensorDataset(torch.rand(count, 3, 8, 8, generator=generator), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trainer_is_a_plain_loop(precision: str, tmp_path: Path) -> None:
+    overrides = ["trainer.epochs=2", "trainer.batch_size=8", "trainer.micro_batch_size=5", "data.image_size=8"]
+    overrides += ["data.transforms=none", "data.num_workers=0", "optimizer=sgd", "optimizer.lr=0.05", "ladder=none"]
+    overrides += [f"trainer.precision={precision}", "seed=3", "device=cpu", "optimizer.weight_decay=0"]
+    overrides += ["+optimizer.kwargs.foreach=false"]
+    trainer = Trainer(
+        compose_config(overrides), model=tiny, train_data=pictures(21), val_data=pictures(6), output_dir=tmp_path
+    )
+    trainer.fit()
+    torch.manual_seed(3)
+    model = tiny(ModelConfig(), 3).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=False)
+    images, labels = pictures(21).tensors
+    for epoch in range(2):
+        order = Position(3, epoch, 0, 21).permutation()
+        for number, keys in enumerate([order[:8], order[8:16], order[16:]]):
+            optimizer.param_groups[0]["lr"] = 0.5 * 0.05 * (1 + math.cos(math.pi * (3 * epoch + number) / 6))
+            for part in [keys[:4], keys[4:]] if len(keys) == 8 else [keys]:
+                with torch.autocast("cpu", AUTOCAST[precision], enabled=precision != "fp32"):
+                    loss = nn.functional.cross_entropy(model(images[part]), labels[part])
+                (loss * (len(part) / len(keys))).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    assert trainer.model is not None
+    trained = trainer.model.state_dict()
+    assert [name for name, value in model.state_dict().items() if not torch.equal(value, trained[name])] == []
+
+
+# -- micro-batches
+
+
+@given(samples=st.integers(2, 23), micro=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_accumulated_gradients_are_those_of_the_whole_batch(samples: int, micro: int) -> None:
+    """In float64 without BatchNorm, where order of summation is all that can differ."""
+    generator = torch.Generator().manual_seed(samples)
+    images = torch.rand(samples, 3, 8, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (samples,), generator=generator)
+    with limited(CPU, "none") as capacity:
+        run = start(Case("sgd", "fp32", warm=False, ema=False, clip=False), capacity)
+        whole, parts = linear(), linear()
+        nn.functional.cross_entropy(whole(images), labels).backward()  # type: ignore[no-untyped-call]
+        expected = [p.grad for p in whole.parameters()]
+        run.state.model = parts
+        update = run.update(micro)
+        update._accumulate(images, labels)
+    for parameter, gradient in zip(parts.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+def linear() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("micro", "parts"), [(7, [7]), (6, [4, 3]), (3, [3, 2, 2]), (2, [3, 2, 2]), (1, [3, 2, 2])])
+def test_no_single_sample_under_batch_norm(micro: int, parts: list[int], capacity: Capacity) -> None:
+    run, seen = start(Case("sgd", "fp32", warm=False), capacity), list[int]()
+    run.state.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    run.advance(run.update(micro))
+    assert seen == parts
+
+
+def test_single_samples_without_batch_norm(capacity: Capacity) -> None:
+    run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
+    run.state.model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    seen = list[int]()
+    run.state.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    run.advance(run.update(1))
+    assert seen == [1] * 7
+
+
+# -- failures
+
+
+def test_one_failure_is_retried_and_two_are_refused(capacity: Capacity, caplog: pytest.LogCaptureFixture) -> None:
+    run = start(Case("sgd", "fp32", warm=False), capacity)
+    update = run.update()
+    run.advance(update, Fault(30))
+    assert run.state.updates == 1
+    assert "the same samples once more" in caplog.text
+    before = dump(run.state)
+    with pytest.raises(OutOfMemory, match=r"^out of memory in forward: CUDA out of memory\. Injected") as caught:
+        run.advance(update, Fault(30, keeps_failing=True))
+    assert caught.value.__context__ is None
+    assert run.state.updates == 1
+    assert set(differences(dump(run.state), before)) <= {"groups"}  # the schedule was applied before the update
+
+
+class Broken(nn.Module):
+    """A loss that raises once the second micro-batch comes, when the first has left its gradients and statistics."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error
+        return nn.functional.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shape '[3, 4]' is invalid for input of size 7"),
+        IndexError("Target 9 is out of bounds."),
+        RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"),  # memory only where memory is short
+        KeyError("label"),
+        KeyboardInterrupt(),
+        RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly"),
+    ],
+    ids=repr,
+)
+def test_what_is_not_memory_goes_through(error: BaseException, capacity: Capacity) -> None:
+    run = start(Case("adamw-single", "fp16", warm=True), capacity)
+    update, before = run.update(), dump(run.state)
+    update.loss = Broken(error)
+    with pytest.raises(type(error)) as caught:
+        run.advance(update)
+    assert caught.value is error
+    assert update.loss.calls == 2
+    assert differences(dump(run.state), before) == []
+
+
+def test_a_bad_label_goes_through(capacity: Capacity) -> None:
+    run = start(Case("sgd", "fp32", warm=True), capacity)
+    update, before = run.update(), dump(run.state)
+    with pytest.raises(IndexError, match=r"Target 9 is out of bounds"):
+        update.run(run.images[:7], torch.full((7,), 9), samples=7)
+    with pytest.raises(RuntimeError, match="expected input"):
+        update.run(torch.zeros(7, 4, 8, 8), run.labels[:7], samples=7)
+    assert differences(dump(run.state), before) == []
+
+
+def test_a_dead_device_is_not_touched_again(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(Case("sgd", "fp32", warm=True), capacity)
+    update, rolled_back = run.update(), list[Undo]()
+    monkeypatch.setattr(Undo, "roll_back", rolled_back.append)
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    update.loss = Broken(error)
+    with pytest.raises(RuntimeError) as caught:
+        run.advance(update)
+    assert caught.value is error
+    assert rolled_back == []
+
+
+def test_an_unexpected_failure_of_a_step_without_copies_is_final(capacity: Capacity) -> None:
+    run = start(Case("adamw-fused", "fp32", warm=True), capacity)
+    update = run.update()
+    update.step_allocates = False  # as a card has shown
+    phases = Fault(phase=lambda: update.phase)
+    run.advance(update, phases)
+    with pytest.raises(DeviceUnusable, match=r"weights may be half updated; go on from the last checkpoint"):
+        run.advance(update, Fault(phases.phases.index("optimizer step")))
+
+
+def test_a_simulated_card_is_not_tried_twice(caplog: pytest.LogCaptureFixture) -> None:
+    with limited(CPU, "3MiB") as small:
+        run = start(Case("adamw-foreach", "fp32", warm=False, image_size=96), small)
+        update, before = run.update(7), dump(run.state)
+        with pytest.raises(OutOfMemory, match="Simulated card out of memory"):
+            run.advance(update)
+        assert "once more" not in caplog.text
+        assert differences(dump(run.state), before) == []
+        run.advance(run.update(2))
+        after = dump(run.state)
+    with limited(CPU, "none") as capacity:
+        plain = start(run.case, capacity)
+        plain.advance(plain.update(2))
+        assert differences(dump(plain.state), after) == []
+
+
+# -- proof
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw-single", "fp16"), ("lion", "bf16"), ("sgd", "fp32")])
+def test_a_proof_leaves_no_trace(optimizer: str, precision: str, warm: bool, capacity: Capacity) -> None:
+    run = start(Case(optimizer, precision, warm), capacity)
+    before, update = dump(run.state), run.update()
+    assert prove(update, SHAPES) == SHAPES.eval_batch_size
+    assert differences(dump(run.state), before) == []
+    run.advance(update)
+    after = dump(run.state)
+    undisturbed = start(run.case, capacity)
+    undisturbed.advance(undisturbed.update())
+    assert differences(dump(undisturbed.state), after) == []
+
+
+def test_a_proof_that_fails_leaves_no_trace(capacity: Capacity) -> None:
+    case, whole = Case("adamw-foreach", "fp16", warm=False), Fault()
+    update = start(case, capacity).update()
+    with whole:
+        prove(update, SHAPES)
+    assert whole.count > 500
+    for at in range(0, whole.count, 37):
+        run = start(case, capacity)
+        before, update = dump(run.state), run.update()
+        with Fault(at, keeps_failing=True), pytest.raises((OutOfMemory, torch.OutOfMemoryError)):
+            prove(update, SHAPES)
+        assert differences(dump(run.state), before) == []
+
+
+def test_a_proof_that_ran_nothing_is_none(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(Case("sgd", "fp32", warm=False), capacity)
+    monkeypatch.setattr(Update, "run", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match=f"a proof of {PROVEN_UPDATES} updates committed 0"):
+        prove(run.update(), SHAPES)
+
+
+def test_evaluation_is_halved_until_it_fits() -> None:
+    with limited(CPU, "4MiB") as small:
+        run = start(Case("sgd", "fp32", warm=False, ema=False), small)
+        shapes = Shapes(batch_size=2, eval_batch_size=64, image_size=128, num_classes=5)
+        assert prove(run.update(2), shapes) in (4, 8)
