@@ -29,8 +29,11 @@ descent
 data
 datasets
 transforms
+plan_tasks
+planning
 models optimizers
 position process
+memory.plan_cache
 memory.predict memory.trace memory.fake
 memory.capacity
 memory.card

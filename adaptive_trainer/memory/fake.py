@@ -61,7 +61,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         kinds, numbers: per event, its `Kind` and which allocation or mark it is about, counted from 0.
         sizes, parts: per allocation or mark, its bytes and the value of `part` at its birth.
-        part: set by the program that is recorded.
+        part, in_step: set by the program that is recorded. Within the optimizer's step any number will do where one
+            is asked for; a network that asks for one cannot be followed.
     """
 
     def __init__(self, *, cuda: bool) -> None:
@@ -72,11 +73,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes: list[int] = []
         self.parts = bytearray()
         self.part = 0
+        self.in_step = False
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and note what its outputs bring."""
-        if func is aten._local_scalar_dense.default:  # .item(): any value will do, but a step count is not 0
+        if func is aten._local_scalar_dense.default and self.in_step:  # .item(): a step count, which is not 0
             return 1.0 if args[0].dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
         if self.cuda and (func is CONV or func is CONV_BACKWARD):

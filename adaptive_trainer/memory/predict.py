@@ -44,7 +44,8 @@ class Prediction:
         live_bytes: peak of the bytes asked for.
         allocated_bytes: peak of the blocks handed out, as `torch.cuda.max_memory_allocated`.
         reserved_bytes: peak of the segments with no limit, as `torch.cuda.max_memory_reserved`.
-        min_capacity_bytes: the smallest limit under which the update still runs.
+        min_capacity_bytes: the smallest limit under which the update still runs. An evaluation that does not fit
+            takes smaller batches, so it does not count here.
         seconds: what the prediction took.
         reason: why nothing is known; then the four sizes are None.
     """
@@ -99,6 +100,7 @@ def predict(
     scratch = _Scratch.of(capability, (int(major), int(minor)))
     free = _Replay(trace, scratch, None)
     free.run()
+    free.evaluate()
     peaks = free.allocator
     least = _min_capacity(trace, scratch, peaks.peak_reserved)
     return Prediction(
@@ -143,7 +145,7 @@ class _Replay:
         self._workspaces: set[int] = set()
 
     def run(self) -> None:
-        """The network, some updates, an evaluation batch.
+        """The network and some updates.
 
         Raises:
             AllocatorFull: the capacity is too small.
@@ -152,7 +154,10 @@ class _Replay:
         self._play(0, trace.update_start)
         for _ in range(UPDATES):
             self._play(trace.update_start, trace.evaluation_start)
-        self._play(trace.evaluation_start, len(trace.kinds))
+
+    def evaluate(self) -> None:
+        """One evaluation batch."""
+        self._play(self.trace.evaluation_start, len(self.trace.kinds))
 
     def _play(self, start: int, stop: int) -> None:
         handles, sizes = self._handles, self.trace.sizes

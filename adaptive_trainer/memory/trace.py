@@ -172,7 +172,7 @@ class _Training:
         """Micro-batches, clipping, step: the gradients are gone at its end, the optimizer's state stays."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._accumulate()
-        self.recorder.part = 0
+        self.recorder.part, self.recorder.in_step = 0, True
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         if self.spec.clip_grad:
@@ -182,6 +182,7 @@ class _Training:
         allocates = self.recorder.any_died_since(born)
         if self.scaler.is_enabled():
             self.scaler.update()
+        self.recorder.in_step = False
         for parameter in parameters:
             parameter.grad = None
         if self.spec.undo and allocates:

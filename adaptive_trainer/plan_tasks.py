@@ -1,0 +1,250 @@
+"""`task=plan` and `task=memory`: predictions as tables for people and as files for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from adaptive_trainer.config import CardConfig, Config, check, typed
+from adaptive_trainer.errors import ConfigError, ModelError
+from adaptive_trainer.ladder import resolve
+from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
+from adaptive_trainer.memory.predict import verdict
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.planning import ASSUMED_CLASSES, Card, Plan, Planner, Target, image_refusal, plan, target_of
+
+__all__ = ["Cell", "card_of", "memory_table", "plan_table", "run_memory", "run_plan"]
+
+log = logging.getLogger(__name__)
+
+MiB = 2**20
+Measure = Callable[[Config], tuple[int, int] | None]
+
+
+def card_of(card: CardConfig) -> Card | None:
+    """The card that `card=NAME` chose from `configs/card/`; None where none is named.
+
+    Raises:
+        ConfigError: it lacks a figure, or one makes no sense.
+    """
+    if card == CardConfig():
+        return None
+    match = re.fullmatch(r"(\d+)\.(\d+)", card.capability or "")
+    if match is None or card.memory_mib is None or card.memory_mib < 1:
+        raise ConfigError(
+            f"card={card.name}: a card has memory_mib (whole MiB above 0) and capability ('8.6'); see configs/card/"
+        )
+    return Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])))
+
+
+def _planner(cfg: DictConfig) -> Planner:
+    cache = PlanCache(default_folder())
+    config = typed(cfg)
+    return Planner(target_of(config, card_of(config.card), cache), cache=cache)
+
+
+def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
+    """Plan the ladder of the settings, log the table, and write `plan.json`.
+
+    Raises:
+        ConfigError: settings, card or limit make no sense.
+        ModelError: the network is unknown, or refuses the image size that was asked for.
+    """
+    ladder = resolve(cfg)
+    made = plan(ladder, _planner(cfg))
+    if made.rows[0].verdict == "skipped":
+        raise ModelError(made.rows[0].reason)
+    log.info("%s", plan_table(made))
+    if cfg.model.num_classes is None:
+        log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
+    rows = [asdict(row) for row in made.rows]
+    landing = {"lands_on": made.lands_on, "perhaps": list(made.perhaps)}
+    _write(output_dir, "plan.json", json.dumps({**_about(made.target), **landing, "rungs": rows}, indent=2) + "\n")
+    return made
+
+
+def _about(target: Target) -> dict[str, Any]:
+    return {"target": target.description, "capacity_bytes": target.capacity, "context_bytes": target.context}
+
+
+def plan_table(made: Plan) -> str:
+    """A plan as text: a line for each rung, and where a descent lands."""
+    head = ("rung", "verdict", "live", "allocated", "reserved", "smallest limit", "smallest card", "recipe")
+    lines: list[Sequence[str]] = [head]
+    for row in made.rows:
+        sizes = (row.live_bytes, row.allocated_bytes, row.reserved_bytes, row.min_capacity_bytes, row.min_card_bytes)
+        what = f"{row.recipe} ({row.reason})" if row.reason and row.live_bytes is None else row.recipe
+        lines.append((row.rung, row.verdict, *(_mib(size) for size in sizes), what))
+    target = made.target
+    room = "" if target.capacity is None else f"; {format_bytes(target.capacity)} for tensors"
+    outside = f", {format_bytes(target.context)} for the CUDA context" if target.context else ""
+    return f"for {target.description}{room}{outside} (sizes in MiB)\n{_aligned(lines)}\n{_landing(made)}"
+
+
+def _landing(made: Plan) -> str:
+    perhaps = f"; {', '.join(made.perhaps)} may hold and will be tried first" if made.perhaps else ""
+    if made.lands_on is not None:
+        return f"lands on rung {made.lands_on}{perhaps}"
+    if made.target.capacity is None:
+        return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung holds"
+    return f"no rung is sure to fit{perhaps}"
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / MiB:.0f}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns: the first two and the last to the left, the sizes to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    last = len(widths) - 1
+    text = [
+        "  ".join(
+            cell.ljust(width) if column in (0, 1, last) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One batch size at one image size. Sizes in bytes, None where they are not known or were not measured."""
+
+    batch: int
+    size: int
+    verdict: str
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    min_capacity_bytes: int | None
+    measured_allocated_bytes: int | None = None
+    measured_reserved_bytes: int | None = None
+    reason: str = ""
+
+
+def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None = None) -> list[Cell]:
+    """Predict batch by image size for the model of the settings; log the table; write it as text, CSV and PNG.
+
+    Args:
+        cfg: the settings, with `batch` and `size`.
+        output_dir: where `memory.txt`, `memory.csv` and `memory.png` go.
+        measure: really trains under settings and returns peak allocated and reserved bytes; None where they do not
+            fit. Given where there is a card.
+
+    Raises:
+        ConfigError: a batch or image size that is no whole number above 0.
+    """
+    planner = _planner(cfg)
+    cells = [
+        _cell(typed(cfg), batch, size, planner, measure)
+        for batch in _numbers(cfg, "batch")
+        for size in _numbers(cfg, "size")
+    ]
+    text = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.target.description}\n{memory_table(cells)}"
+    log.info("%s", text)
+    _write(output_dir, "memory.txt", text + "\n")
+    _write(output_dir, "memory.csv", _csv(cells))
+    _draw(cells, text.splitlines()[0], Path(output_dir) / "memory.png")
+    return cells
+
+
+def _numbers(cfg: DictConfig, key: str) -> list[int]:
+    numbers = [int(number) for number in cfg[key]]
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{key}={numbers} is no list of whole numbers above 0, such as {key}=[8,16,24]")
+    return numbers
+
+
+def _cell(asked: Config, batch: int, size: int, planner: Planner, measure: Measure | None) -> Cell:
+    config = deepcopy(asked)
+    config.trainer.batch_size, config.data.image_size = batch, size
+    config.trainer.micro_batch_size = min(batch, asked.trainer.micro_batch_size or batch)
+    check(config)
+    found = planner.predict(config)
+    capacity = planner.target.capacity
+    answer = "unknown" if capacity is None or found.reason else verdict(found, capacity)
+    reason = (image_refusal(config) or found.reason) if found.reason else ""
+    seen = measure(config) if measure is not None and not reason else None
+    allocated, reserved = (None, None) if seen is None else seen
+    return Cell(
+        batch,
+        size,
+        answer,
+        found.allocated_bytes,
+        found.reserved_bytes,
+        found.min_capacity_bytes,
+        allocated,
+        reserved,
+        reason,
+    )
+
+
+def memory_table(cells: Sequence[Cell]) -> str:
+    """Cells as text: predicted peak allocated MiB, a row for each batch size; measured ones in brackets beside them."""
+    sizes = list(dict.fromkeys(cell.size for cell in cells))
+    by_place = {(cell.batch, cell.size): cell for cell in cells}
+    lines = [["batch", "", *(f"{size} px" for size in sizes), ""]]
+    for batch in dict.fromkeys(cell.batch for cell in cells):
+        row = [by_place[batch, size] for size in sizes]
+        notes = "; ".join(dict.fromkeys(cell.reason for cell in row if cell.reason))
+        lines.append([str(batch), "", *(_shown(cell) for cell in row), notes])
+    return _aligned(lines)
+
+
+def _shown(cell: Cell) -> str:
+    measured = "" if cell.measured_allocated_bytes is None else f" [{_mib(cell.measured_allocated_bytes)}]"
+    return f"{_mib(cell.allocated_bytes)}{measured}" + {"hopeless": " !", "unsure": " ?"}.get(cell.verdict, "")
+
+
+def _csv(cells: Sequence[Cell]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(asdict(cells[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(cell) for cell in cells)
+    return text.getvalue()
+
+
+def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
+    """A line for each image size over the batch size; nothing but a message where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("matplotlib is not installed, so there is no picture (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for size in dict.fromkeys(cell.size for cell in cells):
+        known = [cell for cell in cells if cell.size == size and cell.allocated_bytes is not None]
+        (line,) = axes.plot(
+            [c.batch for c in known], [(c.allocated_bytes or 0) / MiB for c in known], "o-", label=f"{size} px"
+        )
+        seen = [cell for cell in known if cell.measured_allocated_bytes is not None]
+        axes.plot(
+            [c.batch for c in seen],
+            [(c.measured_allocated_bytes or 0) / MiB for c in seen],
+            "x",
+            color=line.get_color(),
+        )
+    axes.set(xlabel="batch size", ylabel="peak allocated, MiB (x: measured)", title=title, ylim=(0, None))
+    axes.title.set_fontsize("small")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _write(output_dir: str | Path, name: str, text: str) -> None:
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.part"
+    part.write_text(text, encoding="utf-8")
+    part.replace(folder / name)

@@ -1,0 +1,304 @@
+"""Know before you run: what every rung of a ladder will need, and which one will hold, on a card that need not be here.
+
+`Planner.predict` answers for one recipe and serves the descent too; `plan` answers for a ladder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.errors import ConfigError, ModelError
+from adaptive_trainer.ladder import Rung, recipe
+from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
+from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
+from adaptive_trainer.memory.predict import Prediction, predict, verdict
+from adaptive_trainer.memory.trace import Tracer, TraceSpec
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
+from adaptive_trainer.optimizers import build_optimizer
+from adaptive_trainer.position import micro_batches
+
+__all__ = ["Card", "Plan", "Planner", "Row", "Target", "plan", "target_of"]
+
+MiB = 2**20
+ASSUMED_CLASSES = 10  # where model.num_classes is left to the data, which a plan does not open
+ASSUMED_CAPABILITY = (8, 6)
+# What the context, cuBLAS and cuDNN take outside the allocator where it was not measured: 287 to 430 MiB are reported
+# for cards up to compute capability 8.9, 770 to 810 MiB were measured on 9.0.
+CONTEXT, CONTEXT_SINCE_HOPPER = 450 * MiB, 810 * MiB
+
+ModelFactory = Callable[[ModelConfig, int], nn.Module]
+LossFactory = Callable[[Config], Callable[[Tensor, Tensor], Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A kind of card, as in `configs/card/`."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is predicted for.
+
+    Attributes:
+        description: in words.
+        cuda: a CUDA card; else a simulated card on the CPU.
+        capability: compute capability of the card.
+        capacity: bytes that the allocator may reserve; None where that is not known.
+        context: bytes that a CUDA process takes outside the allocator.
+    """
+
+    description: str
+    cuda: bool
+    capability: tuple[int, int]
+    capacity: int | None
+    context: int
+
+
+def context_of(capability: tuple[int, int]) -> int:
+    """Bytes that a CUDA process is expected to take outside the allocator."""
+    return CONTEXT_SINCE_HOPPER if capability >= (9, 0) else CONTEXT
+
+
+def target_of(config: Config, card: Card | None = None, cache: PlanCache | None = None) -> Target:
+    """What settings ask about: the card that is named, this machine's card, or the CPU where `device=cpu` says so.
+
+    `memory.limit` caps the allocator, a fraction being one of the card. With neither a card nor a limit, and no CUDA
+    here, the capacity is unknown.
+
+    Raises:
+        ConfigError: the limit cannot be read, or is larger than the card.
+    """
+    limit = parse_limit(config.memory.limit)
+    if card is None and config.device == "cpu":
+        size = None if limit.lifted else limit.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
+        return Target(f"a simulated card of {format_bytes(size)} on the CPU", False, (0, 0), size, 0)
+    if card is not None:
+        context = context_of(card.capability)
+        room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"
+    elif torch.cuda.is_available():
+        card, context = _this_card(config.device, cache)
+        room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"
+    else:
+        if limit.fraction is not None:
+            raise ConfigError(f"memory.limit={limit.fraction:g} is a fraction of a card: name one with card=...")
+        context, room = context_of(ASSUMED_CAPABILITY), None
+        source = (
+            f"a card of compute capability {ASSUMED_CAPABILITY[0]}.{ASSUMED_CAPABILITY[1]} (card=... names another)"
+        )
+    cap = limit.of(card.memory_bytes if card is not None else 0)
+    if cap is not None and card is not None and cap > card.memory_bytes:
+        raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {source}")
+    if cap is not None:
+        room, source = cap if room is None else min(cap, room), f"{source}, limited to {format_bytes(cap)}"
+    return Target(source, True, ASSUMED_CAPABILITY if card is None else card.capability, room, context)
+
+
+def _this_card(name: str, cache: PlanCache | None) -> tuple[Card, int]:
+    device = torch.device("cuda", 0) if name == "auto" else torch.device(name)
+    about = torch.cuda.get_device_properties(device)
+    capability = (about.major, about.minor)
+    measured = None if cache is None else cache.context_bytes(about.name)
+    return Card(about.name, about.total_memory, capability), measured or context_of(capability)
+
+
+class Planner:
+    """Predicts recipes with the factories that training uses; one for all rungs of a run.
+
+    Args:
+        target: what is predicted for.
+        num_classes: width of the model's head; the assumed one where neither this nor the settings say.
+        make_model, make_loss: as the Trainer was given them; its own where None. What others make is not kept on disk.
+        cache: keeps predictions from one run to the next.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        num_classes: int | None = None,
+        make_model: ModelFactory | None = None,
+        make_loss: LossFactory | None = None,
+        cache: PlanCache | None = None,
+    ) -> None:
+        self.target = target
+        self.num_classes = num_classes
+        self.make_model = make_model or build_model
+        self.make_loss = make_loss or _cross_entropy
+        own_factories = make_model in (None, build_model) and make_loss is None
+        self.cache = cache if cache is not None and own_factories else PlanCache(None)
+        self._tracer = Tracer()
+        self._norms: dict[str, bool] = {}
+        self._known: dict[str, Prediction] = {}
+
+    def predict(self, config: Config) -> Prediction:
+        """What the recipe of these settings will need. Never raises for a recipe that cannot be predicted."""
+        start = time.perf_counter()
+        key = self.key(config)
+        text = repr(sorted(key.items()))
+        found = self._known.get(text) or self.cache.prediction(key)
+        if found is not None:
+            self._known[text] = found
+            return replace(found, seconds=time.perf_counter() - start)
+        try:
+            found = predict(self._spec(config), capability=self.target.capability, tracer=self._tracer)
+        except (ModelError, ConfigError, RuntimeError, TypeError, ValueError) as error:
+            found = Prediction(None, None, None, None, 0.0, f"{error}".splitlines()[0])
+        found = replace(found, seconds=time.perf_counter() - start)
+        self.cache.keep_prediction(key, found)
+        self._known[text] = found
+        return found
+
+    def key(self, config: Config) -> Key:
+        """Everything that the need for memory depends on, as plain data."""
+        used = recipe(config)
+        return {
+            "versions": versions(),
+            "model": {**asdict(config.model), "pretrained": False, "num_classes": self._classes(config)},
+            "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
+            "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch_size, used.image_size],
+            "precision": used.precision,
+            "checkpoint_activations": used.checkpoint_activations,
+            "label_smoothing": config.trainer.label_smoothing > 0,
+            "ema": config.trainer.ema_decay is not None,
+            "clip_grad": config.trainer.clip_grad is not None,
+            "deterministic": config.trainer.deterministic,
+            "cuda": self.target.cuda,
+            "capability": list(self.target.capability),
+        }
+
+    def _classes(self, config: Config) -> int:
+        return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
+
+    def _model(self, config: Config) -> nn.Module:
+        model = self.make_model(replace(config.model, pretrained=False), self._classes(config))
+        checkpoint_activations(model, config.trainer.checkpoint_activations)
+        return model
+
+    def _spec(self, config: Config) -> TraceSpec:
+        used, cuda = recipe(config), self.target.cuda
+        device = torch.device("cuda" if cuda else "cpu")
+        key = self.key(config)
+        model_key = repr((key["model"], used.checkpoint_activations))
+        parts = micro_batches(used.batch_size, used.micro_batch_size, False)
+        if 1 in parts and self._needs_pairs(model_key, config):
+            parts = micro_batches(used.batch_size, used.micro_batch_size, True)
+        return TraceSpec(
+            lambda: self._model(config),
+            lambda model: build_optimizer(model, config.optimizer, config.optimizer.lr, device),
+            (3, used.image_size, used.image_size),
+            tuple(parts),
+            used.eval_batch_size,
+            loss=self.make_loss(config),
+            precision=used.precision,
+            ema=config.trainer.ema_decay is not None,
+            clip_grad=config.trainer.clip_grad is not None,
+            undo=cuda,
+            cuda=cuda,
+            key=repr((model_key, key["optimizer"], key["label_smoothing"])),
+        )
+
+    def _needs_pairs(self, model_key: str, config: Config) -> bool:
+        if model_key not in self._norms:
+            try:
+                with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                    self._norms[model_key] = has_batch_norm(self._model(config))
+            except NotImplementedError:  # it looks at values while it is built
+                with torch.random.fork_rng(devices=[]):
+                    self._norms[model_key] = has_batch_norm(self._model(config))
+        return self._norms[model_key]
+
+
+def _cross_entropy(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rung of a plan. Sizes in bytes, None where they are not known.
+
+    Attributes:
+        verdict: `fits`, `unsure`, `hopeless`, `unknown`, or `skipped` for a rung that is not to be tried.
+        reason: why it is unknown or skipped.
+        min_capacity_bytes: the smallest limit on the allocator under which it still trains.
+        min_card_bytes: the same with what a CUDA process takes outside the allocator.
+        seconds: what predicting it took.
+    """
+
+    rung: str
+    verdict: str
+    recipe: str
+    live_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    min_capacity_bytes: int | None = None
+    min_card_bytes: int | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a ladder will need.
+
+    Attributes:
+        lands_on: name of the first rung that fits; None where none is known to.
+        perhaps: names of the rungs above it that may hold as well.
+    """
+
+    target: Target
+    rows: tuple[Row, ...]
+    lands_on: str | None
+    perhaps: tuple[str, ...]
+
+
+def plan(ladder: Sequence[Rung[Config]], planner: Planner) -> Plan:
+    """Predict every rung and say where a descent will land."""
+    rows = tuple(_row(rung, planner) for rung in ladder)
+    landed = next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
+    above = rows if landed is None else rows[:landed]
+    perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
+    return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)
+
+
+def _row(rung: Rung[Config], planner: Planner) -> Row:
+    used = str(recipe(rung.settings))
+    if rung.passed_over:
+        return Row(rung.name, "skipped", used, reason=rung.passed_over)
+    found = planner.predict(rung.settings)
+    if found.reason:
+        refusal = image_refusal(rung.settings)
+        answer = "skipped" if refusal else "unknown"
+        return Row(rung.name, answer, used, seconds=found.seconds, reason=refusal or found.reason)
+    capacity, least = planner.target.capacity, found.min_capacity_bytes
+    sizes: dict[str, Any] = {name: getattr(found, name) for name in ("live_bytes", "allocated_bytes", "reserved_bytes")}
+    return Row(
+        rung.name,
+        "unknown" if capacity is None else verdict(found, capacity),
+        used,
+        **sizes,
+        min_capacity_bytes=least,
+        min_card_bytes=None if least is None else least + planner.target.context,
+        seconds=found.seconds,
+        reason="" if capacity is not None else "no card and no memory.limit to judge by",
+    )
+
+
+def image_refusal(config: Config) -> str:
+    """Why the network refuses the image size; empty where it does not."""
+    try:
+        check_image_size(config.model, config.data.image_size)
+    except ModelError as error:
+        return str(error)
+    return ""
