@@ -28,7 +28,7 @@ __all__ = ["Cell", "card_of", "memory_table", "plan_table", "run_memory", "run_p
 log = logging.getLogger(__name__)
 
 MiB = 2**20
-Measure = Callable[[Config], tuple[int, int] | None]
+Measure = Callable[[Config, int], tuple[int, int] | None]
 
 
 def card_of(card: CardConfig) -> Card | None:
@@ -139,8 +139,8 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
     Args:
         cfg: the settings, with `batch` and `size`.
         output_dir: where `memory.txt`, `memory.csv` and `memory.png` go.
-        measure: really trains under settings and returns peak allocated and reserved bytes; None where they do not
-            fit. Given where there is a card.
+        measure: really trains under (settings, number of classes) and returns peak allocated and reserved bytes; None
+            where they do not fit. Given where there is a card.
 
     Raises:
         ConfigError: a batch or image size that is no whole number above 0.
@@ -175,7 +175,7 @@ def _cell(asked: Config, batch: int, size: int, planner: Planner, measure: Measu
     capacity = planner.target.capacity
     answer = "unknown" if capacity is None or found.reason else verdict(found, capacity)
     reason = (image_refusal(config) or found.reason) if found.reason else ""
-    seen = measure(config) if measure is not None and not reason else None
+    seen = measure(config, planner.classes(config)) if measure is not None and not reason else None
     allocated, reserved = (None, None) if seen is None else seen
     return Cell(
         batch,

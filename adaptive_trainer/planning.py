@@ -165,7 +165,7 @@ class Planner:
         used = recipe(config)
         return {
             "versions": versions(),
-            "model": {**asdict(config.model), "pretrained": False, "num_classes": self._classes(config)},
+            "model": {**asdict(config.model), "pretrained": False, "num_classes": self.classes(config)},
             "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
             "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch_size, used.image_size],
             "precision": used.precision,
@@ -178,11 +178,12 @@ class Planner:
             "capability": list(self.target.capability),
         }
 
-    def _classes(self, config: Config) -> int:
+    def classes(self, config: Config) -> int:
+        """Width of the model's head under these settings."""
         return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
 
     def _model(self, config: Config) -> nn.Module:
-        model = self.make_model(replace(config.model, pretrained=False), self._classes(config))
+        model = self.make_model(replace(config.model, pretrained=False), self.classes(config))
         checkpoint_activations(model, config.trainer.checkpoint_activations)
         return model
 

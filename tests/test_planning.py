@@ -1,0 +1,412 @@
+"""Plans of whole ladders, the tables and files made of them, and what is remembered on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
+from adaptive_trainer.errors import ConfigError, ModelError
+from adaptive_trainer.ladder import Rung, resolve
+from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder, versions
+from adaptive_trainer.memory.predict import Prediction
+from adaptive_trainer.plan_tasks import card_of, memory_table, plan_table, run_memory, run_plan
+from adaptive_trainer.planning import Card, Planner, Target, plan, target_of
+
+MiB = 2**20
+GiB = 2**30
+SMALL = ["model.name=mobilenetv3_small_100", "data.image_size=64", "trainer.batch_size=8"]
+RTX2060 = Card("RTX 2060", 6 * GiB, (7, 5))
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a card says")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(*overrides: str) -> DictConfig:
+    return compose_config(overrides)
+
+
+def first(*overrides: str) -> Config:
+    return resolve(compose_config([*overrides, "ladder=none"]))[0].settings
+
+
+def card(capacity: int) -> Target:
+    return Target("a card", True, (8, 6), capacity, 450 * MiB)
+
+
+# -- what is planned for
+
+
+def test_a_named_card_less_its_context() -> None:
+    target = target_of(first(), RTX2060)
+    assert (target.cuda, target.capability, target.capacity) == (True, (7, 5), 6 * GiB - target.context)
+    assert 300 * MiB < target.context < 700 * MiB
+
+
+def test_a_limit_is_on_the_allocator() -> None:
+    assert target_of(first("memory.limit=2GiB"), RTX2060).capacity == 2 * GiB
+    assert target_of(first("memory.limit=0.5"), RTX2060).capacity == 3 * GiB
+    whole = target_of(first("memory.limit=6GiB"), RTX2060)
+    assert whole.capacity == 6 * GiB - whole.context
+
+
+@NO_CUDA
+def test_a_limit_without_a_card() -> None:
+    target = target_of(first("memory.limit=6GiB"))
+    assert (target.cuda, target.capacity) == (True, 6 * GiB)
+    assert target_of(first()).capacity is None
+    with pytest.raises(ConfigError, match=r"fraction of a card: name one with card="):
+        target_of(first("memory.limit=0.5"))
+
+
+def test_a_limit_above_the_card() -> None:
+    with pytest.raises(ConfigError, match="more than all of RTX 2060"):
+        target_of(first("memory.limit=7GiB"), RTX2060)
+
+
+def test_the_simulated_card() -> None:
+    target = target_of(first("device=cpu", "memory.limit=300MiB"))
+    assert (target.cuda, target.capacity, target.context) == (False, 300 * MiB, 0)
+    assert target_of(first("device=cpu")).capacity == 512 * MiB
+    assert target_of(first("device=cpu", "memory.limit=none")).capacity is None
+
+
+@pytest.mark.parametrize("path", sorted(Path(config_dir(), "card").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_cards(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    found = card_of(typed(settings(f"card={path.stem}", "ladder=none")).card)
+    assert found is not None
+    assert 2 * GiB < found.memory_bytes < 200 * GiB
+    assert (6, 0) <= found.capability <= (12, 1)
+    assert all("https://" in line for line in text.splitlines() if not line.startswith("name:")), "a figure's source"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [CardConfig("x"), CardConfig("x", -1, "8.6"), CardConfig("x", 1024, "86"), CardConfig("x", 1024, "eight.six")],
+)
+def test_a_card_that_makes_no_sense(wrong: CardConfig) -> None:
+    with pytest.raises(ConfigError, match=r"card=x: a card has memory_mib"):
+        card_of(wrong)
+    assert card_of(CardConfig()) is None
+
+
+# -- plans
+
+
+@pytest.fixture(scope="module")
+def default_plan() -> Any:
+    """The default ladder on a card on which some rungs fit, and one is unsure."""
+    ladder = resolve(compose_config())
+    planner = Planner(card(1500 * MiB))
+    return plan(ladder, planner), ladder, planner
+
+
+def test_the_default_ladder(default_plan: Any) -> None:
+    made, ladder, _ = default_plan
+    assert [row.rung for row in made.rows] == [rung.name for rung in ladder]
+    assert [row.verdict for row in made.rows] == ["hopeless", "unsure", *["fits"] * 7]
+    assert (made.lands_on, made.perhaps) == ("batch-8", ("batch-16",))
+    least = [row.min_capacity_bytes for row in made.rows]
+    assert least == sorted(least, reverse=True)
+    for row in made.rows:
+        assert row.live_bytes <= row.allocated_bytes <= row.reserved_bytes
+        assert row.min_card_bytes == row.min_capacity_bytes + 450 * MiB
+
+
+def test_it_lands_where_the_verdicts_say(default_plan: Any) -> None:
+    made, ladder, planner = default_plan
+    for capacity, lands_on, perhaps in ((10 * GiB, "requested", ()), (40 * MiB, None, ())):
+        planner.target = replace(made.target, capacity=capacity)
+        found = plan(ladder, planner)
+        assert (found.lands_on, found.perhaps) == (lands_on, perhaps)
+
+
+def test_passed_over_and_refused_rungs_are_skipped() -> None:
+    asked = resolve(compose_config(["model.name=vit_tiny_patch16_224", "trainer.batch_size=2", "ladder=none"]))[0]
+    smaller = resolve(compose_config(["model.name=vit_tiny_patch16_224", "data.image_size=160", "ladder=none"]))[0]
+    ladder = [asked, Rung("more", asked.settings, (), "it would raise batch_size"), replace(smaller, name="image-160")]
+    made = plan(ladder, Planner(card(10 * GiB)))
+    assert [row.verdict for row in made.rows] == ["fits", "skipped", "skipped"]
+    assert made.rows[1].reason == "it would raise batch_size"
+    assert "refuses data.image_size=160" in made.rows[2].reason
+
+
+class DataDependent(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.head(x.mean((2, 3)))
+        return scores if scores.sum() > 0 else scores[scores.argmax(1) > 2]
+
+
+def test_what_cannot_be_traced_is_unknown_and_may_hold() -> None:
+    ladder = resolve(compose_config([*SMALL, "ladder=none"]))
+    made = plan(ladder, Planner(card(GiB), make_model=lambda config, classes: DataDependent(classes)))
+    (row,) = made.rows
+    assert (row.verdict, row.live_bytes) == ("unknown", None)
+    assert row.reason
+    assert (made.lands_on, made.perhaps) == (None, ("requested",))
+    assert "requested may hold and will be tried first" in plan_table(made)
+
+
+def test_an_unknown_optimizer_is_unknown() -> None:
+    found = Planner(card(GiB)).predict(first(*SMALL, "optimizer.name=adamww"))
+    assert "unknown optimizer.name=adamww" in found.reason
+
+
+def test_what_changes_the_need_changes_the_prediction() -> None:
+    planner = Planner(card(GiB))
+    plain = planner.predict(first(*SMALL)).live_bytes
+    assert plain is not None
+
+    def need(*overrides: str) -> int:
+        return planner.predict(first(*SMALL, *overrides)).live_bytes or 0
+
+    assert need("trainer.ema_decay=0.9") > plain
+    assert need("trainer.micro_batch_size=4") < plain
+    assert need("trainer.checkpoint_activations=true") < plain
+    assert need("+optimizer.kwargs.foreach=true") > plain  # an allocating step needs copies to be undone
+    assert need("model.num_classes=5000") > plain
+    assert need("optimizer.lr=0.5") == plain
+    large = planner.predict(first(*SMALL, "trainer.eval_batch_size=400"))
+    assert large.live_bytes is not None
+    assert large.live_bytes > plain
+    assert large.min_capacity_bytes == planner.predict(first(*SMALL)).min_capacity_bytes  # evaluation can be halved
+
+
+def test_micro_batches_of_one_are_joined_only_for_batch_norm() -> None:
+    planner = Planner(card(GiB))
+    two, one = (planner.predict(first(*SMALL, "trainer.batch_size=4", f"trainer.micro_batch_size={n}")) for n in (2, 1))
+    assert one.min_capacity_bytes == two.min_capacity_bytes
+
+
+# -- files
+
+
+def test_run_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    made = run_plan(settings(*SMALL, "ladder=none", "card=rtx2060"), tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "plan.json").read_text(encoding="utf-8"))
+    assert content["lands_on"] == "requested"
+    assert content["capacity_bytes"] + content["context_bytes"] == 6 * GiB
+    (row,) = content["rungs"]
+    keys = ("rung", "verdict", "live_bytes", "allocated_bytes", "reserved_bytes", "min_capacity_bytes", "seconds")
+    assert all(row[key] is not None for key in keys)
+    assert row["min_capacity_bytes"] == made.rows[0].min_capacity_bytes
+    assert "lands on rung requested" in caplog.text
+    assert "10 classes are assumed" in caplog.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+def test_run_plan_refuses_a_size_that_the_network_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"refuses data.image_size=100"):
+        run_plan(settings("model.name=vit_tiny_patch16_224", "data.image_size=100", "ladder=none"), tmp_path)
+
+
+def test_run_memory(tmp_path: Path) -> None:
+    def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
+        assert num_classes == 10
+        return None if config.trainer.batch_size == 8 else (50 * MiB, 60 * MiB)
+
+    cfg = settings(*SMALL, "ladder=none", "memory.limit=6GiB", "batch=[4,8]", "size=[64,96]")
+    cells = run_memory(cfg, tmp_path, measure)
+    assert [(cell.batch, cell.size) for cell in cells] == [(4, 64), (4, 96), (8, 64), (8, 96)]
+    assert cells[0].allocated_bytes is not None
+    assert cells[3].allocated_bytes is not None
+    assert cells[0].allocated_bytes < cells[3].allocated_bytes
+    with (tmp_path / "memory.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["measured_allocated_bytes"] for row in rows] == [str(50 * MiB)] * 2 + [""] * 2
+    assert [int(row["allocated_bytes"]) for row in rows] == [cell.allocated_bytes for cell in cells]
+    text = (tmp_path / "memory.txt").read_text(encoding="utf-8")
+    assert memory_table(cells) in text
+    assert "[50]" in text
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_memory_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run_memory(settings(*SMALL, "memory.limit=6GiB", "batch=[4]", "size=[64]"), tmp_path)
+    assert "pip install matplotlib" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("memory.*")) == ["memory.csv", "memory.txt"]
+
+
+@pytest.mark.parametrize("batch", ["[]", "[0]", "[4,-1]"])
+def test_run_memory_wants_numbers_above_0(tmp_path: Path, batch: str) -> None:
+    with pytest.raises(ConfigError, match=r"batch=.* is no list of whole numbers"):
+        run_memory(settings(*SMALL, f"batch={batch}", "size=[64]"), tmp_path)
+
+
+def test_a_size_that_the_network_refuses_is_told_in_the_table(tmp_path: Path) -> None:
+    cells = run_memory(
+        settings("model.name=vit_tiny_patch16_224", "memory.limit=6GiB", "batch=[2]", "size=[100,224]"), tmp_path
+    )
+    assert [cell.verdict for cell in cells] == ["unknown", "fits"]
+    assert "refuses data.image_size=100" in memory_table(cells)
+
+
+# -- the cache
+
+PREDICTION = Prediction(1, 2, 3, 4, 0.5)
+KEY = {"model": "m", "batch": 8}
+
+
+def test_a_second_plan_comes_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = resolve(compose_config([*SMALL, "ladder=none"]))
+    cache = PlanCache(tmp_path)
+    made = plan(ladder, Planner(card(GiB), cache=cache))
+    monkeypatch.setattr("adaptive_trainer.planning.predict", None)  # it would have to be called
+    again = plan(ladder, Planner(card(GiB), cache=cache))
+    assert [replace(row, seconds=0.0) for row in again.rows] == [replace(row, seconds=0.0) for row in made.rows]
+
+
+def test_networks_and_losses_of_ones_own_are_not_kept(tmp_path: Path) -> None:
+    def own(config: ModelConfig, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes) if config.name == "" else nn.Linear(3 * 64**2, 10))
+
+    cache = PlanCache(tmp_path)
+    assert not Planner(card(GiB), make_model=own, cache=cache).predict(first(*SMALL)).reason
+    assert not Planner(card(GiB), make_loss=lambda _: nn.CrossEntropyLoss(), cache=cache).predict(first(*SMALL)).reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_key_tells_apart_what_matters() -> None:
+    planner = Planner(card(GiB))
+    base = planner.key(first(*SMALL))
+    changes = (
+        "trainer.batch_size=4", "trainer.micro_batch_size=2", "trainer.eval_batch_size=3", "data.image_size=96",
+        "trainer.precision=fp16", "trainer.checkpoint_activations=true", "trainer.ema_decay=0.9",
+        "trainer.clip_grad=1.0", "trainer.label_smoothing=0.1", "model.name=resnet18", "model.num_classes=7",
+        "+model.kwargs.drop_rate=0.2", "optimizer=sgd", "+optimizer.kwargs.foreach=true",
+    )  # fmt: skip
+    keys = [planner.key(first(*SMALL, change)) for change in changes]
+    keys += [Planner(replace(planner.target, capability=(9, 0))).key(first(*SMALL))]
+    keys += [Planner(replace(planner.target, cuda=False)).key(first(*SMALL))]
+    texts = [json.dumps(key, sort_keys=True) for key in (base, *keys)]
+    assert len(set(texts)) == len(texts)
+    assert planner.key(first(*SMALL, "optimizer.lr=0.5", "seed=3")) == base
+    assert {"torch", "timm", "torchvision", "adaptive_trainer"} <= base["versions"].keys()
+
+
+def test_what_was_kept_is_read(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "new" / "folder")
+    assert cache.prediction(KEY) is None
+    cache.keep_prediction(KEY, PREDICTION)
+    assert cache.prediction(KEY) == PREDICTION
+    assert cache.prediction({**KEY, "batch": 9}) is None
+    assert [path.suffix for path in (tmp_path / "new" / "folder").iterdir()] == [".json"]
+
+
+def test_failures_are_not_kept(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    cache.keep_prediction(KEY, Prediction(None, None, None, None, 0.1, "no memory"))
+    assert cache.prediction(KEY) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'{"key": {}, "value": {}}', b'{"key": "KEY", "value": {}}',
+        b'{"key": "KEY", "value": {"live_bytes": 1}}', b'{"key": "KEY", "value": []}',
+    ],
+)  # fmt: skip
+def test_a_damaged_file_counts_as_absent_and_is_mended(tmp_path: Path, damage: bytes) -> None:
+    cache = PlanCache(tmp_path)
+    cache.keep_prediction(KEY, PREDICTION)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage.replace(b'"KEY"', json.dumps(KEY).encode()))
+    assert cache.prediction(KEY) is None
+    cache.keep_prediction(KEY, PREDICTION)
+    assert cache.prediction(KEY) == PREDICTION
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    for cache in (PlanCache(tmp_path / "file" / "folder"), PlanCache(None)):
+        cache.keep_prediction(KEY, PREDICTION)
+        assert cache.prediction(KEY) is None
+
+
+def write_often(folder: Path, number: int) -> None:
+    cache = PlanCache(folder)
+    for turn in range(200):
+        cache.keep_prediction(KEY, replace(PREDICTION, live_bytes=1000 * number + turn))
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    cache.keep_prediction(KEY, PREDICTION)
+    writers = [multiprocessing.Process(target=write_often, args=(tmp_path, number)) for number in (1, 2)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        found = cache.prediction(KEY)
+        assert found is not None, "half an entry was read"
+        seen.add(found.live_bytes)
+    assert len(seen) > 1
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_measurements_of_a_card(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path)
+    assert cache.measurement(KEY, "H200") == Measurement()
+    cache.keep_measurement(KEY, "H200", Measurement().failed(100).fitted(200, 150, 180))
+    assert cache.measurement(KEY, "H200") == Measurement(200, 100, 150, 180)
+    assert cache.measurement(KEY, "T4") == Measurement()
+    cache.keep_context("H200", 790 * MiB)
+    assert cache.context_bytes("H200") == 790 * MiB
+    assert cache.context_bytes("T4") is None
+
+
+def test_what_measurements_say() -> None:
+    assert Measurement().verdict(100) == ""
+    known = Measurement().failed(100).fitted(200, 150, 180)
+    assert [known.verdict(room) for room in (99, 100, 101, 199, 200)] == ["hopeless", "hopeless", "", "", "fits"]
+    assert known.fitted(90, 80, 85) == Measurement(90, None, 80, 85)
+    assert known.failed(300) == Measurement(None, 300)
+    assert known.failed(50) == known
+    assert known.fitted(250, 150, 180) == known
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert default_folder() == tmp_path / "cache"
+    monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", "")
+    assert default_folder() is None
+    monkeypatch.delenv("ADAPTIVE_TRAINER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME" if os.name != "nt" else "LOCALAPPDATA", str(tmp_path))
+    assert default_folder() == tmp_path / "adaptive_trainer"
+
+
+def test_versions_are_found_once() -> None:
+    assert versions() is versions()
+    assert versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
