@@ -19,9 +19,11 @@ cli
 trainer
 stage
 loop
+measure
 session
 resume
 checkpoint
+forecast
 update
 transaction
 report
