@@ -1,0 +1,366 @@
+"""Checkpoints that are whole or not there, and runs that go on, bit for bit, after any end."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer import Trainer, checkpoint, compose_config
+from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.report import Result
+from tests.forking import ROOT, Launcher, Started
+
+TINY = """
+import sys
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.cli import AdaptiveTrainerError
+
+torch.set_num_threads(1)
+
+
+class Noise(Dataset):
+    classes = ["a", "b", "c"]
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return torch.rand(3, 16, 16, generator=generator), index % 3
+
+
+def model(config, num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(392, num_classes)
+    )
+
+
+settings = [
+    "ladder=none", "trainer.epochs=6", "trainer.batch_size=4", "trainer.checkpoint_every=1", "trainer.ema_decay=0.9",
+    "data.image_size=16", "data.num_workers=0", "resume=auto", *sys.argv[1:],
+]
+if __name__ == "__main__":
+    try:
+        Trainer(compose_config(settings), model=model, train_data=Noise(), output_dir="out").fit()
+    except AdaptiveTrainerError as error:
+        print(error)
+        sys.exit(error.exit_code)
+"""
+TIMES = {"seconds", "peak_allocated_bytes", "peak_reserved_bytes"}
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A training script that takes about a second and goes on where it was stopped."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return checkpoint.load(folder / "out" / "checkpoints" / "last.pt")
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two checkpoints differ in a single bit; what a clock or an allocator says is no part of the state."""
+    if path.rpartition("/")[2] in TIMES:
+        return []
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        return [] if same and torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b))) else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [p for key in a.keys() | b.keys() for p in differing(a.get(key), b.get(key), f"{path}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [p for n, (x, y) in enumerate(zip(a, b, strict=True)) for p in differing(x, y, f"{path}/{n}")]
+    return [] if type(a) is type(b) and a == b else [path]
+
+
+# -- the file
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "good.pt"
+    content = {
+        "model": {"w": torch.rand(300, 40), "b": torch.rand(7).bfloat16()},
+        "position": {"epoch": 3},
+        "best": None,
+    }
+    checkpoint.save(path, content)
+    return path
+
+
+def test_round_trip_of_plain_data(good: Path) -> None:
+    content = checkpoint.load(good)
+    assert content["model"]["b"].dtype == torch.bfloat16
+    assert (content["position"], content["best"]) == ({"epoch": 3}, None)
+    assert torch.load(good, weights_only=True)["format"] == "adaptive_trainer checkpoint"
+    assert list(good.parent.iterdir()) == [good]  # no temporary name left over
+
+
+def refused(path: Path) -> str:
+    """What is said when `path` is loaded: one line that names it."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    assert caught.value.__cause__ is None
+    return text
+
+
+def test_every_damaged_byte_is_noticed(good: Path, tmp_path: Path) -> None:
+    """Flipped bytes all over the file: loading says so, or gives what was saved (a byte that nothing depends on)."""
+    content, whole = checkpoint.load(good), good.read_bytes()
+    path = tmp_path / "damaged.pt"
+    noticed = 0
+    places = range(0, len(whole), len(whole) // 150)
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            assert differing(checkpoint.load(path), content) == []
+        except CheckpointError:
+            noticed += 1
+    assert noticed > 0.8 * len(places)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_off(share: float, good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    path.write_bytes(good.read_bytes()[: int(share * good.stat().st_size)])
+    assert "cannot read checkpoint" in refused(path)
+
+
+def code_at_load(path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {path}.ran",)
+
+    content = {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "model": Runs()}
+    torch.save(content, path)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tensors": (lambda path: torch.save({"w": torch.rand(3)}, path), "is not a checkpoint of adaptive_trainer"),
+    "list": (lambda path: torch.save([1, 2], path), "is not a checkpoint of adaptive_trainer"),
+    "module": (lambda path: torch.save(nn.Linear(2, 2), path), "not plain data"),
+    "code": (code_at_load, "not plain data"),
+    "pickle": (lambda path: path.write_bytes(pickle.dumps({"format": checkpoint.FORMAT})), "cannot read checkpoint"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot read checkpoint"),
+    "text": (lambda path: path.write_text("no checkpoint"), "cannot read checkpoint"),
+    "folder": (lambda path: path.mkdir(), "there is no checkpoint"),
+    "nothing": (lambda path: None, "there is no checkpoint"),
+    "newer": (lambda path: torch.save({"format": checkpoint.FORMAT, "version": 99}, path), "version 99"),
+    "unversioned": (lambda path: torch.save({"format": checkpoint.FORMAT}, path), "version"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_files(kind: str, tmp_path: Path) -> None:
+    make, said = FOREIGN[kind]
+    path = tmp_path / "foreign.pt"
+    make(path)
+    assert said in refused(path)
+    assert not Path(f"{path}.ran").exists()
+
+
+def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
+    """Killed while the new file is half written: the old one is there, whole."""
+    script = tmp_path / "save.py"
+    script.write_text(
+        "import os, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from adaptive_trainer import checkpoint\n"
+        "path = Path('state.pt')\n"
+        "checkpoint.save(path, {'number': 1, 'w': torch.ones(100_000)})\n"
+        "class Deadly(dict):\n"
+        "    pass\n"
+        "flush = os.fsync\n"
+        "def die(handle):\n"
+        "    os.ftruncate(handle, 50_000)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.fsync = die\n"
+        "checkpoint.save(path, {'number': 2, 'w': torch.ones(100_000)})\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert checkpoint.load(tmp_path / "state.pt")["number"] == 1
+    assert len(list(tmp_path.glob("state.pt.*.part"))) == 1
+    checkpoint.save(tmp_path / "state.pt", {"number": 3})
+    assert checkpoint.load(tmp_path / "state.pt")["number"] == 3
+
+
+# -- runs that end early
+
+
+def finish(launcher: Launcher, script: Path, *args: str) -> dict[str, Any]:
+    """Run to the end; the last checkpoint."""
+    ended = launcher.run(*args, script=script, folder=script.parent)
+    assert ended.code == 0, ended.text
+    return last(script.parent)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    script = tmp_path_factory.mktemp("undisturbed") / "tiny.py"
+    script.write_text(TINY)
+    return finish(launcher, script)
+
+
+def updates(folder: Path) -> int:
+    path = folder / "out" / "checkpoints" / "last.pt"
+    return int(checkpoint.load(path)["updates"]) if path.exists() else 0
+
+
+def wait_for_update(number: int, folder: Path) -> None:
+    end = time.monotonic() + 60
+    while updates(folder) < number:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def kill_again_and_again(times: int, launcher: Launcher, script: Path) -> None:
+    """SIGKILL after random delays, resume each time, finish: the same as a run that was never disturbed."""
+    epochs, delays = f"trainer.epochs={4 * times}", random.Random(times)
+    reached = [0]
+    while len(reached) <= times:
+        process = launcher.start(epochs, script=script, folder=script.parent)
+        wait_for_update(reached[-1] + 1, script.parent)  # else it may be killed before it has begun, for ever
+        time.sleep(delays.random() * 0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait().code == -signal.SIGKILL, "it finished before it was killed"
+        reached.append(updates(script.parent))
+    killed = finish(launcher, script, epochs)
+    assert reached[-1] < killed["updates"] == 40 * times
+    (script.parent / "out").rename(script.parent / "killed")
+    assert differing(killed, finish(launcher, script, epochs)) == []
+
+
+def test_five_kills_leave_no_trace(launcher: Launcher, tiny: Path) -> None:
+    kill_again_and_again(5, launcher, tiny)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(launcher: Launcher, tiny: Path) -> None:
+    kill_again_and_again(20, launcher, tiny)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state(
+    number: signal.Signals, launcher: Launcher, tiny: Path, undisturbed: dict[str, Any]
+) -> None:
+    process: Started = launcher.start(script=tiny, folder=tiny.parent)
+    wait_for_update(3, tiny.parent)
+    os.kill(process.pid, number)
+    ended = process.wait()
+    assert ended.code == 75, ended.text
+    assert f"stopped by {number.name} after update" in ended.out
+    assert 3 <= last(tiny.parent)["updates"] < undisturbed["updates"]
+    assert f"after update {last(tiny.parent)['updates']}," in ended.out
+    assert differing(finish(launcher, tiny), undisturbed) == []
+    rows = (tiny.parent / "out" / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows] == ["epoch", "1", "2", "3", "4", "5", "6"]
+
+
+# -- where a resumed run goes on, and with what
+
+SMALL = ("model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=24", "data.val.size=8")
+SETTINGS = (*SMALL, "data.image_size=32", "data.num_workers=0", "trainer.batch_size=24", "memory.limit=28MiB")
+
+
+def fit(folder: Path, *overrides: str) -> Result:
+    """A run in this process; batch 24 needs a card of 30 MiB, batch 16 one of 28, batch 8 one of 26."""
+    return Trainer(compose_config([*SETTINGS, *overrides]), output_dir=folder).fit()
+
+
+@pytest.fixture(scope="module")
+def batch_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of one epoch that had to step down to rung batch-16."""
+    folder = tmp_path_factory.mktemp("batch-16")
+    assert fit(folder).rung == "batch-16"
+    return folder / "checkpoints" / "last.pt"
+
+
+def attempts(result: Result) -> list[tuple[str, str]]:
+    """Rungs and how they ended; it may be seen beforehand that a rung does not fit."""
+    said = {"oom": "too large", "skipped": "too large"}
+    return [(attempt.rung, said.get(attempt.outcome, attempt.outcome)) for attempt in result.attempts]
+
+
+def test_the_same_memory_goes_on_at_the_saved_rung(batch_16: Path, tmp_path: Path) -> None:
+    result = fit(tmp_path, f"resume={batch_16}", "trainer.epochs=2")
+    assert attempts(result) == [("batch-16", "fits")]
+    assert result.events[0] == "resumed at epoch 2, update 2, rung batch-16"
+    assert "resumed with another trainer.epochs: 1 -> 2" in result.events
+    assert result.metrics["epoch"] == 2
+
+
+def test_more_memory_goes_up(batch_16: Path, tmp_path: Path) -> None:
+    result = fit(tmp_path, f"resume={batch_16}", "trainer.epochs=2", "memory.limit=100MiB")
+    assert attempts(result) == [("requested", "fits")]
+    assert "resumed with another trainer.batch_size: 16 -> 24" in result.events
+    assert result.metrics["updates"] == 3
+
+
+def test_less_memory_goes_down(batch_16: Path, tmp_path: Path) -> None:
+    result = fit(tmp_path, f"resume={batch_16}", "trainer.epochs=2", "memory.limit=26MiB")
+    assert attempts(result) == [("batch-16", "too large"), ("batch-8", "fits")]
+    assert "resumed with another trainer.batch_size: 16 -> 8" in result.events
+    assert result.metrics["updates"] == 2 + 3
+
+
+def test_what_is_asked_for_wins(batch_16: Path, tmp_path: Path) -> None:
+    result = fit(tmp_path, f"resume={batch_16}", "trainer.epochs=2", "trainer.batch_size=12", "optimizer.lr=1e-5")
+    assert (result.rung, result.used.batch_size, result.used.lr) == ("requested", 12, 1e-5)
+    assert "resumed with another trainer.batch_size: 16 -> 12" in result.events
+    assert any(event.startswith("resumed with another optimizer.lr: ") for event in result.events)
+
+
+def test_another_model_or_data_set_is_refused(batch_16: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"mobilenetv3_small_050.*resume=null"):
+        fit(tmp_path, f"resume={batch_16}", "model.name=resnet10t", "ladder=none")
+    with pytest.raises(CheckpointError, match="24 training samples and there are 30 now"):
+        fit(tmp_path, f"resume={batch_16}", "data.train.size=30")
+    with pytest.raises(CheckpointError, match=r"holds a model only.*last\.pt"):
+        fit(tmp_path, f"resume={batch_16.with_name('best.pt')}")
+
+
+def test_auto_starts_anew_where_nothing_is(tmp_path: Path) -> None:
+    assert fit(tmp_path, "resume=auto").metrics["epoch"] == 1
+
+
+def test_auto_finds_the_newest_run(launcher: Launcher, tmp_path: Path) -> None:
+    """Hydra's folders are ROOT/DATE/TIME; the settings are the saved ones, with the command line's on top."""
+    args = [*SMALL, "data.image_size=32", "data.num_workers=0", "ladder=none"]
+    runs = [f"hydra.run.dir=outputs/2024-05-0{day}/10-00-00" for day in (1, 2, 3)]
+    for day, run in enumerate(runs[:2], start=1):
+        assert launcher.run(*args, run, f"trainer.batch_size={8 * day}", folder=tmp_path).code == 0
+    ended = launcher.run(runs[2], "resume=auto", "trainer.epochs=2", folder=tmp_path)
+    assert ended.code == 0, ended.text
+    assert "resumed at epoch 2, update 2, rung requested" in ended.out  # 24 samples in batches of 16
+    assert "mobilenetv3_small_050, batch 16, image 32" in ended.out
+    assert "resumed with another trainer.epochs: 1 -> 2" in ended.out
