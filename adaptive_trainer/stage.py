@@ -114,8 +114,12 @@ class Stage:
             device=self.parts.device,
         )
         self._checkpoint(False)
-        for change in changes(self.ladder[0].settings, found.rung):
+        changed = changes(self.ladder[0].settings, found.rung)
+        for change in changed:
             log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
+        for note in found.rung.notes:
+            if note not in [change.why for change in changed]:
+                log.info("rung %s: %s", found.rung.name, note)
         log.info("rung %s holds: %s", found.rung.name, recipe(found.rung.settings))
         return found.rung, found.value
 
