@@ -1,0 +1,466 @@
+"""The Trainer in this process: parts of one's own, out-of-memory at every place, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import signal
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
+from adaptive_trainer.config import ModelConfig, RungConfig
+from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.memory import usage
+from adaptive_trainer.memory.card import SimulatedCard
+from adaptive_trainer.report import Result
+
+MiB = 2**20
+STEPS = {"half": ["trainer.batch_size=4"], "quarter": ["trainer.batch_size=2"]}
+BASE = ("trainer.batch_size=8", "trainer.epochs=2", "data.image_size=8", "data.transforms=none", "data.num_workers=0")
+
+
+class Seen(Dataset[Any]):
+    """Notes which samples are asked for; the first pixel of each tells which it is."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, size: int = 40) -> None:
+        self.size = size
+        self.keys: list[int] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.keys.append(index)
+        generator = torch.Generator().manual_seed(index)
+        image = torch.rand(3, 8, 8, generator=generator)
+        image[0, 0, 0] = index
+        return image, index % 3
+
+
+Appetite = Callable[[bool, int], int | list[int]]
+
+
+class Net(nn.Module):
+    """A linear network that notes what it trains on, and takes memory as it is told.
+
+    Attributes:
+        trained: sample numbers of every training forward pass, in order.
+        appetite: sizes in bytes of what a forward pass holds on top, as a function of (is training, samples).
+    """
+
+    def __init__(self, classes: int, appetite: Appetite) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU())
+        self.head = nn.Linear(16, classes)
+        self.appetite = appetite
+        self.trained: list[list[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.trained.append([int(number) for number in x[:, 0, 0, 0].tolist()])  # not known of shapes alone
+        sizes = self.appetite(self.training, len(x))
+        held = [torch.empty(size, dtype=torch.uint8) for size in ([sizes] if isinstance(sizes, int) else sizes)]
+        out: Tensor = self.head(self.body(x / 8))
+        del held
+        return out
+
+
+def nothing(training: bool, samples: int) -> int:
+    return 1
+
+
+def settings(*overrides: str, steps: dict[str, list[str]]) -> Any:
+    cfg = compose_config([*BASE, "ladder=none", *overrides])
+    cfg.ladder.rungs = [RungConfig(name, overrides) for name, overrides in steps.items()]
+    return cfg
+
+
+def fit(
+    folder: Path,
+    *overrides: str,
+    appetite: Appetite = nothing,
+    steps: dict[str, list[str]] = STEPS,
+    data: Dataset[Any] | None = None,
+    **parts: Any,
+) -> tuple[Result, list[Net]]:
+    """The result, and every network that was made on the way."""
+    nets: list[Net] = []
+
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        nets.append(Net(classes, appetite))
+        return nets[-1]
+
+    trainer = Trainer(
+        settings(*overrides, steps=steps),
+        model=make,
+        train_data=data or Seen(),
+        val_data=Seen(6),
+        output_dir=folder,
+        **parts,
+    )
+    return trainer.fit(), [net for net in nets if net.trained]  # shapes alone are run before, to predict
+
+
+def outcomes(result: Result) -> list[tuple[str, str]]:
+    return [(attempt.rung, attempt.outcome) for attempt in result.attempts]
+
+
+# -- parts of one's own
+
+
+def test_a_model_data_and_loss_of_ones_own(tmp_path: Path) -> None:
+    calls: list[tuple[torch.Size, torch.Size]] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls.append((output.shape, target.shape))
+        return nn.functional.cross_entropy(output, target)
+
+    result, nets = fit(tmp_path, loss=loss)
+    assert (torch.Size([8, 3]), torch.Size([8])) in calls
+    assert outcomes(result) == [("requested", "fits")]
+    assert len(nets) == 1
+    loaded = load_model(tmp_path / "checkpoints" / "best.pt", model=lambda config, classes: Net(classes, nothing))
+    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_fits_outside_the_main_thread(tmp_path: Path) -> None:
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(fit(tmp_path)[0]))
+    thread.start()
+    thread.join()
+    assert results[0].metrics["epoch"] == 2
+
+
+# -- out of memory
+
+
+class GrowsAt:
+    """Takes more than the card has from training pass `at` on, for more than `limit` samples."""
+
+    def __init__(self, at: int, limit: int) -> None:
+        self.at, self.limit, self.passes = at, limit, 0
+
+    def __call__(self, training: bool, samples: int) -> int:
+        self.passes += training and samples > self.limit
+        return 64 * MiB if training and samples > self.limit and self.passes >= self.at else 1
+
+
+@pytest.mark.parametrize("at", [4, 6, 9, 11])  # passes 1 and 2 prove; 5 updates an epoch
+def test_memory_runs_out_in_the_middle_of_an_epoch(at: int, tmp_path: Path) -> None:
+    data = Seen()
+    result, [net] = fit(tmp_path, "memory.limit=32MiB", appetite=GrowsAt(at, 4), data=data)
+    assert outcomes(result) == [("requested", "fits"), ("requested", "oom"), ("half", "fits")]
+    failed = result.attempts[1]
+    assert failed.phase == f"forward, after update {at - 3}"
+    assert failed.reason.startswith("Simulated card out of memory")
+    assert 0 < (failed.peak_allocated_bytes or 0) <= 32 * MiB
+    committed = [numbers for numbers in net.trained if any(number >= 1 for number in numbers)]
+    assert committed.pop(at - 3) == committed[at - 3] + committed[at - 2]  # the failed update, and its samples again
+    counts = Counter(number for numbers in committed for number in numbers)
+    assert counts == dict.fromkeys(range(40), 2)
+    assert result.metrics["updates"] == (at - 3) + (80 - 8 * (at - 3)) // 4
+    assert result.rung == "half"
+    assert any(change.key == "optimizer.lr" and "sqrt rule" in change.why for change in result.changes)
+
+
+def test_weights_and_optimizer_are_carried_to_the_next_rung(tmp_path: Path) -> None:
+    """The second rung's learning rate is nothing, so its weights are those that the first one has left."""
+    steps = {"frozen": ["trainer.batch_size=4", "optimizer.lr=0"]}
+    alone, [first] = fit(tmp_path / "a", "schedule=constant", "trainer.epochs=1", steps=steps)
+    carried, [net] = fit(
+        tmp_path / "b", "schedule=constant", "memory.limit=32MiB", appetite=GrowsAt(8, 4), steps=steps
+    )  # both epochs: 5 updates of rung requested, then 10 of rung frozen
+    assert (alone.rung, carried.rung) == ("requested", "frozen")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), net.parameters(), strict=True))
+    saved = checkpoint.load(tmp_path / "b" / "checkpoints" / "last.pt")
+    assert {float(state["step"]) for state in saved["optimizer"]["state"].values()} == {5.0 + 10.0}
+
+
+def test_memory_runs_out_in_the_optimizer_step(tmp_path: Path) -> None:
+    """Weights and gradients fit, Adam's two moments do not; SGD has none."""
+    steps = {"plain": ["optimizer.name=momentum", "optimizer.momentum=0"]}
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(192, 6 * MiB // 4 // 193)
+            self.head = nn.Linear(self.body.out_features, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert float(x[0, 0, 0, 0]) >= 0  # not known of shapes alone: no prediction, so that the rung is tried
+            out: Tensor = self.head(self.body(x.flatten(1)))
+            return out
+
+    result = Trainer(
+        settings("memory.limit=32MiB", steps=steps),
+        model=lambda config, classes: Wide(),
+        train_data=Seen(),
+        val_data=Seen(6),
+        output_dir=tmp_path,
+    ).fit()
+    assert outcomes(result) == [("requested", "oom"), ("plain", "fits")]
+    assert result.attempts[0].phase == "optimizer step"
+    assert result.used.optimizer == "momentum"
+
+
+def test_memory_runs_out_in_evaluation(tmp_path: Path) -> None:
+    """Its own batch is halved, and training keeps its own."""
+
+    def appetite(training: bool, samples: int) -> int:
+        return 64 * MiB if not training and samples > 2 else 1
+
+    result, _ = fit(tmp_path, "memory.limit=32MiB", appetite=appetite)
+    assert outcomes(result) == [("requested", "fits")]
+    assert result.used.batch_size == 8
+
+
+def test_evaluation_that_grows_later(tmp_path: Path) -> None:
+    passes: list[int] = []
+
+    def appetite(training: bool, samples: int) -> int:
+        passes.append(training)
+        return 64 * MiB if not training and samples > 2 and sum(passes) > 4 else 1
+
+    result, _ = fit(tmp_path, "memory.limit=32MiB", appetite=appetite)
+    assert outcomes(result) == [("requested", "fits")]
+    events = [event for event in result.events if "evaluation" in event]
+    assert events[0] == "out of memory in evaluation: its batch 8 -> 3; training keeps its own"
+    assert "its batch 3 -> 1" in events[1]
+
+
+def test_another_model_starts_anew(tmp_path: Path) -> None:
+    """What the larger one has learned is kept beside it, and the smaller one's head is sized to the classes."""
+    steps = {"small": ["model.name=mobilenetv3_small_050"]}
+    made: list[tuple[str, int, Net]] = []
+    grows = GrowsAt(8, 0)
+
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        net = Net(classes, grows if config.name == "efficientnet_b0" else nothing)
+        made.append((config.name, classes, net))
+        return net
+
+    data = Seen()
+    trainer = Trainer(
+        settings("memory.limit=32MiB", steps=steps), model=make, train_data=data, val_data=Seen(6), output_dir=tmp_path
+    )
+    result = trainer.fit()
+    trained = [(name, classes) for name, classes, net in made if net.trained]
+    assert trained == [("efficientnet_b0", 3), ("mobilenetv3_small_050", 3)]
+    assert "model efficientnet_b0 -> mobilenetv3_small_050: the new model starts from epoch 1" in result.events
+    kept = checkpoint.load(tmp_path / "checkpoints" / "before-mobilenetv3_small_050.pt")
+    assert (kept["rung"], kept["updates"], kept["config"]["model"]["name"]) == ("requested", 5, "efficientnet_b0")
+    assert (result.metrics["epoch"], result.metrics["updates"]) == (2, 10)
+
+
+def test_an_exhausted_ladder_frees_everything(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def appetite(training: bool, samples: int) -> int:
+        return 64 * MiB
+
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        net = Net(classes, appetite)
+        alive.extend(weakref.ref(thing) for thing in (net, *net.parameters()))
+        return net
+
+    trainer = Trainer(
+        settings("memory.limit=32MiB", steps=STEPS),
+        model=make,
+        train_data=Seen(),
+        val_data=Seen(6),
+        output_dir=tmp_path,
+    )
+    with pytest.raises(LadderExhausted, match=r"(?s)requested: oom.*half: oom.*quarter: oom.*what to try"):
+        trainer.fit()
+    del trainer
+    gc.collect()
+    assert alive
+    assert [thing for thing in alive if thing() is not None] == []
+
+
+# -- what is not memory
+
+
+class Broken(Seen):
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = super().__getitem__(index)
+        return image, 7 if index == 30 else label
+
+
+def test_a_bad_label_costs_no_rung(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sample 30 has label 7"):
+        fit(tmp_path, data=Broken())
+    assert (tmp_path / "attempts.jsonl").read_text().count("\n") == 1
+
+
+def test_a_shape_mismatch_passes_through_unchanged(tmp_path: Path) -> None:
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(5, classes))
+
+    trainer = Trainer(settings(steps=STEPS), model=make, train_data=Seen(), val_data=Seen(6), output_dir=tmp_path)
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(8x192 and 5x3\)"):
+        trainer.fit()
+    lines = (tmp_path / "attempts.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    assert '"outcome": "failed"' in lines[0]
+
+
+def test_an_error_of_the_loss_in_the_middle_passes_through(tmp_path: Path) -> None:
+    calls = Counter[str]()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls["loss"] += 1
+        if calls["loss"] == 6:
+            raise KeyError("what I forgot")
+        return nn.functional.cross_entropy(output, target)
+
+    with pytest.raises(KeyError, match="what I forgot"):
+        fit(tmp_path, loss=loss)
+
+
+# -- nothing is left behind
+
+
+def process_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "dtype": torch.get_default_dtype(),
+        "cards": list(usage.simulated_cards),
+        "handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+@pytest.mark.parametrize("ends", ["well", "exhausted", "in an error"])
+def test_a_job_changes_nothing_for_the_process(ends: str, tmp_path: Path) -> None:
+    fit(tmp_path / "first")  # torch installs its own handler of SIGCHLD once
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = process_state()
+    try:
+        hungry = GrowsAt(1, 0) if ends == "exhausted" else nothing
+        data = Broken() if ends == "in an error" else None
+        fit(tmp_path, "trainer.deterministic=true", "memory.limit=32MiB", appetite=hungry, data=data)
+        assert ends == "well"
+    except (LadderExhausted, ValueError):
+        assert ends != "well"
+    assert process_state() == before
+
+
+def test_two_jobs_in_one_process_are_the_same(tmp_path: Path) -> None:
+    one, other = (fit(tmp_path / name, "seed=3")[0] for name in "ab")
+    timeless = one.metrics.keys() - {"seconds"}
+    assert {key: one.metrics[key] for key in timeless} == {key: other.metrics[key] for key in timeless}
+
+
+# -- policies
+
+
+@pytest.mark.parametrize(
+    ("policy", "optimizer", "said"),
+    [
+        ("auto", "adamw", "0.001 -> 0.000707: sqrt rule"),
+        ("auto", "sgd", "0.001 -> 0.0005: linear rule"),
+        ("linear", "adamw", "0.001 -> 0.0005: linear rule"),
+        ("none", "adamw", "stays 0.001: trainer.lr_policy=none"),
+    ],
+)
+def test_the_learning_rate_policy_is_logged(
+    policy: str, optimizer: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="adaptive_trainer"):
+        fit(
+            tmp_path, f"trainer.lr_policy={policy}", f"optimizer.name={optimizer}", "memory.limit=32MiB",
+            appetite=GrowsAt(1, 4),
+        )  # fmt: skip
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("climb", [True, False])
+def test_climbing_when_there_is_room_again(climb: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card grows from 8 to 32 MiB after the second epoch, as when another program ends."""
+    from adaptive_trainer.memory.capacity import Capacity
+
+    epochs = tmp_path / "metrics.csv"
+
+    def room(self: Capacity) -> int:
+        has_left = epochs.exists() and epochs.read_text().count("\n") > 2
+        assert self.card is not None
+        self.card.capacity = self.card._allocator.capacity = (32 if has_left else 8) * MiB
+        return self.card.capacity
+
+    def appetite(training: bool, samples: int) -> int:
+        return 12 * MiB if training and samples > 4 else 1
+
+    monkeypatch.setattr(Capacity, "room", room)
+    monkeypatch.setattr(SimulatedCard, "__init__", _small(SimulatedCard.__init__))
+    result, _ = fit(tmp_path, "memory.limit=32MiB", "trainer.epochs=4", f"ladder.climb={climb}", appetite=appetite)
+    went_up = [("requested", "oom"), ("half", "fits"), ("requested", "fits")]
+    assert outcomes(result) == (went_up if climb else went_up[:2])
+    assert result.rung == ("requested" if climb else "half")
+    assert any("there is room again: trying rung requested above half" in event for event in result.events) == climb
+
+
+def _small(init: Callable[[SimulatedCard, int], None]) -> Callable[[SimulatedCard, int], None]:
+    def smaller(self: SimulatedCard, capacity: int) -> None:
+        init(self, 8 * MiB)
+
+    return smaller
+
+
+class Alternating:
+    """Takes one large block or many small ones, in turn, which share no cache: it is flushed at every update."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __call__(self, training: bool, samples: int) -> list[int]:
+        if not training or samples <= 4:
+            return []
+        self.passes += 1
+        return [24 * MiB] if self.passes % 2 else [MiB] * 20
+
+
+def test_thrashing_is_told(tmp_path: Path) -> None:
+    result, _ = fit(tmp_path, "memory.limit=40MiB", "trainer.log_every=5", appetite=Alternating())
+    assert outcomes(result) == [("requested", "fits")]
+    [event] = [event for event in result.events if "flushed its cache" in event]  # once, not at every look
+    assert event.startswith("rung requested fits, but the allocator flushed its cache 5 times in 5 updates")
+    assert "ladder.avoid_thrashing=true steps down" in event
+
+
+def test_thrashing_counts_as_out_of_memory_on_request(tmp_path: Path) -> None:
+    data = Seen()
+    options = ("memory.limit=40MiB", "trainer.log_every=5", "ladder.avoid_thrashing=true")
+    result, [net] = fit(tmp_path, *options, appetite=Alternating(), data=data)
+    assert outcomes(result) == [("requested", "fits"), ("requested", "oom"), ("half", "fits")]
+    assert "flushed its cache" in result.attempts[1].reason
+    counts = Counter(number for numbers in net.trained for number in numbers if number)
+    assert {counts[number] for number in range(1, 40)} == {2}  # every sample once an epoch
+
+
+def test_no_thrashing_where_the_cache_is_used(tmp_path: Path) -> None:
+    result, _ = fit(tmp_path, "memory.limit=100MiB", "trainer.log_every=5", appetite=Alternating())
+    assert not [event for event in result.events if "flushed" in event]
+
+
+def test_data_that_is_a_tensor(tmp_path: Path) -> None:
+    data = TensorDataset(torch.rand(20, 3, 8, 8), torch.arange(20) % 3)
+    assert fit(tmp_path, data=data)[0].metrics["updates"] == 2 * 3
