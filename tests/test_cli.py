@@ -30,6 +30,7 @@ SMALL = (*MODEL, *FAKE, "trainer.batch_size=8")
 NO_LADDER = (*SMALL, "ladder=none")
 
 HALVED = ("trainer.batch_size=24", "memory.limit=28MiB")  # batch 24 needs 30 MiB, batch 16 and 8 need 28 and 26
+GIVEN_UP = ("oom", "skipped")  # it may be seen beforehand that a rung does not fit
 
 KILLS_ITS_WORKER = """
 import os, signal
@@ -140,7 +141,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert "a simulated card of 512 MiB (no CUDA here" in ended.stdout.splitlines()[0]
     [folder] = tmp_path.glob("outputs/*/*")
     record = result(folder)
-    given_up = [entry for entry in record["attempts"] if entry["outcome"] == "oom"]
+    given_up = [entry for entry in record["attempts"] if entry["outcome"] in GIVEN_UP]
     assert [entry["rung"] for entry in given_up] == [entry["rung"] for entry in record["attempts"][: len(given_up)]]
     assert len(given_up) >= 4
     fits = record["attempts"][-1]
@@ -188,8 +189,10 @@ def test_outputs(cli: Any, tmp_path: Path) -> None:
     assert "sqrt rule" in record["changes"][0]["why"]
     lines = [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines()]
     assert lines == record["attempts"]
-    assert [(line["rung"], line["outcome"]) for line in lines] == [("requested", "oom"), ("batch-16", "fits")]
-    assert all(line["peak_allocated_bytes"] <= line["peak_reserved_bytes"] <= 28 * 2**20 for line in lines)
+    assert [line["rung"] for line in lines] == ["requested", "batch-16"]
+    assert lines[0]["outcome"] in GIVEN_UP
+    assert lines[1]["outcome"] == "fits"
+    assert 0 < lines[1]["peak_allocated_bytes"] <= lines[1]["peak_reserved_bytes"] <= 28 * 2**20
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["updates"], row["rung"]) for row in rows] == [
