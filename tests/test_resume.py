@@ -243,8 +243,9 @@ def wait_for_update(number: int, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def kill_again_and_again(times: int, launcher: Launcher, script: Path) -> None:
+def test_twenty_kills_leave_no_trace(launcher: Launcher, tiny: Path) -> None:
     """SIGKILL after random delays, resume each time, finish: the same as a run that was never disturbed."""
+    times, script = 20, tiny
     epochs, delays = f"trainer.epochs={4 * times}", random.Random(times)
     reached = [0]
     while len(reached) <= times:
@@ -258,15 +259,6 @@ def kill_again_and_again(times: int, launcher: Launcher, script: Path) -> None:
     assert reached[-1] < killed["updates"] == 40 * times
     (script.parent / "out").rename(script.parent / "killed")
     assert differing(killed, finish(launcher, script, epochs)) == []
-
-
-def test_five_kills_leave_no_trace(launcher: Launcher, tiny: Path) -> None:
-    kill_again_and_again(5, launcher, tiny)
-
-
-@pytest.mark.slow
-def test_twenty_kills_leave_no_trace(launcher: Launcher, tiny: Path) -> None:
-    kill_again_and_again(20, launcher, tiny)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
