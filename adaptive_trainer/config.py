@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
+TASKS = ("train", "plan", "memory")
 
 
 @dataclass
@@ -139,9 +140,19 @@ class PhasesConfig:
 
 
 @dataclass
+class CardConfig:
+    """A kind of card to plan for, see `configs/card/`."""
+
+    name: str | None = None
+    memory_mib: int | None = None
+    capability: str | None = None  # compute capability, such as "8.6"
+
+
+@dataclass
 class Config:
     """Everything a run is told."""
 
+    task: str = "train"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -150,6 +161,9 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     phases: PhasesConfig = field(default_factory=PhasesConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+    batch: list[int] = field(default_factory=lambda: [8, 16, 24, 32])  # of task=memory
+    size: list[int] = field(default_factory=lambda: [160, 192, 224])  # of task=memory
     device: str = "auto"
     seed: int = 0
     resume: str | None = None
@@ -332,6 +346,7 @@ def _no_transform(data: DataConfig) -> list[str]:
 
 def _not_a_choice(config: Config) -> list[str]:
     choices = [
+        ("task", config.task, TASKS),
         ("trainer.precision", config.trainer.precision, PRECISIONS),
         ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
         ("data.transforms", config.data.transforms, TRANSFORMS),

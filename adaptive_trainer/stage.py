@@ -15,6 +15,7 @@ from adaptive_trainer.config import Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, descend, exhausted_message
 from adaptive_trainer.errors import CheckpointError, ConfigError, LadderExhausted, ModelError, OutOfMemory
+from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.models import build_model, check_image_size, has_batch_norm
@@ -42,6 +43,7 @@ class Stage:
     data: DataSets
     record: Record
     stop: StopSignal
+    forecast: Forecast
     number: int = 0
     saved: dict[str, Any] | None = None
     weights: tuple[Any, dict[str, Any]] | None = None
@@ -105,6 +107,7 @@ class Stage:
         capacity = self.parts.capacity
         if start == len(self.ladder):
             raise LadderExhausted(exhausted_message(self.record.attempts))
+        self.forecast.begin()
         found = descend(
             self.ladder[start:],
             self._prove,
@@ -124,14 +127,18 @@ class Stage:
         return found.rung, found.value
 
     def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
-        """Why a rung need not be tried, and the bytes it is expected to need."""
+        """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
         reason = self._single_sample(rung.settings)
         if rung is not self.ladder[0] and self.parts.make_model is build_model:
             try:
                 check_image_size(rung.settings.model, rung.settings.data.image_size)
             except ModelError as error:
                 reason = str(error)
-        return reason, None
+        if reason:
+            return reason, None
+        hopeless, need = self.forecast.judge(rung.settings)
+        last = next(other for other in reversed(self.ladder) if not other.passed_over)
+        return "" if rung is last else hopeless, need
 
     def _single_sample(self, config: Config) -> str:
         """Why a batch or micro-batch of one is not trained; empty where it may be."""
@@ -146,6 +153,7 @@ class Stage:
 
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
+        self.forecast.learn(next(rung.settings for rung in self.ladder if rung.name == entry.rung), entry)
         peak = "" if entry.peak_allocated_bytes is None else f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB"
         where = f" in {entry.phase}" if entry.phase else ""
         why = f": {entry.reason}" if entry.reason else ""

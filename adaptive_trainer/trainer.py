@@ -16,6 +16,7 @@ from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.config import Config, ModelConfig, apply_overrides
 from adaptive_trainer.data import build_datasets
 from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, Interrupted, LadderExhausted
+from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe, resolve
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
@@ -116,12 +117,18 @@ class Trainer:
         if self.cfg.resume and path is None:
             log.info("resume=auto: no checkpoint in %s, starting from the beginning", self.output_dir)
         saved = None if path is None else resume.load(path)
+        forecast = Forecast(
+            capacity,
+            parts.num_classes,
+            None if self._make_model is build_model else self._make_model,
+            None if self._loss is None else self._build_loss,
+        )
         stages, weights = [], None
         with StopSignal().listening() as stop:
             for number, (name, ladder) in enumerate(ladders):
                 if saved is not None and number < saved["stage"]:
                     continue
-                stage = Stage(ladder, parts, data, record, stop, number, saved, weights)
+                stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
                 rung = self._train(stage, name, capacity, record)
                 saved, weights = None, stage.weights_learned()
                 stages.append({"name": name, "rung": rung.name, "metrics": stage.metrics})

@@ -383,7 +383,8 @@ def test_measurements_of_a_card(tmp_path: Path) -> None:
     cache.keep_measurement(KEY, "H200", Measurement().failed(100).fitted(200, 150, 180))
     assert cache.measurement(KEY, "H200") == Measurement(200, 100, 150, 180)
     assert cache.measurement(KEY, "T4") == Measurement()
-    cache.keep_context("H200", 790 * MiB)
+    for seen in (5000, 790, 810):  # another process was there as well the first time
+        cache.keep_context("H200", seen * MiB)
     assert cache.context_bytes("H200") == 790 * MiB
     assert cache.context_bytes("T4") is None
 

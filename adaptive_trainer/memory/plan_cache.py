@@ -88,13 +88,17 @@ class PlanCache:
         self._write("measurement", {**key, "card": card}, asdict(measurement))
 
     def context_bytes(self, card: str) -> int | None:
-        """What the CUDA context and its modules took on the card, outside the allocator."""
+        """The least that was seen to be taken of the card outside the allocator: the CUDA context and its modules."""
         found = self._read("context", {"card": card, "torch": version("torch")})
         value = None if found is None else found.get("context_bytes")
         return value if isinstance(value, int) else None
 
     def keep_context(self, card: str, context_bytes: int) -> None:
-        """Keep what the CUDA context and its modules take on the card."""
+        """Keep what is taken of the card outside the allocator, if that is less than what is known.
+
+        Other processes add to it, so the least is nearest to what a process of one's own takes.
+        """
+        context_bytes = min(context_bytes, self.context_bytes(card) or context_bytes)
         self._write("context", {"card": card, "torch": version("torch")}, {"context_bytes": context_bytes})
 
     def _path(self, kind: str, key: Key) -> Path | None:

@@ -1,0 +1,98 @@
+"""What the descent knows of a rung before it is tried, and what it remembers afterwards.
+
+Only the hopeless is skipped: a prediction never takes the place of the proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from adaptive_trainer.config import Config
+from adaptive_trainer.descent import Attempt
+from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
+from adaptive_trainer.memory.predict import verdict
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.planning import ModelFactory, Planner, Target
+from adaptive_trainer.update import Loss
+
+__all__ = ["Forecast"]
+
+
+class Forecast:
+    """Judges rungs by prediction, and by what this card measured earlier.
+
+    Args:
+        capacity: the memory that training may use.
+        make_model, make_loss: as the Trainer was given them; None where it uses its own.
+    """
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        num_classes: int,
+        make_model: ModelFactory | None = None,
+        make_loss: Callable[[Config], Loss] | None = None,
+    ) -> None:
+        self.capacity = capacity
+        self._card = "simulated"
+        self._smallest_failed: int | None = None
+        target = Target(capacity.description, False, (0, 0), capacity.bytes, 0)
+        if capacity.device.type == "cuda":
+            about = torch.cuda.get_device_properties(capacity.device)
+            self._card = about.name
+            target = Target(capacity.description, True, (about.major, about.minor), capacity.room(), 0)
+        self._planner = Planner(
+            target,
+            num_classes=num_classes,
+            make_model=make_model,
+            make_loss=make_loss,
+            cache=PlanCache(default_folder()),
+        )
+
+    def judge(self, config: Config) -> tuple[str, int | None]:
+        """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
+        room = self.capacity.room()
+        if room is None:
+            return "", None
+        prediction = self._planner.predict(config)
+        need, measured = prediction.min_capacity_bytes, self._measured(config, room)
+        if measured == "hopeless":
+            return f"it ran out of memory in {format_bytes(room)} on this card before", need
+        if need is None or measured == "fits":
+            return "", need
+        if verdict(prediction, room) == "hopeless":
+            return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
+        if self._smallest_failed is not None and need >= self._smallest_failed:
+            failed = format_bytes(self._smallest_failed)
+            return f"it is predicted to need {format_bytes(need)}, no less than a rung that failed ({failed})", need
+        return "", need
+
+    def learn(self, config: Config, entry: Attempt) -> None:
+        """Remember how an attempt ended, on a CUDA card from one run to the next."""
+        room = self.capacity.room()
+        if entry.outcome == "oom" and entry.predicted_bytes is not None:
+            self._smallest_failed = min(entry.predicted_bytes, self._smallest_failed or entry.predicted_bytes)
+        if self.capacity.device.type != "cuda" or room is None:
+            return
+        key, cache = self._planner.key(config), self._planner.cache
+        known = cache.measurement(key, self._card)
+        if entry.outcome == "fits" and entry.peak_reserved_bytes is not None:
+            peaks = (entry.peak_allocated_bytes or 0, entry.peak_reserved_bytes)
+            cache.keep_measurement(key, self._card, known.fitted(room, *peaks))
+            free, total = torch.cuda.mem_get_info(self.capacity.device)
+            cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
+        elif entry.outcome == "oom" and verdict(self._planner.predict(config), room) != "fits":
+            # had it been predicted to fit, another process might be the cause
+            cache.keep_measurement(key, self._card, known.failed(room))
+
+    def begin(self) -> None:
+        """A new descent: what failed in the last one may fit again."""
+        self._smallest_failed = None
+
+    def _measured(self, config: Config, room: int) -> str:
+        if self.capacity.device.type != "cuda":
+            return ""
+        return self._planner.cache.measurement(self._planner.key(config), self._card).verdict(room)

@@ -1,0 +1,46 @@
+"""The memory that a recipe really takes on the card that is here."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import nn
+
+from adaptive_trainer import oom
+from adaptive_trainer.config import Config
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.ladder import recipe
+from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.models import build_model
+from adaptive_trainer.process import private_process_state
+from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.update import Loss, Shapes, prove
+
+__all__ = ["measure"]
+
+
+def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
+    """Peak allocated and reserved bytes of whole updates and one evaluation batch on the first CUDA card.
+
+    None where they do not fit.
+    """
+    device = torch.device("cuda", 0)
+    peaks = None
+    with private_process_state(deterministic=False), limited(device, config.memory.limit) as capacity:
+        with suppress(OutOfMemory):
+            peaks = _peaks(config, num_classes, capacity)
+        oom.release(device)
+    return peaks
+
+
+def _peaks(config: Config, num_classes: int, capacity: Capacity) -> tuple[int, int]:
+    used = recipe(config)
+    parts = Parts(build_model, _make_loss, "", num_classes, used.batch_size, capacity.device, capacity)
+    session = enter(config, parts)
+    prove(session.update, Shapes(used.batch_size, used.eval_batch_size, used.image_size, num_classes))
+    return capacity.peaks()
+
+
+def _make_loss(config: Config) -> Loss:
+    return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
