@@ -5,8 +5,6 @@ Only the hopeless is skipped: a prediction never takes the place of the proof.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from adaptive_trainer.config import Config
@@ -15,8 +13,8 @@ from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning import ModelFactory, Planner, Target
-from adaptive_trainer.update import Loss
+from adaptive_trainer.planning import LossFactory, ModelFactory, Planner
+from adaptive_trainer.target import Target
 
 __all__ = ["Forecast"]
 
@@ -34,7 +32,7 @@ class Forecast:
         capacity: Capacity,
         num_classes: int,
         make_model: ModelFactory | None = None,
-        make_loss: Callable[[Config], Loss] | None = None,
+        make_loss: LossFactory | None = None,
     ) -> None:
         self.capacity = capacity
         self._card = "simulated"

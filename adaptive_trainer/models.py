@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
 
-__all__ = ["build_model", "check_image_size", "checkpoint_activations", "has_batch_norm"]
+__all__ = ["build_model", "check_image_size", "check_name", "checkpoint_activations", "has_batch_norm"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     Raises:
         ModelError: the name is unknown, `config.kwargs` do not suit it, or its pretrained weights cannot be had.
     """
-    _check_name(config.name)
+    check_name(config.name)
     problem = ""
     try:
         with _network_timeout():
@@ -77,7 +77,8 @@ def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise a ModelError with the nearest names where neither timm nor torchvision knows `name`."""
     import timm
 
     if name.startswith(("hf-hub:", "local-dir:")):

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -15,36 +14,21 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config import CardConfig, Config, check, typed
+from adaptive_trainer.config import Config, check, typed
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import resolve
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning import ASSUMED_CLASSES, Card, Plan, Planner, Target, image_refusal, plan, target_of
+from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, image_refusal, plan
+from adaptive_trainer.target import Target, card_of, target_of
 
-__all__ = ["Cell", "card_of", "memory_table", "plan_table", "run_memory", "run_plan"]
+__all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
 
 log = logging.getLogger(__name__)
 
 MiB = 2**20
 Measure = Callable[[Config, int], tuple[int, int] | None]
-
-
-def card_of(card: CardConfig) -> Card | None:
-    """The card that `card=NAME` chose from `configs/card/`; None where none is named.
-
-    Raises:
-        ConfigError: it lacks a figure, or one makes no sense.
-    """
-    if card == CardConfig():
-        return None
-    match = re.fullmatch(r"(\d+)\.(\d+)", card.capability or "")
-    if match is None or card.memory_mib is None or card.memory_mib < 1:
-        raise ConfigError(
-            f"card={card.name}: a card has memory_mib (whole MiB above 0) and capability ('8.6'); see configs/card/"
-        )
-    return Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])))
 
 
 def _planner(cfg: DictConfig) -> Planner:

@@ -16,101 +16,19 @@ from torch import Tensor, nn
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, recipe
-from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec
-from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
 from adaptive_trainer.optimizers import build_optimizer
 from adaptive_trainer.position import micro_batches
+from adaptive_trainer.target import Target
 
-__all__ = ["Card", "Plan", "Planner", "Row", "Target", "plan", "target_of"]
+__all__ = ["ASSUMED_CLASSES", "LossFactory", "ModelFactory", "Plan", "Planner", "Row", "image_refusal", "plan"]
 
-MiB = 2**20
 ASSUMED_CLASSES = 10  # where model.num_classes is left to the data, which a plan does not open
-ASSUMED_CAPABILITY = (8, 6)
-# What the context, cuBLAS and cuDNN take outside the allocator where it was not measured: 287 to 430 MiB are reported
-# for cards up to compute capability 8.9, 770 to 810 MiB were measured on 9.0.
-CONTEXT, CONTEXT_SINCE_HOPPER = 450 * MiB, 810 * MiB
-
 ModelFactory = Callable[[ModelConfig, int], nn.Module]
 LossFactory = Callable[[Config], Callable[[Tensor, Tensor], Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A kind of card, as in `configs/card/`."""
-
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is predicted for.
-
-    Attributes:
-        description: in words.
-        cuda: a CUDA card; else a simulated card on the CPU.
-        capability: compute capability of the card.
-        capacity: bytes that the allocator may reserve; None where that is not known.
-        context: bytes that a CUDA process takes outside the allocator.
-    """
-
-    description: str
-    cuda: bool
-    capability: tuple[int, int]
-    capacity: int | None
-    context: int
-
-
-def context_of(capability: tuple[int, int]) -> int:
-    """Bytes that a CUDA process is expected to take outside the allocator."""
-    return CONTEXT_SINCE_HOPPER if capability >= (9, 0) else CONTEXT
-
-
-def target_of(config: Config, card: Card | None = None, cache: PlanCache | None = None) -> Target:
-    """What settings ask about: the card that is named, this machine's card, or the CPU where `device=cpu` says so.
-
-    `memory.limit` caps the allocator, a fraction being one of the card. With neither a card nor a limit, and no CUDA
-    here, the capacity is unknown.
-
-    Raises:
-        ConfigError: the limit cannot be read, or is larger than the card.
-    """
-    limit = parse_limit(config.memory.limit)
-    if card is None and config.device == "cpu":
-        size = None if limit.lifted else limit.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
-        return Target(f"a simulated card of {format_bytes(size)} on the CPU", False, (0, 0), size, 0)
-    if card is not None:
-        context = context_of(card.capability)
-        room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"
-    elif torch.cuda.is_available():
-        card, context = _this_card(config.device, cache)
-        room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"
-    else:
-        if limit.fraction is not None:
-            raise ConfigError(f"memory.limit={limit.fraction:g} is a fraction of a card: name one with card=...")
-        context, room = context_of(ASSUMED_CAPABILITY), None
-        source = (
-            f"a card of compute capability {ASSUMED_CAPABILITY[0]}.{ASSUMED_CAPABILITY[1]} (card=... names another)"
-        )
-    cap = limit.of(card.memory_bytes if card is not None else 0)
-    if cap is not None and card is not None and cap > card.memory_bytes:
-        raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {source}")
-    if cap is not None:
-        room, source = cap if room is None else min(cap, room), f"{source}, limited to {format_bytes(cap)}"
-    return Target(source, True, ASSUMED_CAPABILITY if card is None else card.capability, room, context)
-
-
-def _this_card(name: str, cache: PlanCache | None) -> tuple[Card, int]:
-    device = torch.device("cuda", 0) if name == "auto" else torch.device(name)
-    about = torch.cuda.get_device_properties(device)
-    capability = (about.major, about.minor)
-    measured = None if cache is None else cache.context_bytes(about.name)
-    return Card(about.name, about.total_memory, capability), measured or context_of(capability)
 
 
 class Planner:

@@ -1,201 +1,170 @@
-"""Predicted against measured memory on a CUDA card: the ladder's rungs, and models that no rule was fitted on.
+"""Predicted against measured memory on a CUDA card: every rung of both ladders, and models that no rule was fitted on.
 
-Usage: python scripts/predict_accuracy.py [--caps]
+Usage: python scripts/predict_accuracy.py [--workers N] [--out FOLDER]
 
-Each case trains for a few updates on an empty card (AMP, GradScaler, accumulation, a new batch for each micro-batch)
-and its peak allocated and reserved bytes are noted; with --caps the smallest limit on the allocator under which the
-update still runs is found by bisection too. Prints a line for each case and the median and worst errors.
+Each recipe is predicted, proven on the card as training proves it, and proven again under limits around the predicted
+smallest one, until the smallest that holds is found. Prints a line for each recipe, then medians and worst errors.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.nn import functional
-from torch.optim import SGD, AdamW, Optimizer
 
-from adaptive_trainer.memory.predict import Prediction, predict
-from adaptive_trainer.memory.trace import Tracer, TraceSpec
+from adaptive_trainer import compose_config
+from adaptive_trainer.config import Config, MemoryConfig
+from adaptive_trainer.ladder import recipe, resolve
+from adaptive_trainer.measure import measure
+from adaptive_trainer.memory.predict import Prediction, verdict
+from adaptive_trainer.planning import Planner
+from adaptive_trainer.target import target_of
 
 MiB = 1 << 20
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-UPDATES = 4
+STEP = 0.005  # of the predicted limit, and at least one segment of the allocator
+MOST_STEPS = 25
+QUANTITIES = ("allocated", "reserved", "smallest limit")
+
+LOOKED_AT = (("resnet50", 16), ("convnext_atto", 16), ("vit_tiny_patch16_224", 16))
+HELD_OUT = (
+    ("torchvision/vgg11_bn", 8), ("torchvision/alexnet", 32), ("resnet18", 32), ("resnet101", 8),
+    ("densenet121", 8), ("regnety_004", 24), ("mobilenetv2_100", 24), ("efficientnetv2_rw_t", 8),
+    ("torchvision/shufflenet_v2_x1_0", 32), ("mixer_s32_224", 16), ("deit_small_patch16_224", 16),
+    ("swin_tiny_patch4_window7_224", 8), ("convnext_tiny", 8), ("ghostnet_100", 24),
+)  # fmt: skip
+SETTINGS = (("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "adamw"), ("fp32", "sgd"), ("fp16", "adamw"), ("bf16", "sgd"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One update of one network; `micro` 0 is no accumulation, `held_out` played no part in making the predictor."""
+    """A recipe; `group` says whether it was looked at while the predictor was made."""
 
-    model: str
-    batch: int
-    image: int
-    precision: str = "fp32"
-    micro: int = 0
-    optimizer: str = "adamw"
-    held_out: bool = False
+    group: str
+    overrides: tuple[str, ...]
+    rung: str = "requested"
 
-    def make_model(self) -> nn.Module:
-        import timm
-        import torchvision
+    def config(self) -> Config:
+        ladder = resolve(compose_config(["data.num_workers=0", "device=cuda", *self.overrides]))
+        return next(rung.settings for rung in ladder if rung.name == self.rung)
 
-        name = self.model.removeprefix("torchvision/")
-        network: nn.Module = (
-            timm.create_model(name, num_classes=10)
-            if name == self.model
-            else torchvision.models.get_model(name, weights=None, num_classes=10)
-        )
-        return network
 
-    def make_optimizer(self, model: nn.Module) -> Optimizer:
-        if self.optimizer == "sgd":
-            return SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        return AdamW(model.parameters(), lr=1e-4, fused=True)
+@dataclass(frozen=True)
+class Outcome:
+    """Predicted and measured bytes, in the order of QUANTITIES; `wrong` names a verdict that the card refutes."""
 
-    @property
-    def parts(self) -> tuple[int, ...]:
-        micro = self.micro or self.batch
-        return (micro,) * (self.batch // micro)
+    title: str
+    predicted: tuple[int | None, ...]
+    measured: tuple[int, ...]
+    wrong: str = ""
+    unknown: str = ""
 
-    def spec(self) -> TraceSpec:
-        shape = (3, self.image, self.image)
-        key = (self.model, self.optimizer)
-        return TraceSpec(
-            self.make_model, self.make_optimizer, shape, self.parts, loss=loss_of, precision=self.precision, key=key
-        )
+    def errors(self) -> list[float]:
+        """In percent of what was measured."""
+        return [100 * (p or 0) / m - 100 for p, m in zip(self.predicted, self.measured, strict=True)]
 
     def __str__(self) -> str:
-        parts = f"{self.batch}" if not self.micro else f"{len(self.parts)}x{self.micro}"
-        return f"{self.model} {parts}@{self.image} {self.precision} {self.optimizer}{' *' if self.held_out else ''}"
+        if self.unknown:
+            return f"{self.title} | unknown: {self.unknown}"
+        rows = zip(self.predicted, self.measured, self.errors(), strict=True)
+        cells = [f"{(p or 0) / MiB:.0f} / {m / MiB:.0f} ({e:+.1f} %)" for p, m, e in rows]
+        return " | ".join([self.title, *cells, self.wrong or "-"])
 
 
-B0, LARGE, SMALL = "efficientnet_b0", "mobilenetv3_large_100", "mobilenetv3_small_100"
-LADDERS = [
-    Case(B0, 24, 224), Case(B0, 16, 224), Case(B0, 8, 224), Case(B0, 8, 192), Case(B0, 8, 160),
-    Case(B0, 8, 160, "fp16"), Case(B0, 8, 160, "fp16", 4), Case(LARGE, 8, 160, "fp16", 4),
-    Case(SMALL, 8, 160, "fp16", 4), Case(B0, 24, 224, "fp16"), Case(B0, 24, 224, "fp16", 12),
-    Case(B0, 24, 224, "fp16", 8), Case(B0, 24, 224, "fp16", 4), Case(B0, 24, 224, "fp16", 2),
-    Case("resnet50", 16, 224), Case("resnet50", 16, 224, "fp16"), Case("convnext_atto", 16, 224, "bf16"),
-    Case("vit_tiny_patch16_224", 16, 224, "bf16"),
-]  # fmt: skip
-HELD_OUT = [
-    Case(name, batch, 224, precision, 0, optimizer, True)
-    for number, (name, batch) in enumerate(
-        [
-            ("torchvision/vgg11_bn", 8), ("torchvision/alexnet", 32), ("resnet18", 32), ("resnet101", 8),
-            ("densenet121", 8), ("regnety_004", 24), ("mobilenetv2_100", 24), ("efficientnetv2_rw_t", 8),
-            ("torchvision/shufflenet_v2_x1_0", 32), ("mixer_s32_224", 16), ("deit_small_patch16_224", 16),
-            ("swin_tiny_patch4_window7_224", 8), ("convnext_tiny", 8), ("ghostnet_100", 24),
-        ]
-    )
-    for precision, optimizer in (
-        [("fp32", "adamw"), ("fp16", "sgd")] if number % 2 else [("bf16", "adamw"), ("fp32", "sgd")]
-    )
-]  # fmt: skip
+def cases() -> list[Case]:
+    """Every rung of both ladders, then two settings of each model."""
+    found = [
+        Case("ladders", (f"ladder={ladder}",), rung.name)
+        for ladder in ("default", "faithful")
+        for rung in resolve(compose_config([f"ladder={ladder}"]))
+        if not rung.passed_over
+    ]
+    models = [("looked at", *each) for each in LOOKED_AT] + [("held out", *each) for each in HELD_OUT]
+    for number, (group, name, batch) in enumerate(models):
+        for shift in (0, 3):
+            precision, optimizer = SETTINGS[(number + shift) % len(SETTINGS)]
+            settings = (f"trainer.batch_size={batch}", f"trainer.precision={precision}", f"optimizer={optimizer}")
+            found.append(Case(group, ("ladder=none", f"model.name={name}", *settings)))
+    return found
 
 
-def loss_of(output: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(output, target)
+def run(case: Case) -> Outcome:
+    """Predict and measure one recipe."""
+    config = case.config()
+    planner = Planner(target_of(config))
+    found, classes = planner.predict(config), planner.classes(config)
+    title = f"{case.group} | {recipe(config)}, {config.optimizer.name}"
+    if found.min_capacity_bytes is None:
+        return Outcome(title, (), (), unknown=found.reason)
+    peaks = measure(config, classes)
+    if peaks is None:
+        return Outcome(title, (), (), unknown="does not fit the whole card")
+    smallest, too_small = smallest_limit(config, classes, found.min_capacity_bytes)
+    predicted = (found.allocated_bytes, found.reserved_bytes, found.min_capacity_bytes)
+    return Outcome(title, predicted, (*peaks, smallest), refuted(found, smallest, too_small))
 
 
-def train(case: Case, updates: int) -> None:
-    model = case.make_model().cuda()
-    optimizer = case.make_optimizer(model)
-    scaler = GradScaler("cuda", enabled=case.precision == "fp16")
-    for _ in range(updates):
-        for part in case.parts:
-            x = torch.randn(part, 3, case.image, case.image).cuda()
-            y = torch.zeros(part, dtype=torch.long).cuda()
-            with torch.autocast("cuda", AUTOCAST.get(case.precision), enabled=case.precision in AUTOCAST):
-                output = model(x)
-                loss = loss_of(output, y)
-            scaler.scale(loss / len(case.parts)).backward()  # type: ignore[no-untyped-call]
-        scaler.unscale_(optimizer)
-        optimizer.step()
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
+def refuted(found: Prediction, smallest: int, too_small: int) -> str:
+    """The verdict that is false for a limit that holds, or for one that does not."""
+    if verdict(found, smallest) == "hopeless":
+        return "false hopeless"
+    return "false fits" if verdict(found, too_small) == "fits" else ""
 
 
-def empty_card() -> None:
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+def smallest_limit(config: Config, classes: int, guess: int) -> tuple[int, int]:
+    """The smallest limit that holds and the largest that does not, one step apart."""
+    step = max(2 * MiB, int(guess * STEP))
+
+    def holds(limit: int) -> bool:
+        return measure(replace(config, memory=MemoryConfig(f"{limit}b")), classes) is not None
+
+    limit, direction = guess, -1 if holds(guess) else 1
+    for _ in range(MOST_STEPS):
+        limit += direction * step
+        if holds(limit) == (direction > 0):
+            return (limit, limit - step) if direction > 0 else (limit + step, limit)
+    return limit, limit
 
 
-def measure(case: Case) -> tuple[int, int]:
-    empty_card()
-    train(case, UPDATES)
-    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-
-
-def fits(case: Case, limit: int) -> bool:
-    empty_card()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((limit + 0.5) / total)
-    try:
-        train(case, UPDATES - 1)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return True
-
-
-def smallest_limit(case: Case, guess: int) -> int:
-    """By bisection to 1 % of the guess."""
-    low, high, step = int(guess * 0.75), int(guess * 1.25), max(2 * MiB, guess // 100)
-    while high - low > step:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(case, middle) else (middle, high)
-    return high
-
-
-def percent(predicted: int | None, measured: int) -> float:
-    return 100 * (predicted or 0) / measured - 100
-
-
-def summary(name: str, errors: list[float]) -> None:
-    sizes = [abs(error) for error in errors]
-    if sizes:
-        print(f"{name}: median {statistics.median(sizes):.2f} %, worst {max(sizes):.2f} %, of {len(sizes)}")
+def summary(outcomes: list[Outcome]) -> list[str]:
+    """Medians and worst errors of each group, and what was not as it should be."""
+    rows = ["| recipes | number | " + " | ".join(f"{q}: median, worst" for q in QUANTITIES) + " |", "|---" * 5 + "|"]
+    known = [outcome for outcome in outcomes if not outcome.unknown]
+    groups = list(dict.fromkeys(outcome.title.split(" | ")[0] for outcome in known))
+    for group in [*groups, ""]:
+        mine = [outcome for outcome in known if outcome.title.startswith(group)]
+        sizes = [[abs(error) for error in column] for column in zip(*(o.errors() for o in mine), strict=True)]
+        cells = [f"{statistics.median(column):.2f} %, {max(column):.2f} %" for column in sizes]
+        rows.append(f"| {group or 'all'} | {len(mine)} | {' | '.join(cells)} |")
+    wrong = [f"{outcome.wrong}: {outcome.title}" for outcome in known if outcome.wrong]
+    unknown = [f"{o.title}: {o.unknown}" for o in outcomes if o.unknown]
+    return [*rows, "", f"False verdicts: {'; '.join(wrong) or 'none'}. Unknown: {'; '.join(unknown) or 'none'}."]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--caps", action="store_true", help="bisect for the smallest limit too")
-    caps_too = parser.parse_args().caps
-    about = torch.cuda.get_device_properties(0)
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    print(f"{about.name}, torch {torch.__version__}, cuDNN {cudnn}; * held out; MiB")
-    tracer, errors = Tracer(), dict[str, list[float]]()
-    for case in [*LADDERS, *HELD_OUT]:
-        found = predict(case.spec(), capability=(about.major, about.minor), tracer=tracer)
-        line = report(case, found, caps_too, errors)
-        print(line, flush=True)
-    for name, values in errors.items():
-        summary(name, values)
-
-
-def report(case: Case, found: Prediction, caps_too: bool, errors: dict[str, list[float]]) -> str:
-    if found.reason:
-        return f"{case}: unknown, {found.reason}"
-    peaks = measure(case)
-    pairs = [("allocated", found.allocated_bytes, peaks[0]), ("reserved", found.reserved_bytes, peaks[1])]
-    if caps_too:
-        limit = smallest_limit(case, found.min_capacity_bytes or 0)
-        pairs.append(("smallest limit", found.min_capacity_bytes, limit))
-    group = "held out" if case.held_out else "ladders"
-    for name, predicted, measured in pairs:
-        errors.setdefault(f"{group}, {name}", []).append(percent(predicted, measured))
-    shown = [f"{n} {(p or 0) / MiB:.0f} of {m / MiB:.0f} ({percent(p, m):+.1f} %)" for n, p, m in pairs]
-    return f"{case}: {', '.join(shown)}"
+    parser.add_argument("--workers", type=int, default=6, help="processes at once; the limits are each process's own")
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    outcomes: list[Outcome] = []
+    head = ["| group | recipe | " + " | ".join(QUANTITIES) + " | wrong verdict |", "|---" * 6 + "|"]
+    print("\n".join(head), flush=True)
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        for outcome in pool.map(run, cases()):
+            outcomes.append(outcome)
+            print(f"| {outcome} |", flush=True)
+    about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {date.today()}"
+    text = "\n".join([f"### accuracy: {about}", "", *summary(outcomes), ""])
+    print(f"\n{text}")
+    if arguments.out is not None:
+        rows = [*head, *(f"| {outcome} |" for outcome in outcomes)]
+        note = "MiB, predicted / measured (error)."
+        (arguments.out / "accuracy.md").write_text("\n".join([text, note, "", *rows, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

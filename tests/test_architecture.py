@@ -31,10 +31,11 @@ descent
 data
 datasets
 transforms
-plan_tasks
+predicting plan_tasks
 planning
 models optimizers
 position process
+target
 memory.plan_cache
 memory.predict memory.trace memory.fake
 memory.capacity

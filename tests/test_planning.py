@@ -22,8 +22,9 @@ from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder, versions
 from adaptive_trainer.memory.predict import Prediction
-from adaptive_trainer.plan_tasks import card_of, memory_table, plan_table, run_memory, run_plan
-from adaptive_trainer.planning import Card, Planner, Target, plan, target_of
+from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, run_plan
+from adaptive_trainer.planning import Planner, plan
+from adaptive_trainer.target import Card, Target, card_of, target_of
 
 MiB = 2**20
 GiB = 2**30

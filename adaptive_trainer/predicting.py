@@ -1,0 +1,139 @@
+"""`predict`: what a recipe, or a network of your own, will need, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from adaptive_trainer.config import PRECISIONS, Config, check, compose_config, typed
+from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
+from adaptive_trainer.memory.predict import Prediction
+from adaptive_trainer.memory.predict import predict as predict_trace
+from adaptive_trainer.memory.trace import TraceSpec
+from adaptive_trainer.models import check_name
+from adaptive_trainer.planning import Planner
+from adaptive_trainer.position import micro_batches
+from adaptive_trainer.target import Target, card_of, target_of
+
+__all__ = ["predict"]
+
+OptimizerOrFactory = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@overload
+def predict(what: Config | DictConfig, /, *, device: str | torch.device | None = None) -> Prediction: ...
+@overload
+def predict(
+    what: nn.Module,
+    optimizer: OptimizerOrFactory,
+    input_shape: Sequence[int],
+    /,
+    *,
+    micro_batch_size: int | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    device: str | torch.device | None = None,
+) -> Prediction: ...
+def predict(
+    what: Any,
+    optimizer: Any = None,
+    input_shape: Sequence[int] = (),
+    /,
+    *,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> Prediction:
+    """The bytes that training will take, found without a GPU and without any memory of one.
+
+        predict(compose_config(["model.name=resnet50"]), device="rtx2060")
+        predict(model, torch.optim.AdamW, (24, 3, 224, 224), device="cuda")
+
+    Args:
+        what: the settings of a run, or a network; a network is left as it is.
+        optimizer: of a network: one that holds its parameters, or what makes one from parameters.
+        input_shape: of a network: the images of one update, samples first, such as (24, 3, 224, 224).
+        device: "auto" or "cuda" (this machine's card, or where there is none a common one), "cpu" (what a simulated
+            card counts), or a card of `configs/card/` such as "rtx2060"; None is what the settings say, else "auto".
+        settings: of a network: `micro_batch_size` (samples of one forward and backward), `loss` (of output and a label
+            for each sample), `precision` ("fp32", "bf16", "fp16") and `channels_last`.
+
+    Returns:
+        Sizes in bytes; where the update cannot be traced they are None and `reason` says why.
+
+    Raises:
+        ConfigError: settings, shape, precision or device that make no sense.
+        ModelError: settings with a model that neither timm nor torchvision knows.
+    """
+    if isinstance(what, nn.Module):
+        target = _target(device or "auto")
+        return predict_trace(_spec(what, optimizer, input_shape, target, **settings), capability=target.capability)
+    config = typed(what) if isinstance(what, DictConfig) else what
+    check(config)
+    check_name(config.model.name)
+    target = _target(device) if device is not None else target_of(config, card_of(config.card))
+    return Planner(target, cache=PlanCache(default_folder())).predict(config)
+
+
+def _target(device: str | torch.device) -> Target:
+    name = str(device)
+    if name in ("auto", "cpu") or name.split(":")[0] == "cuda":
+        return target_of(typed(compose_config([f"device={name}"])))
+    return target_of(Config(), card_of(typed(compose_config([f"card={name}"])).card))
+
+
+def _spec(
+    model: nn.Module,
+    optimizer: OptimizerOrFactory,
+    input_shape: Sequence[int],
+    target: Target,
+    *,
+    micro_batch_size: int | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> TraceSpec:
+    if len(input_shape) < 2 or min(input_shape) < 1:
+        raise ConfigError(
+            f"the input shape {tuple(input_shape)} is none: samples first, then one sample's, such as (24, 3, 224, 224)"
+        )
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
+    samples, *shape = input_shape
+    if micro_batch_size is not None and not 1 <= micro_batch_size <= samples:
+        raise ConfigError(f"micro_batch_size={micro_batch_size} must be from 1 to the {samples} samples of the input")
+    return TraceSpec(
+        lambda: _without_data(model),
+        lambda network: _optimizer_of(network, model, optimizer),
+        tuple(shape),
+        tuple(micro_batches(samples, micro_batch_size or samples, False)),
+        loss=loss,
+        precision=precision,
+        channels_last=channels_last,
+        cuda=target.cuda,
+    )
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy of the network with its parameters and buffers on meta."""
+    copies: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    copies |= {id(b): b.detach().to("meta") for b in model.buffers()}
+    return copy.deepcopy(model, copies)
+
+
+def _optimizer_of(network: nn.Module, model: nn.Module, optimizer: OptimizerOrFactory) -> Optimizer:
+    """The same kind of optimizer, with nothing learned, for the copy of the network."""
+    if not isinstance(optimizer, Optimizer):
+        return optimizer(network.parameters())
+    copies: dict[int, Any] = dict(zip(map(id, model.parameters()), network.parameters(), strict=True))
+    copies[id(optimizer.state)] = defaultdict(dict)
+    return copy.deepcopy(optimizer, copies)
