@@ -1,6 +1,9 @@
-"""What must hold on a real CUDA card, as tables: rungs under caps, a disturbed run against its replay, what undo costs.
+"""What must hold on a real CUDA card, as tables.
 
-Usage: python scripts/gpu_checks.py [caps] [soak] [cost] [--out FOLDER]
+caps: the rung that is found under a cap, against brute force. first: how soon the first update is committed, against a
+run that starts on that rung. soak: a run disturbed by another process, against its replay. cost: what undo costs.
+
+Usage: python scripts/gpu_checks.py [caps] [first] [soak] [cost] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import Dataset
 
-from adaptive_trainer import Trainer, compose_config, oom
+from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config import Config, RungConfig
 from adaptive_trainer.data import build_datasets, train_loader
 from adaptive_trainer.ladder import recipe, resolve
@@ -99,12 +102,14 @@ class Descent:
     Attributes:
         rung: where it ended.
         tried: rungs that ran out of memory on the way.
+        skipped: rungs that were predicted to be hopeless.
         seconds: of the descent and the training.
         allocated: bytes allocated before each attempt and after the run.
     """
 
     rung: str
     tried: int
+    skipped: int
     seconds: float
     allocated: list[int] = field(default_factory=list)
 
@@ -125,20 +130,68 @@ def descend_under(cap: int, folder: Path, overrides: tuple[str, ...] = ()) -> De
     seconds = time.perf_counter() - started
     oom.release(CUDA)
     allocated.append(torch.cuda.memory_allocated(CUDA))
-    tried = sum(attempt.outcome == "oom" for attempt in result.attempts)
-    return Descent(result.rung, tried, seconds, allocated)
+    tried, skipped = (sum(a.outcome == outcome for a in result.attempts) for outcome in ("oom", "skipped"))
+    return Descent(result.rung, tried, skipped, seconds, allocated)
 
 
 def caps(folder: Path) -> list[str]:
     """A row for each cap."""
     rows = [
-        "| cap, MiB | rung | brute force | out of memory on the way | seconds | memory back | ",
-        "|---|---|---|---|---|---|",
+        "| cap, MiB | rung | brute force | skipped | out of memory on the way | seconds | memory back |",
+        "|---|---|---|---|---|---|---|",
     ]
     for cap in CAPS:
         wanted, got = brute_force(cap), descend_under(cap, folder)
         back = "yes" if len(set(got.allocated)) == 1 else f"no: {got.allocated}"
-        rows.append(f"| {cap} | {got.rung} | {wanted} | {got.tried} | {got.seconds:.1f} | {back} |")
+        rows.append(f"| {cap} | {got.rung} | {wanted} | {got.skipped} | {got.tried} | {got.seconds:.1f} | {back} |")
+    return rows
+
+
+# ---- first: from `fit()` to the first committed update, with what an earlier run has learned, and started there ------
+
+
+def until_first_update(overrides: list[str], folder: Path) -> tuple[float, Result]:
+    """Seconds from `fit()` to the first committed update, and the run's result."""
+    times: list[float] = []
+    run = Update.run
+
+    def committed(update: Update, images: Tensor, labels: Tensor, *, samples: int) -> None:
+        run(update, images, labels, samples=samples)
+        if samples and not times:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+
+    trainer = Trainer(compose_config([*FAKE, *overrides]), output_dir=folder)
+    with patch.object(Update, "run", committed):
+        started = time.perf_counter()
+        result = trainer.fit()
+    del trainer
+    oom.release(CUDA)
+    return times[0], result
+
+
+def first(folder: Path) -> list[str]:
+    """A row for each cap; of three runs each, in turn, the medians."""
+    rows = [
+        "| cap, MiB | rung | with the ladder, s | started there, s | ratio | out of memory, first run and later |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cap in (2600, 1300, 700, 550, 240):
+        limit = f"memory.limit={cap}MiB"
+        _, learned = until_first_update([limit], folder / "first")
+        ladder = resolve(compose_config([*FAKE, limit]))
+        above = ladder[: next(n for n, rung in enumerate(ladder) if rung.name == learned.rung) + 1]
+        there = ["ladder=none", limit, *(override for rung in above for override in rung.overrides)]
+        until_first_update(there, folder / "first")
+        pairs, failed = [], []
+        for _ in range(3):
+            seconds, result = until_first_update([limit], folder / "first")
+            pairs.append((seconds, until_first_update(there, folder / "first")[0]))
+            failed.append(sum(attempt.outcome == "oom" for attempt in result.attempts))
+        once = sum(attempt.outcome == "oom" for attempt in learned.attempts)
+        mine, direct = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = f"{mine:.2f} | {direct:.2f} | {mine / direct:.2f}"
+        rows.append(f"| {cap} | {learned.rung} | {ratio} | {once}, {max(failed)} |")
     return rows
 
 
@@ -409,12 +462,15 @@ def _cost(overrides: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    checks: dict[str, Callable[[Path], list[str]]] = {"caps": caps, "soak": soak, "cost": cost}
+    checks: dict[str, Callable[[Path], list[str]]] = {
+        "caps": caps, "first": first, "soak": soak, "cost": cost,
+    }  # fmt: skip
     parser.add_argument("checks", nargs="*", default=list(checks), choices=[*checks, []])
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     folder = arguments.out or Path(tempfile.mkdtemp())
     random.seed(0)
+    os.environ.setdefault("ADAPTIVE_TRAINER_CACHE", str(folder / "learned"))  # not what other runs have learned
     if len(arguments.checks) != 1:  # each in a process of its own
         for name in arguments.checks or checks:
             subprocess.run([sys.executable, __file__, name, "--out", str(folder)], check=False)
