@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,12 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
     raise ConfigError(message)
 
 
+@cache
+def _schema() -> DictConfig:
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
+
+
 def typed(cfg: DictConfig) -> Config:
     """`cfg` with interpolations resolved, as the dataclasses above.
 
@@ -216,7 +223,7 @@ def typed(cfg: DictConfig) -> Config:
     """
     message = ""
     try:
-        schema = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+        schema = OmegaConf.merge(_schema(), cfg)
         value = OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
         message = str(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -128,25 +128,25 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
     asked = typed(cfg)
     wrong_request = _problem(asked)
     problems = [] if wrong_request is None else [wrong_request]
-    ladder = [Rung(REQUESTED, asked)]
+    ladder, config = [Rung(REQUESTED, asked)], asked
     follows = True  # until a rung sets the learning rate itself
     for number, rung in enumerate(asked.ladder.rungs, start=1):
         name = rung.name or f"rung-{number}"
         try:
-            cfg, kept, notes = _step(cfg, rung.overrides)
+            cfg, config, kept, notes = _step(cfg, config, rung.overrides)
         except ConfigError as error:
             problems.append(f"rung {name!r}: {error}")
             continue
         follows = follows and not any(_sets_lr(text) for text in kept)
-        config = typed(cfg)
+        settings = config
         if follows:
             lr, why = scaled_lr(asked, config.trainer.batch_size)
-            config.optimizer.lr = lr
+            settings = replace(config, optimizer=replace(config.optimizer, lr=lr))
             notes += [why] if why else []
         if (text := _problem(config)) not in (None, wrong_request):  # rungs inherit what is wrong with the request
             problems.append(f"rung {name!r}: {text}")
         ladder.append(
-            Rung(name, config, tuple(kept), "" if kept else "; ".join(notes) or "it sets nothing", tuple(notes))
+            Rung(name, settings, tuple(kept), "" if kept else "; ".join(notes) or "it sets nothing", tuple(notes))
         )
     names = [rung.name for rung in ladder]
     problems += [f"rung name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
@@ -163,19 +163,20 @@ def _problem(config: Config) -> str | None:
     return None
 
 
-def _step(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, list[str], list[str]]:
-    """`cfg` one rung down: the settings, the overrides that were kept, and why others were not."""
+def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictConfig, Config, list[str], list[str]]:
+    """`cfg`, and `config` that says the same, one rung down; the overrides that were kept, and why others were not."""
     kept, notes = [], []
     apply_overrides(cfg, overrides)  # all problems of the rung at once
     for text in overrides:
         candidate = _clamped(apply_overrides(cfg, [text]))
-        reason = _refusal(typed(cfg), typed(candidate))
+        settings = typed(candidate)
+        reason = _refusal(config, settings)
         if reason:
             notes.append(f"{text} is left out: {reason}")
         else:
-            cfg = candidate
+            cfg, config = candidate, settings
             kept.append(text)
-    return cfg, kept, notes
+    return cfg, config, kept, notes
 
 
 def _clamped(cfg: DictConfig) -> DictConfig:
