@@ -260,8 +260,8 @@ def prove(update: Update, shapes: Shapes) -> int:
         images, labels = _made_up(shapes.batch_size, shapes)
         for _ in range(PROVEN_UPDATES):
             update.run(images, labels, samples=0)
-        if update.step_allocates:
-            update.run(images, labels, samples=0)  # the copies made beside the weights from now on count as well
+        for _ in range(2 if update.step_allocates else 0):  # the first makes copies beside the weights, which stay
+            update.run(images, labels, samples=0)
         proven = state.updates - trace.updates
         eval_batch = _prove_evaluation(update, shapes)
     finally:

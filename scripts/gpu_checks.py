@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -134,17 +134,16 @@ def descend_under(cap: int, folder: Path, overrides: tuple[str, ...] = ()) -> De
     return Descent(result.rung, tried, skipped, seconds, allocated)
 
 
-def caps(folder: Path) -> list[str]:
+def caps(folder: Path) -> Iterator[str]:
     """A row for each cap."""
-    rows = [
+    yield from (
         "| cap, MiB | rung | brute force | skipped | out of memory on the way | seconds | memory back |",
         "|---|---|---|---|---|---|---|",
-    ]
+    )
     for cap in CAPS:
         wanted, got = brute_force(cap), descend_under(cap, folder)
         back = "yes" if len(set(got.allocated)) == 1 else f"no: {got.allocated}"
-        rows.append(f"| {cap} | {got.rung} | {wanted} | {got.skipped} | {got.tried} | {got.seconds:.1f} | {back} |")
-    return rows
+        yield f"| {cap} | {got.rung} | {wanted} | {got.skipped} | {got.tried} | {got.seconds:.1f} | {back} |"
 
 
 # ---- first: from `fit()` to the first committed update, with what an earlier run has learned, and started there ------
@@ -170,12 +169,12 @@ def until_first_update(overrides: list[str], folder: Path) -> tuple[float, Resul
     return times[0], result
 
 
-def first(folder: Path) -> list[str]:
+def first(folder: Path) -> Iterator[str]:
     """A row for each cap; of three runs each, in turn, the medians."""
-    rows = [
+    yield from (
         "| cap, MiB | rung | with the ladder, s | started there, s | ratio | out of memory, first run and later |",
         "|---|---|---|---|---|---|",
-    ]
+    )
     for cap in (2600, 1300, 700, 550, 240):
         limit = f"memory.limit={cap}MiB"
         _, learned = until_first_update([limit], folder / "first")
@@ -191,8 +190,7 @@ def first(folder: Path) -> list[str]:
         once = sum(attempt.outcome == "oom" for attempt in learned.attempts)
         mine, direct = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = f"{mine:.2f} | {direct:.2f} | {mine / direct:.2f}"
-        rows.append(f"| {cap} | {learned.rung} | {ratio} | {once}, {max(failed)} |")
-    return rows
+        yield f"| {cap} | {learned.rung} | {ratio} | {once}, {max(failed)} |"
 
 
 # ---- soak: another process takes and gives back memory at random; then the same without it -----------------------
@@ -361,7 +359,7 @@ def _train_until(session: Session, data: Any, end: int | None, losses: list[floa
             seen += (batch.images[:, 0, 0, 0] * 4096).round().long().tolist()
 
 
-def soak(folder: Path) -> list[str]:
+def soak(folder: Path) -> Iterator[str]:
     """The disturbed run and its replay, compared."""
     journal = Journal()
     weights, attempts = disturbed(folder, journal)
@@ -372,7 +370,7 @@ def soak(folder: Path) -> list[str]:
     epochs = [sorted(journal.seen[i : i + size]) == list(range(size)) for i in range(0, len(journal.seen), size)]
     back = "yes" if not journal.memory_differs else f"no: {journal.memory_differs}"
     equal = losses == journal.losses and weights == same_weights and seen == journal.seen
-    return [
+    yield from (
         "| what | value |", "|---|---|",
         f"| committed updates | {len(journal.losses)} |",
         f"| out-of-memories rolled back | {journal.recoveries} |",
@@ -380,7 +378,7 @@ def soak(folder: Path) -> list[str]:
         f"| every sample once an epoch | {'yes' if all(epochs) and len(epochs) == 10 else 'NO'} |",
         f"| losses, samples and weights equal to the undisturbed replay, bit for bit | {'yes' if equal else 'NO'} |",
         f"| memory after each recovery as before the update | {back} |",
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 # ---- cost: an update with undo against the same update without -----------------------------------------------------
@@ -416,20 +414,19 @@ def _milliseconds(step: Callable[[], None], updates: int = 15) -> float:
     return (time.perf_counter() - started) / updates * 1e3
 
 
-def cost(folder: Path) -> list[str]:
+def cost(folder: Path) -> Iterator[str]:
     """Time and memory of an update with and without undo, in alternating blocks of one process."""
-    rows = [
+    yield from (
         "| recipe | with undo, ms | without, ms | ratio (median of 9 pairs) | extra peak, MiB |",
         "|---|---|---|---|---|",
-    ]
+    )
     for name, overrides in (
         ("24@224 fp32 fused AdamW", []),
         ("24@224 fp32 foreach AdamW", ["+optimizer.kwargs.foreach=true"]),
         ("24@224 fp32 SGD", ["optimizer=sgd"]),
         ("8@160 fp16 micro-batch 4", SMALL),
     ):  # fmt: skip
-        rows.append(f"| {name} | {_cost(overrides)} |")
-    return rows
+        yield f"| {name} | {_cost(overrides)} |"
 
 
 def _cost(overrides: list[str]) -> str:
@@ -462,29 +459,31 @@ def _cost(overrides: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    checks: dict[str, Callable[[Path], list[str]]] = {
-        "caps": caps, "first": first, "soak": soak, "cost": cost,
-    }  # fmt: skip
+    checks: dict[str, Callable[[Path], Iterator[str]]] = {"caps": caps, "first": first, "soak": soak, "cost": cost}
     parser.add_argument("checks", nargs="*", default=list(checks), choices=[*checks, []])
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="folder for gpu-checks.md")
     arguments = parser.parse_args()
-    folder = arguments.out or Path(tempfile.mkdtemp())
-    random.seed(0)
-    os.environ.setdefault("ADAPTIVE_TRAINER_CACHE", str(folder / "learned"))  # not what other runs have learned
     if len(arguments.checks) != 1:  # each in a process of its own
         for name in arguments.checks or checks:
-            subprocess.run([sys.executable, __file__, name, "--out", str(folder)], check=False)
+            out = [] if arguments.out is None else ["--out", str(arguments.out)]
+            subprocess.run([sys.executable, __file__, name, *out], check=False)
         return
     [name] = arguments.checks
+    random.seed(0)
     if name == "soak":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, for the replay
-    started = time.perf_counter()
-    rows = checks[name](folder)
-    about = f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}, {date.today()}"
-    text = "\n".join([f"### {name}: {about}, {time.perf_counter() - started:.0f} s", "", *rows, ""])
-    print(text, flush=True)
-    with (folder / "gpu-checks.md").open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
+    with tempfile.TemporaryDirectory() as work:
+        os.environ["ADAPTIVE_TRAINER_CACHE"] = str(Path(work) / "learned")  # not what other runs have learned
+        about = f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}, {date.today()}"
+        lines = [f"### {name}: {about}", ""]
+        print("\n".join(lines))
+        for row in checks[name](Path(work)):
+            print(row, flush=True)
+            lines.append(row)
+    print()
+    if arguments.out is not None:
+        with (arguments.out / "gpu-checks.md").open("a", encoding="utf-8") as file:
+            file.write("\n".join([*lines, "", ""]))
 
 
 if __name__ == "__main__":
