@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from adaptive_trainer.config import config_dir, register
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, UserError
 
-__all__ = ["main"]
+__all__ = ["as_list", "main"]
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def main() -> None:
     """Entry of `python -m adaptive_trainer`; ends the process with the exit code."""
     register()
     if not {"-m", "--multirun"} & set(sys.argv):
-        sys.argv[1:] = [_as_list(argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = [as_list(argument) for argument in sys.argv[1:]]
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
     codes: list[int] = []
 
@@ -54,7 +54,7 @@ def main() -> None:
         sys.exit(max(codes))
 
 
-def _as_list(argument: str) -> str:
+def as_list(argument: str) -> str:
     """`batch=8,16` means the list [8,16]: Hydra keeps plain commas for sweeps."""
     key, _, value = argument.partition("=")
     return f"{key}=[{value}]" if key in ("batch", "size") and "[" not in value else argument

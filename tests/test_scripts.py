@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_trainer import compose_config
+from adaptive_trainer.cli import as_list
 from tests.forking import ROOT, Launcher
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,5 +96,5 @@ def test_commands_of_the_documentation(place: str, args: list[str]) -> None:
         pytest.skip("needs a folder of the reader's own")
     mine = [arg for arg in args if "=" in arg and not arg.startswith(("-", "hydra."))]
     sweeps = "-m" in args or "--multirun" in args
-    overrides = [re.sub(r"(=[^\[{,]*),[^\]}]*$", r"\1", arg) if sweeps else arg for arg in mine]
+    overrides = [re.sub(r"(=[^\[{,]*),[^\]}]*$", r"\1", arg) if sweeps else as_list(arg) for arg in mine]
     assert compose_config(overrides).trainer.batch_size, place
