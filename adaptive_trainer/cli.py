@@ -12,15 +12,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from adaptive_trainer.config import config_dir, register
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, UserError
 
-__all__ = ["as_list", "main"]
+__all__ = ["OutputFolder", "as_list", "main"]
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,25 @@ def main() -> None:
             codes.append(UserError.exit_code)
     if any(codes):
         sys.exit(max(codes))
+
+
+class OutputFolder(Callback):
+    """Makes Hydra's output folder before Hydra does, for a message instead of a traceback where that fails."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before a single run."""
+        self._make("hydra.run.dir", config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before a sweep."""
+        self._make("hydra.sweep.dir", config.hydra.sweep.dir)
+
+    def _make(self, key: str, folder: str) -> None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"{key}={folder} cannot be made: {error}; choose a folder that can be written", file=sys.stderr)
+            sys.exit(UserError.exit_code)
 
 
 def as_list(argument: str) -> str:

@@ -30,6 +30,7 @@ LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
 TASKS = ("train", "plan", "memory")
+METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 
 
 @dataclass
@@ -354,6 +355,7 @@ def _no_transform(data: DataConfig) -> list[str]:
 def _not_a_choice(config: Config) -> list[str]:
     choices = [
         ("task", config.task, TASKS),
+        ("optimized_metric", config.optimized_metric, METRICS),
         ("trainer.precision", config.trainer.precision, PRECISIONS),
         ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
         ("data.transforms", config.data.transforms, TRANSFORMS),

@@ -122,6 +122,8 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["--cfg", "job"], 0, "batch_size: 24"),
         (["trainer.batchsize=3"], 2, "Key 'batchsize' not in 'TrainerConfig'"),
         (["-m", "+sweep=lr", "ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
+        (["hydra.run.dir=/dev/null/x"], 2, "hydra.run.dir=/dev/null/x cannot be made"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
     ],
 )
 def test_answers_without_torch(args: list[str], code: int, said: str, tmp_path: Path) -> None:
@@ -220,6 +222,7 @@ rungs:
   - {name: two, overrides: [optimizer.speed=3]}
 """
 BAD_INPUT = [
+    ("optimized_metric=val_acc", ["optimized_metric=val_acc is none of val_accuracy, val_loss"]),
     ("trainer.batchsize=3", ["batchsize", "TrainerConfig"]),
     ("trainer.epochs=many", ["trainer.epochs=many", "Integer"]),
     ("trainer.epochs=0", ["trainer.epochs=0 is below 1"]),
