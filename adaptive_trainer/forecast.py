@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from adaptive_trainer.config import Config
+from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
@@ -36,7 +36,7 @@ class Forecast:
     ) -> None:
         self.capacity = capacity
         self._card = "simulated"
-        self._smallest_failed: int | None = None
+        self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
         target = Target(capacity.description, False, (0, 0), capacity.bytes, 0)
         if capacity.device.type == "cuda":
             about = torch.cuda.get_device_properties(capacity.device)
@@ -63,17 +63,31 @@ class Forecast:
             return "", need
         if verdict(prediction, room) == "hopeless":
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
-        if self._smallest_failed is not None and need >= self._smallest_failed:
-            failed = format_bytes(self._smallest_failed)
-            return f"it is predicted to need {format_bytes(need)}, no less than a rung that failed ({failed})", need
-        return "", need
+        return self._doubt(config.model, need), need
+
+    def _doubt(self, model: ModelConfig, need: int) -> str:
+        """Why a failure in this descent speaks against these settings; "" where none does.
+
+        A failure that was predicted shows that the predictions for its model hold without a margin.
+        """
+        for failed, predicted, room in self._failed:
+            if need >= predicted:
+                least = format_bytes(predicted)
+                return f"it is predicted to need {format_bytes(need)}, no less than a rung that failed ({least})"
+            if failed == model and predicted > room and need > room:
+                return (
+                    f"it is predicted to need {format_bytes(need)}, and a failure in {format_bytes(room)} was foretold"
+                )
+        return ""
 
     def learn(self, config: Config, entry: Attempt) -> None:
         """Remember how an attempt ended, on a CUDA card from one run to the next."""
         room = self.capacity.room()
+        if room is None:
+            return
         if entry.outcome == "oom" and entry.predicted_bytes is not None:
-            self._smallest_failed = min(entry.predicted_bytes, self._smallest_failed or entry.predicted_bytes)
-        if self.capacity.device.type != "cuda" or room is None:
+            self._failed.append((config.model, entry.predicted_bytes, room))
+        if self.capacity.device.type != "cuda":
             return
         key, cache = self._planner.key(config), self._planner.cache
         known = cache.measurement(key, self._card)
@@ -88,7 +102,7 @@ class Forecast:
 
     def begin(self) -> None:
         """A new descent: what failed in the last one may fit again."""
-        self._smallest_failed = None
+        self._failed.clear()
 
     def _measured(self, config: Config, room: int) -> str:
         if self.capacity.device.type != "cuda":

@@ -1,0 +1,87 @@
+"""What the descent skips, and on what grounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.config import Config
+from adaptive_trainer.descent import Attempt
+from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.forecast import Forecast
+from adaptive_trainer.ladder import resolve
+from adaptive_trainer.memory.capacity import limited
+
+MiB = 2**20
+SMALL = ["model.name=mobilenetv3_small_050", "data.image_size=64", "trainer.batch_size=16", "device=cpu"]
+DATA = ["data=fakedata", "data.train.size=16", "data.val.size=8", "data.num_workers=0"]
+
+
+def settings(*overrides: str) -> Config:
+    return resolve(compose_config([*SMALL, *overrides, "ladder=none"]))[0].settings
+
+
+def forecast(limit: int) -> Iterator[Forecast]:
+    with limited(torch.device("cpu"), f"{limit}b") as capacity:
+        yield Forecast(capacity, 10)
+
+
+def need_of(config: Config) -> int:
+    [need] = [each.judge(config)[1] for each in forecast(1024 * MiB)]
+    assert need is not None
+    return need
+
+
+def failed(config: Config, predicted: int | None) -> Attempt:
+    return Attempt("a rung", "oom", "forward", "out of memory", predicted_bytes=predicted)
+
+
+@pytest.mark.parametrize(("share", "skipped"), [(0.88, True), (0.92, False), (1.1, False)])
+def test_only_the_hopeless_is_skipped(share: float, skipped: bool) -> None:
+    config = settings("trainer.batch_size=32", "data.image_size=128")
+    need = need_of(config)
+    for each in forecast(int(need * share)):
+        reason, known = each.judge(config)
+        assert known == need
+        assert bool(reason) == skipped
+        assert ("it is predicted to need" in reason) == skipped
+
+
+def test_a_failure_that_was_foretold_is_believed_for_its_model() -> None:
+    first, second = settings("data.image_size=140"), settings("data.image_size=128")
+    other = settings("data.image_size=106", "model.name=mobilenetv3_small_075")
+    first_need, second_need = need_of(first), need_of(second)
+    room = second_need - 2 * MiB
+    assert first_need > max(second_need, need_of(other))
+    assert second_need > room > 0.9 * max(first_need, need_of(other))
+    for each in forecast(room):
+        assert each.judge(second)[0] == ""
+        each.learn(first, failed(first, first_need))
+        assert "was foretold" in each.judge(second)[0]
+        assert each.judge(other)[0] == ""
+        each.begin()
+        assert each.judge(second)[0] == ""
+
+
+def test_what_needs_no_less_than_a_failed_rung_is_not_tried() -> None:
+    small, large = settings(), settings("data.image_size=96")
+    for each in forecast(1024 * MiB):
+        each.learn(small, failed(small, need_of(small)))
+        assert "no less than a rung that failed" in each.judge(large)[0]
+        assert "no less than a rung that failed" in each.judge(small)[0]
+
+
+def test_without_a_limit_nothing_is_skipped() -> None:
+    with limited(torch.device("cpu"), "none") as capacity:
+        assert Forecast(capacity, 10).judge(settings("trainer.batch_size=4096")) == ("", None)
+
+
+def test_the_last_rung_is_tried_whatever_is_predicted(tmp_path: Path) -> None:
+    config = compose_config([*SMALL, *DATA, "memory.limit=3MiB", "ladder=none"])
+    with pytest.raises(LadderExhausted, match="no rung of the ladder fits"):
+        Trainer(config, output_dir=tmp_path).fit()
+    assert '"outcome": "oom"' in (tmp_path / "attempts.jsonl").read_text()
