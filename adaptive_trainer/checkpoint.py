@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptive_trainer import oom
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
@@ -43,7 +44,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
         _flush_folder(path.parent)
     except OSError as error:
         problem = str(error)
-    except RuntimeError as error:  # torch's zip writer loses the system's own error
+    except RuntimeError as error:
+        if oom.describe(error).kind is not oom.Kind.OTHER:
+            raise
+        # torch's zip writer loses the system's own error
         problem = f"the disk is full, or refuses to take more ({str(error).splitlines()[0]})"
     finally:
         part.unlink(missing_ok=True)
@@ -119,11 +123,14 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
     }
 
 
-def unpack(content: dict[str, Any], state: TrainState, device: torch.device, *, keep_groups: bool) -> None:
+def unpack(
+    content: dict[str, Any], state: TrainState, device: torch.device, *, keep_groups: bool, with_optimizer: bool
+) -> None:
     """Put what `pack` gave into `state`, in place.
 
     Args:
         keep_groups: keep the optimizer's own settings (the run asks for others than the checkpoint has).
+        with_optimizer: take over the optimizer's state; it is another kind's where False.
 
     Raises:
         CheckpointError: the checkpoint belongs to another model or optimizer.
@@ -133,7 +140,8 @@ def unpack(content: dict[str, Any], state: TrainState, device: torch.device, *, 
         state.model.load_state_dict(content["model"])
         if state.ema is not None and content["ema"] is not None:
             state.ema.module.load_state_dict(content["ema"])
-        _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
+        if with_optimizer:
+            _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
     except (RuntimeError, ValueError, KeyError) as error:
         problem = str(error).splitlines()[0]
     if problem:

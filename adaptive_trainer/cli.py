@@ -121,7 +121,8 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         from adaptive_trainer.measure import measure
         from adaptive_trainer.plan_tasks import run_memory
 
-        run_memory(cfg, folder, measure if torch.cuda.is_available() else None)
+        is_here = torch.cuda.is_available() and cfg.device != "cpu" and cfg.card.name is None
+        run_memory(cfg, folder, measure if is_here else None)
     else:
         from adaptive_trainer.resume import saved_settings
         from adaptive_trainer.trainer import Trainer

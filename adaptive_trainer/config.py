@@ -7,10 +7,12 @@ those dataclasses, and `check` gathers every problem in one `ConfigError`. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -29,6 +31,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
+HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 TASKS = ("train", "plan", "memory")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 
@@ -202,7 +205,7 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
     register()
     extra = [f"hydra.searchpath=[file://{Path(config_folder).resolve()}]"] if config_folder is not None else []
     message = ""
-    with initialize_config_dir(config_dir(), version_base="1.3"):
+    with _own_hydra():
         try:
             return compose("config", overrides=[*overrides, *extra])
         except (HydraException, OmegaConfBaseException) as error:
@@ -291,10 +294,31 @@ def _choose(cfg: DictConfig, group: str, choice: str) -> None:
 
 
 def _compose_alone(override: str) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():
+    if _is_running_ours():
+        return compose(overrides=[override])  # with the folders of the command line
+    with _own_hydra():
         return compose(overrides=[override])
-    with initialize_config_dir(config_dir(), version_base="1.3"):
-        return compose(overrides=[override])
+
+
+def _is_running_ours() -> bool:
+    hydra = GlobalHydra.instance()
+    if not hydra.is_initialized():
+        return False
+    folders = [source.path for source in hydra.config_loader().get_search_path().get_path()]
+    return f"file://{config_dir()}" in folders
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra on this package's configs, whatever program around it has initialized Hydra for; one thread at a time."""
+    with HYDRA_LOCK:
+        around = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(config_dir(), version_base="1.3"):
+                yield
+        finally:
+            GlobalHydra.instance().hydra = around
 
 
 def check(config: Config) -> None:

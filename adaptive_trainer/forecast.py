@@ -13,7 +13,7 @@ from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning import LossFactory, ModelFactory, Planner
+from adaptive_trainer.planning import LossFactory, ModelFactory, Planner, other_allocator
 from adaptive_trainer.target import Target
 
 __all__ = ["Forecast"]
@@ -35,10 +35,10 @@ class Forecast:
         make_loss: LossFactory | None = None,
     ) -> None:
         self.capacity = capacity
-        self._card = "simulated"
+        self._card, self._is_cuda = "simulated", capacity.device.type == "cuda"
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
         target = Target(capacity.description, False, (0, 0), capacity.bytes, 0)
-        if capacity.device.type == "cuda":
+        if self._is_cuda:
             about = torch.cuda.get_device_properties(capacity.device)
             self._card = about.name
             target = Target(capacity.description, True, (about.major, about.minor), capacity.room(), 0)
@@ -59,7 +59,7 @@ class Forecast:
         need, measured = prediction.min_capacity_bytes, self._measured(config, room)
         if measured == "hopeless":
             return f"it ran out of memory in {format_bytes(room)} on this card before", need
-        if need is None or measured == "fits":
+        if need is None or measured == "fits" or (self._is_cuda and other_allocator()):
             return "", need
         if verdict(prediction, room) == "hopeless":
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
@@ -87,7 +87,7 @@ class Forecast:
             return
         if entry.outcome == "oom" and entry.predicted_bytes is not None:
             self._failed.append((config.model, entry.predicted_bytes, room))
-        if self.capacity.device.type != "cuda":
+        if not self._is_cuda:
             return
         key, cache = self._planner.key(config), self._planner.cache
         known = cache.measurement(key, self._card)
@@ -105,6 +105,6 @@ class Forecast:
         self._failed.clear()
 
     def _measured(self, config: Config, room: int) -> str:
-        if self.capacity.device.type != "cuda":
+        if not self._is_cuda:
             return ""
         return self._planner.cache.measurement(self._planner.key(config), self._card).verdict(room)

@@ -102,8 +102,8 @@ class Loop:
     eval_batch_size: int
     hooks: Hooks
     stop: StopSignal
+    avoid_thrashing: bool = False
     num_workers: int = field(init=False)
-    latest: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -176,16 +176,16 @@ class Loop:
         """Whether the allocator had to flush its cache again and again since the last look: it works, but slowly.
 
         Raises:
-            OutOfMemory: it did, and `ladder.avoid_thrashing` says that such a rung does not fit.
+            OutOfMemory: it did, and such a rung is to be left for the next.
         """
-        config, updates = self.session.config, self.session.state.updates
+        updates = self.session.state.updates
         retries = self.session.update.capacity.usage().num_alloc_retries
         (since, before), self._flushes = self._flushes, (updates, retries)
         flushes = retries - before
         if flushes * UPDATES_PER_FLUSH < updates - since or updates == since or flushes < 2:
             return
         text = f"the allocator flushed its cache {flushes} times in {updates - since} updates"
-        if config.ladder.avoid_thrashing:
+        if self.avoid_thrashing:
             raise OutOfMemory(f"{text} and ladder.avoid_thrashing is on", phase="training")
         if not self._has_warned:
             self._has_warned = True
@@ -205,24 +205,34 @@ class Loop:
         )
 
     def _guarded(self, loader: DataLoader[Batch]) -> Iterator[Batch | None]:
-        """The loader's batches; None, and no more, when a data worker ran out of memory."""
-        iterator = iter(loader)
+        """The loader's batches; None, and no more, when a data worker ran out of memory.
+
+        Raises:
+            OutOfMemory: the data set itself ran out of device memory.
+        """
+        iterator: Iterator[Batch] | None = None
         while True:
-            reason = ""
+            failure = None
             try:
+                iterator = iter(loader) if iterator is None else iterator  # starts the workers, which can fail too
                 batch = next(iterator)
             except StopIteration:
                 return
             except Exception as error:
                 failure = oom.describe(error)
-                if failure.kind not in (oom.Kind.WORKER, oom.Kind.HOST) or self.num_workers == 0:
+                fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
+                if not fewer and failure.kind is not oom.Kind.DEVICE:
                     raise
-                reason = failure.text
-            if reason:
-                self.hooks.event(f"a data worker failed ({reason}): fewer workers, the same samples again")
-                yield None
-                return
-            yield batch
+            if failure is None:
+                yield batch
+                continue
+            del iterator
+            if failure.kind is oom.Kind.DEVICE:
+                oom.release(self.device)
+                raise OutOfMemory(failure.text, phase="loading data")
+            self.hooks.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
+            yield None
+            return
 
     def _reduce_workers(self) -> None:
         fewer = FEWER_WORKERS.get(self.num_workers, 4 if self.num_workers > 4 else 0)
@@ -254,7 +264,7 @@ class Loop:
         state.finished_epochs += 1
         for value in state.meters.values():
             value.zero_()
-        self.latest = {
+        row = {
             "epoch": state.finished_epochs,
             "updates": state.updates,
             "rung": self.rung,
@@ -268,7 +278,7 @@ class Loop:
             "peak_reserved_bytes": reserved,
             "seconds": round(seconds, 3),
         }
-        self.hooks.metrics(self.latest)
+        self.hooks.metrics(row)
         log.info(
             "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, peak memory %.0f MiB, %.1f s",
             state.finished_epochs, config.trainer.epochs, meters["loss"] / seen, loss, 100 * accuracy,

@@ -21,13 +21,18 @@ __all__ = ["measure"]
 
 
 def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
-    """Peak allocated and reserved bytes of whole updates and one evaluation batch on the first CUDA card.
+    """Peak allocated and reserved bytes of whole updates and one evaluation batch on the CUDA card of the settings.
 
     None where they do not fit.
     """
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", 0 if config.device == "auto" else torch.device(config.device).index or 0)
     peaks = None
-    with private_process_state(deterministic=False), limited(device, config.memory.limit) as capacity:
+    deterministic = config.trainer.deterministic
+    with (
+        private_process_state(deterministic=deterministic),
+        torch.cuda.device(device),
+        limited(device, config.memory.limit) as capacity,
+    ):
         with suppress(OutOfMemory):
             peaks = _peaks(config, num_classes, capacity)
         oom.release(device)

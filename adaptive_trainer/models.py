@@ -151,7 +151,7 @@ def _refusal(name: str, kwargs: str, image_size: int) -> tuple[int, str]:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(config, num_classes=2).eval()
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):  # it looks at values while it is built
         return made_for, ""
     if _failure(model, made_for):
         return made_for, ""

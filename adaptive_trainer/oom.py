@@ -90,7 +90,7 @@ POISONED = re.compile(
 HOST = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|\bstd::bad_alloc\b")
 DEVICE = re.compile(
     r"\b(?:CUDA|HIP|XPU|MPS backend) out of memory\b"
-    r"|\b(?:CUDA|HIP)(?: driver)? error: out of memory"
+    r"|\b(?i:CUDA|HIP|Triton)(?: driver| runtime)? (?i:error)\b[^\n]{0,200}: out of memory"
     r"|would exceed allowed memory"
     r"|CUDA ran out of memory outside PyTorch's allocator"
     r"|\b[A-Z]+_(?:STATUS_)?ALLOC_FAILED\b"
@@ -233,10 +233,8 @@ def probe(device: torch.device) -> bool:
     try:
         torch.accelerator.synchronize(device)
         return bool((torch.ones(8, device=device) * 2).sum().item() == 16)
-    except torch.OutOfMemoryError:
-        return True
-    except RuntimeError:
-        return False
+    except RuntimeError as error:
+        return describe(error).kind is Kind.DEVICE
 
 
 def release(device: torch.device) -> None:

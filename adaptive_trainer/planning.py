@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,21 +15,45 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer.config import Config, ModelConfig
-from adaptive_trainer.errors import ConfigError, ModelError
+from adaptive_trainer.errors import ModelError
 from adaptive_trainer.ladder import Rung, recipe
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
-from adaptive_trainer.memory.trace import Tracer, TraceSpec
+from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
 from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
 from adaptive_trainer.optimizers import build_optimizer
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.target import Target
 
-__all__ = ["ASSUMED_CLASSES", "LossFactory", "ModelFactory", "Plan", "Planner", "Row", "image_refusal", "plan"]
+__all__ = [
+    "ASSUMED_CLASSES",
+    "LossFactory",
+    "ModelFactory",
+    "Plan",
+    "Planner",
+    "Row",
+    "image_refusal",
+    "other_allocator",
+    "plan",
+]
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")
 ASSUMED_CLASSES = 10  # where model.num_classes is left to the data, which a plan does not open
+# What decides whether attention keeps its matrix.
+ATTENTION: tuple[Callable[[], bool], ...] = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+)
+
 ModelFactory = Callable[[ModelConfig, int], nn.Module]
 LossFactory = Callable[[Config], Callable[[Tensor, Tensor], Tensor]]
+
+
+def other_allocator() -> bool:
+    """Whether the environment asks for another allocator than the one that is modelled: expandable segments, say."""
+    return any(os.environ.get(name) for name in ALLOCATOR)
 
 
 class Planner:
@@ -71,8 +96,9 @@ class Planner:
             return replace(found, seconds=time.perf_counter() - start)
         try:
             found = predict(self._spec(config), capability=self.target.capability, tracer=self._tracer)
-        except (ModelError, ConfigError, RuntimeError, TypeError, ValueError) as error:
-            found = Prediction(None, None, None, None, 0.0, f"{error}".splitlines()[0])
+        except Exception as error:  # factories of the user's own may raise anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            found = Prediction(None, None, None, None, 0.0, reason)
         found = replace(found, seconds=time.perf_counter() - start)
         self.cache.keep_prediction(key, found)
         self._known[text] = found
@@ -83,6 +109,8 @@ class Planner:
         used = recipe(config)
         return {
             "versions": versions(),
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            "attention": [switch() for switch in ATTENTION],
             "model": {**asdict(config.model), "pretrained": False, "num_classes": self.classes(config)},
             "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
             "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch_size, used.image_size],
@@ -131,10 +159,10 @@ class Planner:
     def _needs_pairs(self, model_key: str, config: Config) -> bool:
         if model_key not in self._norms:
             try:
-                with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                with same_random_numbers(), torch.device("meta"):
                     self._norms[model_key] = has_batch_norm(self._model(config))
-            except NotImplementedError:  # it looks at values while it is built
-                with torch.random.fork_rng(devices=[]):
+            except (NotImplementedError, RuntimeError):  # it looks at values while it is built
+                with same_random_numbers():
                     self._norms[model_key] = has_batch_norm(self._model(config))
         return self._norms[model_key]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Key", "Position", "key_seed", "micro_batches", "updates_per_epoch"]
+__all__ = ["Key", "Position", "key_seed", "last_update", "micro_batches", "updates_per_epoch"]
 
 Key = tuple[int, int]  # (epoch, index of the sample in the data set)
 
@@ -116,6 +116,11 @@ def updates_per_epoch(size: int, batch_size: int) -> int:
     full, rest = divmod(size, batch_size)
     joined = batch_size == 2 and rest == 1 and full > 0
     return full + (rest > 0) - joined
+
+
+def last_update(size: int, batch_size: int) -> int:
+    """Samples in the last update of an epoch of `size` samples."""
+    return size - (updates_per_epoch(size, batch_size) - 1) * batch_size
 
 
 def micro_batches(samples: int, micro_batch_size: int, avoid_single: bool) -> list[int]:

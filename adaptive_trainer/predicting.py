@@ -75,8 +75,7 @@ def predict(
         ModelError: settings with a model that neither timm nor torchvision knows.
     """
     if isinstance(what, nn.Module):
-        target = _target(device or "auto")
-        return predict_trace(_spec(what, optimizer, input_shape, target, **settings), capability=target.capability)
+        return _predict_network(what, optimizer, input_shape, _target(device or "auto"), **settings)
     config = typed(what) if isinstance(what, DictConfig) else what
     check(config)
     check_name(config.model.name)
@@ -86,9 +85,24 @@ def predict(
 
 def _target(device: str | torch.device) -> Target:
     name = str(device)
-    if name in ("auto", "cpu") or name.split(":")[0] == "cuda":
-        return target_of(typed(compose_config([f"device={name}"])))
+    if name.split(":")[0] in ("auto", "cpu", "cuda"):
+        return target_of(Config(device=name.removesuffix(":0") if name.startswith("cpu") else name))
     return target_of(Config(), card_of(typed(compose_config([f"card={name}"])).card))
+
+
+def _predict_network(
+    model: nn.Module, optimizer: OptimizerOrFactory, input_shape: Sequence[int], target: Target, **settings: Any
+) -> Prediction:
+    gradients = [parameter.grad for parameter in model.parameters()]
+    spec = _spec(model, optimizer, input_shape, target, **settings)
+    found = predict_trace(spec, capability=target.capability)
+    was_used = False
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        was_used = was_used or parameter.grad is not gradient
+        parameter.grad = gradient
+    if was_used:
+        return Prediction(None, None, None, None, found.seconds, "the loss or the network uses these very parameters")
+    return found
 
 
 def _spec(
@@ -102,9 +116,10 @@ def _spec(
     precision: str = "fp32",
     channels_last: bool = False,
 ) -> TraceSpec:
-    if len(input_shape) < 2 or min(input_shape) < 1:
+    sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
+    if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ConfigError(
-            f"the input shape {tuple(input_shape)} is none: samples first, then one sample's, such as (24, 3, 224, 224)"
+            f"the input shape {input_shape} is none: samples first, then one sample's, such as (24, 3, 224, 224)"
         )
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
@@ -135,5 +150,7 @@ def _optimizer_of(network: nn.Module, model: nn.Module, optimizer: OptimizerOrFa
     if not isinstance(optimizer, Optimizer):
         return optimizer(network.parameters())
     copies: dict[int, Any] = dict(zip(map(id, model.parameters()), network.parameters(), strict=True))
+    if not any(id(p) in copies for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError("the optimizer holds none of the network's parameters; make it from model.parameters()")
     copies[id(optimizer.state)] = defaultdict(dict)
     return copy.deepcopy(optimizer, copies)

@@ -16,7 +16,8 @@ __all__ = ["private_process_state", "seed_everything"]
 def private_process_state(*, deterministic: bool) -> Iterator[None]:
     """Run the block with deterministic algorithms or not, and undo every process-wide change afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    seed, had_cuda = torch.initial_seed(), torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if had_cuda else []
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     dtype = torch.get_default_dtype()
@@ -33,8 +34,10 @@ def private_process_state(*, deterministic: bool) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        if cuda:
+        if had_cuda:
             torch.cuda.set_rng_state_all(cuda)
+        else:
+            torch.cuda.manual_seed_all(seed)  # what CUDA begins with where nothing has used it yet
 
 
 def seed_everything(seed: int) -> None:

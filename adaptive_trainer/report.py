@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -67,21 +68,27 @@ class Record:
         path = self.folder / "metrics.csv"
         is_new = not path.exists() or path.stat().st_size == 0
         with self._writing(), path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
 
-    def forget_after(self, updates: int) -> None:
-        """Drop rows of metrics.csv that a resumed run, now at `updates`, will write again."""
+    def forget_after(self, stage: int, model: str, epoch: int) -> None:
+        """Drop rows of metrics.csv that a run resumed in `stage`, with `model`, after `epoch` will write again."""
         path = self.folder / "metrics.csv"
         if not path.exists():
             return
         with path.open(encoding="utf-8", newline="") as file:
-            kept = [row for row in csv.DictReader(file) if None not in row.values() and int(row["updates"]) <= updates]
-        path.unlink()
-        for row in kept:
-            self.metrics(row)
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        kept = [
+            row for row in rows if (int(row["stage"]), row["model"]) != (stage, model) or int(row["epoch"]) <= epoch
+        ]
+        text = io.StringIO()
+        if kept:
+            writer = csv.DictWriter(text, list(kept[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        self.write("metrics.csv", text.getvalue())
 
     def result(self, result: Result) -> None:
         """Write result.json."""

@@ -7,7 +7,7 @@ optimizer starts anew on the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -83,6 +83,7 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)
     model = parts.make_model(config.model, parts.num_classes).to(parts.device)
+    _own_memory(model)
     checkpoint_activations(model, config.trainer.checkpoint_activations)
     return TrainState(
         model,
@@ -94,9 +95,20 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
     )
 
 
+def _own_memory(model: nn.Module) -> None:
+    """A buffer that is an expanded view cannot be put back in place: it gets memory of its own."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
+                module._buffers[name] = buffer.contiguous()
+
+
 def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
-    """The session's state, with only those parts made anew whose settings `config` changes."""
-    old, state = session.config, session.state
+    """The session's state, with only those parts made anew whose settings `config` changes.
+
+    The session itself keeps its own, so that a climb which fails can go back to it; the model is both's.
+    """
+    old, state = session.config, replace(session.state)
     checkpoint_activations(state.model, config.trainer.checkpoint_activations)
     if config.trainer.precision != old.trainer.precision:
         state.scaler = build_scaler(config.trainer.precision, parts.device)
@@ -110,9 +122,12 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
 
 def _around(state: TrainState, config: Config, parts: Parts) -> Session:
     used = recipe(config)
+    loss = parts.make_loss(config)
+    if isinstance(loss, nn.Module):
+        loss.to(parts.device)
     update = Update(
         state,
-        parts.make_loss(config),
+        loss,
         device=parts.device,
         capacity=parts.capacity,
         micro_batch_size=used.micro_batch_size,

@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from adaptive_trainer import checkpoint
+from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config import Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, descend, exhausted_message
-from adaptive_trainer.errors import CheckpointError, ConfigError, LadderExhausted, ModelError, OutOfMemory
+from adaptive_trainer.errors import CheckpointError, ConfigError, LadderExhausted, OutOfMemory
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
-from adaptive_trainer.models import build_model, check_image_size, has_batch_norm
+from adaptive_trainer.models import build_model, has_batch_norm
+from adaptive_trainer.planning import image_refusal
+from adaptive_trainer.position import last_update
 from adaptive_trainer.report import Record
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.update import Shapes, prove
@@ -53,6 +55,7 @@ class Stage:
     _batch_norm: set[str] = field(default_factory=set)  # models seen to have it
     _wait: int = 1
     _climb_at: int = 0
+    _is_climbing: bool = False
 
     def run(self) -> Rung[Config]:
         """Descend, train, descend again where memory runs out; returns the rung that holds at the end.
@@ -72,6 +75,7 @@ class Stage:
                 self.event(f"there is room again: trying rung {self.ladder[start].name} above {rung.name}")
                 self._climb_at = self._opened.state.finished_epochs + 2 * self._wait
                 self._wait *= 2
+                self._is_climbing = True
             except OutOfMemory as error:
                 failure = (error.phase, error.reason)
             if failure is not None:
@@ -113,7 +117,7 @@ class Stage:
             self._prove,
             judge=self._judge,
             meter=capacity,
-            on_attempt=self._attempted,
+            on_attempt=self._proven,
             device=self.parts.device,
         )
         self._checkpoint(False)
@@ -128,17 +132,23 @@ class Stage:
 
     def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
-        reason = self._single_sample(rung.settings)
-        if rung is not self.ladder[0] and self.parts.make_model is build_model:
-            try:
-                check_image_size(rung.settings.model, rung.settings.data.image_size)
-            except ModelError as error:
-                reason = str(error)
+        reason = self._refusal(rung)
         if reason:
             return reason, None
         hopeless, need = self.forecast.judge(rung.settings)
-        last = next(other for other in reversed(self.ladder) if not other.passed_over)
-        return "" if rung is last else hopeless, need
+        return "" if self._is_last(rung) else hopeless, need
+
+    def _is_last(self, rung: Rung[Config]) -> bool:
+        """Whether no rung below it can be tried."""
+        below = self.ladder[self.ladder.index(rung) + 1 :]
+        return all(other.passed_over or self._refusal(other) for other in below)
+
+    def _refusal(self, rung: Rung[Config]) -> str:
+        """Why the network does not train at this rung, whatever the memory; empty where it does."""
+        reason = self._single_sample(rung.settings)
+        if not reason and rung is not self.ladder[0] and self.parts.make_model is build_model:
+            reason = image_refusal(rung.settings)
+        return reason
 
     def _single_sample(self, config: Config) -> str:
         """Why a batch or micro-batch of one is not trained; empty where it may be."""
@@ -151,39 +161,50 @@ class Stage:
             "use 2 or more, or a model without BatchNorm"
         )
 
+    def _proven(self, entry: Attempt) -> None:
+        """An attempt of the descent. What fails later, in training, says too little of the rung to be remembered."""
+        self.forecast.learn(next(rung.settings for rung in self.ladder if rung.name == entry.rung), entry)
+        self._attempted(entry)
+
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
-        self.forecast.learn(next(rung.settings for rung in self.ladder if rung.name == entry.rung), entry)
         peak = "" if entry.peak_allocated_bytes is None else f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB"
         where = f" in {entry.phase}" if entry.phase else ""
         why = f": {entry.reason}" if entry.reason else ""
         log.info("rung %s: %s%s%s, %.2f s%s", entry.rung, entry.outcome, where, peak, entry.seconds, why)
-        if entry.outcome == "oom":
+        if entry.outcome == "oom" or (entry.outcome == "skipped" and entry.predicted_bytes is not None):
             self._room[entry.rung] = self.parts.capacity.room()
 
     def _prove(self, config: Config) -> int:
         """Make the session match `config` and prove it; returns the evaluation batch that fits.
 
-        A session that was built for this attempt goes with it when it fails: nothing is left of it.
+        A session that was built for this attempt goes with it when it fails: nothing is left of it. A climb that fails
+        goes back to the session it came from.
         """
         if self.session is not None and config.model != self.session.config.model:
             self._leave_model(config)
         elif self.saved is not None and asdict(config.model) != self.saved["config"]["model"]:
             self._leave_saved(config)
-        is_new = self.session is None
-        self.session = enter(config, self.parts, self.session)
+        is_new, back = self.session is None, self.session if self._is_climbing else None
+        self._is_climbing = False
+        if back is not None:
+            back.update.free_copies()
         try:
+            self.session = enter(config, self.parts, self.session)
             if is_new:
                 self._fill(self.session)
-            used = recipe(config)
-            shapes = Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes)
-            eval_batch = prove(self.session.update, shapes)
+            eval_batch = prove(self.session.update, self._shapes(config))
         except BaseException:
-            if is_new:
-                self.session = None
+            if is_new or back is not None:
+                self.session = back
             raise
         self.saved = None
         return eval_batch
+
+    def _shapes(self, config: Config) -> Shapes:
+        used = recipe(config)
+        last = last_update(self.parts.train_size, used.batch_size)
+        return Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes, last)
 
     def _fill(self, session: Session) -> None:
         """Put what was learned earlier into a new session."""
@@ -201,7 +222,9 @@ class Stage:
         old = self._opened
         learned = self._content(self._rung_name(old.config)) if old.state.updates else None
         self._start_anew(old.config.model.name, config.model.name, learned)
+        del old
         self.session = None
+        oom.release(self.parts.device)  # a network may hold itself in a circle of references
 
     def _leave_saved(self, config: Config) -> None:
         """The same for a checkpoint whose model does not fit any more."""
@@ -215,6 +238,10 @@ class Stage:
             name = f"before-{smaller.replace('/', '-')}.pt"
             checkpoint.save(self.folder / name, learned)
             self.event(f"what {larger} has learned is kept in checkpoints/{name}")
+        best = self.folder / "best.pt"
+        if best.exists():
+            best.replace(self.folder / f"best-{larger.replace('/', '-')}.pt")
+            self.event(f"the best of {larger} is kept in checkpoints/best-{larger.replace('/', '-')}.pt")
         self.metrics = {}
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
@@ -224,8 +251,14 @@ class Stage:
                 f"the checkpoint was made with {saved['position']['size']} training samples and there are "
                 f"{self.parts.train_size} now; use the same data, or start anew with resume=null"
             )
-        keep = saved["config"]["optimizer"] != asked["optimizer"]
-        checkpoint.unpack(saved, session.state, self.parts.device, keep_groups=keep)
+        was, wanted = saved["config"]["optimizer"], asked["optimizer"]
+        checkpoint.unpack(
+            saved,
+            session.state,
+            self.parts.device,
+            keep_groups=was != wanted,
+            with_optimizer=(was["name"], was["kwargs"]) == (wanted["name"], wanted["kwargs"]),
+        )
         state = session.state
         self.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
         for key in ("model", "data", "optimizer", "schedule", "trainer"):
@@ -233,7 +266,7 @@ class Stage:
                 if saved["config"][key].get(name) != value:
                     self.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
         self.metrics = saved["metrics"]
-        self.record.forget_after(state.updates)
+        self.record.forget_after(self.number, session.config.model.name, state.finished_epochs)
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
         hooks = Hooks(
@@ -242,7 +275,8 @@ class Stage:
             event=self.event,
             leave=lambda: self._may_climb(rung),
         )
-        return Loop(self._opened, self.data, self.parts.device, rung.name, eval_batch, hooks, self.stop)
+        may_step_down = rung.settings.ladder.avoid_thrashing and not self._is_last(rung)
+        return Loop(self._opened, self.data, self.parts.device, rung.name, eval_batch, hooks, self.stop, may_step_down)
 
     def _failed_in_training(self, rung: Rung[Config], phase: str, reason: str) -> None:
         allocated, reserved = self.parts.capacity.peaks()
@@ -265,14 +299,14 @@ class Stage:
 
     def _measured(self, row: dict[str, Any]) -> None:
         self.metrics = row
-        self.record.metrics({"stage": self.number, **row})
+        self.record.metrics({"stage": self.number, **row, "model": self._opened.config.model.name})
 
     def _checkpoint(self, is_best: bool) -> None:
         content = self._content(self._rung_name(self._opened.config))
-        checkpoint.save(self.folder / "last.pt", content)
-        if is_best:
+        if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
             about = {key: content[key] for key in ("config", "rung", "stage", "num_classes", "classes", "best")}
             checkpoint.save(self.folder / "best.pt", {**about, "model": self.model.state_dict(), "ema": None})
+        checkpoint.save(self.folder / "last.pt", content)
 
     def _content(self, rung: str) -> dict[str, Any]:
         session = self._opened

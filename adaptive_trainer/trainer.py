@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.config import Config, ModelConfig, apply_overrides
 from adaptive_trainer.data import build_datasets
-from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, Interrupted, LadderExhausted
+from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe, resolve
 from adaptive_trainer.loop import StopSignal
@@ -70,8 +71,9 @@ class Trainer:
         Raises:
             UserError: something the user can mend: settings, data, model, checkpoint, a diverging loss.
             LadderExhausted: no rung fits.
-            DeviceUnusable: the device answers nothing any more after an error.
+            DeviceUnusable: the device answers nothing any more after an out-of-memory.
             Interrupted: a signal came; the state is saved.
+            Exception: whatever is not about memory, unchanged.
         """
         ladders = self._ladders()
         asked = ladders[0][1][0].settings
@@ -79,12 +81,12 @@ class Trainer:
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
         try:
-            with private_process_state(deterministic=asked.trainer.deterministic):
+            with private_process_state(deterministic=asked.trainer.deterministic), _current(device):
                 seed_everything(asked.seed)
                 with limited(device, asked.memory.limit) as capacity:
                     log.info("%s", capacity.description)
                     return self._run(ladders, device, capacity, record)
-        except (AdaptiveTrainerError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             record.failure(_outcome(error), str(error))
             raise
 
@@ -191,6 +193,11 @@ def _device(name: str) -> torch.device:
             raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA card the current one, so that nothing is made on another."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _outcome(error: BaseException) -> str:

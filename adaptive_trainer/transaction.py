@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, _refresh_per_optimizer_state
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer.position import Position
 
@@ -128,13 +128,17 @@ class Undo:
             self.average = list(state.ema.module.state_dict().values())
             averaged = state.ema.module.modules()
             self.buffers += [(m._buffers, name) for m in averaged for name in m._non_persistent_buffers_set]
-        owners = [state.optimizer, *([] if state.ema is None else [state.ema])]
+        owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
         self.generators = [
             v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)
         ]
-        host = torch.device("cpu")
         self.on_host = on_host
-        self.small = _Shadow(host if on_host else None)
+        self.free()
+
+    def free(self) -> None:
+        """Forget the copies and give back their memory."""
+        host = torch.device("cpu")
+        self.small = _Shadow(host if self.on_host else None)
         self.beside, self.host = _Shadow(), _Shadow(host)
         self.large = self.host
         self.begun = self.stepping = False
@@ -224,15 +228,3 @@ class Undo:
                 generator.setstate(kept)
             else:
                 generator.set_state(kept)
-
-
-def tensors_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the state with a name of its own: what a bit-for-bit comparison looks at."""
-    yield from ((f"model/{k}", v.detach()) for k, v in state.model.named_parameters())
-    yield from ((f"buffer/{k}", v) for k, v in state.model.named_buffers())
-    if state.ema is not None:
-        yield from ((f"ema/{k}", v) for k, v in state.ema.module.state_dict().items())
-    for number, parameter in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
-        flat, _ = tree_flatten(dict(state.optimizer.state.get(parameter, {})))
-        yield from ((f"optimizer/{number}/{k}", v) for k, v in enumerate(flat) if isinstance(v, Tensor))
-    yield from ((f"meter/{k}", v) for k, v in state.meters.items())

@@ -34,12 +34,17 @@ PROVEN_UPDATES = 2  # the optimizer makes its state in the first; the second mee
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Sizes of the tensors that training will meet: square RGB images, integer labels."""
+    """Sizes of the tensors that training will meet: square RGB images, integer labels.
+
+    Attributes:
+        last: samples in the last update of an epoch; 0 where it is a whole batch.
+    """
 
     batch_size: int
     eval_batch_size: int
     image_size: int
     num_classes: int
+    last: int = 0
 
 
 class Update:
@@ -75,6 +80,7 @@ class Update:
         self.clip_grad = clip_grad
         self.phase = "begin"
         self.step_allocates: bool | None = None  # not known yet
+        self._allocations_before_step = 0
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self._avoid_single = has_batch_norm(state.model)
@@ -95,6 +101,14 @@ class Update:
             raise OutOfMemory(failure.text, phase=self.phase)
         self.state.position = self.state.position.advance(samples)
         self.state.updates += 1
+
+    def largest_part(self, samples: int) -> int:
+        """Samples in the largest forward pass of an update."""
+        return max(micro_batches(samples, self.micro_batch_size, self._avoid_single), default=0)
+
+    def free_copies(self) -> None:
+        """Give back the memory of the copies, which the next update makes anew."""
+        self._undo.free()
 
     def _attempt(self, images: Tensor, labels: Tensor) -> oom.Failure | None:
         """The update, or the reason why it was rolled back."""
@@ -157,13 +171,12 @@ class Update:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Any:
         with self._autocast():
-            output: Tensor = self.state.model(x)
-        return output
+            return self.state.model(x)
 
     @torch.no_grad()
-    def _measure(self, output: Tensor, target: Tensor, loss: Tensor) -> None:
+    def _measure(self, output: Any, target: Tensor, loss: Tensor) -> None:
         meters = self.state.meters
         meters["loss"].add_(loss.detach(), alpha=len(target))
         meters["seen"].add_(len(target))
@@ -181,6 +194,7 @@ class Update:
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
         warm = self._is_warm()
+        self._allocations_before_step = 0
         if not warm or self.step_allocates is not False:
             self._undo.before_step(on_host=not (warm and self.step_allocates))
         hook = state.optimizer.register_step_pre_hook(self._enter_step)
@@ -192,7 +206,7 @@ class Update:
         scaler.update()
         if state.ema is not None:
             state.ema.update(state.model, step=state.updates + 1)
-        if warm and self.step_allocates is None and self.device.type == "cuda":
+        if warm and self._allocations_before_step:
             self.step_allocates = _allocations(self.device) > self._allocations_before_step
 
     def _enter_step(self, *_: Any) -> None:
@@ -233,13 +247,13 @@ class Update:
         return loss, correct
 
 
-def _is_classification(output: Tensor, target: Tensor) -> bool:
-    return output.ndim == 2 and target.ndim == 1
+def _is_classification(output: Any, target: Any) -> bool:
+    return isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim == 2 and target.ndim == 1
 
 
 def _allocations(device: torch.device) -> int:
-    """Blocks that torch's allocator has handed out so far."""
-    return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
+    """Blocks that torch's allocator has handed out so far; 0 where it does not count them (`cudaMallocAsync`)."""
+    return int(torch.cuda.memory_stats(device).get("allocation.all.allocated", 0))
 
 
 def prove(update: Update, shapes: Shapes) -> int:
@@ -250,6 +264,7 @@ def prove(update: Update, shapes: Shapes) -> int:
 
     Raises:
         OutOfMemory: it does not fit; the state is as before.
+        DeviceUnusable: the device answers nothing any more.
         RuntimeError: nothing ran.
     """
     state = update.state
@@ -257,18 +272,32 @@ def prove(update: Update, shapes: Shapes) -> int:
     trace.begin()
     trace.before_step()
     try:
-        images, labels = _made_up(shapes.batch_size, shapes)
-        for _ in range(PROVEN_UPDATES):
-            update.run(images, labels, samples=0)
-        for _ in range(2 if update.step_allocates else 0):  # the first makes copies beside the weights, which stay
-            update.run(images, labels, samples=0)
-        proven = state.updates - trace.updates
-        eval_batch = _prove_evaluation(update, shapes)
-    finally:
-        trace.roll_back()
+        proven, eval_batch = _prove(update, shapes)
+    except BaseException as error:
+        if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
+            trace.roll_back()
+        raise
+    proven -= trace.updates
+    trace.roll_back()
     if proven < PROVEN_UPDATES:
         raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
     return eval_batch
+
+
+def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
+    """Count of updates afterwards, and the evaluation batch size that fits."""
+    scaler = update.state.scaler
+    if scaler.is_enabled():  # a step that overflows is left out, and would prove nothing
+        scaler.scale(torch.zeros((), device=update.device))  # makes its tensors where there are none
+        scaler.update(1.0)
+    images, labels = _made_up(shapes.batch_size, shapes)
+    for _ in range(PROVEN_UPDATES):
+        update.run(images, labels, samples=0)
+    for _ in range(2 if update.step_allocates else 0):  # the first makes copies beside the weights, which stay
+        update.run(images, labels, samples=0)
+    if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
+        update.run(*_made_up(shapes.last, shapes), samples=0)
+    return update.state.updates, _prove_evaluation(update, shapes)
 
 
 def _prove_evaluation(update: Update, shapes: Shapes) -> int:

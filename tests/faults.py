@@ -6,7 +6,7 @@ What `dump` leaves out has not been compared: a new piece of training state belo
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
-from adaptive_trainer.transaction import TrainState, tensors_of
+from adaptive_trainer.transaction import TrainState
 
 
 class Fault(TorchDispatchMode):
@@ -111,6 +111,18 @@ class Net(nn.Module):
         x = x + self.drop_path(nn.functional.silu(self.norm2(self.depthwise(x))))
         out: Tensor = self.head(self.dropout(x.mean((2, 3))))
         return out
+
+
+def tensors_of(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state with a name of its own: what a bit-for-bit comparison looks at."""
+    yield from ((f"model/{k}", v.detach()) for k, v in state.model.named_parameters())
+    yield from ((f"buffer/{k}", v) for k, v in state.model.named_buffers())
+    if state.ema is not None:
+        yield from ((f"ema/{k}", v) for k, v in state.ema.module.state_dict().items())
+    for number, parameter in enumerate(p for group in state.optimizer.param_groups for p in group["params"]):
+        flat, _ = tree_flatten(dict(state.optimizer.state.get(parameter, {})))
+        yield from ((f"optimizer/{number}/{k}", v) for k, v in enumerate(flat) if isinstance(v, Tensor))
+    yield from ((f"meter/{k}", v) for k, v in state.meters.items())
 
 
 def dump(state: TrainState) -> dict[str, Any]:

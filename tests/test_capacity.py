@@ -101,16 +101,14 @@ def test_the_default_and_a_fraction_of_it() -> None:
         assert half.bytes == DEFAULT_SIMULATED // 2
         assert "simulated card of 512 MiB" in whole.description
         assert "none lifts it" in whole.description
-        assert whole.exact
 
 
 def test_no_limit_counts_nothing() -> None:
     with limited(CPU, "none") as capacity:
-        with capacity.device_work(), capacity.uncounted():
+        with capacity.device_work():
             block(1)
         assert capacity.bytes is capacity.room() is None
         assert capacity.peaks() == (0, 0)
-        assert not capacity.exact
         assert not capacity.pressure()
         assert "no limit" in capacity.description
         capacity.reset_peaks()
@@ -194,15 +192,6 @@ def test_saved_for_backward_counts_until_backward(card: Capacity) -> None:
         assert card.peaks()[0] >= (4 + 4 + 4) * MiB  # backward is seen: its own results on top
     del y
     assert card.usage().allocated == (4 + 4) * MiB  # x and its gradient
-
-
-def test_uncounted(card: Capacity) -> None:
-    with card.device_work():
-        with card.uncounted():
-            shadow = block(60)
-        block(40)
-    assert card.peaks()[0] == 40 * MiB
-    assert len(shadow) == 60 * MiB
 
 
 def test_fake_meta_and_sparse_tensors_are_no_ones_memory(card: Capacity) -> None:

@@ -98,7 +98,6 @@ class Capacity:
         size: the cap, else all of the device; None where that is not known.
         description: the device and the cap, in words.
         card: the simulated card, where there is one.
-        exact: whether it counts exactly, so that the same work meets the same limit again.
     """
 
     def __init__(
@@ -108,13 +107,14 @@ class Capacity:
         description: str,
         card: SimulatedCard | None = None,
         total: int | None = None,
+        foreign: int = 0,
     ) -> None:
         self.device = device
         self.bytes = limit
         self.size = total if limit is None else limit
         self.description = description
         self.card = card
-        self.exact = card is not None
+        self._foreign = foreign
         self._failed = self._working = False
 
     @contextmanager
@@ -138,18 +138,6 @@ class Capacity:
             self.card.empty_cache()
             self._failed = False
 
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Inside `device_work`, around what a real card would keep in host memory."""
-        if self.card is None:
-            yield
-            return
-        before, self.card.paused = self.card.paused, True
-        try:
-            yield
-        finally:
-            self.card.paused = before
-
     def usage(self) -> Usage:
         """What is used now and was used at the most, in bytes; zeros where nothing counts (a CPU with no limit)."""
         return self.card.usage() if self.card is not None else usage.snapshot(self.device)
@@ -172,20 +160,20 @@ class Capacity:
             torch.cuda.empty_cache()
 
     def room(self) -> int | None:
-        """Bytes that this process could hold in tensors now: the cap, or what other processes leave of the card.
+        """Bytes that training could hold in tensors now: the cap, or what other processes leave of the card.
 
-        None where that is not known.
+        What the caller's own tensors held on a CUDA card before is not counted. None where that is not known.
         """
         if self.device.type != "cuda":
             return self.bytes
         left = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        return left if self.bytes is None else min(left, self.bytes)
+        return (left if self.bytes is None else min(left, self.bytes)) - self._foreign
 
     def pressure(self) -> bool:
         """Whether memory is really short: more than 0.8 of the room is reserved. False where the device is mute."""
         try:
             room = self.room()
-            return room is not None and self.usage().reserved > SHORT * room
+            return room is not None and self.usage().reserved > SHORT * (room + self._foreign)
         except RuntimeError:
             return False
 
@@ -231,8 +219,9 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         torch.cuda.set_per_process_memory_fraction(fraction, device)
     capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by memory.limit"
     usage.reset_peaks(device)
+    held = usage.snapshot(device).allocated
     try:
-        yield Capacity(device, cap, f"{name}, {capped}", total=total)
+        yield Capacity(device, cap, f"{name}, {capped}", total=total, foreign=held)
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
 

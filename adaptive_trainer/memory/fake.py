@@ -78,6 +78,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and note what its outputs bring."""
+        if func is aten.mkldnn_rnn_layer.default:
+            raise NotImplementedError("the memory that kernels of LSTMs take is not known")
         if func is aten._local_scalar_dense.default and self.in_step:  # .item(): a step count, which is not 0
             return 1.0 if args[0].dtype.is_floating_point else 1
         out = func(*args, **(kwargs or {}))
@@ -174,7 +176,7 @@ def _kernels() -> list[tuple[str, str, Callable[..., Any]]]:
     rules |= {name: _softmax(_operator(name), fused) for name, fused in SOFTMAX.items()}
     missing = {f"aten::{name}" for name in rules} & on_cuda - on_cpu
     kernels = [(name, "AutocastCPU", kernel) for name, kernel in rules.items() if f"aten::{name}" in missing]
-    return [*kernels, ("dropout", "AutogradCPU", _dropout)]
+    return [*kernels, ("dropout", "AutogradCPU", _dropout), ("scaled_dot_product_attention", "AutogradCPU", _attention)]
 
 
 def _operator(name: str) -> Any:
@@ -223,6 +225,45 @@ def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
         return x
     dropped: Tensor = torch.native_dropout(x, p, train)[0]
     return dropped
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """CUDA keeps no attention matrix where there is dropout, or a mask that learns; the CPU's own choice does."""
+    grouped = query.shape[:-2] != key.shape[:-2]
+    if query.ndim != 4 or grouped or query.shape[-1] != value.shape[-1]:
+        out = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )
+    elif dropout_p == 0 and (attn_mask is None or not attn_mask.requires_grad):
+        mask = _additive(attn_mask, query)
+        out = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
+        )
+    else:
+        mask = _additive(attn_mask, query)
+        full = None if mask is None else mask.expand(*query.shape[:-1], key.shape[-2])
+        needs_gradient = any(t.requires_grad for t in (query, key, value))
+        out = aten._scaled_dot_product_efficient_attention(
+            query, key, value, full, needs_gradient, dropout_p, is_causal, scale=scale
+        )
+    result: Tensor = out[0]
+    return result
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
 
 
 def materialize(model: nn.Module) -> None:

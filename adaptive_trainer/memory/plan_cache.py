@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -91,7 +92,7 @@ class PlanCache:
         """The least that was seen to be taken of the card outside the allocator: the CUDA context and its modules."""
         found = self._read("context", {"card": card, "torch": version("torch")})
         value = None if found is None else found.get("context_bytes")
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) and value >= 0 else None
 
     def keep_context(self, card: str, context_bytes: int) -> None:
         """Keep what is taken of the card outside the allocator, if that is less than what is known.
@@ -111,7 +112,7 @@ class PlanCache:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(content, dict) or _text(content.get("key")) != _text(key):
             return None
@@ -140,13 +141,20 @@ def _text(value: Any) -> str:
 
 def _made(kind: type[Any], fields: dict[str, Any]) -> Any:
     """A dataclass from what was read; None where the file holds something else."""
-    wanted = kind.__dataclass_fields__
-    known = all(name in wanted and isinstance(v, int | float | str | None) for name, v in fields.items())
-    return kind(**fields) if known and len(fields) == len(wanted) else None
+    known = fields.keys() == kind.__dataclass_fields__.keys()
+    return kind(**fields) if known and all(_is_sound(name, value) for name, value in fields.items()) else None
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    if name == "reason":
+        return bool(value == "")  # what failed is not kept
+    if name == "seconds":
+        return isinstance(value, float) and math.isfinite(value)
+    return value is None or (type(value) is int and value >= 0)
 
 
 def default_folder() -> Path | None:
-    """`$ADAPTIVE_TRAINER_CACHE`, else the user's cache folder; None where that variable is set and empty."""
+    """`$ADAPTIVE_TRAINER_CACHE`, else the user's cache folder; None where there is none, or that variable is empty."""
     chosen = os.environ.get("ADAPTIVE_TRAINER_CACHE")
     if chosen is not None:
         return Path(chosen) if chosen else None
@@ -154,7 +162,10 @@ def default_folder() -> Path | None:
         base = os.environ.get("LOCALAPPDATA")
     else:
         base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "adaptive_trainer"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "adaptive_trainer"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 @cache

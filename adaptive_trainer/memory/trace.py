@@ -10,7 +10,9 @@ a network give its allocations at other batch and image sizes (`Tracer`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import random
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer.memory.fake import Recorder, fake_device, materialize
 
-__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "trace"]
+__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "same_random_numbers", "trace"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion
@@ -119,11 +121,27 @@ def trace(spec: TraceSpec) -> Trace:
     reason = ""
     for on_meta in (True, False):  # a few networks look at values while they are built: those are built for real
         try:
-            with torch.random.fork_rng(devices=[]):
+            with same_random_numbers(), torch.autograd.set_detect_anomaly(False):
                 return _trace(spec, on_meta=on_meta)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     raise TraceError(reason)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Puts back what the block draws, and what a network may switch: predictions must not change a training.
+
+    torch's random numbers are the process's: another thread that draws meanwhile draws the same ones again.
+    """
+    python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
@@ -192,6 +210,7 @@ class _Training:
     def _accumulate(self) -> None:
         self.recorder.part = 1
         images, labels = (None, None) if self.spec.cuda else self._batch(self.spec.batches[1])
+        self.held = images, labels  # by whoever asks for the update, to its end
         start = 0
         for part, samples in enumerate(self.spec.batches[2:-1], start=2):
             self.recorder.part = part
@@ -208,8 +227,8 @@ class _Training:
             start += samples
 
     @torch.no_grad()
-    def _measure(self, output: Tensor, y: Tensor) -> None:
-        if output.ndim == 2 and y.ndim == 1:
+    def _measure(self, output: Any, y: Tensor) -> None:
+        if isinstance(output, Tensor) and output.ndim == 2 and y.ndim == 1:
             self.meters[0].add_((output.argmax(1) == y).sum())
 
     @torch.no_grad()
