@@ -313,3 +313,26 @@ print(failure.kind, oom.probe(device), sep=", ")
 def test_a_real_device_side_assert_leaves_the_device_unusable() -> None:
     ran = subprocess.run([sys.executable, "-c", BAD_LABEL], capture_output=True, text=True, check=False)
     assert ran.stdout == "device unusable, False\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error (x.cu:3): out of memory",
+        "cuda runtime error (2) : out of memory",
+    ],
+)
+def test_other_spellings(text: str) -> None:
+    assert oom.describe(RuntimeError(text)).kind is Kind.DEVICE
+
+
+def test_a_full_card_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first use of a kernel loads it, which fails on a full card."""
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch, "ones", full)
+    assert oom.probe(torch.device("cuda", 0))

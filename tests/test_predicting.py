@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from adaptive_trainer import compose_config, predict
+from adaptive_trainer.config import apply_overrides
 from adaptive_trainer.errors import ConfigError, ModelError
 
 MiB = 2**20
@@ -95,3 +100,76 @@ def test_what_makes_no_sense() -> None:
         predict(compose_config(), device="rtx9999")
     with pytest.raises(ModelError, match="efficientnet_b9: did you mean"):
         predict(compose_config(["model.name=efficientnet_b9"]))
+
+
+def test_what_is_around_makes_no_difference() -> None:
+    plain = predict(network(), adamw, SHAPE, device="cpu").live_bytes
+    with torch.inference_mode():
+        assert predict(network(), adamw, SHAPE, device="cpu").live_bytes == plain
+    with torch.no_grad(), torch.autograd.set_detect_anomaly(True):
+        assert predict(network(), adamw, SHAPE, device="cpu").live_bytes == plain
+    with initialize_config_dir(str(Path(__file__).parent), version_base="1.3"):  # a program of someone else's
+        assert predict(network(), adamw, SHAPE, device="rtx2060").live_bytes is not None
+        assert compose_config(["optimizer=sgd"]).optimizer.name == "sgd"
+        assert apply_overrides(compose_config(), ["optimizer=lion"]).optimizer.name == "lion"
+        assert compose(overrides=["+x=1"]).x == 1
+
+
+def test_random_numbers_stay_where_they_are() -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x) * (random.random() + np.random.rand())
+            torch.set_default_dtype(torch.float64)
+            return out
+
+    model = Draws()
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+    assert predict(model, adamw, (8, 4), device="cpu").reason == ""
+    assert (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()) == states
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_loss_that_uses_the_network_itself_is_unknown() -> None:
+    model = network()
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        return output.mean() + sum(p.square().sum() for p in model.parameters())
+
+    found = predict(model, adamw, SHAPE, loss=loss, device="cpu")
+    assert found.reason == "the loss or the network uses these very parameters"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attention_with_dropout_keeps_no_matrix_on_cuda() -> None:
+    class Attention(nn.Module):
+        def __init__(self, dropout: float) -> None:
+            super().__init__()
+            self.layer, self.dropout = nn.Linear(64, 64), dropout
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.layer(x).unflatten(-1, (4, 16)).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=self.dropout).mean((1, 2))
+
+    plain, dropped = (predict(Attention(p), adamw, (2, 1024, 64), device="t4").live_bytes for p in (0.0, 0.1))
+    assert plain is not None
+    assert dropped is not None
+    assert dropped < 1.05 * plain
+
+
+def test_lstms_and_strange_optimizers_are_unknown() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)[0][:, -1]
+            return out
+
+    assert "LSTM" in predict(Recurrent(), adamw, (4, 6, 8), device="t4").reason
+    stranger = adamw(network().parameters())
+    assert "none of the network's parameters" in predict(network(), stranger, SHAPE, device="cpu").reason

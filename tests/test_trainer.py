@@ -264,6 +264,12 @@ def test_another_model_starts_anew(tmp_path: Path) -> None:
     kept = checkpoint.load(tmp_path / "checkpoints" / "before-mobilenetv3_small_050.pt")
     assert (kept["rung"], kept["updates"], kept["config"]["model"]["name"]) == ("requested", 5, "efficientnet_b0")
     assert (result.metrics["epoch"], result.metrics["updates"]) == (2, 10)
+    best = checkpoint.load(tmp_path / "checkpoints" / "best-efficientnet_b0.pt")
+    assert best["config"]["model"]["name"] == "efficientnet_b0"
+    rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
+    assert [(row[1], row[-1]) for row in rows] == [
+        ("1", "efficientnet_b0"), ("1", "mobilenetv3_small_050"), ("2", "mobilenetv3_small_050"),
+    ]  # fmt: skip
 
 
 def test_an_exhausted_ladder_frees_everything(tmp_path: Path) -> None:
@@ -464,3 +470,51 @@ def test_no_thrashing_where_the_cache_is_used(tmp_path: Path) -> None:
 def test_data_that_is_a_tensor(tmp_path: Path) -> None:
     data = TensorDataset(torch.rand(20, 3, 8, 8), torch.arange(20) % 3)
     assert fit(tmp_path, data=data)[0].metrics["updates"] == 2 * 3
+
+
+def test_no_thrashing_rung_is_left_where_there_is_none_below(tmp_path: Path) -> None:
+    options = ("memory.limit=40MiB", "trainer.log_every=5", "ladder.avoid_thrashing=true")
+    result, _ = fit(tmp_path, *options, appetite=Alternating(), steps={})
+    assert outcomes(result) == [("requested", "fits")]
+
+
+def test_a_climb_that_fails_goes_back_to_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rung above has another optimizer and another precision, made anew for the try."""
+    from adaptive_trainer.forecast import Forecast
+    from adaptive_trainer.memory.capacity import Capacity
+
+    rooms = iter(range(10**9, 2 * 10**9))
+    monkeypatch.setattr(Capacity, "room", lambda self: next(rooms))  # more each time it is asked for
+    monkeypatch.setattr(Forecast, "judge", lambda self, config: ("", None))
+    steps = {"small": ["optimizer=sgd", "trainer.precision=fp16", "trainer.batch_size=4"]}
+
+    def appetite(training: bool, samples: int) -> int:
+        return 64 * MiB if training and samples > 4 else 1
+
+    ends = []
+    for climb in (False, True):
+        folder = tmp_path / str(climb)
+        options = ("memory.limit=32MiB", "trainer.epochs=4", f"ladder.climb={climb}")
+        result, _ = fit(folder, *options, appetite=appetite, steps=steps)
+        assert (("requested", "oom") in outcomes(result)[1:]) == climb
+        ends.append(checkpoint.load(folder / "checkpoints" / "last.pt"))
+    for part in ("model", "scaler", "optimizer"):
+        assert repr(ends[0][part]) == repr(ends[1][part])
+
+
+class Full(Seen):
+    """Makes its images on a card that is full, at first."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if len(self.keys) == 20:
+            self.keys.append(-1)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return super().__getitem__(index)
+
+
+def test_memory_that_runs_out_in_the_data_set_costs_a_rung_and_no_sample(tmp_path: Path) -> None:
+    data = Full()
+    result, [net] = fit(tmp_path, "memory.limit=32MiB", "trainer.epochs=1", data=data)
+    assert outcomes(result) == [("requested", "fits"), ("requested", "oom"), ("half", "fits")]
+    assert result.attempts[1].phase.startswith("loading data, after update")
+    assert sorted(n for numbers in net.trained for n in numbers if n) == list(range(1, 40))

@@ -333,3 +333,56 @@ def test_evaluation_is_halved_until_it_fits() -> None:
         run = start(Case("sgd", "fp32", warm=False, ema=False), small)
         shapes = Shapes(batch_size=2, eval_batch_size=64, image_size=128, num_classes=5)
         assert prove(run.update(2), shapes) in (4, 8)
+
+
+def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is left out, so nothing is learned of what it allocates."""
+    counts = iter(range(1, 1000))
+    monkeypatch.setattr("adaptive_trainer.update._allocations", lambda _: next(counts))
+    run = start(Case("sgd", "fp16", warm=True), capacity)
+    update, original = run.update(), Update._step
+
+    def on_a_card(self: Update) -> None:
+        self.device = torch.device("cuda", 0)
+        try:
+            original(self)
+        finally:
+            self.device = CPU
+
+    monkeypatch.setattr(Update, "_step", on_a_card)
+    assert run.state.scaler._scale is not None
+    run.state.scaler._scale.fill_(2.0**40)
+    run.advance(update)
+    assert update.step_allocates is None
+    run.state.scaler._scale.fill_(1.0)
+    run.advance(update)
+    assert update.step_allocates is True
+
+
+def test_a_proof_meets_a_last_update_with_larger_parts(capacity: Capacity) -> None:
+    run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
+    update, seen = run.update(2), list[int]()
+    run.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    prove(update, Shapes(batch_size=4, eval_batch_size=1, image_size=8, num_classes=5, last=3))
+    assert seen == [2, 2] * PROVEN_UPDATES + [3, 1]
+
+
+def test_a_buffer_that_is_an_expanded_view_is_put_back(tmp_path: Path) -> None:
+    class Expanded(nn.Module):
+        scale: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(192, 3)
+            self.register_buffer("scale", torch.ones(1).expand(192))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x.flatten(1) * self.scale)
+            return out
+
+    data = TensorDataset(torch.rand(8, 3, 8, 8), torch.arange(8) % 3)
+    options = ["trainer.batch_size=4", "data.image_size=8", "data.transforms=none", "data.num_workers=0"]
+    trainer = Trainer(
+        compose_config(options), model=lambda _, __: Expanded(), train_data=data, val_data=data, output_dir=tmp_path
+    )
+    assert trainer.fit().rung == "requested"
