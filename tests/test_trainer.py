@@ -518,3 +518,28 @@ def test_memory_that_runs_out_in_the_data_set_costs_a_rung_and_no_sample(tmp_pat
     assert outcomes(result) == [("requested", "fits"), ("requested", "oom"), ("half", "fits")]
     assert result.attempts[1].phase.startswith("loading data, after update")
     assert sorted(n for numbers in net.trained for n in numbers if n) == list(range(1, 40))
+
+
+@pytest.mark.parametrize(("before", "after", "keys"), [("sgd", "adamw", 3), ("adamw", "sgd", 1)])
+def test_resumed_with_another_optimizer_it_starts_anew(before: str, after: str, keys: int, tmp_path: Path) -> None:
+    fit(tmp_path, f"optimizer={before}", "trainer.epochs=1")
+    result, _ = fit(tmp_path, f"optimizer={after}", "resume=auto")
+    assert (result.metrics["epoch"], result.metrics["updates"]) == (2, 10)
+    assert f"resumed with another optimizer.name: {before} -> {after}" in result.events
+    saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["optimizer"]["state"]
+    assert {len(values) for values in saved.values()} == {keys}
+
+
+def test_the_best_model_is_saved_before_the_state_that_knows_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    original = checkpoint.save
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        saved.append(path.name)
+        original(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    fit(tmp_path, "trainer.epochs=1")
+    assert saved == ["last.pt", "best.pt", "last.pt"]
