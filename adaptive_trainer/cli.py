@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from adaptive_trainer.config import config_dir, register
-from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, UserError
+from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
 
 __all__ = ["OutputFolder", "as_list", "main"]
 
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Entry of `python -m adaptive_trainer`; ends the process with the exit code."""
     register()
-    if not {"-m", "--multirun"} & set(sys.argv):
-        sys.argv[1:] = [as_list(argument) for argument in sys.argv[1:]]
+    is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
+    sys.argv[1:] = [as_list(argument, is_sweep) for argument in sys.argv[1:]]
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
     codes: list[int] = []
 
@@ -75,10 +75,12 @@ class OutputFolder(Callback):
             sys.exit(UserError.exit_code)
 
 
-def as_list(argument: str) -> str:
-    """`batch=8,16` means the list [8,16]: Hydra keeps plain commas for sweeps."""
+def as_list(argument: str, is_sweep: bool = False) -> str:
+    """`batch=8,16` means the list [8,16], since Hydra keeps plain commas for sweeps; in a sweep, one job for each."""
     key, _, value = argument.partition("=")
-    return f"{key}=[{value}]" if key in ("batch", "size") and "[" not in value else argument
+    if key not in ("batch", "size") or "[" in value:
+        return argument
+    return f"{key}={','.join(f'[{each}]' for each in value.split(','))}" if is_sweep else f"{key}=[{value}]"
 
 
 def _job(cfg: DictConfig, codes: list[int]) -> float:
@@ -95,6 +97,9 @@ def _job(cfg: DictConfig, codes: list[int]) -> float:
         codes.append(error.exit_code)
         if whole_traceback:
             raise
+        if isinstance(error, Interrupted):
+            log.error("%s", error)
+            sys.exit(error.exit_code)  # not one job only: a sweep ends too
         failure = _bare(error)
     except Exception as error:
         found = oom.describe(error)

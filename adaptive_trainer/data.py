@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from adaptive_trainer.datasets import DataSets, build_datasets, digits, image_folder, sample_name
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.position import Key, Position, key_seed
+from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
 from adaptive_trainer.transforms import Transform, build_transform, to_rgb
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
 
 BROKEN = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises for a bad file
 NOT_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+SECONDS_AFTER_SIGTERM = 30
 EVALUATION = -1  # stands for the epoch in the key of an evaluation sample
 
 
@@ -74,7 +75,8 @@ def train_loader(
     """The rest of the epoch from `position` on, one batch an update, augmented."""
     transform = build_transform(data.config, image_size, training=True)
     view = _View(data.train, transform, position.seed, data.num_classes, data.config.on_error == "skip")
-    return _loader(view, _Updates(position, batch_size), num_workers, pin_memory)
+    count = updates_per_epoch(position.size - position.cursor, batch_size)
+    return _loader(view, _Updates(position, batch_size), count, num_workers, pin_memory)
 
 
 def eval_loader(
@@ -85,7 +87,7 @@ def eval_loader(
     view = _View(data.val, transform, 0, data.num_classes, data.config.on_error == "skip")
     keys = [(EVALUATION, index) for index in range(start, len(view))]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return _loader(view, batches, num_workers, pin_memory)
+    return _loader(view, batches, len(batches), num_workers, pin_memory)
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,13 @@ class _Loader(DataLoader[Batch]):
         pass
 
 
-def _loader(view: _View, batches: Iterable[list[Key]], num_workers: int, pin_memory: bool) -> DataLoader[Batch]:
+def _loader(
+    view: _View, batches: Iterable[list[Key]], count: int, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
     return _Loader(
         view,
         batch_sampler=batches,
-        num_workers=num_workers,
+        num_workers=min(num_workers, count),  # more would have nothing to do
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
@@ -199,7 +203,8 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
 def _start_worker(_: int) -> None:
     """Ctrl-C, and a scheduler's SIGTERM, reach every process of the group; only the main one answers them.
 
-    A second SIGTERM ends the worker: it is how a loader gets rid of one that hangs.
+    A second SIGTERM ends the worker at once, and the first after a while: it may be the way to get rid of one that
+    hangs, and whoever sends it may wait for the end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
@@ -207,3 +212,5 @@ def _start_worker(_: int) -> None:
 
 def _ignore_once(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "alarm"):
+        signal.alarm(SECONDS_AFTER_SIGTERM)

@@ -83,7 +83,8 @@ def descend(
 
     Args:
         ladder: the rungs, largest first.
-        attempt: tries one rung's settings; what it returns is the value of the result. It may raise any out-of-memory.
+        attempt: tries one rung's settings; what it returns is the value of the result. It may raise any out-of-memory
+            of the device, which on a CPU is the host's.
         judge: says of a rung why it need not be tried ("" when it must be) and how many bytes it is expected to need.
         meter: measures each attempt's peaks.
         on_attempt: is told each attempt's record as it happens.
@@ -106,7 +107,7 @@ def descend(
         if reason:
             record(Attempt(rung.name, "skipped", reason=reason, predicted_bytes=predicted))
             continue
-        entry, value = _try(rung, attempt, meter, record)
+        entry, value = _try(rung, attempt, device, meter, record)
         entry.predicted_bytes = predicted
         if entry.outcome == "oom":
             oom.release(device)
@@ -117,7 +118,11 @@ def descend(
 
 
 def _try(
-    rung: Rung[T], attempt: Callable[[T], R], meter: Meter | None, record: Callable[[Attempt], None]
+    rung: Rung[T],
+    attempt: Callable[[T], R],
+    device: torch.device,
+    meter: Meter | None,
+    record: Callable[[Attempt], None],
 ) -> tuple[Attempt, tuple[R] | None]:
     """One rung tried: its record, and the value in a tuple of one when it holds."""
     entry = Attempt(rung.name, "fits")
@@ -132,7 +137,7 @@ def _try(
     except Exception as error:
         failure = oom.describe(error)
         entry.outcome, entry.phase, entry.reason = "oom", "attempt", failure.text
-        if failure.kind is not oom.Kind.DEVICE:
+        if not (failure.kind is oom.Kind.DEVICE or (failure.kind is oom.Kind.HOST and device.type == "cpu")):
             entry.outcome = "failed"
             record(entry)
             raise

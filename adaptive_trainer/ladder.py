@@ -16,11 +16,28 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer.config import Config, apply_overrides, check, typed
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["REQUESTED", "Change", "Recipe", "Rung", "changes", "make_ladder", "recipe", "resolve", "scaled_lr"]
+__all__ = [
+    "REQUESTED",
+    "Change",
+    "Recipe",
+    "Rung",
+    "changed",
+    "changes",
+    "make_ladder",
+    "recipe",
+    "resolve",
+    "scaled_lr",
+    "stages",
+]
 
 T = TypeVar("T")
 REQUESTED = "requested"
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
+# Decided once for a run: what is trained on, where, and what becomes of it.
+FIXED = (
+    "task", "device", "seed", "resume", "output_dir", "optimized_metric", "memory", "card", "phases", "ladder.rungs",
+    "model.num_classes", "data.train", "data.val", "data.root",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +120,10 @@ def make_ladder(
     """A ladder of plain settings: `make_ladder({"batch": 64}, {"half": {"batch": 32}, "amp": {"amp": True}})`.
 
     Raises:
-        ConfigError: a step sets a key that the request does not have.
+        ConfigError: a step sets a key that the request does not have, or is named `requested`.
     """
+    if REQUESTED in steps:
+        raise ConfigError(f"a step cannot be named {REQUESTED!r}, which is the name of the first rung")
     settings = dict(requested)
     ladder = [Rung(REQUESTED, dict(settings))]
     for name, step in steps.items():
@@ -139,12 +158,13 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
             continue
         follows = follows and not any(_sets_lr(text) for text in kept)
         settings = config
-        if follows:
+        if (text := _problem(config)) not in (None, wrong_request):  # rungs inherit what is wrong with the request
+            problems.append(f"rung {name!r}: {text}")
+            continue
+        if follows and wrong_request is None:
             lr, why = scaled_lr(asked, config.trainer.batch_size)
             settings = replace(config, optimizer=replace(config.optimizer, lr=lr))
             notes += [why] if why else []
-        if (text := _problem(config)) not in (None, wrong_request):  # rungs inherit what is wrong with the request
-            problems.append(f"rung {name!r}: {text}")
         ladder.append(
             Rung(name, settings, tuple(kept), "" if kept else "; ".join(notes) or "it sets nothing", tuple(notes))
         )
@@ -153,6 +173,18 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
     if problems:
         raise ConfigError("; ".join(problems))
     return tuple(ladder)
+
+
+def stages(cfg: DictConfig) -> list[tuple[str, tuple[Rung[Config], ...]]]:
+    """The names and ladders of the configured stages; one named `train` where there are none.
+
+    Raises:
+        ConfigError: as `resolve` does.
+    """
+    phases = list(cfg.phases.stages)
+    if not phases:
+        return [("train", resolve(cfg))]
+    return [(phase.name, resolve(apply_overrides(cfg, phase.overrides))) for phase in phases]
 
 
 def _problem(config: Config) -> str | None:
@@ -170,6 +202,8 @@ def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictCo
     for text in overrides:
         candidate = _clamped(apply_overrides(cfg, [text]))
         settings = typed(candidate)
+        if fixed := [key for key in changed(config, settings) if key.startswith(FIXED)]:
+            raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
         reason = _refusal(config, settings)
         if reason:
             notes.append(f"{text} is left out: {reason}")
@@ -177,6 +211,12 @@ def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictCo
             cfg, config = candidate, settings
             kept.append(text)
     return cfg, config, kept, notes
+
+
+def changed(before: Config, after: Config) -> dict[str, Any]:
+    """The settings of `after` that differ, by their full names; None for one that is gone."""
+    old, new = _flat(asdict(before)), _flat(asdict(after))
+    return {key: new.get(key) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def _clamped(cfg: DictConfig) -> DictConfig:

@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from adaptive_trainer import oom
 from adaptive_trainer.data import Batch, DataSets, eval_loader, train_loader
-from adaptive_trainer.errors import DivergedError, Interrupted, OutOfMemory
+from adaptive_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemory
+from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.session import Session
 
 __all__ = ["Hooks", "Loop", "StopSignal"]
@@ -74,6 +75,13 @@ def _told_by_the_loader() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def _end_workers(iterator: Iterator[Batch] | None) -> None:
+    """Now, and not when the last reference to the iterator goes: the frames of an error keep it alive."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop tells others.
@@ -109,6 +117,7 @@ class Loop:
     def __post_init__(self) -> None:
         """Start with the workers that the settings ask for."""
         self.num_workers = self.session.config.data.num_workers
+        self.data = replace(self.data, config=self.session.config.data)
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False
 
@@ -153,23 +162,24 @@ class Loop:
     def _train_on(self, loader: DataLoader[Batch], epoch: int, bar: tqdm[Any]) -> bool:
         """Updates from one loader until the epoch ends; False when a data worker died."""
         state, trainer = self.session.state, self.session.config.trainer
-        for batch in self._guarded(loader):
-            if batch is None:
-                return False
-            self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
-            self.session.update.run(batch.images, batch.labels, samples=batch.samples)
-            bar.update(batch.samples)
-            if batch.skipped:
-                self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
-            if state.updates % trainer.log_every == 0:
-                loss = self._mean_loss()
-                self._check_number("training", loss)
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                self._watch_for_thrashing()
-            at_end = state.position.epoch != epoch
-            if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
-                self.hooks.checkpoint(False)
-            self._stop_if_asked()
+        with closing(self._guarded(loader)) as batches:
+            for batch in batches:
+                if batch is None:
+                    return False
+                self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
+                self.session.update.run(batch.images, batch.labels, samples=batch.samples)
+                bar.update(batch.samples)
+                if batch.skipped:
+                    self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
+                if state.updates % trainer.log_every == 0:
+                    loss = self._mean_loss()
+                    self._check_number("training", loss)
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    self._watch_for_thrashing()
+                at_end = state.position.epoch != epoch
+                if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
+                    self.hooks.checkpoint(False)
+                self._stop_if_asked()
         return True
 
     def _watch_for_thrashing(self) -> None:
@@ -204,35 +214,37 @@ class Loop:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _guarded(self, loader: DataLoader[Batch]) -> Iterator[Batch | None]:
+    def _guarded(self, loader: DataLoader[Batch]) -> Generator[Batch | None, None, None]:
         """The loader's batches; None, and no more, when a data worker ran out of memory.
 
         Raises:
             OutOfMemory: the data set itself ran out of device memory.
         """
         iterator: Iterator[Batch] | None = None
-        while True:
-            failure = None
-            try:
-                iterator = iter(loader) if iterator is None else iterator  # starts the workers, which can fail too
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                failure = oom.describe(error)
-                fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
-                if not fewer and failure.kind is not oom.Kind.DEVICE:
-                    raise
-            if failure is None:
+        try:
+            while True:
+                failure = None
+                try:
+                    iterator = iter(loader) if iterator is None else iterator  # starts the workers, which can fail too
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    failure = oom.describe(error)
+                    fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
+                    if not fewer and failure.kind is not oom.Kind.DEVICE:
+                        raise
+                if failure is not None:
+                    break
                 yield batch
-                continue
+        finally:
+            _end_workers(iterator)
+        if failure.kind is oom.Kind.DEVICE:
             del iterator
-            if failure.kind is oom.Kind.DEVICE:
-                oom.release(self.device)
-                raise OutOfMemory(failure.text, phase="loading data")
-            self.hooks.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
-            yield None
-            return
+            oom.release(self.device)
+            raise OutOfMemory(failure.text, phase="loading data")
+        self.hooks.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
+        yield None
 
     def _reduce_workers(self) -> None:
         fewer = FEWER_WORKERS.get(self.num_workers, 4 if self.num_workers > 4 else 0)
@@ -255,7 +267,9 @@ class Loop:
         """Evaluate, record, keep the best, checkpoint."""
         state, config = self.session.state, self.session.config
         meters = {name: float(value) for name, value in state.meters.items()}
-        seen = max(meters["seen"], 1.0)
+        seen = meters["seen"]
+        if not seen:
+            raise DataError("no image of the training set can be read; repair the files, or name another data.root")
         self._check_number("training", meters["loss"] / seen)
         loss, accuracy = self.evaluate()
         self._check_number("validation", loss)
@@ -280,9 +294,9 @@ class Loop:
         }
         self.hooks.metrics(row)
         log.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, peak memory %.0f MiB, %.1f s",
+            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, peak memory %s, %.1f s",
             state.finished_epochs, config.trainer.epochs, meters["loss"] / seen, loss, 100 * accuracy,
-            allocated / 2**20, seconds,
+            format_bytes(allocated) if allocated else "not counted", seconds,
         )  # fmt: skip
         is_best = state.best is None or accuracy > state.best
         if is_best:
@@ -310,23 +324,27 @@ class Loop:
 
         Raises:
             OutOfMemory: a single sample does not fit.
+            DataError: no sample can be read.
         """
         total = len(self.data.val)
         loss, correct, done, seen = 0.0, 0, 0, 0
         with tqdm(total=total, desc="evaluation", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
             while done < total:
-                for batch in self._guarded(self._open_eval_loader(done)):
-                    if batch is None:
-                        self._reduce_workers()
-                        break
-                    sums = self._evaluate_batch(batch)
-                    if sums is None:
-                        break
-                    loss, correct = loss + sums[0], correct + sums[1]
-                    done, seen = done + batch.samples, seen + len(batch.labels)
-                    bar.update(batch.samples)
-                    self._stop_if_asked()
-        return loss / max(seen, 1), correct / max(seen, 1)
+                with closing(self._guarded(self._open_eval_loader(done))) as batches:
+                    for batch in batches:
+                        if batch is None:
+                            self._reduce_workers()
+                            break
+                        sums = self._evaluate_batch(batch)
+                        if sums is None:
+                            break
+                        loss, correct = loss + sums[0], correct + sums[1]
+                        done, seen = done + batch.samples, seen + len(batch.labels)
+                        bar.update(batch.samples)
+                        self._stop_if_asked()
+        if not seen:
+            raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
+        return loss / seen, correct / seen
 
     def _evaluate_batch(self, batch: Batch) -> tuple[float, int] | None:
         """Sums over one batch; None when the evaluation batch had to be halved."""

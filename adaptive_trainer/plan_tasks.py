@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 
 from adaptive_trainer.config import Config, check, typed
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder import resolve
+from adaptive_trainer.ladder import stages
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
@@ -38,23 +39,33 @@ def _planner(cfg: DictConfig) -> Planner:
 
 
 def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
-    """Plan the ladder of the settings, log the table, and write `plan.json`.
+    """Plan the ladder of the settings, log the table, and write `plan.json`; with phases, that of each stage.
+
+    Returns:
+        The plan, of the last stage where there are several.
 
     Raises:
-        ConfigError: settings, card or limit make no sense.
+        ConfigError: settings, card or limit make no sense, or the folder cannot be written.
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
-    ladder = resolve(cfg)
-    made = plan(ladder, _planner(cfg))
-    if made.rows[0].verdict == "skipped":
-        raise ModelError(made.rows[0].reason)
-    log.info("%s", plan_table(made))
+    planner, made = _planner(cfg), dict[str, Plan]()
+    for name, ladder in stages(cfg):
+        made[name] = plan(ladder, planner)
+        if made[name].rows[0].verdict == "skipped":
+            raise ModelError(made[name].rows[0].reason)
+    for name, each in made.items():
+        log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
     if cfg.model.num_classes is None:
         log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
-    rows = [asdict(row) for row in made.rows]
+    contents = [{"stage": name, **_content(each)} for name, each in made.items()]
+    content = contents[0] if len(contents) == 1 else {"stages": contents}
+    _write(output_dir, "plan.json", json.dumps(content, indent=2) + "\n")
+    return each
+
+
+def _content(made: Plan) -> dict[str, Any]:
     landing = {"lands_on": made.lands_on, "perhaps": list(made.perhaps)}
-    _write(output_dir, "plan.json", json.dumps({**_about(made.target), **landing, "rungs": rows}, indent=2) + "\n")
-    return made
+    return {**_about(made.target), **landing, "rungs": [asdict(row) for row in made.rows]}
 
 
 def _about(target: Target) -> dict[str, Any]:
@@ -135,11 +146,14 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
         for batch in _numbers(cfg, "batch")
         for size in _numbers(cfg, "size")
     ]
-    text = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.target.description}\n{memory_table(cells)}"
+    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.target.description}"
+    text = f"{head}; peak allocated MiB [measured]\n{memory_table(cells)}"
+    if any(cell.verdict in ("hopeless", "unsure") for cell in cells):
+        text += "\n! does not fit, ? too near the limit to say"
     log.info("%s", text)
     _write(output_dir, "memory.txt", text + "\n")
     _write(output_dir, "memory.csv", _csv(cells))
-    _draw(cells, text.splitlines()[0], Path(output_dir) / "memory.png")
+    _draw(cells, head, Path(output_dir) / "memory.png")
     return cells
 
 
@@ -223,12 +237,25 @@ def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
     axes.set(xlabel="batch size", ylabel="peak allocated, MiB (x: measured)", title=title, ylim=(0, None))
     axes.title.set_fontsize("small")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with _writing(path.parent):
+        figure.savefig(path, dpi=120)
 
 
 def _write(output_dir: str | Path, name: str, text: str) -> None:
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{name}.part"
-    part.write_text(text, encoding="utf-8")
-    part.replace(folder / name)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    problem = ""
+    try:
+        yield
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"cannot write in {folder}: {problem}; choose another output_dir")

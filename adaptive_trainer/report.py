@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.descent import Attempt
@@ -17,6 +19,8 @@ from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder import Change, Recipe
 
 __all__ = ["Record", "Result", "rung_table"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,11 @@ class Record:
         self.attempts.append(entry)
         with self._writing(), (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
             file.write(_json(asdict(entry)) + "\n")
+
+    def event(self, text: str) -> None:
+        """Log a decision and keep it for the result."""
+        log.info("%s", text)
+        self.events.append(text)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.csv."""
@@ -142,7 +151,7 @@ def rung_table(attempts: Sequence[Attempt]) -> str:
     for entry in attempts:
         where = f"{entry.phase}: {entry.reason}" if entry.phase else entry.reason
         peaks = (_mib(entry.peak_allocated_bytes), _mib(entry.peak_reserved_bytes))
-        rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", where[:80]))
+        rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", shorten(where, 90, placeholder=" ...")))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     aligned = [
         "  ".join(

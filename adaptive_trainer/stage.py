@@ -261,6 +261,8 @@ class Stage:
         )
         state = session.state
         self.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
+        if saved["config"]["seed"] != asked["seed"]:
+            self.event(f"seed={asked['seed']} is left out: a resumed run goes on with seed {saved['config']['seed']}")
         for key in ("model", "data", "optimizer", "schedule", "trainer"):
             for name, value in asked[key].items():
                 if saved["config"][key].get(name) != value:
@@ -335,8 +337,7 @@ class Stage:
 
     def event(self, text: str) -> None:
         """Log a decision and keep it for the record."""
-        log.info("%s", text)
-        self.record.events.append(text)
+        self.record.event(text)
 
     @property
     def folder(self) -> Path:

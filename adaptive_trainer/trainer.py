@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
-from adaptive_trainer.config import Config, ModelConfig, apply_overrides
+from adaptive_trainer.config import Config, ModelConfig, typed
 from adaptive_trainer.data import build_datasets
-from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted
+from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changes, recipe, resolve
+from adaptive_trainer.ladder import Rung, changed, changes, recipe, stages
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
@@ -75,7 +75,7 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Exception: whatever is not about memory, unchanged.
         """
-        ladders = self._ladders()
+        ladders = stages(self.cfg)
         asked = ladders[0][1][0].settings
         device = _device(asked.device)
         record = Record(self.output_dir)
@@ -89,13 +89,6 @@ class Trainer:
         except (Exception, KeyboardInterrupt) as error:
             record.failure(_outcome(error), str(error))
             raise
-
-    def _ladders(self) -> list[tuple[str, Ladder]]:
-        """The stages' names and ladders; one stage named `train` where none are configured."""
-        stages = list(self.cfg.phases.stages)
-        if not stages:
-            return [("train", resolve(self.cfg))]
-        return [(stage.name, resolve(apply_overrides(self.cfg, stage.overrides))) for stage in stages]
 
     def _run(
         self, ladders: list[tuple[str, Ladder]], device: torch.device, capacity: Capacity, record: Record
@@ -117,7 +110,11 @@ class Trainer:
         )
         path = resume.find(self.cfg.resume, self.output_dir)
         if self.cfg.resume and path is None:
-            log.info("resume=auto: no checkpoint in %s, starting from the beginning", self.output_dir)
+            record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
+        if self._make_model is not build_model:
+            record.event(
+                f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
+            )
         saved = None if path is None else resume.load(path)
         forecast = Forecast(
             capacity,
@@ -125,16 +122,18 @@ class Trainer:
             None if self._make_model is build_model else self._make_model,
             None if self._loss is None else self._build_loss,
         )
-        stages, weights = [], None
+        done, weights = [], None
         with StopSignal().listening() as stop:
             for number, (name, ladder) in enumerate(ladders):
                 if saved is not None and number < saved["stage"]:
                     continue
+                if len(ladders) > 1:
+                    record.event(f"stage {name}: {_differences(self.cfg, ladder[0].settings)}")
                 stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
                 rung = self._train(stage, name, capacity, record)
                 saved, weights = None, stage.weights_learned()
-                stages.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
-        return self._result(ladder, rung, stage, stages, record)
+                done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
+        return self._result(ladder, rung, stage, done, record)
 
     def _train(self, stage: Stage, name: str, capacity: Capacity, record: Record) -> Rung[Config]:
         """One stage; what an exhausted ladder leaves to be said is added to its message."""
@@ -195,6 +194,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _differences(cfg: DictConfig, stage: Config) -> str:
+    """What a stage sets otherwise than the settings."""
+    asked = typed(cfg)
+    asked.phases = stage.phases
+    return ", ".join(f"{key}={value}" for key, value in changed(asked, stage).items()) or "the settings as they are"
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a CUDA card the current one, so that nothing is made on another."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -226,5 +232,13 @@ def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module
     content = checkpoint.load(Path(path))
     settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})
     network = (model or build_model)(settings, content["num_classes"])
-    network.load_state_dict(content["ema"] or content["model"])
+    problem = ""
+    try:
+        network.load_state_dict(content["ema"] or content["model"])
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0].rstrip(":")
+    if problem:
+        raise CheckpointError(
+            f"{path} does not fit {settings.name} ({problem}); give load_model the factory that the Trainer was given"
+        )
     return network.eval()
