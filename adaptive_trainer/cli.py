@@ -16,8 +16,11 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from adaptive_trainer.config import config_dir, register
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
@@ -32,28 +35,38 @@ def main() -> None:
     register()
     is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
     sys.argv[1:] = [as_list(argument, is_sweep) for argument in sys.argv[1:]]
+    whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands over what went wrong, and prints nothing itself
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
     codes: list[int] = []
 
     def job(cfg: DictConfig) -> float:
-        return _job(cfg, codes)
+        return _job(cfg, codes, whole_traceback)
 
     try:
         hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
-    except SystemExit as stop:
-        if not codes and stop.code == 1:  # Hydra refused the settings before any job began
-            codes.append(UserError.exit_code)
-        elif not codes:
+    except SystemExit:
+        if not codes:
             raise
-    except Exception as error:  # HYDRA_FULL_ERROR=1 lets everything through: it is shown whole, with the same code
-        if isinstance(error, UserError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
-            print(error, file=sys.stderr)
+    except Exception as error:
+        said = "" if codes or whole_traceback else _refusal(error)
+        if said:
+            print(f"{said}\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a stack trace.", file=sys.stderr)
         else:
             traceback.print_exc()
-        if not codes:
+        if not codes:  # before any job began
             codes.append(UserError.exit_code)
     if any(codes):
         sys.exit(max(codes))
+
+
+def _refusal(error: Exception) -> str:
+    """What Hydra, or a YAML file, has against the settings; "" for an error of another kind."""
+    if isinstance(error, YAMLError):
+        return f"a YAML file cannot be read: {error}"
+    if isinstance(error, HydraException | OmegaConfBaseException | UserError):
+        return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
+    return ""
 
 
 class OutputFolder(Callback):
@@ -83,13 +96,12 @@ def as_list(argument: str, is_sweep: bool = False) -> str:
     return f"{key}={','.join(f'[{each}]' for each in value.split(','))}" if is_sweep else f"{key}=[{value}]"
 
 
-def _job(cfg: DictConfig, codes: list[int]) -> float:
+def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
     """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
     from adaptive_trainer import oom
 
     hydra_config = HydraConfig.get()
     folder = Path(cfg.output_dir or hydra_config.runtime.output_dir)
-    whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     failure: AdaptiveTrainerError | None = None
     try:
         value = _run(cfg, hydra_config.overrides.task, folder)

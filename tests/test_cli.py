@@ -95,6 +95,13 @@ def images(folder: Path, classes: str = "ab", count: int = 6) -> Path:
     return folder
 
 
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} has not come"
+        time.sleep(0.05)
+
+
 def message(ended: Ended) -> str:
     """What an ended process has said, without what the log puts in front."""
     return re.sub(r"(?m)^\[[\d: ,-]+\]\[[\w.]+\]\[\w+\] - ", "", ended.text)
@@ -306,12 +313,13 @@ def test_no_image_folder_given(cli: Any) -> None:
     assert "data.root=FOLDER" in message(ended)
 
 
-def test_a_broken_image_is_named(cli: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named(workers: int, cli: Any, tmp_path: Path) -> None:
     root = images(tmp_path / "photos" / "train")
     images(tmp_path / "photos" / "val", count=2)
     (root / "b" / "3.png").write_bytes(b"\x89PNG and no more")
     args = (*MODEL, "ladder=none", "trainer.batch_size=4", "data=imagefolder", "data.root=photos")
-    ended = cli(*args)
+    ended = cli(*args, f"data.num_workers={workers}")
     assert ended.code == 2
     assert "photos/train/b/3.png cannot be read" in message(ended)
     assert "data.on_error=skip" in message(ended)
@@ -319,6 +327,16 @@ def test_a_broken_image_is_named(cli: Any, tmp_path: Path) -> None:
     assert cli(*args, "data.on_error=skip").code == 0
     [event] = result(tmp_path / "out")["events"]
     assert event == "1 broken images left out: photos/train/b/3.png"
+
+
+def test_images_that_are_all_broken(cli: Any, tmp_path: Path) -> None:
+    root = images(tmp_path / "photos")
+    for path in root.glob("*/*.png"):
+        path.write_bytes(b"\x89PNG and no more")
+    settings = ("trainer.batch_size=4", "data=imagefolder", "data.root=photos", "data.on_error=skip")
+    ended = cli(*MODEL, "ladder=none", *settings)
+    assert ended.code == 2
+    assert "no image of the training set can be read" in message(ended)
 
 
 def test_nan_under_fp16_names_its_rung(cli: Any, tmp_path: Path) -> None:
@@ -371,8 +389,7 @@ def test_an_unusable_device(cli: Any, tmp_path: Path) -> None:
 
 def test_a_signal_saves_and_asks_to_be_run_again(launcher: Launcher, tmp_path: Path) -> None:
     process = launcher.start(*NO_LADDER, "trainer.epochs=500", "data.train.size=240", folder=tmp_path)
-    while not (tmp_path / "out" / "metrics.csv").exists():
-        time.sleep(0.05)
+    wait_for(tmp_path / "out" / "metrics.csv")
     os.kill(process.pid, signal.SIGTERM)
     ended = process.wait()
     assert ended.code == 75
@@ -494,6 +511,31 @@ def test_ready_sweeps(sweep: str, key: str, values: list[float], cli: Any, tmp_p
     assert ended.code == 0, ended.text
     jobs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert [result(job)["used"][key] for job in jobs] == values
+
+
+def test_a_signal_ends_a_sweep(launcher: Launcher, tmp_path: Path) -> None:
+    sweep = ("hydra.sweep.dir=sweep", "optimizer.lr=1e-3,1e-4", "trainer.epochs=500", "data.train.size=240")
+    process = launcher.start("-m", *NO_LADDER, *sweep, folder=tmp_path)
+    wait_for(tmp_path / "sweep" / "0" / "metrics.csv")
+    os.kill(process.pid, signal.SIGTERM)
+    ended = process.wait()
+    assert ended.code == 75, ended.text
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_lists_in_a_sweep_are_a_job_each(cli: Any, tmp_path: Path) -> None:
+    settings = ("task=memory", "card=t4", "model.name=mobilenetv3_small_050", "batch=2,4", "size=32")
+    ended = cli("-m", *settings, "hydra.sweep.dir=sweep")
+    assert ended.code == 0, ended.text
+    tables = [(tmp_path / "sweep" / n / "memory.csv").read_text().splitlines()[1:] for n in "01"]
+    assert [[row.split(",")[0] for row in rows] for rows in tables] == [["2"], ["4"]]
+
+
+def test_a_ladder_that_is_no_yaml(cli: Any, tmp_path: Path) -> None:
+    ended = cli("--config-dir", own_ladder(tmp_path, "rungs: [{name: half, overrides: ["), *SMALL, "ladder=own")
+    assert ended.code == 2
+    assert "own.yaml" in ended.text
+    assert "Traceback" not in ended.text
 
 
 def test_a_users_mistake_does_not_end_a_sweep(cli: Any, tmp_path: Path) -> None:

@@ -166,3 +166,28 @@ def test_learning_rate_scaling_is_monotonic_and_undone_by_going_back(
     assert (scaled <= lr) == (used <= asked)
     config.optimizer.lr, config.trainer.batch_size = scaled, used
     assert scaled_lr(config, asked)[0] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.batch_size=-4", "trainer.batch_size=-4"),
+        ("device=cpu", "device cannot change on the way down"),
+        ("memory.limit=none", "memory.limit cannot change"),
+        ("model.num_classes=3", "model.num_classes cannot change"),
+        ("data.train=null", "data.train"),
+        ("seed=4", "seed cannot change on the way down; set it for the whole run"),
+    ],
+)
+def test_what_no_rung_may_change(override: str, said: str) -> None:
+    cfg = compose_config(["ladder=none"])
+    cfg.ladder.rungs = [RungConfig("x", [override]), RungConfig("y", ["trainer.batch_size=0"])]
+    with pytest.raises(ConfigError) as caught:
+        resolve(cfg)
+    assert said in str(caught.value)
+    assert "rung 'y'" in str(caught.value)  # all problems at once
+
+
+def test_a_step_is_not_named_like_the_request() -> None:
+    with pytest.raises(ConfigError, match="cannot be named 'requested'"):
+        make_ladder({"batch": 2}, {"requested": {"batch": 1}})
