@@ -36,7 +36,7 @@ def private_process_state(*, deterministic: bool) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if had_cuda:
             torch.cuda.set_rng_state_all(cuda)
-        else:
+        elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(seed)  # what CUDA begins with where nothing has used it yet
 
 
