@@ -134,6 +134,8 @@ class Loop:
 
     def _run(self) -> bool:
         state = self.session.state
+        if state.finished_epochs >= self.session.config.trainer.epochs:
+            self.hooks.event(f"all {state.finished_epochs} epochs are trained: ask for more with trainer.epochs")
         while state.finished_epochs < self.session.config.trainer.epochs:
             if state.position.epoch == state.finished_epochs:
                 self._train_epoch()
