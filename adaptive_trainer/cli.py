@@ -61,9 +61,11 @@ def main() -> None:
 
 
 def _refusal(error: Exception) -> str:
-    """What Hydra, or a YAML file, has against the settings; "" for an error of another kind."""
+    """What Hydra, a YAML file or the disk has against a job before it begins; "" for an error of another kind."""
     if isinstance(error, YAMLError):
         return f"a YAML file cannot be read: {error}"
+    if isinstance(error, OSError):
+        return f"the output folder cannot be written: {error}; free some disk space, or choose another hydra.run.dir"
     if isinstance(error, HydraException | OmegaConfBaseException | UserError):
         return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
     return ""
