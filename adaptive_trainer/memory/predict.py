@@ -27,8 +27,8 @@ __all__ = ["Prediction", "predict", "verdict"]
 MiB = 1 << 20
 UPDATES = 3  # the first makes the optimizer's state, the second meets the full peak, the third finds the cache as it is
 CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in between
-# Shares of the smallest capacity. Predictions were wrong by up to 4.5 % on the card they were compared with, and a rung
-# that is given up for nothing costs more than one that is tried for nothing.
+# Shares of the smallest capacity. Predictions were 8.7 % too high at the worst on the card they were compared with
+# (docs/gpu-results.md), and a rung that is given up for nothing costs more than one that is tried for nothing.
 FITS_ABOVE, HOPELESS_BELOW = 1.05, 0.90
 HOPPER = (9, 0)
 SPLIT_LIMIT = {Kind.SPLIT: 5, Kind.SPLIT_HALF: 10}  # of the operands' bytes: more than 5 times their elements
