@@ -137,7 +137,7 @@ def _try(
     except Exception as error:
         failure = oom.describe(error)
         entry.outcome, entry.phase, entry.reason = "oom", "attempt", failure.text
-        if not (failure.kind is oom.Kind.DEVICE or (failure.kind is oom.Kind.HOST and device.type == "cpu")):
+        if not failure.fills(device):
             entry.outcome = "failed"
             record(entry)
             raise

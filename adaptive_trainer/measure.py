@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 import torch
-from torch import nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config
@@ -13,9 +12,10 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
+from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.process import private_process_state
 from adaptive_trainer.session import Parts, enter
-from adaptive_trainer.update import Loss, Shapes, prove
+from adaptive_trainer.update import Shapes, prove
 
 __all__ = ["measure"]
 
@@ -41,11 +41,7 @@ def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
 
 def _peaks(config: Config, num_classes: int, capacity: Capacity) -> tuple[int, int]:
     used = recipe(config)
-    parts = Parts(build_model, _make_loss, "", num_classes, used.batch_size, capacity.device, capacity)
+    parts = Parts(build_model, build_loss, "", num_classes, used.batch_size, capacity.device, capacity)
     session = enter(config, parts)
     prove(session.update, Shapes(used.batch_size, used.eval_batch_size, used.image_size, num_classes))
     return capacity.peaks()
-
-
-def _make_loss(config: Config) -> Loss:
-    return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)

@@ -62,6 +62,10 @@ class Failure:
     text: str
     exact: bool
 
+    def fills(self, device: torch.device) -> bool:
+        """Whether the memory that `device` computes in has run out, which on a CPU is the host's."""
+        return self.kind is Kind.DEVICE or (self.kind is Kind.HOST and device.type == "cpu")
+
 
 MAX_TEXT = 400  # characters kept of a message
 

@@ -14,10 +14,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from adaptive_trainer.config import OptimizerConfig, ScheduleConfig
+from adaptive_trainer.config import Config, OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["Schedule", "build_ema", "build_optimizer", "build_scaler", "build_schedule"]
+__all__ = ["Schedule", "build_ema", "build_loss", "build_optimizer", "build_scaler", "build_schedule"]
 
 # One kernel for all parameters, on CPU and CUDA. Not SGD: where a GradScaler finds an overflow in its first fused step,
 # the step is left out and the momentum stays what the memory held before.
@@ -141,6 +141,11 @@ def build_schedule(
     given = f" with schedule.kwargs={config.kwargs}" if config.kwargs else ""
     known = f"; the names are {', '.join(SCHEDULES)}" if config.name not in SCHEDULES else ""
     raise ConfigError(f"schedule.name={config.name}{given} cannot be built: {problem or 'unknown'}{known}")
+
+
+def build_loss(config: Config) -> nn.Module:
+    """Mean cross entropy of (output, labels), with `trainer.label_smoothing`."""
+    return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
 
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:

@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, image_refusal, plan
+from adaptive_trainer.report import refused_by_disk, write_whole
 from adaptive_trainer.target import Target, card_of, target_of
 
 __all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
@@ -243,19 +244,12 @@ def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
 
 def _write(output_dir: str | Path, name: str, text: str) -> None:
     folder = Path(output_dir)
-    part = folder / f"{name}.part"
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        write_whole(folder / name, text)
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    problem = ""
-    try:
-        yield
-    except OSError as error:
-        problem = str(error)
-    if problem:
-        raise ConfigError(f"cannot write in {folder}: {problem}; choose another output_dir")
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    return refused_by_disk(
+        lambda problem: ConfigError(f"cannot write in {folder}: {problem}; choose another output_dir")
+    )

@@ -21,7 +21,7 @@ from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
 from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
-from adaptive_trainer.optimizers import build_optimizer
+from adaptive_trainer.optimizers import build_loss, build_optimizer
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.target import Target
 
@@ -78,7 +78,7 @@ class Planner:
         self.target = target
         self.num_classes = num_classes
         self.make_model = make_model or build_model
-        self.make_loss = make_loss or _cross_entropy
+        self.make_loss = make_loss or build_loss
         own_factories = make_model in (None, build_model) and make_loss is None
         self.cache = cache if cache is not None and own_factories else PlanCache(None)
         self._tracer = Tracer()
@@ -165,10 +165,6 @@ class Planner:
                 with same_random_numbers():
                     self._norms[model_key] = has_batch_norm(self._model(config))
         return self._norms[model_key]
-
-
-def _cross_entropy(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
-    return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
 
 
 @dataclass(frozen=True, slots=True)

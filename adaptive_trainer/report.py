@@ -7,18 +7,18 @@ import io
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.descent import Attempt
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, UserError
 from adaptive_trainer.ladder import Change, Recipe
 
-__all__ = ["Record", "Result", "rung_table"]
+__all__ = ["Record", "Result", "refused_by_disk", "rung_table", "write_whole"]
 
 log = logging.getLogger(__name__)
 
@@ -111,23 +111,35 @@ class Record:
 
     def write(self, name: str, text: str) -> None:
         """Write a whole text file, by way of a temporary name."""
-        part = self.folder / f"{name}.part"
         with self._writing():
-            part.write_text(text, encoding="utf-8")
-            part.replace(self.folder / name)
+            write_whole(self.folder / name, text)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        problem = ""
-        try:
-            yield
-        except OSError as error:
-            problem = str(error)
-        if problem:
-            raise CheckpointError(
+    def _writing(self) -> AbstractContextManager[None]:
+        return refused_by_disk(
+            lambda problem: CheckpointError(
                 f"cannot write the record of this run in {self.folder}: {problem}. Free some disk space, or choose "
                 "another folder, and use resume=auto"
             )
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by way of a temporary name, so that no reader meets half of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def refused_by_disk(explain: Callable[[str], UserError]) -> Iterator[None]:
+    """An OSError of the block leaves as what `explain` makes of its text."""
+    problem = ""
+    try:
+        yield
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        raise explain(problem)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

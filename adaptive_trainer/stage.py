@@ -72,7 +72,7 @@ class Stage:
                 if self._loop(rung, eval_batch).run():
                     return rung
                 start = self._above(start)
-                self.event(f"there is room again: trying rung {self.ladder[start].name} above {rung.name}")
+                self.record.event(f"there is room again: trying rung {self.ladder[start].name} above {rung.name}")
                 self._climb_at = self._opened.state.finished_epochs + 2 * self._wait
                 self._wait *= 2
                 self._is_climbing = True
@@ -136,7 +136,7 @@ class Stage:
         if reason:
             return reason, None
         hopeless, need = self.forecast.judge(rung.settings)
-        return "" if self._is_last(rung) else hopeless, need
+        return "" if hopeless and self._is_last(rung) else hopeless, need
 
     def _is_last(self, rung: Rung[Config]) -> bool:
         """Whether no rung below it can be tried."""
@@ -233,15 +233,15 @@ class Stage:
             self._start_anew(saved["config"]["model"]["name"], config.model.name, saved)
 
     def _start_anew(self, larger: str, smaller: str, learned: dict[str, Any] | None) -> None:
-        self.event(f"model {larger} -> {smaller}: the new model starts from epoch 1")
+        self.record.event(f"model {larger} -> {smaller}: the new model starts from epoch 1")
         if learned is not None:
             name = f"before-{smaller.replace('/', '-')}.pt"
             checkpoint.save(self.folder / name, learned)
-            self.event(f"what {larger} has learned is kept in checkpoints/{name}")
+            self.record.event(f"what {larger} has learned is kept in checkpoints/{name}")
         best = self.folder / "best.pt"
         if best.exists():
             best.replace(self.folder / f"best-{larger.replace('/', '-')}.pt")
-            self.event(f"the best of {larger} is kept in checkpoints/best-{larger.replace('/', '-')}.pt")
+            self.record.event(f"the best of {larger} is kept in checkpoints/best-{larger.replace('/', '-')}.pt")
         self.metrics = {}
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
@@ -260,13 +260,15 @@ class Stage:
             with_optimizer=(was["name"], was["kwargs"]) == (wanted["name"], wanted["kwargs"]),
         )
         state = session.state
-        self.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
+        self.record.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
         if saved["config"]["seed"] != asked["seed"]:
-            self.event(f"seed={asked['seed']} is left out: a resumed run goes on with seed {saved['config']['seed']}")
+            self.record.event(
+                f"seed={asked['seed']} is left out: a resumed run goes on with seed {saved['config']['seed']}"
+            )
         for key in ("model", "data", "optimizer", "schedule", "trainer"):
             for name, value in asked[key].items():
                 if saved["config"][key].get(name) != value:
-                    self.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
+                    self.record.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
         self.metrics = saved["metrics"]
         self.record.forget_after(self.number, session.config.model.name, state.finished_epochs)
 
@@ -274,7 +276,7 @@ class Stage:
         hooks = Hooks(
             checkpoint=self._checkpoint,
             metrics=self._measured,
-            event=self.event,
+            event=self.record.event,
             leave=lambda: self._may_climb(rung),
         )
         may_step_down = rung.settings.ladder.avoid_thrashing and not self._is_last(rung)
@@ -334,10 +336,6 @@ class Stage:
     def weights_learned(self) -> tuple[Any, dict[str, Any]]:
         """What the next stage starts from: the model settings and the model's `state_dict`."""
         return self._opened.config.model, self._opened.state.model.state_dict()
-
-    def event(self, text: str) -> None:
-        """Log a decision and keep it for the record."""
-        self.record.event(text)
 
     @property
     def folder(self) -> Path:

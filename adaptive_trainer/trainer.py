@@ -22,6 +22,7 @@ from adaptive_trainer.ladder import Rung, changed, changes, recipe, stages
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
+from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.process import private_process_state, seed_everything
 from adaptive_trainer.report import Record, Result, rung_table
 from adaptive_trainer.session import ModelFactory, Parts
@@ -149,7 +150,7 @@ class Trainer:
         return rung
 
     def _build_loss(self, config: Config) -> Loss:
-        return self._loss or nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
+        return self._loss or build_loss(config)
 
     def _result(
         self, ladder: Ladder, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record

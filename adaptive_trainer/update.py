@@ -121,7 +121,7 @@ class Update:
                 self._step()
         except BaseException as error:
             failure = oom.describe(error, pressure=self.capacity.pressure)
-            if not self._is_out_of_memory(failure):
+            if not failure.fills(self.device):
                 if failure.kind is not oom.Kind.POISONED:
                     self._undo.roll_back()
                 raise
@@ -131,10 +131,6 @@ class Update:
             return None
         self._recover(failure)
         return failure
-
-    def _is_out_of_memory(self, failure: oom.Failure) -> bool:
-        on_host = failure.kind is oom.Kind.HOST and self.device.type == "cpu"
-        return failure.kind is oom.Kind.DEVICE or on_host
 
     def _recover(self, failure: oom.Failure) -> None:
         if self.phase == "optimizer step" and not self._undo.stepping:
@@ -233,7 +229,7 @@ class Update:
                 return self._evaluate(model.eval(), images, labels)
         except Exception as error:
             failure = oom.describe(error, pressure=self.capacity.pressure)
-            if not self._is_out_of_memory(failure):
+            if not failure.fills(self.device):
                 raise
         self._release_after(failure)
         raise OutOfMemory(failure.text, phase=self.phase)

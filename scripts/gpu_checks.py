@@ -38,12 +38,12 @@ from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
-from adaptive_trainer.optimizers import build_optimizer
+from adaptive_trainer.optimizers import build_loss, build_optimizer
 from adaptive_trainer.process import private_process_state, seed_everything
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.transaction import Undo
-from adaptive_trainer.update import Loss, Update
+from adaptive_trainer.update import Update
 
 MiB = 1 << 20
 CUDA = torch.device("cuda", 0)
@@ -333,11 +333,7 @@ def replay(begins: list[tuple[str, int]], size: int) -> tuple[str, list[float], 
     with private_process_state(deterministic=True), limited(CUDA, None) as capacity:
         seed_everything(first.seed)
         data = build_datasets(first, Numbered(size), Numbered(48))
-
-        def make_loss(config: Config) -> Loss:
-            return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
-
-        parts = Parts(build_model, make_loss, "", 10, size, CUDA, capacity)
+        parts = Parts(build_model, build_loss, "", 10, size, CUDA, capacity)
         session: Session | None = None
         for (rung, _), end in zip(begins, [*(b for _, b in begins[1:]), None], strict=True):
             session = enter(ladder[rung], parts, session)
@@ -402,7 +398,7 @@ class NoUndo(Undo):
 def _update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update, Tensor, Tensor]:
     config = resolve(compose_config(overrides))[0].settings
     used = recipe(config)
-    parts = Parts(build_model, lambda _: nn.CrossEntropyLoss(), "", 10, 1024, CUDA, capacity)
+    parts = Parts(build_model, build_loss, "", 10, 1024, CUDA, capacity)
     session = enter(config, parts)
     if not undo:
         session.update._undo = NoUndo(session.state, CUDA)

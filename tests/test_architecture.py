@@ -26,12 +26,13 @@ checkpoint
 forecast
 update
 transaction
+plan_tasks
 report
 descent
 data
 datasets
 transforms
-predicting plan_tasks
+predicting
 planning
 models optimizers
 position process
