@@ -28,6 +28,7 @@ from adaptive_trainer.errors import ConfigError
 __all__ = ["Config", "apply_overrides", "check", "compose_config", "config_dir", "register", "typed"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+ENGINES = ("auto", "eager", "graph")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
@@ -101,6 +102,7 @@ class TrainerConfig:
     label_smoothing: float = 0.0
     lr_policy: str = "auto"
     deterministic: bool = False
+    engine: str = "auto"
     checkpoint_every: int | None = None  # updates; null: at the end of every epoch
     log_every: int = 20  # updates
 
@@ -381,6 +383,7 @@ def _not_a_choice(config: Config) -> list[str]:
         ("task", config.task, TASKS),
         ("optimized_metric", config.optimized_metric, METRICS),
         ("trainer.precision", config.trainer.precision, PRECISIONS),
+        ("trainer.engine", config.trainer.engine, ENGINES),
         ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
         ("data.transforms", config.data.transforms, TRANSFORMS),
         ("data.on_error", config.data.on_error, ON_ERROR),

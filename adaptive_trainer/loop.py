@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from adaptive_trainer import oom
 from adaptive_trainer.data import Batch, DataSets, eval_loader, train_loader
+from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemory
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.session import Session
@@ -112,6 +113,7 @@ class Loop:
     stop: StopSignal
     avoid_thrashing: bool = False
     num_workers: int = field(init=False)
+    engine: Engine = field(init=False)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -120,6 +122,8 @@ class Loop:
         self.data = replace(self.data, config=self.session.config.data)
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False
+        trainer = self.session.config.trainer
+        self.engine = Engine(self.session.update, trainer.engine, trainer.batch_size, self.hooks.event)
 
     def run(self) -> bool:
         """Train until the last epoch is finished (True), or until `hooks.leave` says so (False).
@@ -169,7 +173,7 @@ class Loop:
                 if batch is None:
                     return False
                 self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
-                self.session.update.run(batch.images, batch.labels, samples=batch.samples)
+                self.engine.run(batch.images, batch.labels, samples=batch.samples)
                 bar.update(batch.samples)
                 if batch.skipped:
                     self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
@@ -355,7 +359,7 @@ class Loop:
         state = self.session.state
         model = state.model if state.ema is None else state.ema.module
         try:
-            return self.session.update.evaluate(model, batch.images, batch.labels)
+            return self.engine.evaluate(model, batch.images, batch.labels)
         except OutOfMemory:
             if len(batch.labels) == 1:
                 raise

@@ -24,6 +24,7 @@ __all__ = [
     "Failure",
     "Kind",
     "SimulatedOutOfMemory",
+    "clear_workspaces",
     "describe",
     "forget_traceback",
     "is_out_of_memory",
@@ -235,8 +236,9 @@ def probe(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
     try:
-        torch.accelerator.synchronize(device)
-        return bool((torch.ones(8, device=device) * 2).sum().item() == 16)
+        torch.ones(8, device=device).sum()
+        torch.accelerator.synchronize(device)  # not .item(), which torch's sync debug mode may forbid just now
+        return True
     except RuntimeError as error:
         return describe(error).kind is Kind.DEVICE
 
@@ -245,7 +247,7 @@ def release(device: torch.device) -> None:
     """Free what nothing refers to any more and give the caching allocator's free memory back to the driver.
 
     Call it after the `except` block, when the failed step's own references are gone: the error being handled keeps
-    every frame of the step alive. cuBLAS workspaces go too, so a CUDA graph captured earlier must not be replayed.
+    every frame of the step alive.
     `gc.collect` is most of the time it takes (0.1 to 0.2 s with torch and timm loaded).
     """
     torch.clear_autocast_cache()
@@ -254,11 +256,16 @@ def release(device: torch.device) -> None:
     if device.type == "cpu":
         return
     torch.accelerator.synchronize(device)
-    clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear_workspaces is not None and device.type == "cuda":
-        clear_workspaces()
+    clear_workspaces(device)
     with suppress(RuntimeError):  # it frees at the driver, which can fail right after an out-of-memory
         torch.accelerator.empty_cache()
+
+
+def clear_workspaces(device: torch.device) -> None:
+    """Free the workspaces that cuBLAS keeps for each stream, on a CUDA card."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None and device.type == "cuda":
+        clear()
 
 
 def _drop_failed_backward() -> None:

@@ -9,7 +9,8 @@ descent to answer. `prove` runs whole updates and one evaluation batch on made-u
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,7 @@ class Update:
         self.clip_grad = clip_grad
         self.phase = "begin"
         self.step_allocates: bool | None = None  # not known yet
+        self.is_warm = False  # whether the last step found all of the optimizer's state made
         self._allocations_before_step = 0
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
@@ -99,8 +101,26 @@ class Update:
             failure = self._attempt(images, labels)
         if failure is not None:
             raise OutOfMemory(failure.text, phase=self.phase)
+        self.commit(samples)
+
+    def commit(self, samples: int) -> None:
+        """Count an update as done, and its samples."""
         self.state.position = self.state.position.advance(samples)
         self.state.updates += 1
+
+    def work(self, images: Tensor, labels: Tensor) -> None:
+        """What an update does on the device, with nothing kept to undo it: what a CUDA graph records."""
+        self._accumulate(images, labels)
+        self._step(undoable=False)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """What is changed inside, but for weights and optimizer state, is as before afterwards."""
+        self._undo.begin()
+        try:
+            yield
+        finally:
+            self._undo.roll_back()
 
     def largest_part(self, samples: int) -> int:
         """Samples in the largest forward pass of an update."""
@@ -141,6 +161,10 @@ class Update:
         self._undo.roll_back()
         self._release_after(failure)
 
+    def release(self) -> None:
+        """Give back what nothing refers to any more."""
+        oom.release(self.device)
+
     def _release_after(self, failure: oom.Failure) -> None:
         if not oom.probe(self.device):
             raise DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")
@@ -179,7 +203,7 @@ class Update:
         if _is_classification(output, target):
             meters["correct"].add_((output.argmax(1) == target).sum())
 
-    def _step(self) -> None:
+    def _step(self, *, undoable: bool = True) -> None:
         """Clip, step, adapt the scale, average: from the first change of a weight on, only a copy can undo it."""
         state, scaler = self.state, self.state.scaler
         self.phase = "clipping"
@@ -189,9 +213,9 @@ class Update:
                 state.meters["skipped"].add_(overflow)
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
-        warm = self._is_warm()
+        warm = self.is_warm = self._has_state()
         self._allocations_before_step = 0
-        if not warm or self.step_allocates is not False:
+        if undoable and (not warm or self.step_allocates is not False):
             self._undo.before_step(on_host=not (warm and self.step_allocates))
         hook = state.optimizer.register_step_pre_hook(self._enter_step)
         try:
@@ -210,8 +234,8 @@ class Update:
         if self.step_allocates is None and self.device.type == "cuda":
             self._allocations_before_step = _allocations(self.device)
 
-    def _is_warm(self) -> bool:
-        """Whether the optimizer has made all of its state."""
+    def _has_state(self) -> bool:
+        """Whether the optimizer has made the state of every parameter that has a gradient."""
         state = self.state.optimizer.state
         return all(p in state for p in self._undo.parameters if p.grad is not None)
 
@@ -275,6 +299,7 @@ def prove(update: Update, shapes: Shapes) -> int:
         raise
     proven -= trace.updates
     trace.roll_back()
+    update.is_warm = False  # the optimizer's state is gone again
     if proven < PROVEN_UPDATES:
         raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
     return eval_batch

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -222,6 +222,18 @@ while True:
 """
 
 
+@contextmanager
+def other_process(least: str, most: str) -> Iterator[None]:
+    """Another process that takes all of the card but `least` to `most` MiB, and gives it back, again and again."""
+    with subprocess.Popen([sys.executable, "-c", HOG, least, most], stdout=subprocess.PIPE, text=True) as hog:
+        try:
+            if hog.stdout is not None:
+                hog.stdout.readline()
+            yield
+        finally:
+            hog.kill()
+
+
 class Numbered(Dataset[tuple[Tensor, int]]):
     """Images whose first pixel tells their number."""
 
@@ -252,6 +264,7 @@ class Journal:
 
 SOAK = [
     "data.transforms=none", "data.num_workers=0", "device=cuda", "trainer.deterministic=true", "trainer.batch_size=24",
+    "trainer.engine=eager",
     "trainer.epochs=10", "ladder.climb=true", "schedule=cosine",
 ]  # fmt: skip
 SOAK_RUNGS = (
@@ -296,17 +309,14 @@ def disturbed(folder: Path, journal: Journal) -> tuple[str, list[str]]:
             journal.losses.append(float(update.state.meters["loss"]))
             journal.seen += (images[:, 0, 0, 0] * 4096).round().long().tolist()
 
-    hog = subprocess.Popen([sys.executable, "-c", HOG, "250", "4000"], stdout=subprocess.PIPE, text=True)
-    try:
-        if hog.stdout is not None:
-            hog.stdout.readline()
+    with (
+        other_process("250", "4000"),
+        patch.object(Update, "_attempt", watched),
+        patch.object(Update, "run", committed),
+    ):
         data = Numbered(SOAK_UPDATES * 24 // 10)
         trainer = Trainer(soak_config(), train_data=data, val_data=Numbered(48), output_dir=folder / "soak")
-        with patch.object(Update, "_attempt", watched), patch.object(Update, "run", committed):
-            result = trainer.fit()
-    finally:
-        hog.kill()
-        hog.wait()
+        result = trainer.fit()
     assert trainer.model is not None
     fallen = [f"{a.rung}:{a.outcome}" for a in result.attempts]
     return digest(trainer.model), fallen

@@ -24,6 +24,8 @@ session
 resume
 checkpoint
 forecast
+engine
+graph
 update
 transaction
 plan_tasks

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from adaptive_trainer import Trainer, checkpoint, compose_config, oom
+from adaptive_trainer.engine import Engine
+from adaptive_trainer.graph import Graph, GraphRefused
+from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.update import Update
 from scripts import gpu_checks
 
 pytestmark = pytest.mark.gpu
@@ -22,3 +34,125 @@ def test_the_rung_under_a_cap_is_the_one_that_brute_force_finds(cap: int, tmp_pa
     assert predicted.tried <= 1
     if cap < 2000:
         assert real.tried > 0
+
+
+# ---- updates as CUDA graphs ----------------------------------------------------------------------------------------
+
+
+def small(**settings: object) -> DictConfig:
+    """A network with BatchNorm and dropout, accumulation, clipping and a moving average."""
+    keys = {
+        "model.name": "mobilenetv3_small_050", "data.image_size": 64, "trainer.batch_size": 8,
+        "trainer.micro_batch_size": 4, "trainer.clip_grad": 1.0, "trainer.ema_decay": 0.9, "device": "cuda",
+        "data": "fakedata", "data.train.size": 84, "data.val.size": 8, "data.num_workers": 0, "ladder": "none",
+        "schedule": "cosine", "trainer.epochs": 5,
+    }  # fmt: skip
+    keys |= {name.replace("__", "."): value for name, value in settings.items()}
+    return compose_config([f"{key}={value}" for key, value in keys.items()])
+
+
+def everything(path: Path) -> list[Tensor]:
+    content = checkpoint.load(path)
+    kept = {key: content[key] for key in ("model", "ema", "optimizer", "scaler", "position", "updates")}
+    return [torch.as_tensor(leaf) for leaf in tree_leaves(kept) if isinstance(leaf, Tensor | int | float)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(precision: str, tmp_path: Path) -> None:
+    found = {}
+    for engine in ("graph", "auto"):
+        never = patch.object(Engine, "_record", lambda engine, *_: engine._refuse("the reference"))
+        reference = never if engine == "auto" else nullcontext()
+        with reference:
+            trainer = Trainer(small(trainer__precision=precision, trainer__engine=engine), output_dir=tmp_path / engine)
+            found[engine] = trainer.fit()
+    assert any("one CUDA graph" in event for event in found["graph"].events)
+    assert found["graph"].metrics["updates"] >= 50
+    one, other = (everything(tmp_path / engine / "checkpoints" / "last.pt") for engine in found)
+    assert [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if not torch.equal(a, b)] == []
+
+
+class Reads(nn.Module):
+    """Does on the host what a graph cannot hold, or would not repeat."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.body, self.count = what, nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10)), 0
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "waits":
+            x = x * float(x.mean().item() > -1)
+        elif self.what == "draws":
+            x = x * (1 + random.random())
+        elif self.what == "counts":
+            self.count += 1
+        output: Tensor = self.dropout(self.body(x))
+        return output
+
+
+@pytest.mark.parametrize(("what", "reason"), [("waits", "waits for the card"), ("draws", "random"), ("counts", "attr")])
+def test_what_a_graph_cannot_hold_runs_eager_and_says_why(what: str, reason: str, tmp_path: Path) -> None:
+    oom.release(gpu_checks.CUDA)
+    before = torch.cuda.memory_allocated()
+    result = Trainer(small(trainer__engine="graph"), model=lambda *_: Reads(what), output_dir=tmp_path).fit()
+    assert any("eager, not a CUDA graph" in event and reason in event for event in result.events), result.events
+    oom.release(gpu_checks.CUDA)
+    assert torch.cuda.memory_allocated() == before
+
+
+def recorded(update: Update, images: Tensor, labels: Tensor) -> Graph:
+    for _ in range(3):
+        update.run(images, labels, samples=0)
+    return Graph(update, images, labels)
+
+
+def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
+    with limited(gpu_checks.CUDA, "600MiB") as capacity:
+        update, images, labels = gpu_checks._update(
+            ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
+        )
+        for _ in range(3):
+            update.run(images, labels, samples=0)
+        oom.release(gpu_checks.CUDA)
+        held, weights = torch.cuda.memory_allocated(), gpu_checks.digest(update.state.model)
+        ballast = torch.empty(320 << 20, dtype=torch.uint8, device="cuda")
+        with pytest.raises(GraphRefused, match="out of memory"):
+            Graph(update, images, labels)
+        del ballast
+        oom.release(gpu_checks.CUDA)
+        assert (torch.cuda.memory_allocated(), gpu_checks.digest(update.state.model)) == (held, weights)
+        assert torch.cuda.memory_reserved() < held + (64 << 20), "the allocator still flushes its cache"
+        graph = Graph(update, images, labels)
+        graph.replay(images, labels)
+        assert gpu_checks.digest(update.state.model) != weights
+
+
+def test_a_replay_allocates_nothing_on_a_full_card() -> None:
+    with limited(gpu_checks.CUDA, None) as capacity:
+        update, images, labels = gpu_checks._update(gpu_checks.SMALL, capacity, undo=True)
+        graph = recorded(update, images, labels)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()
+        with gpu_checks.other_process("0", "1"):
+            for _ in range(50):
+                graph.replay(images, labels)
+                torch.cuda.synchronize()
+        after = torch.cuda.memory_stats()
+    for count in ("allocation.all.allocated", "num_ooms", "num_alloc_retries", "num_device_alloc"):
+        assert after[count] == before[count]
+
+
+def test_where_memory_runs_out_beside_the_graph_it_goes_and_the_update_is_made() -> None:
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, "600MiB") as capacity:
+        update, images, labels = gpu_checks._update(
+            ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
+        )
+        engine = Engine(update, "graph", 8, events.append)
+        for _ in range(5):
+            engine.run(images, labels, samples=8)
+        assert engine._graph is not None
+        engine.run(images[:7], labels[:7], samples=7)
+    assert update.state.updates == 6
+    assert "wanted in" in events[-1]

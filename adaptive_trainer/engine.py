@@ -1,0 +1,164 @@
+"""Which way updates run: operator by operator, or as one CUDA graph.
+
+The graph is a luxury: where it cannot be recorded, or its memory is wanted for something else, updates go on operator
+by operator, and the reason is recorded.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.graph import Graph, GraphRefused, refusal, synchronizing_refused
+from adaptive_trainer.update import Update
+
+__all__ = ["Engine"]
+
+T = TypeVar("T")
+TIMED = 5  # updates of each kind that `auto` compares
+
+
+class Engine:
+    """Runs the updates of one rung in training.
+
+    A batch of another shape than the whole one (the last of an epoch) runs operator by operator.
+
+    Args:
+        update: the transaction that runs operator by operator.
+        name: `eager`, `graph`, or `auto`, which times both and keeps the faster.
+        batch_size: samples in a whole batch.
+        event: is told what was decided, and why.
+    """
+
+    def __init__(self, update: Update, name: str, batch_size: int, event: Callable[[str], None]) -> None:
+        self.update = update
+        self.name = name
+        self.batch_size = batch_size
+        self._event = event
+        self._graph: Graph | None = None
+        self._is_settled = name == "eager"
+        self._is_checked = False
+        self._seconds: dict[str, list[float]] = {"eager": [], "graph": []}
+        if name == "auto" and update.device.type != "cuda":
+            self._is_settled = True  # there is nothing to choose from
+
+    def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
+        """One update, as `Update.run`.
+
+        Raises:
+            OutOfMemory: it does not fit, with nothing else held; the state is as before.
+            DeviceUnusable: the device answers nothing any more.
+            Exception: whatever is not about memory, unchanged.
+        """
+        if self.name != "eager":
+            self._round_rates()
+        if self._is_settled and self._graph is None:
+            self.update.run(images, labels, samples=samples)
+        elif len(labels) != self.batch_size:
+            self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+        else:
+            self._run_whole(images, labels, samples)
+
+    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """One evaluation batch, as `Update.evaluate`."""
+        return self._beside_graph(lambda: self.update.evaluate(model, images, labels))
+
+    def _round_rates(self) -> None:
+        """To what a graph's tensor can hold, so that updates of both kinds have the same bits."""
+        if self.update.device.type == "cuda":
+            for group in self.update.state.optimizer.param_groups:
+                group["lr"] = float(np.float32(group["lr"]))
+
+    def _run_whole(self, images: Tensor, labels: Tensor, samples: int) -> None:
+        if self._graph is None and self._is_checked and (self.name == "graph" or self._is_timed("eager")):
+            self._record(images, labels)
+        if self._graph is not None and self._graph.suits(images, labels):
+            replay = self._graph.replay
+            self._timed("graph", lambda: replay(images, labels))
+            self.update.commit(samples)
+            self._settle()
+        elif not self._is_settled and not self._is_checked:
+            self._check(images, labels, samples)
+        elif self._is_checked and not self._is_settled:
+            self._timed("eager", lambda: self.update.run(images, labels, samples=samples))
+        else:
+            self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+
+    def _check(self, images: Tensor, labels: Tensor, samples: int) -> None:
+        """An update operator by operator that shows whether any of them waits for the card."""
+        reason = refusal(self.update)
+        if not reason and (not self.update.is_warm or self.update.step_allocates is None):
+            self.update.run(images, labels, samples=samples)  # makes the optimizer's state
+            return
+        if not reason:
+            try:
+                with synchronizing_refused():
+                    self.update.run(images, labels, samples=samples)
+            except GraphRefused as error:
+                reason = str(error)
+        self._is_checked = True
+        if reason:
+            self._refuse(reason)
+            self.update.run(images, labels, samples=samples)
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        reason = ""
+        try:
+            self._graph = Graph(self.update, images, labels)
+        except GraphRefused as error:
+            reason = str(error)
+        if reason:
+            self._refuse(reason)
+        elif self.name == "graph":
+            self._is_settled = True
+            self._event("engine: the whole update is one CUDA graph from here on, as trainer.engine=graph asks")
+
+    def _refuse(self, reason: str) -> None:
+        self._is_settled = True
+        self._event(f"engine: eager, not a CUDA graph: {reason}")
+
+    def _settle(self) -> None:
+        """Keep the faster of the two, once both are timed."""
+        if self._is_settled or not self._is_timed("graph"):
+            return
+        self._is_settled = True
+        eager, graph = (1e3 * statistics.median(self._seconds[kind]) for kind in ("eager", "graph"))
+        if graph < eager:
+            self._event(f"engine: one CUDA graph an update, {graph:.1f} ms, against {eager:.1f} ms eager (auto)")
+        else:
+            self._graph = None
+            self._event(f"engine: eager, {eager:.1f} ms an update, against {graph:.1f} ms as a CUDA graph (auto)")
+
+    def _timed(self, kind: str, work: Callable[[], None]) -> None:
+        if self.name != "auto" or self._is_settled:
+            work()
+            return
+        torch.cuda.synchronize(self.update.device)
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(self.update.device)
+        self._seconds[kind].append(time.perf_counter() - started)
+
+    def _is_timed(self, kind: str) -> bool:
+        return len(self._seconds[kind]) >= TIMED
+
+    def _beside_graph(self, work: Callable[[], T]) -> T:
+        """What the work returns; where memory runs out beside the graph, once more without it."""
+        reason = ""
+        try:
+            return work()
+        except OutOfMemory as error:
+            if self._graph is None:
+                raise
+            reason = f"its memory was wanted in {error.phase}"
+        self._graph = None
+        self.update.release()
+        self._refuse(reason)
+        return work()

@@ -1,0 +1,190 @@
+"""One whole update as a CUDA graph: recorded once, then replayed with new samples.
+
+A small batch leaves a card waiting for Python to launch its kernels. A graph launches them all at once, and as its
+memory is its own, a replay allocates nothing: it cannot run out of memory.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from adaptive_trainer import oom
+from adaptive_trainer.update import Update
+
+__all__ = ["Graph", "GraphRefused", "refusal", "synchronizing_refused"]
+
+SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
+PLAIN = (int, float, str, type(None))
+
+
+class GraphRefused(Exception):
+    """The update cannot be recorded; says why."""
+
+
+class Graph:
+    """An update recorded for batches of one shape.
+
+    Args:
+        update: what is recorded. Its optimizer has made all of its state, and an update of this shape has run before.
+        images: (N, C, H, W), the shape that is recorded; the values do not matter.
+        labels: (N,).
+
+    Raises:
+        GraphRefused: it cannot be recorded, or there is no memory for it; the training state is as before.
+    """
+
+    def __init__(self, update: Update, images: Tensor, labels: Tensor) -> None:
+        self.optimizer = update.state.optimizer
+        self._graph = torch.cuda.CUDAGraph()
+        problem = ""
+        oom.release(update.device)  # while a graph is recorded the allocator cannot flush its cache
+        try:
+            self.images = torch.zeros_like(images, device=update.device)
+            self.labels = torch.zeros_like(labels, device=update.device)
+            self.rates = [torch.tensor(float(g["lr"]), device=update.device) for g in self.optimizer.param_groups]
+            with update.undone(), _unchanged_host(update):
+                self._record(update)
+        except GraphRefused as error:
+            problem = str(error)
+        except Exception as error:
+            failure = oom.describe(error, pressure=update.capacity.pressure)
+            if failure.kind is oom.Kind.POISONED:
+                raise
+            problem = failure.text
+        oom.clear_workspaces(update.device)  # or a later graph would use memory that goes with this one
+        if problem:
+            oom.release(update.device)
+            raise GraphRefused(problem)
+
+    def suits(self, images: Tensor, labels: Tensor) -> bool:
+        """Whether it was recorded for such a batch."""
+        return images.shape == self.images.shape and labels.shape == self.labels.shape
+
+    def replay(self, images: Tensor, labels: Tensor) -> None:
+        """The update on these samples, at the learning rates that the optimizer's groups hold now."""
+        self.images.copy_(images, non_blocking=True)
+        self.labels.copy_(labels, non_blocking=True)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self._graph.replay()
+
+    def _record(self, update: Update) -> None:
+        """Run the update's Python once; its kernels go into the graph and do not run."""
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(update.device)  # type: ignore[no-untyped-call]
+        has_ended = False
+        try:
+            with torch.cuda.stream(stream), _changing_values(self.optimizer, self.rates):
+                # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
+                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    update.work(self.images, self.labels)
+                finally:
+                    self._graph.capture_end()
+                    has_ended = True
+        finally:
+            if not has_ended:
+                _abandon(update.device, pool)
+
+
+def _abandon(device: torch.device, pool: Any) -> None:
+    """Take the allocator out of a recording whose end failed, which would go on sending memory to its pool."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):
+            undo(index, pool)
+
+
+@contextmanager
+def _changing_values(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
+    """Learning rates as tensors that later replays read anew, while the optimizer's step is recorded."""
+    before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"], group["capturable"] = rate, True
+    try:
+        yield
+    finally:
+        for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
+            group["lr"], group["capturable"] = lr, capturable
+
+
+@contextmanager
+def _unchanged_host(update: Update) -> Iterator[None]:
+    """Refuse an update that changes something on the host, which a replay would not repeat."""
+    before = _host_side(update)
+    yield
+    after = _host_side(update)
+    changed = [name for name, value in before.items() if after[name] != value]
+    if changed:
+        raise GraphRefused(f"its forward pass changes {', '.join(changed)} on the host, which a graph does not repeat")
+
+
+def _host_side(update: Update) -> dict[str, bytes]:
+    modules = list(update.state.model.modules())
+    plain = [{k: v for k, v in vars(m).items() if isinstance(v, PLAIN)} for m in modules]
+    return {
+        "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
+        "Python's random numbers": pickle.dumps(random.getstate()),
+        "numpy's random numbers": pickle.dumps(np.random.get_state()),
+        "attributes of its modules": pickle.dumps(plain),
+        "which tensors are its buffers": pickle.dumps([id(b) for m in modules for b in m._buffers.values()]),
+    }
+
+
+def refusal(update: Update) -> str:
+    """Why the update cannot be a graph; empty where nothing speaks against trying."""
+    optimizer = update.state.optimizer
+    name = type(optimizer).__name__
+    if update.device.type != "cuda":
+        return f"graphs need a CUDA card, and this is {update.device.type}"
+    if not all("capturable" in group for group in optimizer.param_groups):
+        return f"{name} has no capturable implementation"
+    leaves = [leaf for values in optimizer.state.values() for leaf in tree_leaves(values)]
+    if any(not isinstance(leaf, Tensor) or leaf.device.type != "cuda" for leaf in leaves):
+        return f"{name} keeps a part of its state on the host; its fused implementation does not"
+    if update.state.ema is not None and update.state.ema.use_warmup:
+        return "the moving average's decay changes with the count of updates"
+    return ""
+
+
+@contextmanager
+def synchronizing_refused() -> Iterator[None]:
+    """Refuse operators that wait for the card, which no graph can hold.
+
+    Raises:
+        GraphRefused: one was called; whoever ran the update has rolled it back.
+    """
+    problem = ""
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if SYNCHRONIZES not in str(error):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+        problem = f"an operator of the update waits for the card ({where})"
+    finally:
+        _set_sync_debug_mode(before)
+    if problem:
+        raise GraphRefused(problem)
+
+
+def _set_sync_debug_mode(mode: str | int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
