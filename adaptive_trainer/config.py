@@ -97,6 +97,7 @@ class TrainerConfig:
     eval_batch_size: int | None = None  # null: the micro-batch size
     precision: str = "fp32"
     checkpoint_activations: bool = False
+    channels_last: bool = False
     clip_grad: float | None = None
     ema_decay: float | None = None
     label_smoothing: float = 0.0

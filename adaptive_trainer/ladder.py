@@ -36,7 +36,7 @@ NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Decided once for a run: what is trained on, where, and what becomes of it.
 FIXED = (
     "task", "device", "seed", "resume", "output_dir", "optimized_metric", "memory", "card", "phases", "ladder.rungs",
-    "model.num_classes", "data.train", "data.val", "data.root",
+    "model.num_classes", "trainer.channels_last", "data.train", "data.val", "data.root",
 )  # fmt: skip
 
 

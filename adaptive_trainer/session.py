@@ -83,6 +83,8 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)
     model = parts.make_model(config.model, parts.num_classes).to(parts.device)
+    if config.trainer.channels_last:
+        model.to(memory_format=torch.channels_last)
     _own_memory(model)
     checkpoint_activations(model, config.trainer.checkpoint_activations)
     return TrainState(
@@ -133,6 +135,7 @@ def _around(state: TrainState, config: Config, parts: Parts) -> Session:
         micro_batch_size=used.micro_batch_size,
         precision=used.precision,
         clip_grad=config.trainer.clip_grad,
+        channels_last=config.trainer.channels_last,
     )
     schedule = build_schedule(
         state.optimizer,

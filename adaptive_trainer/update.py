@@ -59,6 +59,7 @@ class Update:
         micro_batch_size: most samples in one forward and backward.
         precision: `fp32`, `bf16` or `fp16`.
         clip_grad: largest gradient norm, or None.
+        channels_last: give the model its images in that memory format.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Update:
         micro_batch_size: int,
         precision: str,
         clip_grad: float | None,
+        channels_last: bool = False,
     ) -> None:
         self.state = state
         self.loss = loss
@@ -79,6 +81,7 @@ class Update:
         self.micro_batch_size = micro_batch_size
         self.precision = precision
         self.clip_grad = clip_grad
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.phase = "begin"
         self.step_allocates: bool | None = None  # not known yet
         self.is_warm = False  # whether the last step found all of the optimizer's state made
@@ -179,7 +182,7 @@ class Update:
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
         for part, target in zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True):
             self.phase = "forward"
-            x = part.to(self.device, non_blocking=True)
+            x = self._to_device(part)
             y = target.to(self.device, non_blocking=True)
             output = self._forward(x)
             with self._autocast():
@@ -187,6 +190,9 @@ class Update:
             self._measure(output, y, loss)
             self.phase = "backward"
             state.scaler.scale(loss * (len(target) / total)).backward()  # type: ignore[no-untyped-call]
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True, memory_format=self.memory_format)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
@@ -261,7 +267,7 @@ class Update:
     def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
         y = labels.to(self.device, non_blocking=True)
         with self._autocast():
-            output = model(images.to(self.device, non_blocking=True))
+            output = model(self._to_device(images))
             loss = float(self.loss(output, y)) * len(labels)
         correct = int((output.argmax(1) == y).sum()) if _is_classification(output, y) else 0
         return loss, correct

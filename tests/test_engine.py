@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.models import build_model
 
 SMALL = [
     "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.num_workers=0",
@@ -36,3 +39,32 @@ def test_a_graph_without_a_card_is_refused_with_the_reason_and_changes_nothing(t
 def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.engine=warp is none of auto, eager, graph"):
         train(tmp_path, "warp")
+
+
+def test_channels_last_reaches_weights_images_and_nothing_else(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def watched(settings: ModelConfig, classes: int) -> nn.Module:
+        model = build_model(settings, classes)
+        model.register_forward_pre_hook(lambda _, inputs: seen.append(is_channels_last(inputs[0])))
+        return model
+
+    losses = {}
+    for wanted in (True, False):
+        seen.clear()
+        trainer = Trainer(
+            compose_config([*SMALL, f"trainer.channels_last={wanted}"]),
+            model=watched,
+            output_dir=tmp_path / str(wanted),
+        )
+        losses[wanted] = trainer.fit().metrics["train_loss"]
+        assert trainer.model is not None
+        assert any(is_channels_last(p) for p in trainer.model.parameters()) is wanted
+        assert seen, "training and evaluation"
+        assert set(seen) == {wanted}
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)  # the same, added up in another order
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    dense = tensor.is_contiguous()
+    return tensor.ndim == 4 and not dense and tensor.is_contiguous(memory_format=torch.channels_last)
