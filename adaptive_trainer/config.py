@@ -230,8 +230,8 @@ def typed(cfg: DictConfig) -> Config:
     """
     message = ""
     try:
-        schema = OmegaConf.merge(_schema(), cfg)
-        value = OmegaConf.to_object(schema)
+        is_typed = OmegaConf.get_type(cfg) is Config  # what Hydra composed is; a merge takes most of the time
+        value = OmegaConf.to_object(cfg if is_typed else OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
         message = str(error)
     if message:
