@@ -240,6 +240,14 @@ def test_the_undo_keeps_buffers_and_what_an_allocating_step_changes() -> None:
     assert extra(lambda m: AdamW(m.parameters(), foreach=True)) == small + 3 * weights
 
 
+def test_copies_that_an_allocating_step_needs_are_made_beside_the_gradients() -> None:
+    found = trace(spec(Conv, 2, make_optimizer=lambda m: AdamW(m.parameters(), foreach=True), undo=True))
+    last_born = max(n for k, n in zip(found.kinds, found.numbers, strict=True) if k == Kind.BORN)
+    events = list(zip(found.kinds, found.numbers, strict=True))[found.update_start : found.evaluation_start]
+    at = events.index((Kind.BORN, last_born))
+    assert sum(k == Kind.DIED for k, _ in events[at:]) > len(list(Conv().parameters())), "gradients die after it"
+
+
 def test_the_moving_average_is_kept() -> None:
     plain, averaged = trace(spec(Conv, 2)), trace(spec(Conv, 2, ema=True))
     assert born(averaged) - born(plain) == sum(t.numel() * t.element_size() for t in Conv().state_dict().values())

@@ -96,6 +96,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether an allocation numbered `number` or later is gone again."""
         return any(k == Kind.DIED and n >= number for k, n in zip(self.kinds, self.numbers, strict=True))
 
+    def move_end(self, start: int, to: int) -> None:
+        """Move the events from `start` on to index `to`: what is known late may have happened earlier."""
+        for events in (self.kinds, self.numbers):
+            late = events[start:]
+            del events[start:]
+            events[to:to] = late
+
     def _see(self, out: Any, *, on_host: bool = False) -> None:
         if isinstance(out, Tensor):
             self._storage(out, on_host)

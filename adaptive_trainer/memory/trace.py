@@ -195,7 +195,7 @@ class _Training:
             self.scaler.unscale_(self.optimizer)
         if self.spec.clip_grad:
             nn.utils.clip_grad_norm_(parameters, 1.0, foreach=self.spec.cuda or None)
-        born = len(self.recorder.sizes)
+        born, before_step = len(self.recorder.sizes), len(self.recorder.kinds)
         self.optimizer.step()
         allocates = self.recorder.any_died_since(born)
         if self.scaler.is_enabled():
@@ -205,7 +205,9 @@ class _Training:
             parameter.grad = None
         if self.spec.undo and allocates:
             state = [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
+            end = len(self.recorder.kinds)
             self.copies += [torch.empty_like(t, requires_grad=False) for t in [*parameters, *state, *self.average]]
+            self.recorder.move_end(end, before_step)  # they are made beside the gradients
 
     def _accumulate(self) -> None:
         self.recorder.part = 1
