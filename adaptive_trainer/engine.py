@@ -80,8 +80,7 @@ class Engine:
         if self._graph is None and self._is_checked and (self.name == "graph" or self._is_timed("eager")):
             self._record(images, labels)
         if self._graph is not None and self._graph.suits(images, labels):
-            replay = self._graph.replay
-            self._timed("graph", lambda: replay(images, labels))
+            self._timed("graph", lambda: self._replay(images, labels))
             self.update.commit(samples)
             self._settle()
         elif not self._is_settled and not self._is_checked:
@@ -90,6 +89,10 @@ class Engine:
             self._timed("eager", lambda: self.update.run(images, labels, samples=samples))
         else:
             self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+
+    def _replay(self, images: Tensor, labels: Tensor) -> None:
+        if self._graph is not None:
+            self._graph.replay(images, labels)
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> None:
         """An update operator by operator that shows whether any of them waits for the card."""
@@ -134,6 +137,7 @@ class Engine:
             self._event(f"engine: one CUDA graph an update, {graph:.1f} ms, against {eager:.1f} ms eager (auto)")
         else:
             self._graph = None
+            self.update.release()
             self._event(f"engine: eager, {eager:.1f} ms an update, against {graph:.1f} ms as a CUDA graph (auto)")
 
     def _timed(self, kind: str, work: Callable[[], None]) -> None:

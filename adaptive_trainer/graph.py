@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +28,7 @@ __all__ = ["Graph", "GraphRefused", "refusal", "synchronizing_refused"]
 
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
 PLAIN = (int, float, str, type(None))
+OF_A_MODULE = ("_parameters", "_buffers", "_modules")  # compared otherwise, or of modules of their own
 
 
 class GraphRefused(Exception):
@@ -66,12 +67,14 @@ class Graph:
             problem = failure.text
         oom.clear_workspaces(update.device)  # or a later graph would use memory that goes with this one
         if problem:
+            vars(self).clear()  # the graph, and with it its memory
             oom.release(update.device)
             raise GraphRefused(problem)
 
     def suits(self, images: Tensor, labels: Tensor) -> bool:
         """Whether it was recorded for such a batch."""
-        return images.shape == self.images.shape and labels.shape == self.labels.shape
+        mine, given = (self.images, self.labels), (images, labels)
+        return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, given, strict=True))
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
         """The update on these samples, at the learning rates that the optimizer's groups hold now."""
@@ -101,11 +104,19 @@ class Graph:
 
 
 def _abandon(device: torch.device, pool: Any) -> None:
-    """Take the allocator out of a recording whose end failed, which would go on sending memory to its pool."""
+    """Take allocator and random numbers out of a recording whose end failed.
+
+    The allocator would go on sending memory to its pool, and up to torch 2.12 the generator would refuse to draw.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
-    for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        with suppress(RuntimeError):
-            undo(index, pool)
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(
+            index, pool
+        )  # fails where the recording did end: the graph gives back its pool
+        torch._C._cuda_releasePool(index, pool)
+    generator, fresh = torch.cuda.default_generators[index], torch.Generator(device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh)
 
 
 @contextmanager
@@ -133,8 +144,8 @@ def _unchanged_host(update: Update) -> Iterator[None]:
 
 
 def _host_side(update: Update) -> dict[str, bytes]:
-    modules = list(update.state.model.modules())
-    plain = [{k: v for k, v in vars(m).items() if isinstance(v, PLAIN)} for m in modules]
+    modules = [*update.state.model.modules(), *(update.loss.modules() if isinstance(update.loss, nn.Module) else ())]
+    plain = [{k: _seen(v) for k, v in vars(m).items() if k not in OF_A_MODULE} for m in modules]
     return {
         "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
         "Python's random numbers": pickle.dumps(random.getstate()),
@@ -144,12 +155,33 @@ def _host_side(update: Update) -> dict[str, bytes]:
     }
 
 
+def _seen(value: Any) -> Any:
+    """What can be compared of an attribute: its content where it is plain, else whether it is the same object."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, dict):
+        return [(_seen(key), _seen(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [_seen(item) for item in value]
+    return id(value)
+
+
 def refusal(update: Update) -> str:
     """Why the update cannot be a graph; empty where nothing speaks against trying."""
     optimizer = update.state.optimizer
     name = type(optimizer).__name__
     if update.device.type != "cuda":
         return f"graphs need a CUDA card, and this is {update.device.type}"
+    if torch.cuda.get_allocator_backend() != "native":
+        return "graphs need torch's own allocator"
+    if not isinstance(update.loss, nn.Module) and not update.loss.__module__.startswith("torch."):
+        return "what a loss function changes on the host cannot be seen; a loss that is an nn.Module can be recorded"
     if not all("capturable" in group for group in optimizer.param_groups):
         return f"{name} has no capturable implementation"
     leaves = [leaf for values in optimizer.state.values() for leaf in tree_leaves(values)]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.graph import GraphRefused, _unchanged_host
+from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
+from adaptive_trainer.position import Position
+from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.update import Update
 
+POSITION = Position(0, 0, 0, 4)
 SMALL = [
     "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.num_workers=0",
     "data.image_size=32", "trainer.batch_size=4", "device=cpu", "memory.limit=none",
@@ -39,6 +48,71 @@ def test_a_graph_without_a_card_is_refused_with_the_reason_and_changes_nothing(t
 def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.engine=warp is none of auto, eager, graph"):
         train(tmp_path, "warp")
+
+
+class Changes(nn.Module):
+    """Changes something on the host in every forward pass; `what` is the name of the method that does."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.body, self.what = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), what
+        self.generator, self.torch_generator = random.Random(0), torch.Generator()
+        self.count, self.history, self.counts, self.mean = 0, [1.0], {"n": 0}, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.what:
+            case "count":
+                self.count += 1
+            case "history":
+                self.history.append(2.0)
+            case "counts":
+                self.counts["n"] += 1
+            case "mean":
+                self.mean = 0.9 * self.mean + x.mean()
+            case "generator":
+                self.generator.random()
+            case "torch_generator":
+                torch.rand(1, generator=self.torch_generator)
+            case "torch":
+                torch.rand(1)
+            case "python":
+                random.random()
+            case "numpy":
+                np.random.rand()
+        output: Tensor = self.body(x)
+        return output
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["count", "history", "counts", "mean", "generator", "torch_generator", "torch", "python", "numpy", "nothing"],
+)
+@pytest.mark.parametrize("in_loss", [False, True])
+def test_what_a_replay_would_not_repeat_is_seen(what: str, in_loss: bool) -> None:
+    model = Changes("nothing" if in_loss else what)
+    odd = Changes(what if in_loss else "nothing")
+    state = TrainState(model, torch.optim.SGD(model.parameters()), GradScaler("cpu", enabled=False), None, POSITION)
+    with limited(torch.device("cpu"), "none") as capacity:
+        update = Update(
+            state,
+            odd,
+            device=torch.device("cpu"),
+            capacity=capacity,
+            micro_batch_size=2,
+            precision="fp32",
+            clip_grad=None,
+        )
+
+        def attempt() -> None:
+            with _unchanged_host(update):
+                model(torch.zeros(2, 3, 2, 2))
+                odd(torch.zeros(2, 3, 2, 2))
+
+        if what == "nothing":
+            attempt()
+        else:
+            with pytest.raises(GraphRefused, match="on the host"):
+                attempt()
 
 
 def test_channels_last_reaches_weights_images_and_nothing_else(tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ GiB = 2**30
 class Canned(Tracer):
     """Gives one trace, whatever it is asked for."""
 
-    def __init__(self, events: list[tuple[int, int]], sizes: list[int], update_start: int = 0) -> None:
+    def __init__(
+        self, events: list[tuple[int, int]], sizes: list[int], update_start: int = 0, copies: tuple[int, int] = (0, 0)
+    ) -> None:
         super().__init__()
         kinds, numbers = bytes(kind for kind, _ in events), tuple(number for _, number in events)
         stop = len(events)
-        self.canned = Trace(kinds, numbers, tuple(sizes), bytes(len(sizes)), (0, 1, 0), 1, update_start, stop)
+        self.canned = Trace(kinds, numbers, tuple(sizes), bytes(len(sizes)), (0, 1, 0), 1, update_start, stop, copies)
 
     def trace(self, spec: TraceSpec) -> Trace:
         return self.canned
@@ -46,6 +48,34 @@ def test_an_update_that_is_retried_starts_from_an_empty_cache() -> None:
 
     assert least(undo=False) == 60 * MiB
     assert least(undo=True) == 48 * MiB
+
+
+def test_copies_are_made_once_a_step_is_known_to_allocate() -> None:
+    """Two updates go by without them, as in the proof: what is made meanwhile takes the place they would have had.
+
+    0 is a gradient of 24 MiB, 1 a copy of 24, and 2 state of 12. Without copies the state takes half of the segment
+    that the gradient leaves; the second update's gradient needs another, which the copy then takes, and the fourth's
+    a third. Were the copy made in the first update it would take the first, and the state one of 12: 24 + 12 + 24.
+    """
+    events = [(B, 0), (D, 0), (B, 1), (B, 2)]
+    sizes = [24 * MiB, 24 * MiB, 12 * MiB]
+
+    def needs(copies: tuple[int, int]) -> tuple[int | None, int | None]:
+        found = predict(replace(SPEC, undo=True), tracer=Canned(events, sizes, copies=copies))
+        return found.reserved_bytes, found.min_capacity_bytes
+
+    assert needs((0, 0)) == (60 * MiB, 60 * MiB)
+    assert needs((1, 2)) == (72 * MiB, 72 * MiB)
+
+
+def test_copies_outlive_a_roll_back() -> None:
+    """In the third update the copy, 0, takes a third of the segment that 1 has left, so that 1 needs another.
+
+    They are 36 + 36 MiB, and trying again changes nothing, since the copy stays. From nothing it would be 12 + 36.
+    """
+    events, sizes = [(B, 0), (B, 1), (D, 1)], [12 * MiB, 36 * MiB]
+    found = predict(replace(SPEC, undo=True), tracer=Canned(events, sizes, copies=(0, 1)))
+    assert found.min_capacity_bytes == 72 * MiB
 
 
 def linear() -> nn.Module:

@@ -248,6 +248,18 @@ def test_copies_that_an_allocating_step_needs_are_made_beside_the_gradients() ->
     assert sum(k == Kind.DIED for k, _ in events[at:]) > len(list(Conv().parameters())), "gradients die after it"
 
 
+def test_copies_are_told_from_what_the_update_itself_makes() -> None:
+    weights = sum(t.numel() * t.element_size() for t in Conv().parameters())
+
+    def copied(optimizer: Callable[[nn.Module], Optimizer], undo: bool) -> int:
+        found = trace(spec(Conv, 2, make_optimizer=optimizer, undo=undo))
+        return sum(found.sizes[n] for n in range(*found.copies))
+
+    assert copied(lambda m: AdamW(m.parameters(), foreach=True), True) == 3 * weights, "weights, two kinds of state"
+    assert copied(lambda m: AdamW(m.parameters(), foreach=True), False) == 0
+    assert copied(lambda m: AdamW(m.parameters(), fused=True), True) == 0, "it allocates nothing"
+
+
 def test_the_moving_average_is_kept() -> None:
     plain, averaged = trace(spec(Conv, 2)), trace(spec(Conv, 2, ema=True))
     assert born(averaged) - born(plain) == sum(t.numel() * t.element_size() for t in Conv().state_dict().values())

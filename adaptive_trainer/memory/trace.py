@@ -100,6 +100,8 @@ class Trace:
         batches: samples in each part, as in `TraceSpec.batches`.
         area: pixels of an image.
         update_start, evaluation_start: indices into the events.
+        copies: numbers of the copies that an allocating step needs, from the first to before the last. They are born
+            where an update would make them; the replay knows which updates do.
     """
 
     kinds: bytes
@@ -110,6 +112,7 @@ class Trace:
     area: int
     update_start: int
     evaluation_start: int
+    copies: tuple[int, int] = (0, 0)
 
 
 def trace(spec: TraceSpec) -> Trace:
@@ -167,6 +170,7 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
         _area(spec.input_shape),
         update_start,
         evaluation_start,
+        training.step_copies,
     )
 
 
@@ -185,6 +189,7 @@ class _Training:
         self.meters = [torch.zeros(()) for _ in range(METERS)]
         self.average = [torch.empty_like(t) for t in model.state_dict().values()] if spec.ema else []
         self.copies = [torch.empty_like(t) for t in (*model.buffers(), *self.meters)] if spec.undo else []
+        self.step_copies = (0, 0)
 
     def update(self) -> None:
         """Micro-batches, clipping, step: the gradients are gone at its end, the optimizer's state stays."""
@@ -205,8 +210,9 @@ class _Training:
             parameter.grad = None
         if self.spec.undo and allocates:
             state = [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
-            end = len(self.recorder.kinds)
+            end, first = len(self.recorder.kinds), len(self.recorder.sizes)
             self.copies += [torch.empty_like(t, requires_grad=False) for t in [*parameters, *state, *self.average]]
+            self.step_copies = first, len(self.recorder.sizes)
             self.recorder.move_end(end, before_step)  # they are made beside the gradients
 
     def _accumulate(self) -> None:
@@ -319,6 +325,7 @@ def _combined(known: Sequence[Trace], batches: tuple[int, ...], area: int) -> Tr
         area,
         first.update_start,
         first.evaluation_start,
+        first.copies,
     )
 
 
