@@ -34,6 +34,9 @@ SOFTMAX = {"softmax.int": aten._softmax, "log_softmax.int": aten._log_softmax}
 
 GEMMS = frozenset({aten.addmm.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default})
 TILES = 64 * 128 * 128  # a weight gradient this large keeps tensor cores busy without being split
+# Kernels that first copy what is not contiguous, and how many of their arguments that is about
+# (aten/src/ATen/native/cuda/layer_norm_kernel.cu, `expect_contiguous`).
+CONTIGUOUS = {aten.native_layer_norm.default: 1, aten.native_layer_norm_backward.default: 2}
 CONV, CONV_BACKWARD = aten.convolution.default, aten.convolution_backward.default
 
 
@@ -88,8 +91,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         if self.cuda and func in GEMMS:
             self._gemm(func)
+        copies = [t for t in args[: CONTIGUOUS.get(func, 0)] if self.cuda and not t.is_contiguous()]
+        copied = [self._born(Kind.BORN, t.numel() * t.element_size()) for t in copies]
         # torch.tensor(3.0) is host memory, such as the step count of an optimizer
         self._see(out, on_host=self.cuda and func is aten.lift_fresh.default)
+        for number in copied:
+            self._event(Kind.DIED, number)
         return out
 
     def any_died_since(self, number: int) -> bool:
