@@ -11,12 +11,13 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
 from adaptive_trainer.config import ModelConfig, OptimizerConfig
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import limited
-from adaptive_trainer.memory.fake import Kind
+from adaptive_trainer.memory.fake import Kind, Recorder, fake_device
 from adaptive_trainer.memory.predict import Prediction, predict
 from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, trace
 from adaptive_trainer.models import build_model, checkpoint_activations, has_batch_norm
@@ -263,6 +264,32 @@ def test_copies_are_told_from_what_the_update_itself_makes() -> None:
 def test_the_moving_average_is_kept() -> None:
     plain, averaged = trace(spec(Conv, 2)), trace(spec(Conv, 2, ema=True))
     assert born(averaged) - born(plain) == sum(t.numel() * t.element_size() for t in Conv().state_dict().values())
+
+
+@pytest.mark.parametrize(("cuda", "contiguous"), [(True, True), (True, False), (False, False)])
+def test_layer_norm_on_cuda_copies_what_is_not_contiguous(cuda: bool, contiguous: bool) -> None:
+    """Its kernels want their inputs, and backward the gradient too, in one piece: copies that last as long as they do.
+
+    All tensors of 4 * 8 * 16 float32 are 2048 bytes. Else, forward brings the output, and backward two gradients: that
+    of the output, made here, and that of the input.
+    """
+    recorder = Recorder(cuda=cuda)
+    with fake_device(cuda=cuda), recorder:
+        x = torch.empty((4, 8, 16) if contiguous else (4, 16, 8), requires_grad=True)
+        x = x if contiguous else x.transpose(1, 2)
+        start = len(recorder.kinds)
+        y = functional.layer_norm(x, (16,))
+        backward = len(recorder.kinds)
+        y.backward(torch.empty_like(x))  # type: ignore[no-untyped-call]
+
+    def copies(first: int, last: int) -> list[bool]:
+        """Of the large ones that are born in a stretch, whether they die in it."""
+        events = list(zip(recorder.kinds, recorder.numbers, strict=True))[first:last]
+        return [(Kind.DIED, n) in events for k, n in events if k == Kind.BORN and recorder.sizes[n] == 2048]
+
+    hidden = cuda and not contiguous
+    assert copies(start, backward) == [True] * hidden + [False]
+    assert len(copies(backward, len(recorder.kinds))) == 2 + 2 * hidden
 
 
 def test_half_precision_saves_activations() -> None:
