@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.graph import Graph, GraphRefused, refusal, synchronizing_refused
 from adaptive_trainer.update import Update
@@ -43,11 +44,11 @@ class Engine:
         self.batch_size = batch_size
         self._event = event
         self._graph: Graph | None = None
-        self._is_settled = name == "eager"
+        on_cuda = update.device.type == "cuda"
+        self._rounds = name != "eager" and on_cuda
+        self._is_settled = name == "eager" or (name == "auto" and not on_cuda)  # nothing to choose from
         self._is_checked = False
         self._seconds: dict[str, list[float]] = {"eager": [], "graph": []}
-        if name == "auto" and update.device.type != "cuda":
-            self._is_settled = True  # there is nothing to choose from
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
         """One update, as `Update.run`.
@@ -57,7 +58,7 @@ class Engine:
             DeviceUnusable: the device answers nothing any more.
             Exception: whatever is not about memory, unchanged.
         """
-        if self.name != "eager":
+        if self._rounds:
             self._round_rates()
         if self._is_settled and self._graph is None:
             self.update.run(images, labels, samples=samples)
@@ -72,9 +73,8 @@ class Engine:
 
     def _round_rates(self) -> None:
         """To what a graph's tensor can hold, so that updates of both kinds have the same bits."""
-        if self.update.device.type == "cuda":
-            for group in self.update.state.optimizer.param_groups:
-                group["lr"] = float(np.float32(group["lr"]))
+        for group in self.update.state.optimizer.param_groups:
+            group["lr"] = float(np.float32(group["lr"]))
 
     def _run_whole(self, images: Tensor, labels: Tensor, samples: int) -> None:
         if self._graph is None and self._is_checked and (self.name == "graph" or self._is_timed("eager")):
@@ -83,12 +83,12 @@ class Engine:
             self._timed("graph", lambda: self._replay(images, labels))
             self.update.commit(samples)
             self._settle()
-        elif not self._is_settled and not self._is_checked:
-            self._check(images, labels, samples)
-        elif self._is_checked and not self._is_settled:
-            self._timed("eager", lambda: self.update.run(images, labels, samples=samples))
-        else:
+        elif self._is_settled:
             self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+        elif not self._is_checked:
+            self._check(images, labels, samples)
+        else:
+            self._timed("eager", lambda: self.update.run(images, labels, samples=samples))
 
     def _replay(self, images: Tensor, labels: Tensor) -> None:
         if self._graph is not None:
@@ -137,7 +137,7 @@ class Engine:
             self._event(f"engine: one CUDA graph an update, {graph:.1f} ms, against {eager:.1f} ms eager (auto)")
         else:
             self._graph = None
-            self.update.release()
+            oom.release(self.update.device)
             self._event(f"engine: eager, {eager:.1f} ms an update, against {graph:.1f} ms as a CUDA graph (auto)")
 
     def _timed(self, kind: str, work: Callable[[], None]) -> None:
@@ -163,6 +163,6 @@ class Engine:
                 raise
             reason = f"its memory was wanted in {error.phase}"
         self._graph = None
-        self.update.release()
+        oom.release(self.update.device)
         self._refuse(reason)
         return work()

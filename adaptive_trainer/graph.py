@@ -109,10 +109,8 @@ def _abandon(device: torch.device, pool: Any) -> None:
     The allocator would go on sending memory to its pool, and up to torch 2.12 the generator would refuse to draw.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(
-            index, pool
-        )  # fails where the recording did end: the graph gives back its pool
+    with suppress(RuntimeError):  # the first fails where the recording did end; then the graph gives back its pool
+        torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
     generator, fresh = torch.cuda.default_generators[index], torch.Generator(device)
     fresh.set_state(generator.get_state())

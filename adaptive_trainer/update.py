@@ -164,10 +164,6 @@ class Update:
         self._undo.roll_back()
         self._release_after(failure)
 
-    def release(self) -> None:
-        """Give back what nothing refers to any more."""
-        oom.release(self.device)
-
     def _release_after(self, failure: oom.Failure) -> None:
         if not oom.probe(self.device):
             raise DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")

@@ -264,8 +264,7 @@ class Journal:
 
 SOAK = [
     "data.transforms=none", "data.num_workers=0", "device=cuda", "trainer.deterministic=true", "trainer.batch_size=24",
-    "trainer.engine=eager",
-    "trainer.epochs=10", "ladder.climb=true", "schedule=cosine",
+    "trainer.engine=eager", "trainer.epochs=10", "ladder.climb=true", "schedule=cosine",
 ]  # fmt: skip
 SOAK_RUNGS = (
     ("batch-16", "trainer.micro_batch_size=16"), ("micro-8", "trainer.micro_batch_size=8"),
@@ -405,7 +404,7 @@ class NoUndo(Undo):
         self.stepping = True
 
 
-def _update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update, Tensor, Tensor]:
+def make_update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update, Tensor, Tensor]:
     config = resolve(compose_config(overrides))[0].settings
     used = recipe(config)
     parts = Parts(build_model, build_loss, "", 10, 1024, CUDA, capacity)
@@ -448,7 +447,7 @@ def _cost(overrides: list[str]) -> str:
         for undo in (True, False):
             oom.release(CUDA)
             base = torch.cuda.memory_allocated(CUDA)
-            update, images, labels = _update(overrides, capacity, undo=undo)
+            update, images, labels = make_update(overrides, capacity, undo=undo)
 
             def step(update: Update = update, images: Tensor = images, labels: Tensor = labels) -> None:
                 update.run(images, labels, samples=0)

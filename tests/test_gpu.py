@@ -109,7 +109,7 @@ def recorded(update: Update, images: Tensor, labels: Tensor) -> Graph:
 
 def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
     with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, images, labels = gpu_checks._update(
+        update, images, labels = gpu_checks.make_update(
             ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
         )
         for _ in range(3):
@@ -130,7 +130,7 @@ def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
 
 def test_a_replay_allocates_nothing_on_a_full_card() -> None:
     with limited(gpu_checks.CUDA, None) as capacity:
-        update, images, labels = gpu_checks._update(gpu_checks.SMALL, capacity, undo=True)
+        update, images, labels = gpu_checks.make_update(gpu_checks.SMALL, capacity, undo=True)
         graph = recorded(update, images, labels)
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()
@@ -146,7 +146,7 @@ def test_a_replay_allocates_nothing_on_a_full_card() -> None:
 def test_where_memory_runs_out_beside_the_graph_it_goes_and_the_update_is_made() -> None:
     events: list[str] = []
     with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, images, labels = gpu_checks._update(
+        update, images, labels = gpu_checks.make_update(
             ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
         )
         engine = Engine(update, "graph", 8, events.append)
