@@ -154,6 +154,7 @@ class CardConfig:
     name: str | None = None
     memory_mib: int | None = None
     capability: str | None = None  # compute capability, such as "8.6"
+    multiprocessors: int | None = None  # null: as many as a small card has
 
 
 @dataclass

@@ -95,7 +95,12 @@ class Planner:
             self._known[text] = found
             return replace(found, seconds=time.perf_counter() - start)
         try:
-            found = predict(self._spec(config), capability=self.target.capability, tracer=self._tracer)
+            found = predict(
+                self._spec(config),
+                capability=self.target.capability,
+                multiprocessors=self.target.multiprocessors,
+                tracer=self._tracer,
+            )
         except Exception as error:  # factories of the user's own may raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             found = Prediction(None, None, None, None, 0.0, reason)
@@ -123,6 +128,7 @@ class Planner:
             "deterministic": config.trainer.deterministic,
             "cuda": self.target.cuda,
             "capability": list(self.target.capability),
+            "multiprocessors": self.target.multiprocessors,
         }
 
     def classes(self, config: Config) -> int:

@@ -95,7 +95,7 @@ def _predict_network(
 ) -> Prediction:
     gradients = [parameter.grad for parameter in model.parameters()]
     spec = _spec(model, optimizer, input_shape, target, **settings)
-    found = predict_trace(spec, capability=target.capability)
+    found = predict_trace(spec, capability=target.capability, multiprocessors=target.multiprocessors)
     was_used = False
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         was_used = was_used or parameter.grad is not gradient

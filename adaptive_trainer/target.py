@@ -11,6 +11,7 @@ from adaptive_trainer.config import CardConfig, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
 from adaptive_trainer.memory.plan_cache import PlanCache
+from adaptive_trainer.memory.scratch import MULTIPROCESSORS
 from adaptive_trainer.memory.usage import format_bytes
 
 __all__ = ["Card", "Target", "card_of", "target_of"]
@@ -29,6 +30,7 @@ class Card:
     name: str
     memory_bytes: int
     capability: tuple[int, int]
+    multiprocessors: int = MULTIPROCESSORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Target:
         capability: compute capability of the card.
         capacity: bytes that the allocator may reserve; None where that is not known.
         context: bytes that a CUDA process takes outside the allocator.
+        multiprocessors: of the card.
     """
 
     description: str
@@ -48,6 +51,7 @@ class Target:
     capability: tuple[int, int]
     capacity: int | None
     context: int
+    multiprocessors: int = MULTIPROCESSORS
 
 
 def card_of(card: CardConfig) -> Card | None:
@@ -59,11 +63,12 @@ def card_of(card: CardConfig) -> Card | None:
     if card == CardConfig():
         return None
     match = re.fullmatch(r"(\d+)\.(\d+)", card.capability or "")
-    if match is None or card.memory_mib is None or card.memory_mib < 1:
+    count = MULTIPROCESSORS if card.multiprocessors is None else card.multiprocessors
+    if match is None or card.memory_mib is None or min(card.memory_mib, count) < 1:
         raise ConfigError(
             f"card={card.name}: a card has memory_mib (whole MiB above 0) and capability ('8.6'); see configs/card/"
         )
-    return Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])))
+    return Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])), count)
 
 
 def context_of(capability: tuple[int, int]) -> int:
@@ -102,7 +107,9 @@ def target_of(config: Config, card: Card | None = None, cache: PlanCache | None 
         raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {source}")
     if cap is not None:
         room, source = cap if room is None else min(cap, room), f"{source}, limited to {format_bytes(cap)}"
-    return Target(source, True, ASSUMED_CAPABILITY if card is None else card.capability, room, context)
+    if card is None:
+        return Target(source, True, ASSUMED_CAPABILITY, room, context)
+    return Target(source, True, card.capability, room, context, card.multiprocessors)
 
 
 def _this_card(name: str, cache: PlanCache | None) -> tuple[Card, int]:
@@ -110,4 +117,6 @@ def _this_card(name: str, cache: PlanCache | None) -> tuple[Card, int]:
     about = torch.cuda.get_device_properties(device)
     capability = (about.major, about.minor)
     measured = None if cache is None else cache.context_bytes(about.name)
-    return Card(about.name, about.total_memory, capability), measured or context_of(capability)
+    return Card(about.name, about.total_memory, capability, about.multi_processor_count), measured or context_of(
+        capability
+    )

@@ -40,7 +40,7 @@ models optimizers
 position process
 target
 memory.plan_cache
-memory.predict memory.trace memory.fake
+memory.predict memory.trace memory.fake memory.scratch
 memory.capacity
 memory.card
 memory.usage memory.allocator

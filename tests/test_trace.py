@@ -300,6 +300,25 @@ def test_half_precision_saves_activations() -> None:
         assert 0.4 * single < half < 0.8 * single
 
 
+def test_a_bias_gradient_leaves_the_mark_of_a_sum() -> None:
+    """Of rows of values side by side; in a convolution only with channels last."""
+
+    def sums(network: Callable[[], nn.Module], **settings: Any) -> list[tuple[int, int]]:
+        found = trace(spec(network, 4, size=32, **settings))
+        marks = [
+            found.sizes[n] for k, n in zip(found.kinds, found.numbers, strict=True) if k in (Kind.SUM, Kind.SUMMED)
+        ]
+        return list(zip(marks[::2], marks[1::2], strict=True))
+
+    assert sums(lambda: nn.Sequential(nn.Flatten(2), nn.Linear(1024, 10), nn.Flatten())) == [(12, 10)]
+
+    def convolutions() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False), nn.Flatten())
+
+    assert sums(convolutions) == []
+    assert sums(convolutions, channels_last=True) == [(4096, 8)]
+
+
 # -- what cannot be traced
 
 

@@ -8,7 +8,7 @@ CUDA's autocast runs in float32, and dropout, which on CUDA keeps a mask of one 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -38,6 +38,7 @@ TILES = 64 * 128 * 128  # a weight gradient this large keeps tensor cores busy w
 # (aten/src/ATen/native/cuda/layer_norm_kernel.cu, `expect_contiguous`).
 CONTIGUOUS = {aten.native_layer_norm.default: 1, aten.native_layer_norm_backward.default: 2}
 CONV, CONV_BACKWARD = aten.convolution.default, aten.convolution_backward.default
+SUM, ATTENTION_BACKWARD = aten.sum.dim_IntList, aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class Kind:
@@ -53,6 +54,8 @@ class Kind:
     # the size is that of one float32 weight gradient per sample
     SPLIT = 6
     SPLIT_HALF = 7
+    SUM = 8  # a sum over the rows of values that lie side by side; the size is the number of rows
+    SUMMED = 9  # the number of values in a row, right after it
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -97,6 +100,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._see(out, on_host=self.cuda and func is aten.lift_fresh.default)
         for number in copied:
             self._event(Kind.DIED, number)
+        if self.cuda and func is SUM:
+            self._sum(args[0], args[1], out)
+        elif self.cuda and func is ATTENTION_BACKWARD:
+            self._attention_backward(args[1])
         return out
 
     def any_died_since(self, number: int) -> bool:
@@ -147,6 +154,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = Kind.GEMM_BACKWARD if in_backward else Kind.GEMM_BIAS if func is aten.addmm.default else Kind.GEMM
         self._born(kind, 0)
 
+    def _sum(self, x: Tensor, dims: Sequence[int] | None, out: Tensor) -> None:
+        """Over all but values that lie side by side; other sums take next to nothing."""
+        reduced = {d % x.ndim for d in dims or range(x.ndim)} if x.ndim else set()
+        sides = [(stride, d) for d, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=True)) if size > 1]
+        if sides and min(sides)[1] not in reduced:
+            self._born(Kind.SUM, x.numel() // out.numel())
+            self._born(Kind.SUMMED, out.numel())
+
+    def _attention_backward(self, query: Tensor) -> None:
+        """The query's gradient in float32 and a sum for each of its rows: what cuDNN's kernel takes on Hopper."""
+        self._event(Kind.DIED, self._born(Kind.BORN, 4 * query.numel() + 4 * query.numel() // query.shape[-1]))
+
     def _convolution(self, func: Any, args: Any, out: Any) -> None:
         forward = func is CONV
         x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
@@ -159,6 +178,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(result, Tensor):
                 continue
             self._storage(result, on_host=False)
+            if result.ndim == 1:
+                self._sum(y, (0, *range(2, y.ndim)), result)
             if depthwise or channels_last or result.ndim == 1 or (pointwise and (forward or number == 0)):
                 continue
             half = x.element_size() == 2

@@ -9,6 +9,7 @@ What a trace cannot show is added at replay, each with its reason:
 - cuDNN's tensor-core kernels want channels last. For other layouts they copy all operands of a convolution into a
   workspace. If it does not get one it takes another kernel, so a workspace alone never makes an update fail.
 - For the weight gradient of a 1x1 convolution cuDNN likes to make one float32 gradient per sample and add them up.
+- A sum over many rows, such as the gradient of a bias, leaves partial sums in global memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
 from adaptive_trainer.memory.fake import Kind
+from adaptive_trainer.memory.scratch import MULTIPROCESSORS, Scratch
 from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec
 
 __all__ = ["Prediction", "predict", "verdict"]
@@ -32,10 +34,7 @@ CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in b
 # Shares of the smallest capacity. Predictions were 6.1 % too low and 4.2 % too high at the worst on the card they were
 # compared with (docs/gpu-results.md); a rung given up for nothing costs more than one that is tried for nothing.
 FITS_ABOVE, HOPELESS_BELOW = 1.07, 0.90
-HOPPER = (9, 0)
 SPLIT_LIMIT = {Kind.SPLIT: 5, Kind.SPLIT_HALF: 10}  # of the operands' bytes: more than 5 times their elements
-SCOPED_WORKSPACES_SINCE = (2, 15)
-UNIFIED_WORKSPACES_SINCE = (2, 12)
 
 
 @dataclass(frozen=True)
@@ -62,25 +61,11 @@ class Prediction:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Scratch:
-    """What libraries take beside the tensors, in bytes."""
-
-    gemm: int
-    bias: int
-    kept: bool
-
-    @staticmethod
-    def of(capability: tuple[int, int], version: tuple[int, int]) -> _Scratch:
-        gemm = 32 * MiB if capability >= HOPPER else 8 * MiB + 128 * 1024
-        kept = version < SCOPED_WORKSPACES_SINCE
-        return _Scratch(gemm, 0 if kept and version >= UNIFIED_WORKSPACES_SINCE else MiB, kept)
-
-
 def predict(
     spec: TraceSpec,
     *,
-    capability: tuple[int, int] = HOPPER,
+    capability: tuple[int, int] = (9, 0),
+    multiprocessors: int = MULTIPROCESSORS,
     version: str = torch.__version__,
     tracer: Tracer | None = None,
 ) -> Prediction:
@@ -89,6 +74,7 @@ def predict(
     Args:
         spec: the update.
         capability: compute capability of the card, such as (8, 6).
+        multiprocessors: how many the card has.
         version: version of torch that will train.
         tracer: remembers traces; pass the same one for all rungs of a ladder.
     """
@@ -101,7 +87,7 @@ def predict(
     if reason:
         return Prediction(None, None, None, None, time.perf_counter() - start, reason)
     major, minor = version.split(".")[:2]
-    scratch = _Scratch.of(capability, (int(major), int(minor)))
+    scratch = Scratch.of(capability, multiprocessors, (int(major), int(minor)))
     free = _Replay(trace, scratch)
     free.run()
     free.evaluate()
@@ -125,7 +111,7 @@ def verdict(prediction: Prediction, capacity_bytes: int) -> str:
     return "hopeless" if capacity_bytes < least * HOPELESS_BELOW else "unsure"
 
 
-def _min_capacity(trace: Trace, scratch: _Scratch, at_most: int, *, retried: bool) -> int:
+def _min_capacity(trace: Trace, scratch: Scratch, at_most: int, *, retried: bool) -> int:
     low, high = 0, -(-at_most // CAPACITY_STEP)
     while low < high:
         middle = (low + high) // 2
@@ -146,7 +132,7 @@ class _Replay:
             `adaptive_trainer.update` does: what the update before has left no longer divides the memory.
     """
 
-    def __init__(self, trace: Trace, scratch: _Scratch, capacity: int | None = None, *, retried: bool = False) -> None:
+    def __init__(self, trace: Trace, scratch: Scratch, capacity: int | None = None, *, retried: bool = False) -> None:
         self.trace = trace
         self.scratch = scratch
         self.allocator = CachingAllocator(capacity)
@@ -195,6 +181,7 @@ class _Replay:
         handles, sizes, left_out = self._handles, self.trace.sizes, self._left_out
         allocate, free = self.allocator.allocate, self.allocator.free
         split: int | None = None
+        rows = 0
         events = zip(self.trace.kinds[start:stop], self.trace.numbers[start:stop], strict=True)
         for kind, number in events:
             if kind == Kind.BORN:
@@ -206,6 +193,10 @@ class _Replay:
             elif kind == Kind.CONV:
                 self._convolve(sizes[number] if split is None else split)
                 split = None
+            elif kind == Kind.SUM:
+                rows = sizes[number]
+            elif kind == Kind.SUMMED:
+                free(allocate(self.scratch.reduction(rows, sizes[number])))
             elif kind in SPLIT_LIMIT:
                 split = sizes[number] if sizes[number] <= SPLIT_LIMIT[kind] * sizes[number + 1] else None
             else:
