@@ -120,14 +120,16 @@ def _abandon(device: torch.device, pool: Any) -> None:
 @contextmanager
 def _changing_values(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
     """Learning rates as tensors that later replays read anew, while the optimizer's step is recorded."""
-    before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+    before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"], group["capturable"] = rate, True
+        group["lr"] = rate
+        if "capturable" in group:
+            group["capturable"] = True
     try:
         yield
     finally:
-        for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
-            group["lr"], group["capturable"] = lr, capturable
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update(values)
 
 
 @contextmanager
@@ -180,8 +182,9 @@ def refusal(update: Update) -> str:
         return "graphs need torch's own allocator"
     if not isinstance(update.loss, nn.Module) and not update.loss.__module__.startswith("torch."):
         return "what a loss function changes on the host cannot be seen; a loss that is an nn.Module can be recorded"
-    if not all("capturable" in group for group in optimizer.param_groups):
-        return f"{name} has no capturable implementation"
+    fused_sgd = isinstance(optimizer, torch.optim.SGD) and all(group["fused"] for group in optimizer.param_groups)
+    if not fused_sgd and not all("capturable" in group for group in optimizer.param_groups):
+        return f"{name} has no implementation that can be recorded with a changing learning rate"
     leaves = [leaf for values in optimizer.state.values() for leaf in tree_leaves(values)]
     if any(not isinstance(leaf, Tensor) or leaf.device.type != "cuda" for leaf in leaves):
         return f"{name} keeps a part of its state on the host; its fused implementation does not"

@@ -19,9 +19,7 @@ from adaptive_trainer.errors import ConfigError
 
 __all__ = ["Schedule", "build_ema", "build_loss", "build_optimizer", "build_scaler", "build_schedule"]
 
-# One kernel for all parameters, on CPU and CUDA. Not SGD: where a GradScaler finds an overflow in its first fused step,
-# the step is left out and the momentum stays what the memory held before.
-FUSED = (torch.optim.Adam, torch.optim.AdamW)
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
 CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
 SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 WARMUP_LR = 1e-5
@@ -46,6 +44,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device
         optimizer: Optimizer = create_optimizer_v2(
             model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
         )
+        if kwargs.get("fused") and isinstance(optimizer, torch.optim.SGD):
+            _make_momentum(optimizer)
         return optimizer
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         problem = str(error).splitlines()[0]
@@ -72,8 +72,20 @@ def _check_optimizer(config: OptimizerConfig) -> None:
 def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
     if device.type not in ("cpu", "cuda") or any(key in config.kwargs for key in CHOOSES_IMPLEMENTATION):
         return {}
+    if config.kwargs.get("dampening"):  # would apply to the first step too, with a momentum that is there before it
+        return {}
     is_fused = get_optimizer_class(config.name, bind_defaults=False) in FUSED
     return {"fused": True} if is_fused else {}
+
+
+def _make_momentum(optimizer: Optimizer) -> None:
+    """As zeros, so that the first step is like any other.
+
+    torch would make it there without a value, and leave it so where a GradScaler finds an overflow and no step is done.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @dataclass(frozen=True)

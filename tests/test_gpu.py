@@ -57,14 +57,16 @@ def everything(path: Path) -> list[Tensor]:
     return [torch.as_tensor(leaf) for leaf in tree_leaves(kept) if isinstance(leaf, Tensor | int | float)]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(precision: str, tmp_path: Path) -> None:
+def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(precision: str, optimizer: str, tmp_path: Path) -> None:
     found = {}
     for engine in ("graph", "auto"):
         never = patch.object(Engine, "_record", lambda engine, *_: engine._refuse("the reference"))
         reference = never if engine == "auto" else nullcontext()
         with reference:
-            trainer = Trainer(small(trainer__precision=precision, trainer__engine=engine), output_dir=tmp_path / engine)
+            settings = small(optimizer=optimizer, trainer__precision=precision, trainer__engine=engine)
+            trainer = Trainer(settings, output_dir=tmp_path / engine)
             found[engine] = trainer.fit()
     assert any("one CUDA graph" in event for event in found["graph"].events)
     assert found["graph"].metrics["updates"] >= 50

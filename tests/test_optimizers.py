@@ -45,9 +45,30 @@ def test_an_overflow_in_the_first_step_is_survived(name: str) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum"])
 def test_fused_by_default(name: str) -> None:
     assert build_optimizer(network(), OptimizerConfig(name), 0.1, CPU).defaults["fused"] is True
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"dampening": 0.5}, {"nesterov": False}, {"fused": False}])
+def test_sgd_steps_as_torch_does(kwargs: dict[str, Any]) -> None:
+    """Its momentum is made before the first step, where torch makes it in the step."""
+    models = []
+    for reference in (False, True):
+        torch.manual_seed(0)
+        model, images = network(), torch.randn(4, 3, 8, 8)
+        config = OptimizerConfig("momentum", kwargs=kwargs, weight_decay=0.1)
+        optimizer = build_optimizer(model, config, 0.1, CPU)
+        if reference:
+            groups = [{**group, "fused": False, "foreach": False} for group in optimizer.param_groups]
+            optimizer = torch.optim.SGD(groups, momentum=0.9)
+        for _ in range(4):
+            optimizer.zero_grad()
+            torch.autograd.backward(model(images).square().mean())
+            optimizer.step()
+        models.append(model)
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}, {"capturable": False}])
