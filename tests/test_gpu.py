@@ -18,7 +18,7 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.graph import Graph, GraphRefused
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.update import Update
-from scripts import gpu_checks
+from scripts import benchmark_finders, gpu_checks
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +34,22 @@ def test_the_rung_under_a_cap_is_the_one_that_brute_force_finds(cap: int, tmp_pa
     assert predicted.tried <= 1
     if cap < 2000:
         assert real.tried > 0
+
+
+@pytest.mark.parametrize("cap", [900, 1300])
+def test_the_largest_batch_is_the_one_that_brute_force_finds(cap: int, tmp_path: Path) -> None:
+    oom.release(gpu_checks.CUDA)
+    before = torch.cuda.memory_allocated()
+    settings = ["trainer.batch_size=max", f"memory.limit={cap}MiB", "ladder=none", "data=fakedata", "device=cuda"]
+    few = ["data.train.size=300", "data.val.size=8", "data.num_workers=0", "model.num_classes=10"]
+    result = Trainer(compose_config([*settings, *few]), output_dir=tmp_path).fit()
+    size = result.used.batch_size
+    fits = [n for n in range(size - 2, size + 5) if benchmark_finders.proves(n, cap)]
+    assert max(fits) == size
+    outcomes = {attempt.rung: attempt.outcome for attempt in result.attempts}
+    assert (result.rung, outcomes[f"max-{size}"], outcomes[f"max-{size + 1}"]) == ("requested", "fits", "oom")
+    oom.release(gpu_checks.CUDA)
+    assert torch.cuda.memory_allocated() == before
 
 
 # ---- updates as CUDA graphs ----------------------------------------------------------------------------------------
