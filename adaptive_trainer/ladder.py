@@ -233,7 +233,8 @@ def _problem(config: Config) -> str | None:
 def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictConfig, Config, list[str], list[str]]:
     """`cfg`, and `config` that says the same, one rung down; the overrides that were kept, and why others were not."""
     kept, notes = [], []
-    apply_overrides(cfg, overrides)  # all problems of the rung at once
+    if len(overrides) > 1:
+        apply_overrides(cfg, overrides)  # all problems of the rung at once
     for text in overrides:
         candidate = _clamped(apply_overrides(cfg, [text]))
         settings = typed(candidate)
