@@ -119,8 +119,8 @@ class Planner:
         small, large = (found(size) for size in SAMPLED)
         if small.min_capacity_bytes is None or large.min_capacity_bytes is None:
             return None, small.reason or large.reason
-        a_sample = max(1, large.min_capacity_bytes - small.min_capacity_bytes) // (SAMPLED[1] - SAMPLED[0])
-        guess = SAMPLED[0] + (capacity - small.min_capacity_bytes) // max(1, a_sample)
+        a_sample = max(1, (large.min_capacity_bytes - small.min_capacity_bytes) // (SAMPLED[1] - SAMPLED[0]))
+        guess = SAMPLED[0] + (capacity - small.min_capacity_bytes) // a_sample
 
         def holds(size: int) -> bool:
             need = found(size).min_capacity_bytes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, checkpoint, compose_config
 from adaptive_trainer.config import ModelConfig, RungConfig
-from adaptive_trainer.errors import ConfigError, LadderExhausted, OutOfMemory
+from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder import changes, recipe, resolve
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.optimizers import build_loss
-from adaptive_trainer.plan_tasks import run_plan
+from adaptive_trainer.plan_tasks import run_memory, run_plan
 from adaptive_trainer.planning import Planner
 from adaptive_trainer.predicting import predict
 from adaptive_trainer.report import Result
@@ -243,6 +245,15 @@ def test_each_stage_has_its_own(tmp_path: Path) -> None:
     assert result.used.batch_size == int(found[1].split()[4].rstrip(":")) <= int(found[0].split()[4].rstrip(":"))
 
 
+def test_a_signal_ends_the_search(tmp_path: Path) -> None:
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Conv(classes)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before training began"):
+        fit(tmp_path, "memory.limit=60MiB", model=make)
+
+
 # -- settings
 
 
@@ -308,6 +319,12 @@ def test_a_plan_begins_with_the_largest_that_is_predicted(tmp_path: Path) -> Non
     assert f"batch {size - 1}, image 64" in made.rows[0].recipe
     assert f"batch {size - 1}, image 64" in json.loads((tmp_path / "plan.json").read_text())["rungs"][0]["recipe"]
     assert (made.rows[0].min_capacity_bytes or 0) <= 100 * MiB
+
+
+def test_a_table_of_batch_sizes_is_the_same(tmp_path: Path) -> None:
+    small = ["model.name=mobilenetv3_small_050", "batch=[8]", "size=[64]", "memory.limit=100MiB", "device=cpu"]
+    asked = [run_memory(compose_config([*small, *more]), tmp_path) for more in ([], ["trainer.batch_size=max"])]
+    assert asked[0] == asked[1]
 
 
 def test_a_plan_needs_a_card_or_a_limit(tmp_path: Path) -> None:
