@@ -25,8 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["Config", "apply_overrides", "check", "compose_config", "config_dir", "register", "typed"]
+__all__ = ["LARGEST", "Config", "apply_overrides", "check", "compose_config", "config_dir", "register", "typed"]
 
+LARGEST = "max"  # of trainer.batch_size: the largest that fits
 PRECISIONS = ("fp32", "bf16", "fp16")
 ENGINES = ("auto", "eager", "graph")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
@@ -89,10 +90,13 @@ class ScheduleConfig:
 
 @dataclass
 class TrainerConfig:
-    """One training run. Accumulation is derived: ceil(batch_size / micro_batch_size)."""
+    """One training run. Accumulation is derived: ceil(batch_size / micro_batch_size).
+
+    `batch_size` is a whole number, or `max` for the largest that fits; a rung has a number.
+    """
 
     epochs: int = 1
-    batch_size: int = 24
+    batch_size: Any = 24
     micro_batch_size: int | None = None  # null: the batch size
     eval_batch_size: int | None = None  # null: the micro-batch size
     precision: str = "fp32"
@@ -328,20 +332,30 @@ def _own_hydra() -> Iterator[None]:
 def check(config: Config) -> None:
     """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
     problems = [*_out_of_range(config), *_no_transform(config.data), *_not_a_choice(config)]
-    batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
-    if micro is not None and micro > batch > 0:
-        problems.append(
-            f"trainer.micro_batch_size={micro} is above trainer.batch_size={batch}; make it at most {batch}"
-        )
+    problems += _no_batch(config.trainer)
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def _no_batch(trainer: TrainerConfig) -> list[str]:
+    batch, micro = trainer.batch_size, trainer.micro_batch_size
+    if batch == LARGEST:
+        text = (
+            f"trainer.batch_size={LARGEST} with trainer.micro_batch_size={micro}: in micro-batches a batch of any size "
+            "fits; give trainer.batch_size a number, or leave trainer.micro_batch_size null"
+        )
+        return [] if micro is None else [text]
+    if type(batch) is not int or batch < 1:
+        return [f"trainer.batch_size={batch} is neither a whole number above 0 nor {LARGEST}, the largest that fits"]
+    if micro is not None and micro > batch:
+        return [f"trainer.micro_batch_size={micro} is above trainer.batch_size={batch}; make it at most {batch}"]
+    return []
 
 
 def _out_of_range(config: Config) -> list[str]:
     t, d, o = config.trainer, config.data, config.optimizer
     least: list[tuple[str, float | None, float]] = [
         ("trainer.epochs", t.epochs, 1),
-        ("trainer.batch_size", t.batch_size, 1),
         ("trainer.micro_batch_size", t.micro_batch_size, 1),
         ("trainer.eval_batch_size", t.eval_batch_size, 1),
         ("trainer.checkpoint_every", t.checkpoint_every, 1),

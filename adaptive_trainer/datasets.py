@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from adaptive_trainer.config import Config, DataConfig
+from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.position import key_seed
 from adaptive_trainer.transforms import build_transform
@@ -165,7 +165,7 @@ def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Datas
         training, validation = _split(training, data.val_fraction, config.seed)
     else:
         validation = _map_style(val, "validation")
-    if config.trainer.batch_size > len(training):
+    if config.trainer.batch_size != LARGEST and config.trainer.batch_size > len(training):
         raise ConfigError(
             f"trainer.batch_size={config.trainer.batch_size} is above the {len(training)} samples of the training "
             "set; make it smaller"

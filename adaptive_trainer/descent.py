@@ -107,10 +107,11 @@ def descend(
         if reason:
             record(Attempt(rung.name, "skipped", reason=reason, predicted_bytes=predicted))
             continue
+        before = oom.held(device)
         entry, value = _try(rung, attempt, device, meter, record)
         entry.predicted_bytes = predicted
         if entry.outcome == "oom":
-            oom.release(device)
+            oom.release(device, before)
         record(entry)
         if value is not None:
             return Found(rung, value[0], attempts)

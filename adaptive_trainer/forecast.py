@@ -80,6 +80,13 @@ class Forecast:
                 )
         return ""
 
+    def largest_batch(self, config: Config, most: int) -> int | None:
+        """The largest batch size up to `most` that is predicted to fit; None where that is not known."""
+        room = self.capacity.room()
+        if room is None or (self._is_cuda and other_allocator()):
+            return None
+        return self._planner.largest_batch(config, room, most)[0]
+
     def learn(self, config: Config, entry: Attempt) -> None:
         """Remember how an attempt ended, on a CUDA card from one run to the next."""
         room = self.capacity.room()

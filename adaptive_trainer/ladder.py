@@ -13,10 +13,11 @@ from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.config import Config, apply_overrides, check, typed
+from adaptive_trainer.config import LARGEST, Config, TrainerConfig, apply_overrides, check, typed
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [
+    "DEFAULT_BATCH",
     "REQUESTED",
     "Change",
     "Recipe",
@@ -28,10 +29,12 @@ __all__ = [
     "resolve",
     "scaled_lr",
     "stages",
+    "with_batch_size",
 ]
 
 T = TypeVar("T")
 REQUESTED = "requested"
+DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Decided once for a run: what is trained on, where, and what becomes of it.
 FIXED = (
@@ -97,8 +100,16 @@ class Change:
 
 
 def recipe(config: Config) -> Recipe:
-    """The recipe of complete settings, with the derived sizes filled in."""
+    """The recipe of complete settings, with the derived sizes filled in.
+
+    Raises:
+        ConfigError: the batch size is still to be found.
+    """
     trainer = config.trainer
+    if trainer.batch_size == LARGEST:
+        raise ConfigError(
+            f"trainer.batch_size={LARGEST} is found by training or planning a ladder; here, give a number"
+        )
     micro = min(trainer.micro_batch_size or trainer.batch_size, trainer.batch_size)
     return Recipe(
         model=config.model.name,
@@ -135,19 +146,34 @@ def make_ladder(
     return tuple(ladder)
 
 
-def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
+def resolve(cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "") -> tuple[Rung[Config], ...]:
     """Complete settings for the request and for each configured rung, in order.
 
     An override that would raise what was asked for is left out, and a rung of which nothing is left is passed over,
     both with the reason. The learning rate follows the batch size by `trainer.lr_policy`.
+
+    Args:
+        cfg: the settings.
+        batch_size: what stands for `trainer.batch_size=max`; `optimizer.lr` is then for the default batch size.
+        why: the reason for that number.
 
     Raises:
         ConfigError: one message with every problem of the request and of all rungs.
     """
     asked = typed(cfg)
     wrong_request = _problem(asked)
+    if wrong_request is not None and not isinstance(asked.trainer.batch_size, int):
+        raise ConfigError(wrong_request)  # no rung can be compared with it
     problems = [] if wrong_request is None else [wrong_request]
-    ladder, config = [Rung(REQUESTED, asked)], asked
+    said: list[str] = []
+    is_found = asked.trainer.batch_size == LARGEST
+    if is_found:
+        said.append(f"batch size {LARGEST} -> {batch_size}: {why}")
+        asked = with_batch_size(asked, DEFAULT_BATCH)
+        cfg = cfg.copy()
+        cfg.trainer.batch_size = batch_size
+    config = typed(cfg)
+    ladder = [_following(Rung(REQUESTED, config, notes=tuple(said)), asked)]
     follows = True  # until a rung sets the learning rate itself
     for number, rung in enumerate(asked.ladder.rungs, start=1):
         name = rung.name or f"rung-{number}"
@@ -157,17 +183,14 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
             problems.append(f"rung {name!r}: {error}")
             continue
         follows = follows and not any(_sets_lr(text) for text in kept)
-        settings = config
         if (text := _problem(config)) not in (None, wrong_request):  # rungs inherit what is wrong with the request
             problems.append(f"rung {name!r}: {text}")
             continue
-        if follows and wrong_request is None:
-            lr, why = scaled_lr(asked, config.trainer.batch_size)
-            settings = replace(config, optimizer=replace(config.optimizer, lr=lr))
-            notes += [why] if why else []
-        ladder.append(
-            Rung(name, settings, tuple(kept), "" if kept else "; ".join(notes) or "it sets nothing", tuple(notes))
-        )
+        passed_over = "" if kept else "; ".join(notes) or "it sets nothing"
+        if is_found and config.trainer.batch_size == batch_size:
+            notes = [*said, *notes]
+        made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
+        ladder.append(_following(made, asked) if follows and wrong_request is None else made)
     names = [rung.name for rung in ladder]
     problems += [f"rung name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
     if problems:
@@ -175,16 +198,28 @@ def resolve(cfg: DictConfig) -> tuple[Rung[Config], ...]:
     return tuple(ladder)
 
 
-def stages(cfg: DictConfig) -> list[tuple[str, tuple[Rung[Config], ...]]]:
-    """The names and ladders of the configured stages; one named `train` where there are none.
+def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
+    """The names and settings of the configured stages; one named `train` where there are none.
 
     Raises:
-        ConfigError: as `resolve` does.
+        ConfigError: a stage sets what cannot be set.
     """
     phases = list(cfg.phases.stages)
     if not phases:
-        return [("train", resolve(cfg))]
-    return [(phase.name, resolve(apply_overrides(cfg, phase.overrides))) for phase in phases]
+        return [("train", cfg)]
+    return [(phase.name, apply_overrides(cfg, phase.overrides)) for phase in phases]
+
+
+def with_batch_size(config: Config, batch_size: int) -> Config:
+    """The same settings with another batch size."""
+    return replace(config, trainer=replace(config.trainer, batch_size=batch_size))
+
+
+def _following(rung: Rung[Config], asked: Config) -> Rung[Config]:
+    """The rung with the learning rate of its batch size."""
+    lr, why = scaled_lr(asked, rung.settings.trainer.batch_size)
+    settings = replace(rung.settings, optimizer=replace(rung.settings.optimizer, lr=lr))
+    return replace(rung, settings=settings, notes=(*rung.notes, why) if why else rung.notes)
 
 
 def _problem(config: Config) -> str | None:
@@ -198,10 +233,13 @@ def _problem(config: Config) -> str | None:
 def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictConfig, Config, list[str], list[str]]:
     """`cfg`, and `config` that says the same, one rung down; the overrides that were kept, and why others were not."""
     kept, notes = [], []
-    apply_overrides(cfg, overrides)  # all problems of the rung at once
+    if len(overrides) > 1:
+        apply_overrides(cfg, overrides)  # all problems of the rung at once
     for text in overrides:
         candidate = _clamped(apply_overrides(cfg, [text]))
         settings = typed(candidate)
+        if not isinstance(settings.trainer.batch_size, int):
+            raise ConfigError(f"{text!r}: the batch size of a rung is a whole number above 0")
         if fixed := [key for key in changed(config, settings) if key.startswith(FIXED)]:
             raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
         reason = _refusal(config, settings)
@@ -221,8 +259,8 @@ def changed(before: Config, after: Config) -> dict[str, Any]:
 
 def _clamped(cfg: DictConfig) -> DictConfig:
     """A smaller batch takes a larger micro-batch down with it."""
-    micro = cfg.trainer.micro_batch_size
-    if micro is not None and micro >= cfg.trainer.batch_size:
+    batch, micro = cfg.trainer.batch_size, cfg.trainer.micro_batch_size
+    if micro is not None and isinstance(batch, int) and micro >= batch:
         OmegaConf.update(cfg, "trainer.micro_batch_size", None)
     return cfg
 
@@ -274,17 +312,14 @@ def scaled_lr(asked: Config, batch_size: int) -> tuple[float, str]:
 def changes(asked: Config, rung: Rung[Config]) -> list[Change]:
     """Every setting of `rung` that differs from the request, with the reason."""
     old, new = _flat(asdict(asked)), _flat(asdict(rung.settings))
-    lr_note = next((note for note in rung.notes if note.startswith("learning rate")), "")
-    return [
-        Change(
-            key,
-            old.get(key),
-            value,
-            lr_note if key == "optimizer.lr" and lr_note else f"out of memory: rung {rung.name}",
-        )
-        for key, value in new.items()
-        if old.get(key) != value
-    ]
+    differing = [key for key, value in new.items() if old.get(key) != value]
+    return [Change(key, old.get(key), new[key], _reason(key, rung)) for key in differing]
+
+
+def _reason(key: str, rung: Rung[Config]) -> str:
+    about = {"optimizer.lr": "learning rate ", "trainer.batch_size": f"batch size {LARGEST} "}.get(key)
+    noted = (note for note in rung.notes if about is not None and note.startswith(about))
+    return next(noted, f"out of memory: rung {rung.name}")
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

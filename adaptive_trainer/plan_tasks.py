@@ -15,9 +15,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config import Config, check, typed
+from adaptive_trainer.config import LARGEST, Config, check, typed
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder import stages
+from adaptive_trainer.ladder import Rung, resolve, stages
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
@@ -30,6 +30,7 @@ __all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
 log = logging.getLogger(__name__)
 
 MiB = 2**20
+LARGEST_PLANNED = 2**20  # samples: a plan does not open the data, which bounds a batch
 Measure = Callable[[Config, int], tuple[int, int] | None]
 
 
@@ -50,8 +51,8 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
     planner, made = _planner(cfg), dict[str, Plan]()
-    for name, ladder in stages(cfg):
-        made[name] = plan(ladder, planner)
+    for name, settings in stages(cfg):
+        made[name] = plan(_ladder(settings, planner), planner)
         if made[name].rows[0].verdict == "skipped":
             raise ModelError(made[name].rows[0].reason)
     for name, each in made.items():
@@ -62,6 +63,23 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
     content = contents[0] if len(contents) == 1 else {"stages": contents}
     _write(output_dir, "plan.json", json.dumps(content, indent=2) + "\n")
     return each
+
+
+def _ladder(cfg: DictConfig, planner: Planner) -> tuple[Rung[Config], ...]:
+    """The rungs of the settings; of the largest batch size that is predicted to fit, where that is asked for."""
+    ladder, capacity = resolve(cfg), planner.target.capacity
+    if cfg.trainer.batch_size != LARGEST:
+        return ladder
+    asked = f"trainer.batch_size={LARGEST}"
+    if capacity is None:
+        raise ConfigError(f"{asked} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
+    size, reason = planner.largest_batch(ladder[0].settings, capacity, LARGEST_PLANNED)
+    if size is None:
+        raise ConfigError(f"{asked} cannot be planned, because the update cannot be predicted: {reason}")
+    why = f"the largest that is predicted to fit in {format_bytes(capacity)}" if size else "not even one sample fits"
+    ladder = resolve(cfg, size or 1, why)
+    log.info("%s", "; ".join(ladder[0].notes))
+    return ladder
 
 
 def _content(made: Plan) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.ladder import Rung, recipe
+from adaptive_trainer.ladder import Rung, recipe, with_batch_size
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
 from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
 from adaptive_trainer.optimizers import build_loss, build_optimizer
 from adaptive_trainer.position import micro_batches
+from adaptive_trainer.search import largest
 from adaptive_trainer.target import Target
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")
+SAMPLED = (8, 16)  # batch sizes whose needs show where to look for the largest
 ASSUMED_CLASSES = 10  # where model.num_classes is left to the data, which a plan does not open
 # What decides whether attention keeps its matrix.
 ATTENTION: tuple[Callable[[], bool], ...] = (
@@ -108,6 +110,28 @@ class Planner:
         self.cache.keep_prediction(key, found)
         self._known[text] = found
         return found
+
+    def largest_batch(self, config: Config, capacity: int, most: int) -> tuple[int | None, str]:
+        """The largest batch size up to `most` that is predicted to need no more than `capacity` bytes.
+
+        Returns:
+            The size, 0 where none fits, or None and the reason where it cannot be predicted.
+        """
+
+        def found(size: int) -> Prediction:
+            return self.predict(with_batch_size(config, size))
+
+        small, large = (found(size) for size in SAMPLED)
+        if small.min_capacity_bytes is None or large.min_capacity_bytes is None:
+            return None, small.reason or large.reason
+        a_sample = max(1, (large.min_capacity_bytes - small.min_capacity_bytes) // (SAMPLED[1] - SAMPLED[0]))
+        guess = SAMPLED[0] + (capacity - small.min_capacity_bytes) // a_sample
+
+        def holds(size: int) -> bool:
+            need = found(size).min_capacity_bytes
+            return need is not None and need <= capacity
+
+        return largest(holds, guess=guess, step=max(1, guess // 100), least=1, most=most) or 0, ""
 
     def key(self, config: Config) -> Key:
         """Everything that the need for memory depends on, as plain data."""

@@ -14,7 +14,7 @@ from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config import Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, descend, exhausted_message
-from adaptive_trainer.errors import CheckpointError, ConfigError, LadderExhausted, OutOfMemory
+from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
@@ -37,6 +37,7 @@ class Stage:
     Attributes:
         number: which stage of the run it is, from 0.
         saved: a checkpoint to go on from, or None.
+        largest: the batch size that `max` has come to, or None where a number was asked for.
         weights: a model's `state_dict` to start from, or None, with the model settings it belongs to.
     """
 
@@ -49,6 +50,7 @@ class Stage:
     number: int = 0
     saved: dict[str, Any] | None = None
     weights: tuple[Any, dict[str, Any]] | None = None
+    largest: int | None = None
     session: Session | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     _room: dict[str, int | None] = field(default_factory=dict)
@@ -81,6 +83,31 @@ class Stage:
             if failure is not None:
                 self._failed_in_training(rung, *failure)
                 start += 1
+
+    def holds(self, rung: Rung[Config]) -> bool:
+        """Whether a rung beside the ladder is proven. The attempt is recorded.
+
+        Raises:
+            Interrupted: a signal has come.
+        """
+        if self.stop.name:
+            raise Interrupted(f"stopped by {self.stop.name} before training began; start again")
+        if self._single_sample(rung.settings):
+            return False
+        self.forecast.begin()
+        self.parts.capacity.empty_cache()  # what another size has left must not decide
+        try:
+            descend(
+                [rung],
+                self._prove,
+                judge=lambda rung: ("", self.forecast.judge(rung.settings)[1]),
+                meter=self.parts.capacity,
+                on_attempt=lambda entry: self._proven(rung.settings, entry),
+                device=self.parts.device,
+            )
+        except LadderExhausted:
+            return False
+        return True
 
     def _first(self) -> int:
         """The rung to begin with: the saved one; one further up when more is asked for, or there is more memory.
@@ -117,7 +144,7 @@ class Stage:
             self._prove,
             judge=self._judge,
             meter=capacity,
-            on_attempt=self._proven,
+            on_attempt=lambda entry: self._proven(self._settings_of(entry.rung), entry),
             device=self.parts.device,
         )
         self._checkpoint(False)
@@ -125,7 +152,7 @@ class Stage:
         for change in changed:
             log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
         for note in found.rung.notes:
-            if note not in [change.why for change in changed]:
+            if note not in [change.why for change in changed] and note not in self.record.events:
                 log.info("rung %s: %s", found.rung.name, note)
         log.info("rung %s holds: %s", found.rung.name, recipe(found.rung.settings))
         return found.rung, found.value
@@ -136,7 +163,8 @@ class Stage:
         if reason:
             return reason, None
         hopeless, need = self.forecast.judge(rung.settings)
-        return "" if hopeless and self._is_last(rung) else hopeless, need
+        is_known = self.largest is not None and rung is self.ladder[0]  # it was proven a moment ago
+        return "" if hopeless and (is_known or self._is_last(rung)) else hopeless, need
 
     def _is_last(self, rung: Rung[Config]) -> bool:
         """Whether no rung below it can be tried."""
@@ -161,9 +189,9 @@ class Stage:
             "use 2 or more, or a model without BatchNorm"
         )
 
-    def _proven(self, entry: Attempt) -> None:
+    def _proven(self, settings: Config, entry: Attempt) -> None:
         """An attempt of the descent. What fails later, in training, says too little of the rung to be remembered."""
-        self.forecast.learn(next(rung.settings for rung in self.ladder if rung.name == entry.rung), entry)
+        self.forecast.learn(settings, entry)
         self._attempted(entry)
 
     def _attempted(self, entry: Attempt) -> None:
@@ -321,6 +349,7 @@ class Stage:
             "config": asdict(session.config),
             "request": self.parts.request,
             "requested": self._asked(),
+            "largest_batch": self.largest,
             "capacity": self.parts.capacity.size,
             "metrics": self.metrics,
             "num_classes": self.parts.num_classes,
@@ -347,6 +376,9 @@ class Stage:
         if self.session is None:
             raise RuntimeError("no rung has been entered yet")
         return self.session
+
+    def _settings_of(self, name: str) -> Config:
+        return next(rung.settings for rung in self.ladder if rung.name == name)
 
     def _rung_name(self, config: Config) -> str:
         return next(rung.name for rung in self.ladder if rung.settings is config)

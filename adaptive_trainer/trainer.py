@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
-from adaptive_trainer.config import Config, ModelConfig, typed
+from adaptive_trainer.config import LARGEST, Config, ModelConfig, typed
 from adaptive_trainer.data import build_datasets
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changed, changes, recipe, stages
+from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages
+from adaptive_trainer.largest import settle
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
@@ -76,8 +77,8 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Exception: whatever is not about memory, unchanged.
         """
-        ladders = stages(self.cfg)
-        asked = ladders[0][1][0].settings
+        ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
+        asked = ladders[0][2][0].settings
         device = _device(asked.device)
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
@@ -92,13 +93,13 @@ class Trainer:
             raise
 
     def _run(
-        self, ladders: list[tuple[str, Ladder]], device: torch.device, capacity: Capacity, record: Record
+        self, ladders: list[tuple[str, DictConfig, Ladder]], device: torch.device, capacity: Capacity, record: Record
     ) -> Result:
         """Train the stages one after another."""
-        first = ladders[0][1][0].settings
-        data = build_datasets(first, *self._data)
+        first = ladders[0][2][0].settings
+        data = build_datasets(typed(ladders[0][1]), *self._data)
         if self._make_model is build_model:
-            for _, ladder in ladders:
+            for _, _, ladder in ladders:
                 check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size)
         parts = Parts(
             make_model=self._make_model,
@@ -125,20 +126,22 @@ class Trainer:
         )
         done, weights = [], None
         with StopSignal().listening() as stop:
-            for number, (name, ladder) in enumerate(ladders):
+            for number, (name, settings, ladder) in enumerate(ladders):
                 if saved is not None and number < saved["stage"]:
                     continue
                 if len(ladders) > 1:
-                    record.event(f"stage {name}: {_differences(self.cfg, ladder[0].settings)}")
+                    record.event(f"stage {name}: {_differences(self.cfg, typed(settings))}")
                 stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
-                rung = self._train(stage, name, capacity, record)
+                rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned()
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
-        return self._result(ladder, rung, stage, done, record)
+        return self._result(typed(settings), rung, stage, done, record)
 
-    def _train(self, stage: Stage, name: str, capacity: Capacity, record: Record) -> Rung[Config]:
+    def _train(self, stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:
         """One stage; what an exhausted ladder leaves to be said is added to its message."""
         message, earlier = "", len(record.attempts)
+        if settings.trainer.batch_size == LARGEST:
+            settle(stage, settings)
         try:
             rung = stage.run()
         except LadderExhausted as error:
@@ -153,13 +156,12 @@ class Trainer:
         return self._loss or build_loss(config)
 
     def _result(
-        self, ladder: Ladder, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record
+        self, asked: Config, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record
     ) -> Result:
-        asked = ladder[0].settings
         result = Result(
             outcome="trained",
             rung=rung.name,
-            requested=recipe(asked),
+            requested=recipe(stage.ladder[0].settings),
             used=recipe(rung.settings),
             changes=changes(asked, rung),
             events=record.events,

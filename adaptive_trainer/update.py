@@ -85,6 +85,7 @@ class Update:
         self.phase = "begin"
         self.step_allocates: bool | None = None  # not known yet
         self.is_warm = False  # whether the last step found all of the optimizer's state made
+        self.held: int | None = None  # bytes, before the updates of a proof
         self._allocations_before_step = 0
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
@@ -167,7 +168,7 @@ class Update:
     def _release_after(self, failure: oom.Failure) -> None:
         if not oom.probe(self.device):
             raise DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")
-        oom.release(self.device)
+        oom.release(self.device, self.held)
 
     def _accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward of every micro-batch, each weighted by its share of the samples."""
@@ -299,6 +300,8 @@ def prove(update: Update, shapes: Shapes) -> int:
         if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
             trace.roll_back()
         raise
+    finally:
+        update.held = None
     proven -= trace.updates
     trace.roll_back()
     update.is_warm = False  # the optimizer's state is gone again
@@ -313,6 +316,7 @@ def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
     if scaler.is_enabled():  # a step that overflows is left out, and would prove nothing
         scaler.scale(torch.zeros((), device=update.device))  # makes its tensors where there are none
         scaler.update(1.0)
+    update.held = oom.held(update.device)
     images, labels = _made_up(shapes.batch_size, shapes)
     for _ in range(PROVEN_UPDATES):
         update.run(images, labels, samples=0)

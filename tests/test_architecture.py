@@ -17,6 +17,7 @@ LAYERS = """
 __main__
 cli
 trainer
+largest
 stage
 loop
 measure
@@ -47,6 +48,7 @@ memory.usage memory.allocator
 oom
 ladder
 config
+search
 errors
 """
 ORDER = {name: rank for rank, name in enumerate(LAYERS.split())}

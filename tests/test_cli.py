@@ -233,6 +233,7 @@ BAD_INPUT = [
     ("trainer.batchsize=3", ["batchsize", "TrainerConfig"]),
     ("trainer.epochs=many", ["trainer.epochs=many", "Integer"]),
     ("trainer.epochs=0", ["trainer.epochs=0 is below 1"]),
+    ("trainer.batch_size=maximum", ["trainer.batch_size=maximum is neither a whole number above 0 nor max"]),
     ("ladder=nowhere", ["ladder/nowhere", "default", "faithful", "none"]),
     ("model.name=efficientnet_bo", ["model.name=efficientnet_bo", "did you mean efficientnet_b"]),
     ("model.name=torchvision/resnet19", ["torchvision/resnet18"]),
@@ -362,6 +363,23 @@ def test_the_whole_traceback_on_request(cli: Any) -> None:
 
 
 # -- the other exit codes
+
+
+def test_the_largest_batch(cli: Any, tmp_path: Path) -> None:
+    ended = cli(*NO_LADDER, "trainer.batch_size=max", "memory.limit=28MiB", "trainer.epochs=1")
+    assert ended.code == 0, ended.text
+    written = result(tmp_path / "out")
+    size = written["used"]["batch_size"]
+    assert (written["requested"]["batch_size"], written["rung"]) == (size, "requested")
+    outcomes = {attempt["rung"]: attempt["outcome"] for attempt in written["attempts"]}
+    assert (outcomes[f"max-{size}"], outcomes[f"max-{size + 1}"]) == ("fits", "oom")
+    assert f"batch size max -> {size}: {size} is proven and {size + 1} ran out of memory in 28 MiB" in ended.text
+    assert f"rule for batch size 24 -> {size}" in ended.text
+    again = cli("resume=auto", "trainer.epochs=2", "hydra.run.dir=out")
+    assert again.code == 0, again.text
+    assert result(tmp_path / "out")["used"]["batch_size"] == size
+    assert f"batch size max -> {size}: found when the run began" in again.text
+    assert f"rung max-{size}" not in again.text
 
 
 def test_an_exhausted_ladder(cli: Any, tmp_path: Path) -> None:

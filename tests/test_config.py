@@ -50,7 +50,7 @@ def test_a_value_on_the_command_line_beats_the_preset() -> None:
     ("override", "named"),
     [
         ("trainer.batchsize=3", "batchsize"),
-        ("trainer.batch_size=big", "big"),
+        ("trainer.epochs=big", "big"),
         ("ladder=nowhere", "nowhere"),
         ("optimizer=nowhere", "adamw"),  # the choices there are
     ],
@@ -64,7 +64,7 @@ def test_compose_refuses_what_does_not_exist(override: str, named: str) -> None:
     ("override", "named"),
     [
         ("trainer.batchsize=3", "no setting 'trainer.batchsize'"),
-        ("trainer.batch_size=big", "big"),
+        ("trainer.epochs=big", "big"),
         ("trainer.batch_size=3,4", "sweep"),
         ("~trainer.batch_size", "removes"),
         ("optimizer=nowhere", "nowhere"),
@@ -102,6 +102,8 @@ def test_a_global_choice_is_laid_over_the_settings() -> None:
     "override",
     [
         "trainer.batch_size=0",
+        "trainer.batch_size=big",
+        "trainer.batch_size=maximum",
         "trainer.epochs=0",
         "trainer.micro_batch_size=32",
         "trainer.precision=fp8",

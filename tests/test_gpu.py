@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,12 +15,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, oom
+from adaptive_trainer import Trainer, checkpoint, compose_config, descend, make_ladder, oom
 from adaptive_trainer.engine import Engine
+from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.graph import Graph, GraphRefused
 from adaptive_trainer.memory.capacity import limited
-from adaptive_trainer.update import Update
-from scripts import gpu_checks
+from adaptive_trainer.update import Shapes, Update, prove
+from scripts import benchmark_finders, gpu_checks
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +37,67 @@ def test_the_rung_under_a_cap_is_the_one_that_brute_force_finds(cap: int, tmp_pa
     assert predicted.tried <= 1
     if cap < 2000:
         assert real.tried > 0
+
+
+@pytest.mark.parametrize("cap", [900, 1300])
+def test_the_largest_batch_is_the_one_that_brute_force_finds(cap: int, tmp_path: Path) -> None:
+    oom.release(gpu_checks.CUDA)
+    before = torch.cuda.memory_allocated()
+    settings = ["trainer.batch_size=max", f"memory.limit={cap}MiB", "ladder=none", "data=fakedata", "device=cuda"]
+    few = ["data.train.size=300", "data.val.size=8", "data.num_workers=0", "model.num_classes=10"]
+    result = Trainer(compose_config([*settings, *few]), output_dir=tmp_path).fit()
+    size = result.used.batch_size
+    fits = [n for n in range(size - 2, size + 5) if benchmark_finders.proves(n, cap)]
+    assert max(fits) == size
+    outcomes = {attempt.rung: attempt.outcome for attempt in result.attempts}
+    assert (result.rung, outcomes[f"max-{size}"], outcomes[f"max-{size + 1}"]) == ("requested", "fits", "oom")
+    oom.release(gpu_checks.CUDA)
+    assert torch.cuda.memory_allocated() == before
+
+
+@contextmanager
+def full_collections() -> Iterator[list[int]]:
+    """One entry for every collection of all garbage that is asked for; Python's own are off."""
+    found: list[int] = []
+
+    def note(phase: str, about: dict[str, int]) -> None:
+        if phase == "start" and about["generation"] == 2:
+            found.append(1)
+
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        yield found
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
+
+
+@pytest.mark.parametrize("holds_itself", [False, True])
+def test_what_a_failed_try_has_left_is_collected_and_else_nothing(holds_itself: bool) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def attempt(settings: dict[str, int]) -> bool:
+        ring: list[object] = [torch.empty(64 << 20, dtype=torch.uint8, device="cuda")]
+        ring += [ring] if holds_itself else []
+        torch.empty(settings["bytes"], dtype=torch.uint8, device="cuda")
+        return True
+
+    with limited(gpu_checks.CUDA, "600MiB"), full_collections() as collections:
+        before = torch.cuda.memory_allocated()
+        ladder = make_ladder({"bytes": 1 << 30}, {"small": {"bytes": 1}})
+        descend(ladder, attempt, on_attempt=lambda _: seen.append((torch.cuda.memory_allocated(), len(collections))))
+    assert seen[0] == (before, int(holds_itself))
+
+
+def test_a_failed_proof_leaves_nothing_and_collects_nothing() -> None:
+    with limited(gpu_checks.CUDA, "600MiB") as capacity:
+        update, _, _ = gpu_checks.make_update(["trainer.batch_size=64"], capacity, undo=True)
+        before = oom.held(gpu_checks.CUDA)
+        with full_collections() as collections, pytest.raises(OutOfMemory):
+            prove(update, Shapes(64, 64, 224, 10))
+        assert oom.held(gpu_checks.CUDA) == before
+    assert collections == []
 
 
 # ---- updates as CUDA graphs ----------------------------------------------------------------------------------------

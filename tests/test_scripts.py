@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.cli import as_list
+from scripts import benchmark_finders as finders
 from tests.forking import ROOT, Launcher
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +56,80 @@ def test_descend_in_your_loop(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "requested: oom Simulated card out of memory" in ended.stdout
     assert re.search(r"rung (batch|narrow)\S* holds, loss \d", ended.stdout)
+
+
+class Full(nn.Module):
+    """Runs out of memory, in CUDA's words, for more than 13 samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 13:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity")
+        out: Tensor = self.body(x.flatten(1))
+        return out
+
+
+@pytest.fixture
+def small_finders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "DEVICE": torch.device("cpu"),
+        "MODEL": "mobilenetv3_small_050",
+        "SIZE": 32,
+        "SAMPLES": 512,
+    }.items():
+        monkeypatch.setattr(finders, name, value)
+    monkeypatch.setattr(finders, "make_model", Full)
+
+
+def test_finders_of_ours_are_timed_to_the_first_update(small_finders: None) -> None:
+    found = {name: finders.round_of(name, 34) for name in finders.CONTENDERS if name.startswith("ours")}
+    assert found["ours, from 24"]["batch"] == 24
+    largest = found["ours, max"]["batch"]
+    assert finders.proves(largest, 34)
+    assert not finders.proves(largest + 1, 34)
+    assert found["ours, from 1024 (halving)"]["batch"] <= largest < 1024
+    assert found["ours, max"]["failed"] >= 1
+    assert all(answer["seconds"] > 0 for answer in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "failed"),
+    [
+        ("accelerate, from 24", 12, 5),
+        ("accelerate, from 1024", 13, 39),
+        ("lightning, power", 8, 1),
+        ("lightning, binsearch", 12, 2),  # 13, less lightning's margin of 5 %
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_finders_of_the_peers_as_far_as_they_are_installed(
+    name: str, batch: int, failed: int, small_finders: None
+) -> None:
+    pytest.importorskip(name.partition(",")[0])
+    answer = finders.round_of(name, 34)
+    assert (answer.get("batch"), answer.get("failed")) == (batch, failed), answer
+
+
+def test_a_finder_that_fails_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(finders.CONTENDERS, "breaks", lambda cap: dict[int, finders.Answer]()[cap])
+    broken = finders.round_of("breaks", 900)
+    good = [{"seconds": seconds, "batch": 12, "failed": 1} for seconds in (1.0, 3.0, 2.0)]
+    assert finders.table(900, {"breaks": [broken], "works": good}, "13")[4:-1] == [
+        "| breaks | failed: KeyError: 900 | - | - |",
+        "| works | 2.00 (1.00 to 3.00) | 12 | 1 |",
+        "| brute force | - | 13 | - |",
+    ]
+
+
+def test_finders_need_a_card(launcher: Launcher, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    ended = launcher.run(script=ROOT / "scripts" / "benchmark_finders.py", folder=tmp_path)
+    assert ended.code == 1
+    assert "there is no CUDA here" in ended.text
 
 
 # -- code blocks

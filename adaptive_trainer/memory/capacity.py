@@ -212,7 +212,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
     before = torch.cuda.get_per_process_memory_fraction(device)
     if asked == Limit() and before < 1:
         cap = int(before * total)  # set by whoever calls
-    oom.release(device)  # what the allocator has cached counts against the cap
+    oom.release(device, before=0)  # what the allocator has cached counts against the cap
     if cap is not None or asked.lifted:
         # The allocator takes the whole number under fraction * total: half a byte more keeps it from falling short.
         fraction = 1.0 if cap is None else min(1.0, (cap + 0.5) / total)
