@@ -28,7 +28,7 @@ from adaptive_trainer.errors import ConfigError
 __all__ = ["Config", "apply_overrides", "check", "compose_config", "config_dir", "register", "typed"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-ENGINES = ("auto", "eager", "graph")
+ENGINES = ("auto", "eager", "graph", "compile")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
@@ -98,6 +98,7 @@ class TrainerConfig:
     precision: str = "fp32"
     checkpoint_activations: bool = False
     channels_last: bool = False
+    tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = None
     ema_decay: float | None = None
     label_smoothing: float = 0.0

@@ -83,6 +83,7 @@ class Update:
         self.clip_grad = clip_grad
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.phase = "begin"
+        self._forward_pass: Callable[[Tensor], Any] | None = None  # instead of the model's own
         self.step_allocates: bool | None = None  # not known yet
         self.is_warm = False  # whether the last step found all of the optimizer's state made
         self._allocations_before_step = 0
@@ -115,6 +116,15 @@ class Update:
         """What an update does on the device, with nothing kept to undo it: what a CUDA graph records."""
         self._accumulate(images, labels)
         self._step(undoable=False)
+
+    @contextmanager
+    def calling(self, forward: Callable[[Tensor], Any] | None) -> Iterator[None]:
+        """Updates inside call this function of the images instead of the model; None: the model."""
+        self._forward_pass = forward
+        try:
+            yield
+        finally:
+            self._forward_pass = None
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -195,7 +205,7 @@ class Update:
 
     def _forward(self, x: Tensor) -> Any:
         with self._autocast():
-            return self.state.model(x)
+            return (self._forward_pass or self.state.model)(x)
 
     @torch.no_grad()
     def _measure(self, output: Any, target: Tensor, loss: Tensor) -> None:
