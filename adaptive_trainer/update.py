@@ -88,6 +88,7 @@ class Update:
         self._forward_pass: Callable[[Tensor], Any] | None = None  # instead of the model's own
         self.step_allocates: bool | None = None  # not known yet
         self.is_warm = False  # whether the last step found all of the optimizer's state made
+        self._modules = list(state.model.modules())
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self._avoid_single = has_batch_norm(state.model)
@@ -183,7 +184,8 @@ class Update:
     def _accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward of every micro-batch, each weighted by its share of the samples."""
         state = self.state
-        state.model.train()
+        if not all(module.training for module in self._modules):  # setting it is many times slower than looking
+            state.model.train()
         self.phase = "forward"
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
