@@ -29,7 +29,7 @@ __all__ = ["LARGEST", "Config", "apply_overrides", "check", "compose_config", "c
 
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
 PRECISIONS = ("fp32", "bf16", "fp16")
-ENGINES = ("auto", "eager", "graph")
+ENGINES = ("auto", "eager", "graph", "compile")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
@@ -102,6 +102,7 @@ class TrainerConfig:
     precision: str = "fp32"
     checkpoint_activations: bool = False
     channels_last: bool = False
+    tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = None
     ema_decay: float | None = None
     label_smoothing: float = 0.0

@@ -1,7 +1,7 @@
-"""Which way updates run: operator by operator, or as one CUDA graph.
+"""Which way updates run: operator by operator (eager), by compiled code, or as one CUDA graph.
 
-The graph is a luxury: where it cannot be recorded, or its memory is wanted for something else, updates go on operator
-by operator, and the reason is recorded.
+Compiled code and graph are a luxury: where they cannot be had, or their memory is wanted for something else, updates go
+on without, and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
+from adaptive_trainer.compiling import Forward, compile_forward, run_compiled
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.graph import Graph, GraphRefused, refusal, synchronizing_refused
 from adaptive_trainer.update import Update
@@ -29,11 +30,12 @@ TIMED = 5  # updates of each kind that `auto` compares
 class Engine:
     """Runs the updates of one rung in training.
 
-    A batch of another shape than the whole one (the last of an epoch) runs operator by operator.
+    A batch of another size than the whole one (the last of an epoch) and evaluation run operator by operator.
 
     Args:
         update: the transaction that runs operator by operator.
-        name: `eager`, `graph`, or `auto`, which times both and keeps the faster.
+        name: `eager`, `graph`, `auto`, which times both and keeps the faster, or `compile`: compiled at the first whole
+            batch, and on a CUDA card recorded as a graph too.
         batch_size: samples in a whole batch.
         event: is told what was decided, and why.
     """
@@ -44,9 +46,11 @@ class Engine:
         self.batch_size = batch_size
         self._event = event
         self._graph: Graph | None = None
+        self._forward: Forward | None = None  # compiled
+        self._is_to_compile = name == "compile"
         on_cuda = update.device.type == "cuda"
         self._rounds = name != "eager" and on_cuda
-        self._is_settled = name == "eager" or (name == "auto" and not on_cuda)  # nothing to choose from
+        self._is_settled = name == "eager" or (name != "graph" and not on_cuda)  # nothing to choose from
         self._is_checked = False
         self._seconds: dict[str, list[float]] = {"eager": [], "graph": []}
 
@@ -60,10 +64,12 @@ class Engine:
         """
         if self._rounds:
             self._round_rates()
-        if self._is_settled and self._graph is None:
-            self.update.run(images, labels, samples=samples)
-        elif len(labels) != self.batch_size:
+        if len(labels) != self.batch_size:
             self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+        elif self._is_to_compile:
+            self._compile(images, labels, samples)
+        elif self._is_settled and self._graph is None:
+            self._run_kernels(images, labels, samples)
         else:
             self._run_whole(images, labels, samples)
 
@@ -77,18 +83,51 @@ class Engine:
             group["lr"] = float(np.float32(group["lr"]))
 
     def _run_whole(self, images: Tensor, labels: Tensor, samples: int) -> None:
-        if self._graph is None and self._is_checked and (self.name == "graph" or self._is_timed("eager")):
+        if self._graph is None and self._is_checked and (self.name != "auto" or self._is_timed("eager")):
             self._record(images, labels)
         if self._graph is not None and self._graph.suits(images, labels):
             self._timed("graph", lambda: self._replay(images, labels))
             self.update.commit(samples)
             self._settle()
         elif self._is_settled:
-            self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+            self._beside_graph(lambda: self._run_kernels(images, labels, samples))
         elif not self._is_checked:
             self._check(images, labels, samples)
         else:
-            self._timed("eager", lambda: self.update.run(images, labels, samples=samples))
+            self._timed("eager", lambda: self._run_kernels(images, labels, samples))
+
+    def _run_kernels(self, images: Tensor, labels: Tensor, samples: int) -> None:
+        """A whole batch, its kernels launched one by one; where compiled code fails, once more without it."""
+        if self._forward is None:
+            self.update.run(images, labels, samples=samples)
+            return
+        reason = run_compiled(self.update, self._forward, images, labels, samples=samples)
+        if reason:
+            self._run_uncompiled(images, labels, samples, reason)
+
+    def _compile(self, images: Tensor, labels: Tensor, samples: int) -> None:
+        self._is_to_compile = False
+        if self.update.capacity.card is not None:
+            reason = (
+                "a simulated card counts operators, which compiled code is not made of (memory.limit=none lifts it)"
+            )
+        else:
+            self._event(f"engine: compiling for batches of {self.batch_size}, as trainer.engine=compile asks")
+            started = time.perf_counter()
+            self._forward = compile_forward(self.update.state.model)
+            reason = run_compiled(self.update, self._forward, images, labels, samples=samples, is_first=True)
+        if reason:
+            self._run_uncompiled(images, labels, samples, reason)
+        else:
+            self._event(f"engine: compiled, with the first update in {time.perf_counter() - started:.1f} s")
+
+    def _run_uncompiled(self, images: Tensor, labels: Tensor, samples: int, reason: str) -> None:
+        """Give up what was compiled, and with it the thought of a graph."""
+        self._forward = None
+        self._is_settled = True
+        oom.release(self.update.device)
+        self._event(f"engine: eager, not compiled: {reason}")
+        self.update.run(images, labels, samples=samples)
 
     def _replay(self, images: Tensor, labels: Tensor) -> None:
         if self._graph is not None:
@@ -98,34 +137,36 @@ class Engine:
         """An update operator by operator that shows whether any of them waits for the card."""
         reason = refusal(self.update)
         if not reason and (not self.update.is_warm or self.update.step_allocates is None):
-            self.update.run(images, labels, samples=samples)  # makes the optimizer's state
+            self._run_kernels(images, labels, samples)  # makes the optimizer's state
             return
         if not reason:
             try:
                 with synchronizing_refused():
-                    self.update.run(images, labels, samples=samples)
+                    self._run_kernels(images, labels, samples)
             except GraphRefused as error:
                 reason = str(error)
         self._is_checked = True
         if reason:
             self._refuse(reason)
-            self.update.run(images, labels, samples=samples)
+            self._run_kernels(images, labels, samples)
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
         reason = ""
         try:
-            self._graph = Graph(self.update, images, labels)
+            with self.update.calling(self._forward):
+                self._graph = Graph(self.update, images, labels)
         except GraphRefused as error:
             reason = str(error)
         if reason:
             self._refuse(reason)
-        elif self.name == "graph":
+        elif self.name != "auto":
             self._is_settled = True
-            self._event("engine: the whole update is one CUDA graph from here on, as trainer.engine=graph asks")
+            self._event(f"engine: the whole update is one CUDA graph from here on, as trainer.engine={self.name} asks")
 
     def _refuse(self, reason: str) -> None:
         self._is_settled = True
-        self._event(f"engine: eager, not a CUDA graph: {reason}")
+        kind = "eager" if self._forward is None else "compiled"
+        self._event(f"engine: {kind}, not a CUDA graph: {reason}")
 
     def _settle(self) -> None:
         """Keep the faster of the two, once both are timed."""

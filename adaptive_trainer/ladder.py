@@ -39,7 +39,7 @@ NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Decided once for a run: what is trained on, where, and what becomes of it.
 FIXED = (
     "task", "device", "seed", "resume", "output_dir", "optimized_metric", "memory", "card", "phases", "ladder.rungs",
-    "model.num_classes", "trainer.channels_last", "data.train", "data.val", "data.root",
+    "model.num_classes", "trainer.channels_last", "trainer.tf32", "data.train", "data.val", "data.root",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ class Recipe:
     optimizer: str
     lr: float
     num_workers: int
+    tf32: bool | None = None
 
     @property
     def accumulation(self) -> int:
@@ -122,6 +123,7 @@ def recipe(config: Config) -> Recipe:
         optimizer=config.optimizer.name,
         lr=config.optimizer.lr,
         num_workers=config.data.num_workers,
+        tf32=trainer.tf32,
     )
 
 

@@ -27,9 +27,8 @@ def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
     """
     device = torch.device("cuda", 0 if config.device == "auto" else torch.device(config.device).index or 0)
     peaks = None
-    deterministic = config.trainer.deterministic
     with (
-        private_process_state(deterministic=deterministic),
+        private_process_state(deterministic=config.trainer.deterministic, tf32=config.trainer.tf32),
         torch.cuda.device(device),
         limited(device, config.memory.limit) as capacity,
     ):

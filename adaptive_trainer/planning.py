@@ -150,6 +150,7 @@ class Planner:
             "clip_grad": config.trainer.clip_grad is not None,
             "channels_last": config.trainer.channels_last,
             "deterministic": config.trainer.deterministic,
+            "tf32": config.trainer.tf32,
             "cuda": self.target.cuda,
             "capability": list(self.target.capability),
             "multiprocessors": self.target.multiprocessors,

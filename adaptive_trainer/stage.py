@@ -132,7 +132,7 @@ class Stage:
     def _asked(self) -> dict[str, Any]:
         """What decides the memory that the request needs."""
         asked = asdict(recipe(self.ladder[0].settings))
-        return {key: asked[key] for key in asked if key not in ("lr", "num_workers")}
+        return {key: asked[key] for key in asked if key not in ("lr", "num_workers", "tf32")}
 
     def _descend(self, start: int) -> tuple[Rung[Config], int]:
         capacity = self.parts.capacity

@@ -83,7 +83,8 @@ class Trainer:
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
         try:
-            with private_process_state(deterministic=asked.trainer.deterministic), _current(device):
+            process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
+            with process, _current(device):
                 seed_everything(asked.seed)
                 with limited(device, asked.memory.limit) as capacity:
                     log.info("%s", capacity.description)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
@@ -83,10 +85,12 @@ class Update:
         self.clip_grad = clip_grad
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.phase = "begin"
+        self._forward_pass: Callable[[Tensor], Any] | None = None  # instead of the model's own
         self.step_allocates: bool | None = None  # not known yet
         self.is_warm = False  # whether the last step found all of the optimizer's state made
         self.held: int | None = None  # bytes, before the updates of a proof
         self._allocations_before_step = 0
+        self._modules = list(state.model.modules())
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self._avoid_single = has_batch_norm(state.model)
@@ -116,6 +120,15 @@ class Update:
         """What an update does on the device, with nothing kept to undo it: what a CUDA graph records."""
         self._accumulate(images, labels)
         self._step(undoable=False)
+
+    @contextmanager
+    def calling(self, forward: Callable[[Tensor], Any] | None) -> Iterator[None]:
+        """Updates inside call this function of the images instead of the model; None: the model."""
+        self._forward_pass = forward
+        try:
+            yield
+        finally:
+            self._forward_pass = None
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -173,7 +186,8 @@ class Update:
     def _accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward of every micro-batch, each weighted by its share of the samples."""
         state = self.state
-        state.model.train()
+        if not all(module.training for module in self._modules):  # setting it is many times slower than looking
+            state.model.train()
         self.phase = "forward"
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
@@ -196,7 +210,7 @@ class Update:
 
     def _forward(self, x: Tensor) -> Any:
         with self._autocast():
-            return self.state.model(x)
+            return (self._forward_pass or self.state.model)(x)
 
     @torch.no_grad()
     def _measure(self, output: Any, target: Tensor, loss: Tensor) -> None:
@@ -217,25 +231,42 @@ class Update:
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
         warm = self.is_warm = self._has_state()
-        self._allocations_before_step = 0
         if undoable and (not warm or self.step_allocates is not False):
             self._undo.before_step(on_host=not (warm and self.step_allocates))
-        hook = state.optimizer.register_step_pre_hook(self._enter_step)
+        if warm and self.step_allocates is None:
+            self._change_counted()
+        else:
+            self._change(self._enter_step)
+
+    def _change(self, entering: Callable[..., None]) -> None:
+        """Change the weights; `entering` is called first, unless the scaler leaves the step out."""
+        state = self.state
+        hook = state.optimizer.register_step_pre_hook(entering)
         try:
-            scaler.step(state.optimizer)
+            state.scaler.step(state.optimizer)
         finally:
             hook.remove()  # it would keep this update, and its copies, alive at the next rung
         self.phase = "optimizer step"
-        scaler.update()
+        state.scaler.update()
         if state.ema is not None:
             state.ema.update(state.model, step=state.updates + 1)
-        if warm and self._allocations_before_step:
-            self.step_allocates = _allocations(self.device) > self._allocations_before_step
 
     def _enter_step(self, *_: Any) -> None:
         self.phase = "optimizer step"
-        if self.step_allocates is None and self.device.type == "cuda":
-            self._allocations_before_step = _allocations(self.device)
+
+    def _change_counted(self) -> None:
+        """The same, and learn whether it allocates memory."""
+        counter = _Allocations(self.device)
+        before: list[int] = []
+
+        def entering(*_: Any) -> None:
+            self._enter_step()
+            before.append(counter.total())
+
+        with counter if self.device.type == "cpu" else nullcontext():
+            self._change(entering)
+        if before and counter.total():
+            self.step_allocates = counter.total() > before[0]
 
     def _has_state(self) -> bool:
         """Whether the optimizer has made the state of every parameter that has a gradient."""
@@ -274,9 +305,29 @@ def _is_classification(output: Any, target: Any) -> bool:
     return isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim == 2 and target.ndim == 1
 
 
-def _allocations(device: torch.device) -> int:
-    """Blocks that torch's allocator has handed out so far; 0 where it does not count them (`cudaMallocAsync`)."""
-    return int(torch.cuda.memory_stats(device).get("allocation.all.allocated", 0))
+class _Allocations(TorchDispatchMode):
+    """Counts blocks of memory: on a CUDA card those of torch's allocator, on a CPU new results of operators inside."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self._operators = 1
+
+    def total(self) -> int:
+        """The number so far, above 0; 0 where nobody counts (`cudaMallocAsync`)."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0))
+        return self._operators if self.device.type == "cpu" else 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator; a result is new where its memory is not an argument's."""
+        out = func(*args, **(kwargs or {}))
+        self._operators += len(_storages(out) - _storages((args, kwargs)))
+        return out
+
+
+def _storages(values: Any) -> set[int]:
+    return {leaf.untyped_storage()._cdata for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
 def prove(update: Update, shapes: Shapes) -> int:
@@ -320,7 +371,9 @@ def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
     images, labels = _made_up(shapes.batch_size, shapes)
     for _ in range(PROVEN_UPDATES):
         update.run(images, labels, samples=0)
-    for _ in range(2 if update.step_allocates else 0):  # the first makes copies beside the weights, which stay
+    for _ in range(
+        2 if update.step_allocates and update.device.type == "cuda" else 0
+    ):  # the first makes copies beside the weights, which stay
         update.run(images, labels, samples=0)
     if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
         update.run(*_made_up(shapes.last, shapes), samples=0)

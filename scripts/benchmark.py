@@ -186,17 +186,22 @@ def lightning(case: Case) -> Block:
     return block
 
 
-def adaptive_trainer(case: Case, engine: str) -> Block:
+def engine_of(case: Case, engine: str, *overrides: str) -> Engine:
+    """This package's engine on a fresh network, with no limit on memory."""
     config = resolve(
         compose_config([
             f"model.name={MODEL}", f"trainer.batch_size={case.batch}", f"trainer.micro_batch_size={case.micro}",
             f"data.image_size={case.size}", f"trainer.precision={case.precision}",
-            f"trainer.channels_last={case.precision == 'bf16'}",
+            f"trainer.channels_last={case.precision == 'bf16'}", *overrides,
         ])
     )[0].settings  # fmt: skip
     cap: AbstractContextManager[Any] = limited(CUDA, None)
     parts = Parts(build_model, build_loss, "", 10, 1024, CUDA, cap.__enter__())
-    runs = Engine(enter(config, parts).update, engine, case.batch, lambda text: print(text, file=sys.stderr))
+    return Engine(enter(config, parts).update, engine, case.batch, lambda text: print(text, file=sys.stderr))
+
+
+def adaptive_trainer(case: Case, engine: str) -> Block:
+    runs = engine_of(case, engine)
     images, labels = batch_of(case)
     return timed(lambda: runs.run(images, labels, samples=0))
 

@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config import Config, RungConfig
 from adaptive_trainer.data import build_datasets, train_loader
+from adaptive_trainer.engine import Engine
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.memory.capacity import limited
@@ -425,21 +426,23 @@ def _milliseconds(step: Callable[[], None], updates: int = 15) -> float:
 
 
 def cost(folder: Path) -> Iterator[str]:
-    """Time and memory of an update with and without undo, in alternating blocks of one process."""
+    """Time and memory of an update with and without undo (a replayed graph keeps none), in alternating blocks of one process."""
     yield from (
         "| recipe | with undo, ms | without, ms | ratio (median of 9 pairs) | extra peak, MiB |",
         "|---|---|---|---|---|",
     )
-    for name, overrides in (
-        ("24@224 fp32 fused AdamW", []),
-        ("24@224 fp32 foreach AdamW", ["+optimizer.kwargs.foreach=true"]),
-        ("24@224 fp32 SGD", ["optimizer=sgd"]),
-        ("8@160 fp16 micro-batch 4", SMALL),
-    ):  # fmt: skip
-        yield f"| {name} | {_cost(overrides)} |"
+    for name, overrides, engine in (
+        ("24@224 fp32 fused AdamW", [], "eager"),
+        ("24@224 fp32 foreach AdamW", ["+optimizer.kwargs.foreach=true"], "eager"),
+        ("24@224 fp32 SGD", ["optimizer=sgd"], "eager"),
+        ("8@160 fp16 micro-batch 4", SMALL, "eager"),
+        ("24@224 fp32 fused AdamW, graph", [], "graph"),
+        ("8@160 fp16 micro-batch 4, graph", SMALL, "graph"),
+    ):
+        yield f"| {name} | {_cost(overrides, engine)} |"
 
 
-def _cost(overrides: list[str]) -> str:
+def _cost(overrides: list[str], kind: str) -> str:
     times: dict[bool, list[float]] = {True: [], False: []}
     peaks: dict[bool, int] = {}
     with limited(CUDA, None) as capacity:
@@ -448,12 +451,13 @@ def _cost(overrides: list[str]) -> str:
             oom.release(CUDA)
             base = torch.cuda.memory_allocated(CUDA)
             update, images, labels = make_update(overrides, capacity, undo=undo)
+            engine = Engine(update, kind, len(labels), lambda text: print(text, file=sys.stderr))
 
-            def step(update: Update = update, images: Tensor = images, labels: Tensor = labels) -> None:
-                update.run(images, labels, samples=0)
+            def step(engine: Engine = engine, images: Tensor = images, labels: Tensor = labels) -> None:
+                engine.run(images, labels, samples=0)
 
             steps[undo] = step
-            for _ in range(5):
+            for _ in range(8):  # the graph is recorded on the way
                 step()
             torch.cuda.reset_peak_memory_stats(CUDA)
             _milliseconds(step, 5)

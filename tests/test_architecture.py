@@ -26,7 +26,7 @@ resume
 checkpoint
 forecast
 engine
-graph
+graph compiling
 update
 transaction
 plan_tasks

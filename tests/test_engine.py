@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.config import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.graph import GraphRefused, _unchanged_host
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.position import Position
+from adaptive_trainer.process import private_process_state
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update
 
@@ -46,7 +48,7 @@ def test_a_graph_without_a_card_is_refused_with_the_reason_and_changes_nothing(t
 
 
 def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.engine=warp is none of auto, eager, graph"):
+    with pytest.raises(ConfigError, match=r"trainer\.engine=warp is none of auto, eager, graph, compile"):
         train(tmp_path, "warp")
 
 
@@ -142,3 +144,58 @@ def test_channels_last_reaches_weights_images_and_nothing_else(tmp_path: Path) -
 def is_channels_last(tensor: Tensor) -> bool:
     dense = tensor.is_contiguous()
     return tensor.ndim == 4 and not dense and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- TF32 ------------------------------------------------------------------------------------------------------------
+
+
+def precisions() -> tuple[str, ...]:
+    on: Any = torch.backends
+    newer = on.cuda.matmul.fp32_precision, on.cudnn.conv.fp32_precision, on.mkldnn.matmul.fp32_precision
+    return (*newer, str(on.cuda.matmul.allow_tf32), str(on.cudnn.allow_tf32), torch.get_float32_matmul_precision())
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize(("wanted", "inside"), [("true", "tf32"), ("false", "ieee"), ("null", None)])
+def test_tf32_is_as_asked_in_the_run_and_as_before_after_it(
+    before: str, wanted: str, inside: str | None, tmp_path: Path
+) -> None:
+    seen: set[tuple[str, ...]] = set()
+
+    def watched(*_: object) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        model.register_forward_pre_hook(lambda *_: seen.add(precisions()))
+        return model
+
+    default = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    try:
+        outside = precisions()
+        trainer = Trainer(compose_config([*SMALL, f"trainer.tf32={wanted}"]), model=watched, output_dir=tmp_path)
+        used = trainer.fit().used
+        assert precisions() == outside
+    finally:
+        torch.set_float32_matmul_precision(default)
+    assert used.tf32 is {"true": True, "false": False, "null": None}[wanted]
+    [found] = seen
+    assert found[:2] == ((inside, inside) if inside else outside[:2])
+
+
+def test_tf32_set_by_the_newer_interface_alone_is_put_back() -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with private_process_state(deterministic=False, tf32=False):
+            assert (matmul.fp32_precision, matmul.allow_tf32) == ("ieee", False)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
+def test_no_rung_changes_tf32(tmp_path: Path) -> None:
+    config = compose_config(SMALL)
+    config.ladder.rungs = [RungConfig("fast", ["trainer.tf32=true"])]
+    with pytest.raises(ConfigError, match=r"trainer\.tf32"):
+        Trainer(config, output_dir=tmp_path).fit()

@@ -20,6 +20,7 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.graph import Graph, GraphRefused
 from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.process import private_process_state
 from adaptive_trainer.update import Shapes, Update, prove
 from scripts import benchmark_finders, gpu_checks
 
@@ -136,6 +137,84 @@ def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(precision: str, opt
     assert found["graph"].metrics["updates"] >= 50
     one, other = (everything(tmp_path / engine / "checkpoints" / "last.pt") for engine in found)
     assert [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if not torch.equal(a, b)] == []
+
+
+def test_compiled_updates_are_one_graph_and_close_to_eager_ones(tmp_path: Path) -> None:
+    """SGD has no capturable implementation, so that one is compiled without a graph."""
+    losses, held = {}, {}
+    for engine in ("compile", "eager"):
+        for optimizer in ("adamw", "sgd"):
+            folder = tmp_path / engine / optimizer
+            settings = {"trainer__engine": engine, "optimizer": optimizer, "optimizer__lr": 1e-3, "trainer__epochs": 2}
+            made = small(**settings, model__name="resnet18", trainer__clip_grad="null")  # no dropout
+            result = Trainer(made, output_dir=folder).fit()
+            said = [event for event in result.events if event.startswith("engine")]
+            losses[engine, optimizer] = result.metrics["train_loss"]
+            content = checkpoint.load(folder / "checkpoints" / "last.pt")
+            held[engine, optimizer] = list(content["model"]), list(content["ema"])
+            if engine == "eager":
+                assert said == []
+                continue
+            assert said[1].startswith("engine: compiled, with the first update in "), said
+            assert ("is one CUDA graph" in said[2]) is (optimizer == "adamw"), said
+            assert ("compiled, not a CUDA graph: SGD" in said[2]) is (optimizer == "sgd"), said
+    for optimizer in ("adamw", "sgd"):
+        assert held["compile", optimizer] == held["eager", optimizer]
+        assert losses["compile", optimizer] == pytest.approx(losses["eager", optimizer], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_twenty_compiled_updates_learn_what_eager_ones_learn(precision: str) -> None:
+    losses = {}
+    for name in ("compile", "eager"):
+        with limited(gpu_checks.CUDA, None) as capacity:
+            torch.manual_seed(0)
+            settings = ["trainer.batch_size=8", "data.image_size=64", "model.name=resnet18", "optimizer.lr=1e-4"]
+            update, images, labels = gpu_checks.make_update(
+                [*settings, f"trainer.precision={precision}"], capacity, undo=True
+            )
+            events: list[str] = []
+            engine = Engine(update, name, 8, events.append)
+            for _ in range(20):
+                engine.run(images, labels, samples=8)
+            losses[name] = float(update.state.meters["loss"] / update.state.meters["seen"])
+        assert (engine._graph is not None) is (name == "compile"), events
+        assert update.state.updates == 20
+    assert losses["compile"] == pytest.approx(losses["eager"], rel=0.02 if precision == "fp32" else 0.05)
+
+
+def test_nothing_of_compiled_code_and_its_graph_stays_when_the_engine_goes() -> None:
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, "600MiB") as capacity:
+        update, images, labels = gpu_checks.make_update(
+            ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
+        )
+        eager = Engine(update, "eager", 8, events.append)
+        for _ in range(3):
+            eager.run(images, labels, samples=8)
+        oom.release(gpu_checks.CUDA)
+        held = torch.cuda.memory_allocated()
+        engine = Engine(update, "compile", 8, events.append)
+        for _ in range(5):
+            engine.run(images, labels, samples=8)
+        assert engine._graph is not None, events
+        engine.run(images[:7], labels[:7], samples=7)  # beside the graph there may be no room, and then it goes
+        del engine, eager
+        oom.release(gpu_checks.CUDA)
+        assert torch.cuda.memory_allocated() < held + 2**16, "a few numbers of the random generator may stay"
+    assert update.state.updates == 9
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tf32_reaches_products_and_convolutions(wanted: bool) -> None:
+    x, y = torch.rand(256, 256, device="cuda"), torch.rand(256, 256, device="cuda")
+    image, kernel = torch.rand(8, 64, 32, 32, device="cuda"), torch.rand(64, 64, 3, 3, device="cuda")
+    with private_process_state(deterministic=False, tf32=wanted):
+        product, convolution = x @ y, nn.functional.conv2d(image, kernel)
+    exact, convolved = x.double() @ y.double(), nn.functional.conv2d(image.double(), kernel.double())
+    assert (float((product - exact).abs().max() / exact.max()) > 5e-6) is wanted
+    if not wanted:  # where it is allowed cuDNN may still choose another algorithm
+        assert float((convolution - convolved).abs().max() / convolved.max()) < 5e-6
 
 
 class Reads(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adaptive_trainer import compose_config
 from adaptive_trainer.cli import as_list
 from scripts import benchmark_finders as finders
+from scripts import benchmark_update
 from tests.forking import ROOT, Launcher
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,3 +176,37 @@ def test_commands_of_the_documentation(place: str, args: list[str]) -> None:
     sweeps = "-m" in args or "--multirun" in args
     overrides = [re.sub(r"(=[^\[{,]*),[^\]}]*$", r"\1", arg) if sweeps else as_list(arg) for arg in mine]
     assert compose_config(overrides).trainer.batch_size, place
+
+
+# -- what scripts/benchmark_update.py counts
+
+
+def test_traffic_counts_what_operators_read_and_write() -> None:
+    a, b, row = torch.zeros(100, 10), torch.zeros(100, 10), torch.zeros(10)
+    weight, images = torch.zeros(4, 3, 3, 3), torch.zeros(2, 3, 8, 8)
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    parameter.grad = torch.zeros(1000)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer.step()
+    nbytes = 4 * 1000
+    for work, expected in (
+        (lambda: a + b, 3 * nbytes),
+        (lambda: a.t().reshape(10, 100), 0),  # views
+        (lambda: a.add_(b), 3 * nbytes),
+        (lambda: a.copy_(b), 2 * nbytes),
+        (lambda: a.zero_(), nbytes),
+        (lambda: torch.empty(100, 10), 0),
+        (lambda: a + row.expand(100, 10), 2 * nbytes + 40),
+        (lambda: torch.add(a, 1, out=b), 2 * nbytes),
+        (lambda: torch._foreach_add_([a, b], 1), 4 * nbytes),
+        (lambda: torch.conv2d(images, weight), 4 * (2 * 3 * 64 + 4 * 27 + 2 * 4 * 36)),
+        # gradient and weight with two moments are read, these three written, and the count of steps
+        (optimizer.step, 7 * nbytes + 3 * 4),
+    ):
+        with benchmark_update.Traffic(torch.device("cpu")) as traffic, torch.no_grad():
+            work()
+        assert traffic.bytes == expected
+
+
+def test_covered_time_counts_overlaps_once() -> None:
+    assert benchmark_update.covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5

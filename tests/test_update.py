@@ -338,7 +338,7 @@ def test_evaluation_is_halved_until_it_fits() -> None:
 def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is left out, so nothing is learned of what it allocates."""
     counts = iter(range(1, 1000))
-    monkeypatch.setattr("adaptive_trainer.update._allocations", lambda _: next(counts))
+    monkeypatch.setattr("adaptive_trainer.update._Allocations.total", lambda _: next(counts))
     run = start(Case("sgd", "fp16", warm=True), capacity)
     update, original = run.update(), Update._step
 
@@ -357,6 +357,28 @@ def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkey
     run.state.scaler._scale.fill_(1.0)
     run.advance(update)
     assert update.step_allocates is True
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "allocates"),
+    [("adamw-fused", False), ("adamw-single", True), ("adamw-foreach", True), ("lion", True)],
+)
+def test_a_step_that_allocates_nothing_is_known_and_not_copied(
+    optimizer: str, allocates: bool, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copied = start(Case(optimizer, "fp32", warm=True, ema=False), capacity), list[bool]()
+    update = run.update()
+    before_step = Undo.before_step
+
+    def watched(undo: Undo, *, on_host: bool = False) -> None:
+        copied.append(True)
+        before_step(undo, on_host=on_host)
+
+    monkeypatch.setattr(Undo, "before_step", watched)
+    run.advance(update)
+    assert (update.step_allocates, len(copied)) == (allocates, 1)
+    run.advance(update)
+    assert len(copied) == 1 + allocates
 
 
 def test_a_proof_meets_a_last_update_with_larger_parts(capacity: Capacity) -> None:
