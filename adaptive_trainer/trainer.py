@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
+from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import Config, ModelConfig, typed
-from adaptive_trainer.data import build_datasets
+from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changed, changes, recipe, stages
+from adaptive_trainer.ladder import Rung, changed, changes, recipe, stages, stored_size
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
@@ -34,6 +36,7 @@ __all__ = ["Trainer", "load_model"]
 log = logging.getLogger(__name__)
 
 Ladder = tuple[Rung[Config], ...]
+Ladders = list[tuple[str, Ladder]]
 
 
 class Trainer:
@@ -91,9 +94,7 @@ class Trainer:
             record.failure(_outcome(error), str(error))
             raise
 
-    def _run(
-        self, ladders: list[tuple[str, Ladder]], device: torch.device, capacity: Capacity, record: Record
-    ) -> Result:
+    def _run(self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""
         first = ladders[0][1][0].settings
         data = build_datasets(first, *self._data)
@@ -117,11 +118,13 @@ class Trainer:
                 f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
             )
         saved = None if path is None else resume.load(path)
+        data, ladders = _with_cache(data, ladders, record)
         forecast = Forecast(
             capacity,
             parts.num_classes,
             None if self._make_model is build_model else self._make_model,
             None if self._loss is None else self._build_loss,
+            0 if data.stored is None else data.stored[0].size,
         )
         done, weights = [], None
         with StopSignal().listening() as stop:
@@ -170,6 +173,32 @@ class Trainer:
         )
         record.result(result)
         return result
+
+
+def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataSets, Ladders]:
+    """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the ladders say `none`.
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    size = stored_size(ladder[0].settings for _, ladder in ladders)
+    if not size:
+        return data, ladders
+
+    def poll() -> None:
+        if stop.name:
+            raise Interrupted(f"stopped by {stop.name} while images were decoded for data.cache; nothing was trained")
+
+    with StopSignal().listening() as stop:
+        data = with_cache(data, size, event=record.event, poll=poll)
+    return data, ladders if data.stored is not None else [(name, _without_cache(ladder)) for name, ladder in ladders]
+
+
+def _without_cache(ladder: Ladder) -> Ladder:
+    return tuple(
+        replace(rung, settings=replace(rung.settings, data=replace(rung.settings.data, cache="none")))
+        for rung in ladder
+    )
 
 
 def _device(name: str) -> torch.device:

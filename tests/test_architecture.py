@@ -22,6 +22,8 @@ loop
 measure
 session
 resume
+caching
+feed
 checkpoint
 forecast
 engine
@@ -34,6 +36,9 @@ descent
 data
 datasets
 transforms
+store
+fingerprint
+augment
 predicting
 planning
 models optimizers
