@@ -11,7 +11,8 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -183,8 +184,11 @@ class _Builder:
         """Hand every image to `write`, in order; returns the other arrays of `Decoded`."""
         started, count = time.perf_counter(), len(base.used)
         parts: list[dict[str, Array]] = []
-        with tqdm(total=count, desc="decoding", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
-            for images, rows in self._batches(base):
+        with (
+            tqdm(total=count, desc="decoding", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar,
+            closing(self._batches(base)) as batches,
+        ):
+            for images, rows in batches:
                 write(images)
                 parts.append(rows)
                 bar.update(len(images))
@@ -199,7 +203,7 @@ class _Builder:
         )
         return rows
 
-    def _batches(self, base: _Base) -> Iterator[tuple[Array, dict[str, Array]]]:
+    def _batches(self, base: _Base) -> Generator[tuple[Array, dict[str, Array]], None, None]:
         """All batches, with fewer workers after one that has failed for want of memory."""
         workers, done = self.sets.config.num_workers, 0
         while done < len(base.used):

@@ -332,17 +332,22 @@ def _prove_updates(update: Update, shapes: Shapes) -> None:
 
 
 def _prove_evaluation(update: Update, shapes: Shapes) -> int:
-    model = update.state.model if update.state.ema is None else update.state.ema.module
     size = shapes.eval_batch_size
     while True:
         try:
-            update.evaluate(model, *_batches(update, shapes, size)(size))
+            _evaluate_made_up(update, shapes, size)
         except OutOfMemory:
             if size == 1:
                 raise
         else:
             return size
         size //= 2
+
+
+def _evaluate_made_up(update: Update, shapes: Shapes, size: int) -> None:
+    model = update.state.model if update.state.ema is None else update.state.ema.module
+    made_up = _batches(update, shapes, size)  # it holds what waits on the device
+    update.evaluate(model, *made_up(size))
 
 
 def _batches(update: Update, shapes: Shapes, most: int) -> Callable[[int], tuple[Tensor, Tensor]]:

@@ -247,7 +247,7 @@ class _Training:
     def evaluate(self, samples: int) -> None:
         """One batch through the network in evaluation mode."""
         if self.spec.stored_size:
-            self.held = None, None, None
+            self.held = None, None, []
         self.recorder.part = len(self.spec.batches) - 1
         self.model.eval()
         x, y = self._batch(samples)
@@ -258,11 +258,13 @@ class _Training:
         self._measure(output, y)
         del waiting
 
-    def _waiting(self, samples: int) -> Tensor | None:
-        """The next batch of stored images, as `adaptive_trainer.augment.DeviceBatch` holds it."""
+    def _waiting(self, samples: int) -> list[Tensor]:
+        """The next batch of stored images, as `adaptive_trainer.augment.DeviceBatch` holds it beside this one."""
         if not self.spec.cuda or not self.spec.stored_size:
-            return None
-        return torch.empty(samples, 3, self.spec.stored_size, self.spec.stored_size, dtype=torch.uint8)
+            return []
+        stored = torch.empty(samples, 3, self.spec.stored_size, self.spec.stored_size, dtype=torch.uint8)
+        windows, labels = torch.empty(samples, 6), torch.empty(samples, dtype=torch.long)
+        return [stored, windows, labels, torch.empty(3), torch.empty(3)]  # these normalise
 
     def _batch(self, samples: int) -> tuple[Tensor, Tensor]:
         x = torch.empty(samples, *self.spec.input_shape)
