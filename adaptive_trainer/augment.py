@@ -176,13 +176,14 @@ def fitting(device: torch.device, work: Callable[[], T]) -> T:
     """What the work of the data path returns.
 
     Raises:
-        OutOfMemory: it does not fit on `device`; what it held is freed.
+        OutOfMemory: it failed twice, for lack of memory on `device`; what it held is freed.
     """
-    try:
-        return work()
-    except Exception as error:
-        failure = oom.describe(error)
-        if failure.kind is not oom.Kind.DEVICE:
-            raise
-    oom.release(device)
+    for _ in range(2):
+        try:
+            return work()
+        except Exception as error:
+            failure = oom.describe(error)
+            if failure.kind is not oom.Kind.DEVICE:
+                raise
+        oom.release(device)
     raise OutOfMemory(failure.text, phase="loading data")

@@ -6,7 +6,6 @@ Where there is no room for them, training goes on without, and the reason is rec
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import sys
 import time
@@ -33,8 +32,6 @@ from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.store import Decoded, Stored, alone, available_memory, open_decoded, removed_leftovers, written
 
 __all__ = ["with_cache"]
-
-log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 FORMAT = 1  # of the stored images: counted up when what is stored for the same files changes
@@ -119,10 +116,18 @@ class _Builder:
             raise _NoRoom(f"the images take {format_bytes(need)}, and {format_bytes(free)} of memory are free")
         found = []
         for base in bases:
-            images = np.empty((len(base.used), 3, self.size, self.size), np.uint8)
+            images = self._empty(base)
             rows = self._decode(base, _filler(images))
             found.append(Decoded(images, **rows))
         return found
+
+    def _empty(self, base: _Base) -> Array:
+        problem = ""
+        try:
+            return np.empty((len(base.used), 3, self.size, self.size), np.uint8)
+        except MemoryError as error:
+            problem = str(error)
+        raise _NoRoom(problem)
 
     def _on_disk(self, bases: list[_Base]) -> list[Decoded]:
         top = default_folder()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from adaptive_trainer.augment import DeviceBatch, fitting, windows
+from adaptive_trainer.config import DataConfig
 from adaptive_trainer.data import Batch
 from adaptive_trainer.datasets import DataSets, MapDataset, sample_name
 from adaptive_trainer.position import Position
@@ -34,19 +35,24 @@ class FeedLoader:
 
     Attributes:
         data: the data set, for the names of its samples.
+        stored: its images.
+        config: how they are transformed.
         batches: indices of the samples of each batch, anew for every pass.
         capacity: most samples in a batch.
-        window: from (sizes of the originals, indices) to `augment.windows`.
-        make_buffers: what the batches hold on the device.
+        image_size, channels_last: what the network is given.
+        seed, epoch: of the augmentation; None for evaluation.
     """
 
     data: MapDataset
     stored: Stored
+    config: DataConfig
     batches: Callable[[], Iterator[Array]]
     capacity: int
-    window: Callable[[Array, Array], Array]
-    make_buffers: Callable[[], DeviceBatch]
+    image_size: int
     device: torch.device
+    channels_last: bool
+    seed: int = 0
+    epoch: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Start a pass.
@@ -56,52 +62,45 @@ class FeedLoader:
         """
         return _Feed(self)
 
+    def buffers(self) -> DeviceBatch:
+        """What the batches of a pass hold on the device."""
+        sizes = (self.capacity, self.image_size, self.stored.size)
+        return DeviceBatch(*sizes, self.device, channels_last=self.channels_last, config=self.config)
+
+    def windows(self, sizes: Array, index: Array) -> Array:
+        """`augment.windows` of samples whose originals have these sizes."""
+        how = {"image_size": self.image_size, "stored_size": self.stored.size, "seed": self.seed}
+        return windows(self.config, sizes, index, **how, epoch=self.epoch)
+
 
 def train_feed(
     data: DataSets, position: Position, *, batch_size: int, image_size: int, device: torch.device, channels_last: bool
 ) -> FeedLoader:
-    """The rest of the epoch from `position` on, one batch an update, augmented; `data.stored` is there."""
+    """The rest of the epoch from `position` on, one batch an update, augmented."""
     most = min(batch_size + (batch_size == 2), position.size - position.cursor)  # 3 of 3: see Position.next_size
-    index = (position.seed, position.epoch)
-    return _loader(data, True, lambda: position.indices(batch_size), most, index, image_size, device, channels_last)
+    return FeedLoader(
+        data.train, _stored(data)[0], data.config, lambda: position.indices(batch_size), most, image_size, device,
+        channels_last, position.seed, position.epoch,
+    )  # fmt: skip
 
 
 def eval_feed(
     data: DataSets, *, batch_size: int, image_size: int, device: torch.device, channels_last: bool, start: int = 0
 ) -> FeedLoader:
-    """The validation set in order, from sample `start` on, not augmented; `data.stored` is there."""
+    """The validation set in order, from sample `start` on, not augmented."""
     size = len(data.val)
 
     def batches() -> Iterator[Array]:
         return (np.arange(first, min(first + batch_size, size)) for first in range(start, size, batch_size))
 
-    return _loader(data, False, batches, min(batch_size, size), (0, None), image_size, device, channels_last)
+    most = min(batch_size, size)
+    return FeedLoader(data.val, _stored(data)[1], data.config, batches, most, image_size, device, channels_last)
 
 
-def _loader(
-    data: DataSets,
-    training: bool,
-    batches: Callable[[], Iterator[Array]],
-    most: int,
-    seed_and_epoch: tuple[int, int | None],
-    image_size: int,
-    device: torch.device,
-    channels_last: bool,
-) -> FeedLoader:
+def _stored(data: DataSets) -> tuple[Stored, Stored]:
     if data.stored is None:
         raise RuntimeError("no images are stored")
-    part, stored = (data.train, data.stored[0]) if training else (data.val, data.stored[1])
-    seed, epoch = seed_and_epoch
-
-    def window(sizes: Array, index: Array) -> Array:
-        return windows(
-            data.config, sizes, index, image_size=image_size, stored_size=stored.size, seed=seed, epoch=epoch
-        )
-
-    def make_buffers() -> DeviceBatch:
-        return DeviceBatch(most, image_size, stored.size, device, channels_last=channels_last, config=data.config)
-
-    return FeedLoader(part, stored, batches, most, window, make_buffers, device)
+    return data.stored
 
 
 class _Host:
@@ -131,7 +130,7 @@ class _Lane:
     """
 
     def __init__(self, loader: FeedLoader) -> None:
-        self.buffers = loader.make_buffers()
+        self.buffers = loader.buffers()
         self.device = loader.device
         self.hosts = [_Host(loader.capacity, loader.stored.size, self.device) for _ in range(2)]
         self.sent: queue.SimpleQueue[_Sent | BaseException | None] = queue.SimpleQueue()
@@ -249,6 +248,6 @@ def _gathered(loader: FeedLoader, host: _Host, index: Array) -> _Sent:
     count = len(rows)
     # "clip" copies straight into the buffer; "raise" would go by way of another
     np.take(decoded.images, rows, axis=0, out=host.stored[:count].numpy(), mode="clip")
-    host.windows[:count].numpy()[:] = loader.window(decoded.sizes[rows], index)
+    host.windows[:count].numpy()[:] = loader.windows(decoded.sizes[rows], index)
     host.labels[:count].numpy()[:] = decoded.labels[rows]
     return _Sent(count, samples, skipped)

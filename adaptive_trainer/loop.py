@@ -27,7 +27,7 @@ from adaptive_trainer.feed import eval_feed, train_feed
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.session import Session
 
-__all__ = ["Hooks", "Loop", "StopSignal"]
+__all__ = ["Hooks", "Loop", "StopSignal", "told_by_the_loader"]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class StopSignal:
 
 
 @contextmanager
-def _told_by_the_loader() -> Iterator[None]:
+def told_by_the_loader() -> Iterator[None]:
     """The death of a data worker is an error of the loader that is asked for a batch, for as long as the block runs.
 
     torch's own handler raises it wherever the main thread is, were it between the commit of weights and of position.
@@ -133,7 +133,7 @@ class Loop:
             DivergedError: the loss is no longer a number.
             Interrupted: a signal came; the state is saved.
         """
-        with _told_by_the_loader():
+        with told_by_the_loader():
             return self._run()
 
     def _run(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 __all__ = ["Decoded", "Stored", "alone", "available_memory", "open_decoded", "removed_leftovers", "written"]
+
+log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 PIXELS, ROWS, HEAD = "images.u8", "rows.npz", "head.json"
@@ -131,12 +134,15 @@ def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as file:
-        is_held = False
+        is_held = has_waited = False
         while not is_held:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 is_held = True
             except BlockingIOError:
+                if not has_waited:
+                    log.info("another process makes %s: waiting for it", folder)
+                has_waited = True
                 poll()
                 time.sleep(POLL_SECONDS)
             except OSError:

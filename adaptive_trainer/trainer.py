@@ -21,7 +21,7 @@ from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, stages, stored_size
-from adaptive_trainer.loop import StopSignal
+from adaptive_trainer.loop import StopSignal, told_by_the_loader
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
 from adaptive_trainer.optimizers import build_loss
@@ -179,9 +179,13 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
     """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the ladders say `none`.
 
     Raises:
+        ConfigError: the stages, or the data set, do not go with it.
         Interrupted: a signal came.
     """
-    size = stored_size(ladder[0].settings for _, ladder in ladders)
+    asked = [ladder[0].settings for _, ladder in ladders]
+    if len({config.data.cache for config in asked}) > 1:
+        raise ConfigError("the stages differ in data.cache, which is decided once; set it for the whole run")
+    size = stored_size(asked)
     if not size:
         return data, ladders
 
@@ -189,7 +193,7 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
         if stop.name:
             raise Interrupted(f"stopped by {stop.name} while images were decoded for data.cache; nothing was trained")
 
-    with StopSignal().listening() as stop:
+    with StopSignal().listening() as stop, told_by_the_loader():
         data = with_cache(data, size, event=record.event, poll=poll)
     return data, ladders if data.stored is not None else [(name, _without_cache(ladder)) for name, ladder in ladders]
 

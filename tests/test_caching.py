@@ -418,6 +418,29 @@ def test_the_stages_share_what_is_stored_for_the_largest(photos: Path, tmp_path:
     assert [stage["rung"] for stage in result.stages] == ["requested", "requested"]
 
 
+def test_stages_cannot_differ_in_the_cache(tmp_path: Path) -> None:
+    stages = "phases.stages=[{name: a}, {name: b, overrides: ['data.cache=ram']}]"
+    with pytest.raises(ConfigError, match=r"the stages differ in data\.cache"):
+        Trainer(compose_config([stages]), output_dir=tmp_path).fit()
+
+
+class Dies(ImageFiles):
+    """Its data worker is killed, as the kernel does when memory is short."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == 5 and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_worker_is_one_fewer(photos: Path, tmp_path: Path) -> None:
+    settings = ["data.cache=ram", "data.image_size=32", "trainer.batch_size=4", "data.num_workers=1", "device=cpu"]
+    more = ["model.name=mobilenetv3_small_050"]
+    result = Trainer(compose_config([*settings, *more]), train_data=Dies(photos), output_dir=tmp_path / "out").fit()
+    assert result.events[0].endswith("data.num_workers 1 -> 0 for the cache")
+    assert "10 images decoded" in result.events[1]
+
+
 def test_build_datasets_leaves_the_images_where_they_are() -> None:
     assert build_datasets(typed(compose_config(["data.cache=ram"]))).stored is None
 

@@ -149,7 +149,7 @@ def test_after_an_out_of_memory_the_same_batch_comes(monkeypatch: pytest.MonkeyP
 
     def full(buffers: DeviceBatch, count: int) -> tuple[Tensor, Tensor]:
         calls.append(count)
-        if len(calls) == 3:
+        if len(calls) in (3, 4):  # twice: a single failure is tried again
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(buffers, count)
 
@@ -162,7 +162,7 @@ def test_after_an_out_of_memory_the_same_batch_comes(monkeypatch: pytest.MonkeyP
     assert caught.value.phase == "loading data"
     found += [batch.images.clone() for batch in iterator]
     assert torch.equal(torch.cat(found), expected)
-    assert len(calls) == 7
+    assert len(calls) == 8
 
 
 class Eight(Named):

@@ -256,7 +256,7 @@ def test_no_memory_for_loading_gives_up_the_graph_first(tmp_path: Path) -> None:
 
     def full(buffers: DeviceBatch, count: int) -> tuple[Tensor, Tensor]:
         calls.append(count)
-        if len(calls) == 20:
+        if len(calls) in (20, 21):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(buffers, count)
 
