@@ -33,6 +33,8 @@ ENGINES = ("auto", "eager", "graph", "compile")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
+CACHES = ("none", "ram", "disk")
+EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 TASKS = ("train", "plan", "memory")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
@@ -65,6 +67,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     num_workers: int = 2
     on_error: str = "raise"
+    cache: str = "none"  # ram, disk: images are decoded once and augmented on the device
 
 
 @dataclass
@@ -392,6 +395,12 @@ def _no_transform(data: DataConfig) -> list[str]:
         problems.append(f"data.hflip={data.hflip} is no probability from 0 to 1")
     if len(data.mean) != 3 or len(data.std) != 3 or not min(data.std) > 0:
         problems.append(f"data.mean={data.mean}, data.std={data.std} are not three numbers each, data.std above 0")
+    per_sample = "transforms=timm" if data.transforms == "timm" else f"auto_augment={data.auto_augment}"
+    if data.cache != "none" and (data.transforms == "timm" or data.auto_augment):
+        problems.append(
+            f"data.cache={data.cache} augments whole batches, and data.{per_sample} works on single images; use "
+            "data.cache=none, or data.transforms=torchvision (or none) with data.auto_augment=null"
+        )
     return problems
 
 
@@ -404,5 +413,6 @@ def _not_a_choice(config: Config) -> list[str]:
         ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
         ("data.transforms", config.data.transforms, TRANSFORMS),
         ("data.on_error", config.data.on_error, ON_ERROR),
+        ("data.cache", config.data.cache, CACHES),
     ]
     return [f"{key}={value} is none of {', '.join(allowed)}" for key, value, allowed in choices if value not in allowed]

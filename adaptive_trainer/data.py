@@ -12,7 +12,7 @@ import operator
 import random
 import signal
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from adaptive_trainer.datasets import DataSets, build_datasets, digits, image_folder, sample_name
+from adaptive_trainer.config import DataConfig
+from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, sample_name
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
 from adaptive_trainer.transforms import Transform, build_transform, to_rgb
@@ -34,15 +35,19 @@ __all__ = [
     "DataSets",
     "SampleError",
     "build_datasets",
+    "check_label",
     "digits",
     "eval_loader",
+    "fewer_workers",
     "image_folder",
+    "plain_loader",
     "train_loader",
 ]
 
 BROKEN = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises for a bad file
 NOT_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 SECONDS_AFTER_SIGTERM = 30
+FEWER_WORKERS = {4: 2, 2: 0, 1: 0}
 EVALUATION = -1  # stands for the epoch in the key of an evaluation sample
 
 
@@ -75,8 +80,7 @@ def train_loader(
     """The rest of the epoch from `position` on, one batch an update, augmented."""
     transform = build_transform(data.config, image_size, training=True)
     view = _View(data.train, transform, position.seed, data.num_classes, data.config.on_error == "skip")
-    count = updates_per_epoch(position.size - position.cursor, batch_size)
-    return _loader(view, _Updates(position, batch_size), count, num_workers, pin_memory)
+    return _loader(view, _Updates(position, batch_size), num_workers, pin_memory)
 
 
 def eval_loader(
@@ -85,9 +89,31 @@ def eval_loader(
     """The validation set in order, from sample `start` on, not augmented."""
     transform = build_transform(data.config, image_size, training=False)
     view = _View(data.val, transform, 0, data.num_classes, data.config.on_error == "skip")
-    keys = [(EVALUATION, index) for index in range(start, len(view))]
-    batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return _loader(view, batches, len(batches), num_workers, pin_memory)
+    return _loader(view, _in_order(start, len(view), batch_size), num_workers, pin_memory)
+
+
+def _in_order(start: int, stop: int, batch_size: int) -> list[list[Key]]:
+    keys = [(EVALUATION, index) for index in range(start, stop)]
+    return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+
+
+def plain_loader(
+    data: MapDataset,
+    transform: Transform,
+    config: DataConfig,
+    num_classes: int,
+    *,
+    collate: Callable[[list[Any]], Any],
+    batch_size: int,
+    num_workers: int,
+    start: int = 0,
+) -> DataLoader[Any]:
+    """The samples from `start` on, in order, through a transform and a collate function of the caller's.
+
+    The collate function is given (transformed image, label), or the name of a broken sample to be left out.
+    """
+    view = _View(data, transform, 0, num_classes, config.on_error == "skip")
+    return _loader(view, _in_order(start, len(view), batch_size), num_workers, False, collate)
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,9 @@ class _Updates:
 
     def __iter__(self) -> Iterator[list[Key]]:
         return self.position.batches(self.batch_size)
+
+    def __len__(self) -> int:
+        return updates_per_epoch(self.position.size - self.position.cursor, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -142,12 +171,21 @@ class _View(Dataset[Any]):
             raise SampleError(
                 f"{sample_name(self.data, index)} is not a pair of an image and a whole number as its label: {problem}"
             )
-        if not 0 <= number < self.num_classes:
-            raise SampleError(
-                f"{sample_name(self.data, index)} has label {number}; allowed are 0 to {self.num_classes - 1} "
-                f"({self.num_classes} classes): correct the label or set model.num_classes"
-            )
+        check_label(self.data, index, number, self.num_classes)
         return self.transform(image), number
+
+
+def check_label(data: MapDataset, index: int, label: int, num_classes: int) -> None:
+    """Refuse a label that is no class.
+
+    Raises:
+        SampleError: it is not.
+    """
+    if not 0 <= label < num_classes:
+        raise SampleError(
+            f"{sample_name(data, index)} has label {label}; allowed are 0 to {num_classes - 1} "
+            f"({num_classes} classes): correct the label or set model.num_classes"
+        )
 
 
 @contextmanager
@@ -172,21 +210,30 @@ def _seeded(seed: int) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-class _Loader(DataLoader[Batch]):
+class _Loader(DataLoader[Any]):
     """More workers than cores are the user's choice, and no reason for a warning every epoch."""
 
     def check_worker_number_rationality(self) -> None:
         pass
 
 
+def fewer_workers(num_workers: int) -> int:
+    """Data workers after one has failed."""
+    return FEWER_WORKERS.get(num_workers, 4 if num_workers > 4 else 0)
+
+
 def _loader(
-    view: _View, batches: Iterable[list[Key]], count: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
+    view: _View,
+    batches: _Updates | list[list[Key]],
+    num_workers: int,
+    pin_memory: bool,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
     return _Loader(
         view,
         batch_sampler=batches,
-        num_workers=min(num_workers, count),  # more would have nothing to do
-        collate_fn=_collate,
+        num_workers=min(num_workers, len(batches)),  # more would have nothing to do
+        collate_fn=collate or _collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),  # else a loader draws its workers' seeds from the run's own numbers

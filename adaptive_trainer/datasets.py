@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.position import key_seed
+from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform
 
 __all__ = ["DataSets", "MapDataset", "build_datasets", "digits", "image_folder", "sample_name"]
@@ -43,6 +44,7 @@ class DataSets:
         num_classes: width of the model's head; labels are 0 to num_classes - 1.
         classes: their names, in order.
         config: how images are transformed and what happens to broken ones.
+        stored: the training and the validation set decoded, where `data.cache` keeps them.
     """
 
     train: MapDataset
@@ -50,6 +52,7 @@ class DataSets:
     num_classes: int
     classes: tuple[str, ...]
     config: DataConfig
+    stored: tuple[Stored, Stored] | None = None
 
 
 class Digits(Dataset[tuple[Image.Image, int]]):

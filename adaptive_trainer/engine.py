@@ -65,7 +65,7 @@ class Engine:
         if self._rounds:
             self._round_rates()
         if len(labels) != self.batch_size:
-            self._beside_graph(lambda: self.update.run(images, labels, samples=samples))
+            self.beside_graph(lambda: self.update.run(images, labels, samples=samples))
         elif self._is_to_compile:
             self._compile(images, labels, samples)
         elif self._is_settled and self._graph is None:
@@ -75,7 +75,7 @@ class Engine:
 
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """One evaluation batch, as `Update.evaluate`."""
-        return self._beside_graph(lambda: self.update.evaluate(model, images, labels))
+        return self.beside_graph(lambda: self.update.evaluate(model, images, labels))
 
     def _round_rates(self) -> None:
         """To what a graph's tensor can hold, so that updates of both kinds have the same bits."""
@@ -90,7 +90,7 @@ class Engine:
             self.update.commit(samples)
             self._settle()
         elif self._is_settled:
-            self._beside_graph(lambda: self._run_kernels(images, labels, samples))
+            self.beside_graph(lambda: self._run_kernels(images, labels, samples))
         elif not self._is_checked:
             self._check(images, labels, samples)
         else:
@@ -194,7 +194,7 @@ class Engine:
     def _is_timed(self, kind: str) -> bool:
         return len(self._seconds[kind]) >= TIMED
 
-    def _beside_graph(self, work: Callable[[], T]) -> T:
+    def beside_graph(self, work: Callable[[], T]) -> T:
         """What the work returns; where memory runs out beside the graph, once more without it."""
         reason = ""
         try:

@@ -25,6 +25,7 @@ class Forecast:
     Args:
         capacity: the memory that training may use.
         make_model, make_loss: as the Trainer was given them; None where it uses its own.
+        stored_size: height and width of stored images (`data.cache`); 0 where there are none.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Forecast:
         num_classes: int,
         make_model: ModelFactory | None = None,
         make_loss: LossFactory | None = None,
+        stored_size: int = 0,
     ) -> None:
         self.capacity = capacity
         self._card, self._is_cuda = "simulated", capacity.device.type == "cuda"
@@ -48,6 +50,7 @@ class Forecast:
             make_model=make_model,
             make_loss=make_loss,
             cache=PlanCache(default_folder()),
+            stored_size=stored_size,
         )
 
     def judge(self, config: Config) -> tuple[str, int | None]:

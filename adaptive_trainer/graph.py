@@ -120,7 +120,8 @@ def _abandon(device: torch.device, pool: Any) -> None:
 @contextmanager
 def _changing_values(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
     """Learning rates as tensors that later replays read anew, while the optimizer's step is recorded."""
-    before = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in optimizer.param_groups]
+    keys: tuple[str, ...] = ("lr", "capturable")
+    before = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         if "capturable" in group:

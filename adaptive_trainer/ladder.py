@@ -7,13 +7,13 @@ the request down; `make_ladder` does the same for plain dictionaries, for people
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.config import LARGEST, Config, TrainerConfig, apply_overrides, check, typed
+from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, TrainerConfig, apply_overrides, check, typed
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "resolve",
     "scaled_lr",
     "stages",
+    "stored_size",
     "with_batch_size",
 ]
 
@@ -39,7 +40,7 @@ NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Decided once for a run: what is trained on, where, and what becomes of it.
 FIXED = (
     "task", "device", "seed", "resume", "output_dir", "optimized_metric", "memory", "card", "phases", "ladder.rungs",
-    "model.num_classes", "trainer.channels_last", "trainer.tf32", "data.train", "data.val", "data.root",
+    "model.num_classes", "trainer.channels_last", "trainer.tf32", "data.train", "data.val", "data.root", "data.cache",
 )  # fmt: skip
 
 
@@ -125,6 +126,15 @@ def recipe(config: Config) -> Recipe:
         num_workers=config.data.num_workers,
         tf32=trainer.tf32,
     )
+
+
+def stored_size(requests: Iterable[Config]) -> int:
+    """Height and width at which `data.cache` stores images for these requests, one a stage; 0 where none does.
+
+    An evaluation at the largest image size that is asked for then takes a centre crop of stored pixels.
+    """
+    sizes = [round(asked.data.image_size / EVAL_CROP) for asked in requests if asked.data.cache != "none"]
+    return max(sizes, default=0)
 
 
 def make_ladder(

@@ -8,30 +8,30 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from tqdm import tqdm
 
 from adaptive_trainer import oom
-from adaptive_trainer.data import Batch, DataSets, eval_loader, train_loader
+from adaptive_trainer.data import Batch, DataSets, eval_loader, fewer_workers, train_loader
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemory
+from adaptive_trainer.feed import eval_feed, train_feed
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.session import Session
 
-__all__ = ["Hooks", "Loop", "StopSignal"]
+__all__ = ["Hooks", "Loop", "StopSignal", "told_by_the_loader"]
 
 log = logging.getLogger(__name__)
 
 UPDATES_PER_FLUSH = 5  # a cache that is flushed this often or more is thrashing
-FEWER_WORKERS = {4: 2, 2: 0, 1: 0}
 
 
 class StopSignal:
@@ -60,7 +60,7 @@ class StopSignal:
 
 
 @contextmanager
-def _told_by_the_loader() -> Iterator[None]:
+def told_by_the_loader() -> Iterator[None]:
     """The death of a data worker is an error of the loader that is asked for a batch, for as long as the block runs.
 
     torch's own handler raises it wherever the main thread is, were it between the commit of weights and of position.
@@ -118,7 +118,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Start with the workers that the settings ask for."""
-        self.num_workers = self.session.config.data.num_workers
+        self.num_workers = 0 if self.data.stored is not None else self.session.config.data.num_workers
         self.data = replace(self.data, config=self.session.config.data)
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False
@@ -133,7 +133,7 @@ class Loop:
             DivergedError: the loss is no longer a number.
             Interrupted: a signal came; the state is saved.
         """
-        with _told_by_the_loader():
+        with told_by_the_loader():
             return self._run()
 
     def _run(self) -> bool:
@@ -165,7 +165,7 @@ class Loop:
                 if not self._train_on(self._open_train_loader(), epoch, bar):
                     self._reduce_workers()
 
-    def _train_on(self, loader: DataLoader[Batch], epoch: int, bar: tqdm[Any]) -> bool:
+    def _train_on(self, loader: Iterable[Batch], epoch: int, bar: tqdm[Any]) -> bool:
         """Updates from one loader until the epoch ends; False when a data worker died."""
         state, trainer = self.session.state, self.session.config.trainer
         with closing(self._guarded(loader)) as batches:
@@ -209,8 +209,17 @@ class Loop:
                 f"rung {self.rung} fits, but {text}, which is slow; ladder.avoid_thrashing=true steps down"
             )
 
-    def _open_train_loader(self) -> DataLoader[Batch]:
+    def _open_train_loader(self) -> Iterable[Batch]:
         config, state = self.session.config, self.session.state
+        if self.data.stored is not None:
+            return train_feed(
+                self.data,
+                state.position,
+                batch_size=config.trainer.batch_size,
+                image_size=config.data.image_size,
+                device=self.device,
+                channels_last=config.trainer.channels_last,
+            )
         return train_loader(
             self.data,
             state.position,
@@ -220,7 +229,7 @@ class Loop:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _guarded(self, loader: DataLoader[Batch]) -> Generator[Batch | None, None, None]:
+    def _guarded(self, loader: Iterable[Batch]) -> Generator[Batch | None, None, None]:
         """The loader's batches; None, and no more, when a data worker ran out of memory.
 
         Raises:
@@ -231,10 +240,13 @@ class Loop:
             while True:
                 failure = None
                 try:
-                    iterator = iter(loader) if iterator is None else iterator  # starts the workers, which can fail too
-                    batch = next(iterator)
+                    if iterator is None:  # starts the workers, which can fail too
+                        iterator = self.engine.beside_graph(lambda: iter(loader))
+                    batch = self.engine.beside_graph(partial(next, iterator))
                 except StopIteration:
                     return
+                except OutOfMemory:
+                    raise
                 except Exception as error:
                     failure = oom.describe(error)
                     fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
@@ -253,7 +265,7 @@ class Loop:
         yield None
 
     def _reduce_workers(self) -> None:
-        fewer = FEWER_WORKERS.get(self.num_workers, 4 if self.num_workers > 4 else 0)
+        fewer = fewer_workers(self.num_workers)
         self.hooks.event(f"data.num_workers {self.num_workers} -> {fewer}")
         self.num_workers = fewer
 
@@ -370,7 +382,16 @@ class Loop:
         self.eval_batch_size = smaller
         return None
 
-    def _open_eval_loader(self, start: int) -> DataLoader[Batch]:
+    def _open_eval_loader(self, start: int) -> Iterable[Batch]:
+        if self.data.stored is not None:
+            return eval_feed(
+                self.data,
+                batch_size=self.eval_batch_size,
+                image_size=self.session.config.data.image_size,
+                device=self.device,
+                channels_last=self.session.config.trainer.channels_last,
+                start=start,
+            )
         return eval_loader(
             self.data,
             batch_size=self.eval_batch_size,

@@ -9,7 +9,7 @@ import torch
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.ladder import recipe
+from adaptive_trainer.ladder import recipe, stored_size
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss
@@ -42,5 +42,6 @@ def _peaks(config: Config, num_classes: int, capacity: Capacity) -> tuple[int, i
     used = recipe(config)
     parts = Parts(build_model, build_loss, "", num_classes, used.batch_size, capacity.device, capacity)
     session = enter(config, parts)
-    prove(session.update, Shapes(used.batch_size, used.eval_batch_size, used.image_size, num_classes))
+    sizes = (used.batch_size, used.eval_batch_size, used.image_size, num_classes)
+    prove(session.update, Shapes(*sizes, stored_size=stored_size([config])))
     return capacity.peaks()

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from adaptive_trainer.config import LARGEST, Config, check, typed
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder import Rung, resolve, stages
+from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
@@ -34,10 +34,10 @@ LARGEST_PLANNED = 2**20  # samples: a plan does not open the data, which bounds 
 Measure = Callable[[Config, int], tuple[int, int] | None]
 
 
-def _planner(cfg: DictConfig) -> Planner:
+def _planner(cfg: DictConfig, stored: int | None = None) -> Planner:
     cache = PlanCache(default_folder())
     config = typed(cfg)
-    return Planner(target_of(config, card_of(config.card), cache), cache=cache)
+    return Planner(target_of(config, card_of(config.card), cache), cache=cache, stored_size=stored)
 
 
 def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
@@ -50,8 +50,9 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ConfigError: settings, card or limit make no sense, or the folder cannot be written.
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
-    planner, made = _planner(cfg), dict[str, Plan]()
-    for name, settings in stages(cfg):
+    asked, made = stages(cfg), dict[str, Plan]()
+    planner = _planner(cfg, stored_size(resolve(settings)[0].settings for _, settings in asked))
+    for name, settings in asked:
         made[name] = plan(_ladder(settings, planner), planner)
         if made[name].rows[0].verdict == "skipped":
             raise ModelError(made[name].rows[0].reason)

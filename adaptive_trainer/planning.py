@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.ladder import Rung, recipe, with_batch_size
+from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
@@ -66,6 +66,7 @@ class Planner:
         num_classes: width of the model's head; the assumed one where neither this nor the settings say.
         make_model, make_loss: as the Trainer was given them; its own where None. What others make is not kept on disk.
         cache: keeps predictions from one run to the next.
+        stored_size: height and width at which `data.cache` stores images; None: as if each recipe were the request.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Planner:
         make_model: ModelFactory | None = None,
         make_loss: LossFactory | None = None,
         cache: PlanCache | None = None,
+        stored_size: int | None = None,
     ) -> None:
         self.target = target
         self.num_classes = num_classes
+        self.stored_size = stored_size
         self.make_model = make_model or build_model
         self.make_loss = make_loss or build_loss
         own_factories = make_model in (None, build_model) and make_loss is None
@@ -151,6 +154,7 @@ class Planner:
             "channels_last": config.trainer.channels_last,
             "deterministic": config.trainer.deterministic,
             "tf32": config.trainer.tf32,
+            "stored_size": self._stored_size(config),
             "cuda": self.target.cuda,
             "capability": list(self.target.capability),
             "multiprocessors": self.target.multiprocessors,
@@ -159,6 +163,12 @@ class Planner:
     def classes(self, config: Config) -> int:
         """Width of the model's head under these settings."""
         return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
+
+    def _stored_size(self, config: Config) -> int:
+        """As `ladder.stored_size`; what waits on a CPU is not counted."""
+        if not self.target.cuda:
+            return 0
+        return stored_size([config]) if self.stored_size is None else self.stored_size
 
     def _model(self, config: Config) -> nn.Module:
         model = self.make_model(replace(config.model, pretrained=False), self.classes(config))
@@ -186,6 +196,7 @@ class Planner:
             clip_grad=config.trainer.clip_grad is not None,
             undo=cuda,
             cuda=cuda,
+            stored_size=self._stored_size(config),
             key=repr((model_key, key["optimizer"], key["label_smoothing"])),
         )
 

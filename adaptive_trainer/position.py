@@ -10,7 +10,10 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Key", "Position", "key_seed", "last_update", "micro_batches", "updates_per_epoch"]
 
@@ -72,11 +75,18 @@ class Position:
 
     def batches(self, batch_size: int) -> Iterator[list[Key]]:
         """The remaining updates of this epoch, each as the keys of its samples."""
-        order = self.permutation()
+        for part in self.indices(batch_size):
+            yield [(self.epoch, index) for index in part.tolist()]
+
+    def indices(self, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
+        """The remaining updates of this epoch, each as the indices of its samples in the data set, int64."""
+        import numpy as np
+
+        order = np.array(self.permutation())
         position = self
         while position.epoch == self.epoch:
             size = position.next_size(batch_size)
-            yield [(self.epoch, index) for index in order[position.cursor : position.cursor + size]]
+            yield order[position.cursor : position.cursor + size]
             position = position.advance(size)
 
     def advance(self, samples: int) -> Position:

@@ -232,7 +232,8 @@ class Stage:
     def _shapes(self, config: Config) -> Shapes:
         used = recipe(config)
         last = last_update(self.parts.train_size, used.batch_size)
-        return Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes, last)
+        stored = 0 if self.data.stored is None else self.data.stored[0].size
+        return Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes, last, stored)
 
     def _fill(self, session: Session) -> None:
         """Put what was learned earlier into a new session."""

@@ -14,13 +14,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
-from adaptive_trainer.config import LARGEST, Config, ModelConfig, typed
-from adaptive_trainer.data import build_datasets
+from adaptive_trainer.caching import with_cache
+from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
+from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages
+from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
-from adaptive_trainer.loop import StopSignal
+from adaptive_trainer.loop import StopSignal, told_by_the_loader
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
 from adaptive_trainer.optimizers import build_loss
@@ -35,6 +36,7 @@ __all__ = ["Trainer", "load_model"]
 log = logging.getLogger(__name__)
 
 Ladder = tuple[Rung[Config], ...]
+Ladders = list[tuple[str, DictConfig, Ladder]]  # name, settings and ladder of each stage
 
 
 class Trainer:
@@ -93,9 +95,7 @@ class Trainer:
             record.failure(_outcome(error), str(error))
             raise
 
-    def _run(
-        self, ladders: list[tuple[str, DictConfig, Ladder]], device: torch.device, capacity: Capacity, record: Record
-    ) -> Result:
+    def _run(self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""
         first = ladders[0][2][0].settings
         data = build_datasets(typed(ladders[0][1]), *self._data)
@@ -119,11 +119,13 @@ class Trainer:
                 f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
             )
         saved = None if path is None else resume.load(path)
+        data, ladders = _with_cache(data, ladders, record)
         forecast = Forecast(
             capacity,
             parts.num_classes,
             None if self._make_model is build_model else self._make_model,
             None if self._loss is None else self._build_loss,
+            0 if data.stored is None else data.stored[0].size,
         )
         done, weights = [], None
         with StopSignal().listening() as stop:
@@ -173,6 +175,32 @@ class Trainer:
         )
         record.result(result)
         return result
+
+
+def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataSets, Ladders]:
+    """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the ladders say `none`.
+
+    Raises:
+        ConfigError: the stages, or the data set, do not go with it.
+        Interrupted: a signal came.
+    """
+    asked = [ladder[0].settings for _, _, ladder in ladders]
+    if len({config.data.cache for config in asked}) > 1:
+        raise ConfigError("the stages differ in data.cache, which is decided once; set it for the whole run")
+    size = stored_size(asked)
+    if not size:
+        return data, ladders
+
+    def poll() -> None:
+        if stop.name:
+            raise Interrupted(f"stopped by {stop.name} while images were decoded for data.cache; nothing was trained")
+
+    with StopSignal().listening() as stop, told_by_the_loader():
+        data = with_cache(data, size, event=record.event, poll=poll)
+    if data.stored is not None:
+        return data, ladders
+    without = [(name, apply_overrides(settings, ["data.cache=none"])) for name, settings, _ in ladders]
+    return data, [(name, settings, resolve(settings)) for name, settings in without]
 
 
 def _device(name: str) -> torch.device:

@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config import EVAL_CROP, DataConfig
 from adaptive_trainer.errors import ConfigError
 
 __all__ = ["Transform", "build_transform", "to_rgb"]
 
 Transform = Callable[[Any], Tensor]
-EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
 AUTO_AUGMENT = {
     "ra": "RandAugment",
     "ta_wide": "TrivialAugmentWide",

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
+from adaptive_trainer.augment import DeviceBatch, fitting
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
@@ -41,6 +42,7 @@ class Shapes:
 
     Attributes:
         last: samples in the last update of an epoch; 0 where it is a whole batch.
+        stored_size: height and width of stored images (`data.cache`), of which a batch waits on the device; 0: none.
     """
 
     batch_size: int
@@ -48,6 +50,7 @@ class Shapes:
     image_size: int
     num_classes: int
     last: int = 0
+    stored_size: int = 0
 
 
 class Update:
@@ -367,31 +370,61 @@ def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
     if scaler.is_enabled():  # a step that overflows is left out, and would prove nothing
         scaler.scale(torch.zeros((), device=update.device))  # makes its tensors where there are none
         scaler.update(1.0)
-    update.held = oom.held(update.device)
-    images, labels = _made_up(shapes.batch_size, shapes)
-    for _ in range(PROVEN_UPDATES):
-        update.run(images, labels, samples=0)
-    for _ in range(
-        2 if update.step_allocates and update.device.type == "cuda" else 0
-    ):  # the first makes copies beside the weights, which stay
-        update.run(images, labels, samples=0)
-    if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
-        update.run(*_made_up(shapes.last, shapes), samples=0)
+    _prove_updates(update, shapes)
     return update.state.updates, _prove_evaluation(update, shapes)
 
 
+def _prove_updates(update: Update, shapes: Shapes) -> None:
+    made_up = _batches(update, shapes, max(shapes.batch_size, shapes.last))
+    images, labels = made_up(shapes.batch_size)
+    update.held = oom.held(update.device)
+    for _ in range(PROVEN_UPDATES):
+        update.run(images, labels, samples=0)
+    makes_copies = update.step_allocates and update.device.type == "cuda"
+    for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
+        update.run(images, labels, samples=0)
+    if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
+        update.run(*made_up(shapes.last), samples=0)
+
+
 def _prove_evaluation(update: Update, shapes: Shapes) -> int:
-    model = update.state.model if update.state.ema is None else update.state.ema.module
     size = shapes.eval_batch_size
     while True:
         try:
-            update.evaluate(model, *_made_up(size, shapes))
+            _evaluate_made_up(update, shapes, size)
         except OutOfMemory:
             if size == 1:
                 raise
         else:
             return size
         size //= 2
+
+
+def _evaluate_made_up(update: Update, shapes: Shapes, size: int) -> None:
+    model = update.state.model if update.state.ema is None else update.state.ema.module
+    made_up = _batches(update, shapes, size)  # it holds what waits on the device
+    update.evaluate(model, *made_up(size))
+
+
+def _batches(update: Update, shapes: Shapes, most: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """What gives made-up batches of up to `most` samples, held where the loader of training holds them.
+
+    Raises:
+        OutOfMemory: what stored images need on the device does not fit; so does what it gives.
+    """
+    if not shapes.stored_size:
+        return lambda size: _made_up(size, shapes)
+    is_channels_last = update.memory_format == torch.channels_last
+    sizes = (most, shapes.image_size, shapes.stored_size)
+    buffers = fitting(update.device, lambda: DeviceBatch(*sizes, update.device, channels_last=is_channels_last))
+
+    def batch(size: int) -> tuple[Tensor, Tensor]:
+        images, labels = fitting(update.device, lambda: buffers.resample(size))
+        for there, here in zip((images, labels), _made_up(size, shapes), strict=True):
+            there.copy_(here)
+        return images, labels
+
+    return batch
 
 
 def _made_up(size: int, shapes: Shapes) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.config import Config, ModelConfig
@@ -252,12 +252,12 @@ class Prepared(Loop):
     batch: Batch | None = None
     times: list[float]
 
-    def _open_train_loader(self) -> DataLoader[Batch]:
+    def _open_train_loader(self) -> Iterable[Batch]:
         if self.batch is None:
             return super()._open_train_loader()
         state = self.session.state
         count: Any = [self.batch] * (state.position.size // self.batch.samples)
-        return count  # type: ignore[no-any-return]
+        return count
 
     def _stop_if_asked(self) -> None:
         super()._stop_if_asked()

@@ -426,7 +426,7 @@ def _milliseconds(step: Callable[[], None], updates: int = 15) -> float:
 
 
 def cost(folder: Path) -> Iterator[str]:
-    """Time and memory of an update with and without undo (a replayed graph keeps none), in alternating blocks of one process."""
+    """Time and memory of an update with and without undo (a graph keeps none), in alternating blocks of one process."""
     yield from (
         "| recipe | with undo, ms | without, ms | ratio (median of 9 pairs) | extra peak, MiB |",
         "|---|---|---|---|---|",

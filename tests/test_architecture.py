@@ -23,6 +23,8 @@ loop
 measure
 session
 resume
+caching
+feed
 checkpoint
 forecast
 engine
@@ -35,6 +37,9 @@ descent
 data
 datasets
 transforms
+store
+fingerprint
+augment
 predicting
 planning
 models optimizers

@@ -17,9 +17,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder import Rung, resolve
+from adaptive_trainer.ladder import Rung, resolve, stored_size
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder, versions
 from adaptive_trainer.memory.predict import Prediction
 from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, run_plan
@@ -306,7 +307,7 @@ def test_the_key_tells_apart_what_matters() -> None:
         "trainer.batch_size=4", "trainer.micro_batch_size=2", "trainer.eval_batch_size=3", "data.image_size=96",
         "trainer.precision=fp16", "trainer.checkpoint_activations=true", "trainer.ema_decay=0.9",
         "trainer.clip_grad=1.0", "trainer.label_smoothing=0.1", "model.name=resnet18", "model.num_classes=7",
-        "+model.kwargs.drop_rate=0.2", "optimizer=sgd", "+optimizer.kwargs.foreach=true",
+        "data.cache=disk", "+model.kwargs.drop_rate=0.2", "optimizer=sgd", "+optimizer.kwargs.foreach=true",
     )  # fmt: skip
     keys = [planner.key(first(*SMALL, change)) for change in changes]
     keys += [Planner(replace(planner.target, capability=(9, 0))).key(first(*SMALL))]
@@ -315,6 +316,42 @@ def test_the_key_tells_apart_what_matters() -> None:
     assert len(set(texts)) == len(texts)
     assert planner.key(first(*SMALL, "optimizer.lr=0.5", "seed=3")) == base
     assert {"torch", "timm", "torchvision", "adaptive_trainer"} <= base["versions"].keys()
+
+
+def test_stored_images_take_what_their_buffers_hold() -> None:
+    """The whole batch as floats instead of a part, and the next one as bytes."""
+    cached = (*SMALL, "data.cache=ram")
+    for micro in (8, 2):
+        how = f"trainer.micro_batch_size={micro}"
+        without, beside = (Planner(card(GiB)).predict(first(*keys, how)) for keys in (SMALL, cached))
+        buffers = DeviceBatch(8, 64, 73, torch.device("cpu"))
+        held = [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
+        before = micro * (3 * 64 * 64 * 4 + 8)
+        assert without.live_bytes is not None
+        assert beside.live_bytes is not None
+        assert beside.live_bytes - without.live_bytes == sum(t.nbytes for t in held) - before
+
+
+def test_stored_images_of_a_rung_are_those_of_the_request() -> None:
+    rung = ("data.cache=disk", "data.image_size=32")
+    own, request = Planner(card(GiB)), Planner(card(GiB), stored_size=73)
+    assert own.key(first(*SMALL, *rung))["stored_size"] == 37
+    assert request.key(first(*SMALL, *rung))["stored_size"] == 73
+    found = [planner.predict(first(*SMALL, *rung)).live_bytes for planner in (own, request)]
+    assert None not in found
+    assert found[1] - found[0] == 8 * 3 * (73**2 - 37**2)  # type: ignore[operator]
+    assert Planner(replace(own.target, cuda=False)).key(first(*SMALL, *rung))["stored_size"] == 0
+    sizes = [first("data.cache=ram", f"data.image_size={size}") for size in (64, 224)]
+    assert (stored_size(sizes), stored_size([first()])) == (256, 0)
+
+
+def test_a_plan_counts_what_is_stored_for_the_request(tmp_path: Path) -> None:
+    ladder = "ladder.rungs=[{name: small, overrides: ['data.image_size=32']}]"
+    made = [run_plan(settings(*SMALL, *more, ladder, "card=rtx2060"), tmp_path) for more in ([], ["data.cache=disk"])]
+    for row, other in zip(made[0].rows, made[1].rows, strict=True):
+        assert other.live_bytes is not None
+        assert row.live_bytes is not None
+        assert 0 < other.live_bytes - row.live_bytes - 8 * 3 * 73**2 < 1024, "windows and labels"
 
 
 def test_what_was_kept_is_read(tmp_path: Path) -> None:

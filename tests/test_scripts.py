@@ -133,6 +133,19 @@ def test_finders_need_a_card(launcher: Launcher, tmp_path: Path) -> None:
     assert "there is no CUDA here" in ended.text
 
 
+def test_benchmark_of_loading(launcher: Launcher, tmp_path: Path) -> None:
+    options = ["--images", "24", "--size", "32", "--batch", "8", "--workers", "1", "--blocks", "1"]
+    options += ["--model", "mobilenetv3_small_050", "--out", str(tmp_path)]
+    ended = launcher.run(*options, script=ROOT / "scripts" / "benchmark_data.py", folder=tmp_path)
+    assert ended.code == 0, ended.text
+    rows = [line.split(" | ") for line in (tmp_path / "benchmark_data.md").read_text().splitlines()]
+    ways = ["ours, data.cache=disk", "ours, data.cache=ram", "ours, data.cache=none"]
+    others = ["torchvision ImageFolder, DataLoader", "timm create_loader"]
+    assert [row[0].removeprefix("| ") for row in rows if len(row) == 2][1:] == [*ways, *others]
+    assert [row[0].removeprefix("| ") for row in rows if len(row) == 4][1:] == ["one batch", *ways]
+    assert all(float(row[1].rstrip(" |")) > 0 for row in rows if row[0].startswith("| ours"))
+
+
 # -- code blocks
 
 

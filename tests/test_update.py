@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import ModelConfig, compose_config
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity, limited
@@ -387,6 +390,52 @@ def test_a_proof_meets_a_last_update_with_larger_parts(capacity: Capacity) -> No
     run.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     prove(update, Shapes(batch_size=4, eval_batch_size=1, image_size=8, num_classes=5, last=3))
     assert seen == [2, 2] * PROVEN_UPDATES + [3, 1]
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_a_proof_holds_what_stored_images_take(last: int, capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
+    made: list[weakref.ref[DeviceBatch]] = []
+    seen: list[tuple[int, int, int]] = []
+    real = DeviceBatch.__init__
+
+    def noted(buffers: DeviceBatch, *args: Any, **kwargs: Any) -> None:
+        real(buffers, *args, **kwargs)
+        made.append(weakref.ref(buffers))
+
+    def look(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        alive = [buffers for ref in made if (buffers := ref()) is not None]
+        assert len(alive) == 1
+        assert inputs[0].untyped_storage().data_ptr() == alive[0].images.data_ptr(), "no copy of a part"
+        seen.append((len(inputs[0]), len(alive[0].images), len(alive[0].stored)))
+
+    monkeypatch.setattr(DeviceBatch, "__init__", noted)
+    run.state.model.register_forward_pre_hook(look)
+    before = dump(run.state)
+    update = run.update(2)
+    prove(update, Shapes(4, 1, image_size=8, num_classes=5, last=last, stored_size=9))
+    assert seen == [(2, 4, 4), (2, 4, 4)] * PROVEN_UPDATES + [(3, 4, 4)] * (last == 3) + [(1, 1, 1)]
+    assert differences(dump(run.state), before) == []
+    assert [ref() for ref in made] == [None] * 2
+
+
+def test_a_proof_finds_no_memory_for_stored_images(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
+    before, real, refused = dump(run.state), DeviceBatch.__init__, [7]
+
+    def full(buffers: DeviceBatch, most: int, *args: Any, **kwargs: Any) -> None:
+        if most >= refused[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        real(buffers, most, *args, **kwargs)
+
+    monkeypatch.setattr(DeviceBatch, "__init__", full)
+    shapes = Shapes(4, 16, image_size=8, num_classes=5, stored_size=9)
+    assert prove(run.update(), shapes) == 4, "a smaller evaluation batch"
+    refused[0] = 4
+    with pytest.raises(OutOfMemory) as caught:
+        prove(run.update(), shapes)
+    assert caught.value.phase == "loading data"
+    assert differences(dump(run.state), before) == []
 
 
 def test_a_buffer_that_is_an_expanded_view_is_put_back(tmp_path: Path) -> None:

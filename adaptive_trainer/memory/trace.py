@@ -57,6 +57,8 @@ class TraceSpec:
         undo: the copies that `adaptive_trainer.transaction` keeps on the device for a roll-back: of the buffers, and
             where a step of the optimizer allocates, of weights, optimizer state and moving average.
         cuda: trained on a CUDA card; else on the CPU, whose memory a simulated card counts.
+        stored_size: height and width of stored images (`data.cache`). The whole batch is then on the card, and the next
+            one waits there as bytes; 0: the parts of a batch come one by one.
         key: names make_model, make_optimizer and loss, so that traces of equal keys can be put to use for each other;
             None keeps the trace to itself.
     """
@@ -73,6 +75,7 @@ class TraceSpec:
     clip_grad: bool = False
     undo: bool = False
     cuda: bool = True
+    stored_size: int = 0
     key: Hashable = None
 
     @property
@@ -83,7 +86,7 @@ class TraceSpec:
     @property
     def signature(self) -> Hashable:
         """All but the sizes: traces of equal signatures have the same events."""
-        flags = (self.precision, self.channels_last, self.ema, self.clip_grad, self.undo, self.cuda)
+        flags = (self.precision, self.channels_last, self.ema, self.clip_grad, self.undo, self.cuda, self.stored_size)
         sizes = (self.input_shape[:-2], len(self.input_shape), len(self.batches), self.eval_batch_size is None)
         return (self.key, *sizes, *flags)
 
@@ -217,14 +220,15 @@ class _Training:
 
     def _accumulate(self) -> None:
         self.recorder.part = 1
-        images, labels = (None, None) if self.spec.cuda else self._batch(self.spec.batches[1])
-        self.held = images, labels  # by whoever asks for the update, to its end
+        is_whole = not self.spec.cuda or self.spec.stored_size > 0
+        images, labels = self._batch(self.spec.batches[1]) if is_whole else (None, None)
+        self.held = images, labels, self._waiting(self.spec.batches[1])  # by who asks for the update, to its end
         start = 0
         for part, samples in enumerate(self.spec.batches[2:-1], start=2):
             self.recorder.part = part
             if images is None or labels is None:
                 x, y = self._batch(samples)
-            else:  # parts of a batch on the CPU take no memory of their own
+            else:  # parts of a batch that is there already take no memory of their own
                 x, y = images[start : start + samples], labels[start : start + samples]
             with self._autocast():
                 output = self.model(x)
@@ -242,13 +246,25 @@ class _Training:
     @torch.no_grad()
     def evaluate(self, samples: int) -> None:
         """One batch through the network in evaluation mode."""
+        if self.spec.stored_size:
+            self.held = None, None, []
         self.recorder.part = len(self.spec.batches) - 1
         self.model.eval()
         x, y = self._batch(samples)
+        waiting = self._waiting(samples)
         with self._autocast():
             output = self.model(x)
             self.spec.loss(output, y)
         self._measure(output, y)
+        del waiting
+
+    def _waiting(self, samples: int) -> list[Tensor]:
+        """The next batch of stored images, as `adaptive_trainer.augment.DeviceBatch` holds it beside this one."""
+        if not self.spec.cuda or not self.spec.stored_size:
+            return []
+        stored = torch.empty(samples, 3, self.spec.stored_size, self.spec.stored_size, dtype=torch.uint8)
+        windows, labels = torch.empty(samples, 6), torch.empty(samples, dtype=torch.long)
+        return [stored, windows, labels, torch.empty(3), torch.empty(3)]  # these normalise
 
     def _batch(self, samples: int) -> tuple[Tensor, Tensor]:
         x = torch.empty(samples, *self.spec.input_shape)

@@ -1,0 +1,189 @@
+"""Crop, flip and normalise a whole batch at once, on the device, for images that are kept decoded.
+
+The images are stored squashed to S x S pixels. A window is a box in the pixels of the original, so it maps to the
+stored image exactly, and one kernel (RoIAlign; He et al., 2017, arXiv 1703.06870) resamples all windows of a batch.
+Random numbers are a hash of (seed, epoch, index, draw): a sample's augmentation is the same in whatever batch it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torchvision  # noqa: F401  # registers the operator
+from torch import Tensor
+
+from adaptive_trainer import oom
+from adaptive_trainer.config import EVAL_CROP, DataConfig
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.position import key_seed
+
+__all__ = ["DeviceBatch", "center_windows", "crop_windows", "fitting", "uniform", "windows"]
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+TRIES = 10  # as torchvision's RandomResizedCrop
+RATIO = (3 / 4, 4 / 3)
+DRAWS = 4 * TRIES + 1  # area, ratio, top and left of every try; the flip
+CHUNK = 8  # images that are resampled at a time: what is held meanwhile stays small
+
+
+def uniform(seed: int, index: Array, draws: int) -> Array:
+    """Random numbers in [0, 1), float64 (N, draws), that depend on seed, index (N,) and the number of the draw alone.
+
+    SplitMix64 (Steele, Lea and Flood, 2014, doi 10.1145/2660193.2660195) as a hash of a counter.
+    """
+    start = _mixed(np.asarray(index, dtype=np.uint64) * GAMMA + np.uint64(seed))
+    counters = np.arange(1, draws + 1, dtype=np.uint64) * GAMMA
+    return np.asarray((_mixed(start[:, None] + counters) >> np.uint64(11)) * 2.0**-53)
+
+
+def _mixed(z: Array) -> Array:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def crop_windows(sizes: Array, draws: Array, scale: tuple[float, float]) -> Array:
+    """What torchvision's RandomResizedCrop cuts out: an area uniform in `scale`, a ratio log-uniform in 3/4 to 4/3.
+
+    The first of ten tries that lies within the image is taken, else the largest centre crop of an allowed ratio.
+
+    Args:
+        sizes: height and width of the originals, (N, 2).
+        draws: uniform random numbers, (N, at least 40).
+
+    Returns:
+        top, left, height, width in whole pixels of the original, int64 (N, 4).
+    """
+    area, ratio, top, left = draws[:, : 4 * TRIES].reshape(-1, TRIES, 4).transpose(2, 0, 1)
+    full_height, full_width = sizes[:, :1], sizes[:, 1:]
+    area = full_height * full_width * (scale[0] + area * (scale[1] - scale[0]))
+    low, high = np.log(RATIO)
+    ratio = np.exp(low + ratio * (high - low))
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    inside = (width > 0) & (width <= full_width) & (height > 0) & (height <= full_height)
+    tries = np.stack(
+        (np.floor(top * (full_height - height + 1)), np.floor(left * (full_width - width + 1)), height, width), axis=2
+    )
+    chosen = tries[np.arange(len(sizes)), inside.argmax(axis=1)].astype(np.int64)
+    return np.where(inside.any(axis=1)[:, None], chosen, _largest_centre(sizes))
+
+
+def _largest_centre(sizes: Array) -> Array:
+    height, width = sizes[:, 0], sizes[:, 1]
+    ratio = width / height
+    used_height = np.where(ratio < RATIO[0], np.rint(width / RATIO[0]), height).astype(np.int64)
+    used_width = np.where(ratio > RATIO[1], np.rint(height * RATIO[1]), width).astype(np.int64)
+    return np.stack(((height - used_height) // 2, (width - used_width) // 2, used_height, used_width), axis=1)
+
+
+def center_windows(sizes: Array, image_size: int) -> Array:
+    """What is left of the originals after Resize(image_size / 0.875) and CenterCrop(image_size).
+
+    Returns:
+        top, left, height, width in pixels of the original, float64 (N, 4).
+    """
+    shorter = round(image_size / EVAL_CROP)
+    resized = (shorter * sizes / sizes.min(axis=1, keepdims=True)).astype(np.int64)
+    start = np.rint((resized - image_size) / 2)
+    boxes = np.concatenate((start, np.full_like(start, image_size)), axis=1)
+    return np.asarray(boxes * np.tile(sizes / resized, 2))
+
+
+def windows(
+    config: DataConfig, sizes: Array, index: Array, *, image_size: int, stored_size: int, seed: int, epoch: int | None
+) -> Array:
+    """Where each sample's window lies in its stored image, and whether it is flipped.
+
+    Args:
+        sizes: height and width of the originals, (N, 2).
+        index: of the samples in the data set, (N,).
+        epoch: of training; None for evaluation, which is not random.
+
+    Returns:
+        float32 (N, 6): the image's place in its chunk, left, top, right, bottom in stored pixels, flip (0 or 1).
+    """
+    flip: Array = np.zeros(len(sizes))
+    boxes: Array = np.concatenate((np.zeros_like(sizes), sizes), axis=1)
+    if config.transforms != "none" and epoch is None:
+        boxes = center_windows(sizes, image_size)
+    elif config.transforms != "none" and epoch is not None:
+        draws = uniform(key_seed(seed, epoch), index, DRAWS)
+        boxes = crop_windows(sizes, draws, (config.crop_scale[0], config.crop_scale[1]))
+        flip = draws[:, -1] < config.hflip
+    top, left, height, width = (boxes * np.tile(stored_size / sizes, 2)).T
+    place = np.arange(len(sizes)) % CHUNK
+    return np.stack((place, left, top, left + width, top + height, flip), axis=1).astype(np.float32)
+
+
+class DeviceBatch:
+    """What an update of cached data holds on its device, made once and used again for every batch.
+
+    Args:
+        capacity: most samples in a batch.
+        image_size: of the network's input.
+        stored_size: of the stored images.
+        channels_last: memory format of the network's input.
+        config: with how images are normalised; None leaves them as they are.
+
+    Attributes:
+        stored, windows, sent: uint8 (capacity, 3, stored_size, stored_size), float32 (capacity, 6), int64 (capacity,):
+            images, windows and labels of the next batch, which are copied here while one trains.
+        images, labels: float32 (capacity, 3, image_size, image_size), int64 (capacity,): those of the current batch.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        image_size: int,
+        stored_size: int,
+        device: torch.device,
+        *,
+        channels_last: bool = False,
+        config: DataConfig | None = None,
+    ) -> None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        sides = (image_size, image_size)
+        self.windows = torch.zeros(capacity, 6, device=device)
+        self.sent, self.labels = (torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(2))
+        self.stored = torch.empty(capacity, 3, stored_size, stored_size, dtype=torch.uint8, device=device)
+        self.images = torch.empty(capacity, 3, *sides, device=device, memory_format=layout)
+        is_plain = config is None or config.transforms == "none"
+        mean, std = ([0.0] * 3, [1.0] * 3) if is_plain or config is None else (config.mean, config.std)
+        self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def resample(self, count: int) -> tuple[Tensor, Tensor]:
+        """Make the current batch of the first `count` samples that were sent; the next call overwrites it."""
+        side, out = self.images.shape[-1], self.images[:count]
+        for first in range(0, count, CHUNK):
+            part = self.windows[first : min(first + CHUNK, count)]
+            source = self.stored[first : first + len(part)].float()
+            # Not through torchvision.ops.roi_align, which compiles a slower one when deterministic algorithms are asked
+            # for; forward is deterministic in any case. One sample a pixel, more where the window shrinks (-1).
+            found = torch.ops.torchvision.roi_align(source, part[:, :5].contiguous(), 1.0, side, side, -1, True)
+            found.mul_(self._scale).add_(self._shift)
+            out[first : first + len(part)].copy_(torch.where(part[:, 5, None, None, None] > 0, found.flip(3), found))
+        return out, self.labels[:count].copy_(self.sent[:count])
+
+
+def fitting(device: torch.device, work: Callable[[], T]) -> T:
+    """What the work of the data path returns.
+
+    Raises:
+        OutOfMemory: it failed twice, for lack of memory on `device`; what it held is freed.
+    """
+    for _ in range(2):
+        try:
+            return work()
+        except Exception as error:
+            failure = oom.describe(error)
+            if failure.kind is not oom.Kind.DEVICE:
+                raise
+        oom.release(device)
+    raise OutOfMemory(failure.text, phase="loading data")

@@ -1,0 +1,181 @@
+"""Decoded images in memory or on disk: the arrays, the files, and whether a file can be believed.
+
+A cache on disk is a folder that is put in place whole, under the digest of everything it depends on. Who reads it
+believes it only when its sizes, its small file, and a sample of its images agree with what was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+__all__ = ["Decoded", "Stored", "alone", "available_memory", "open_decoded", "removed_leftovers", "written"]
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+PIXELS, ROWS, HEAD = "images.u8", "rows.npz", "head.json"
+CHECKED = 256  # images whose checksum is looked at when a cache is opened
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of a data set, decoded.
+
+    Attributes:
+        images: uint8, (N, 3, S, S); those that could not be read are black.
+        labels: int64, (N,).
+        sizes: height and width before they were squashed, int64 (N, 2).
+        is_sound: whether it could be read, bool (N,).
+        checksums: CRC-32 of each image, uint32 (N,).
+    """
+
+    images: Array
+    labels: Array
+    sizes: Array
+    is_sound: Array
+    checksums: Array
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A data set whose images are stored decoded: sample number i is row `rows[i]`."""
+
+    decoded: Decoded
+    rows: Array
+
+    @property
+    def size(self) -> int:
+        """Height and width of the stored images."""
+        return int(self.decoded.images.shape[-1])
+
+
+def open_decoded(folder: Path, count: int, size: int) -> Decoded | None:
+    """The images in `folder`, mapped into memory; None where there are none, or they are damaged."""
+    try:
+        head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+        rows = (folder / ROWS).read_bytes()
+        if head != _head(count, size, rows) or (folder / PIXELS).stat().st_size != count * 3 * size * size:
+            return None
+        with np.load(folder / ROWS, allow_pickle=False) as found:
+            parts = {name: found[name] for name in ("labels", "sizes", "is_sound", "checksums")}
+        images = np.asarray(np.memmap(folder / PIXELS, np.uint8, "r", shape=(count, 3, size, size)))
+    except (OSError, ValueError, KeyError):
+        return None
+    looked_at = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).astype(int))
+    if any(zlib.crc32(images[i].data) != parts["checksums"][i] for i in looked_at):
+        return None
+    return Decoded(images, **parts)
+
+
+def _head(count: int, size: int, rows: bytes) -> dict[str, Any]:
+    return {"count": count, "size": size, "rows": hashlib.sha256(rows).hexdigest()}
+
+
+def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], dict[str, Array]]) -> None:
+    """Put a cache in place at `folder`, whole or not at all.
+
+    Args:
+        fill: is given a function that takes images in order, and returns the other arrays of `Decoded`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        with (part / PIXELS).open("wb") as file:
+            # not through a memory map: where the disk is full, a write says so and a map kills the process
+            rows: dict[str, Any] = fill(lambda images: _append(file, images))
+            file.flush()
+            os.fsync(file.fileno())
+        with (part / ROWS).open("wb") as file:
+            np.savez(file, **rows)
+        head = _head(len(rows["labels"]), size, (part / ROWS).read_bytes())
+        (part / HEAD).write_text(json.dumps(head), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _append(file: BinaryIO, images: Array) -> None:
+    file.write(images.data)
+
+
+@contextmanager
+def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
+    """Hold the lock on `folder` for the block; whoever holds it loses it with its process, however it ends.
+
+    Args:
+        poll: is called while another process holds it, and may raise.
+
+    Yields:
+        Whether it is held; where the system or the disk has no locks, processes may do the same work twice.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as file:
+        is_held = has_waited = False
+        while not is_held:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = True
+            except BlockingIOError:
+                if not has_waited:
+                    log.info("another process makes %s: waiting for it", folder)
+                has_waited = True
+                poll()
+                time.sleep(POLL_SECONDS)
+            except OSError:
+                break
+        yield is_held
+
+
+def removed_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left of `folder`; only for who holds its lock."""
+    for part in folder.parent.glob(f"{folder.name}.*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def available_memory() -> int | None:
+    """Bytes of RAM that a process can still take, by the kernel and by its control group; None where unknown."""
+    found = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no number
+            free = int((group / limit).read_text()) - int((group / used).read_text())
+            found.append(free + _cached_files(group / Path(limit).parent))
+    return min(found, default=None)
+
+
+def _cached_files(group: Path) -> int:
+    """Bytes of a control group's files in memory, which the kernel gives up first."""
+    with suppress(OSError, ValueError):
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.split()[0] == "inactive_file")
+    return 0

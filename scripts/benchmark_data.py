@@ -1,0 +1,262 @@
+"""Images per second that reach the device, by way of loading, and what share of an epoch waits for them.
+
+Usage: python scripts/benchmark_data.py [--images N] [--workers N] [--out FOLDER]
+
+A folder of JPEG files is made (smooth noise with grain, about 500 x 375). Each way of loading delivers normalised float
+batches to the device; blocks of whole epochs, from the second epoch on, run in an order that alternates, and a figure
+is the median of the blocks. Then a network is trained on what is delivered, against the same updates on one batch that
+is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_loader
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from adaptive_trainer import compose_config
+from adaptive_trainer.caching import with_cache
+from adaptive_trainer.config import Config
+from adaptive_trainer.data import DataSets, build_datasets, train_loader
+from adaptive_trainer.engine import Engine
+from adaptive_trainer.feed import train_feed
+from adaptive_trainer.ladder import resolve, stored_size
+from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.models import build_model
+from adaptive_trainer.optimizers import build_loss
+from adaptive_trainer.position import Position
+from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.transforms import build_transform
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Epochs = Callable[[int], Batches]  # from the number of an epoch to its batches, on the device
+CLASSES = 10
+
+
+def make_photos(folder: Path, count: int) -> None:
+    """JPEG files of about 500 x 375 in ten classes, and as many folders with one image each to evaluate."""
+    rng = np.random.default_rng(0)
+    for number in range(count + CLASSES):
+        part = "train" if number < count else "val"
+        path = folder / part / f"class-{number % CLASSES}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sides = (int(rng.integers(440, 560)), int(rng.integers(330, 420)))
+        pixels = rng.normal(0, 6, (sides[1], sides[0], 3))
+        for octave in (3, 9, 27):
+            small = Image.fromarray(rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8))
+            pixels += np.asarray(small.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 3
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all ways of loading share."""
+
+    config: Config
+    device: torch.device
+
+    def data(self, cache: str) -> DataSets:
+        config = replace(self.config, data=replace(self.config.data, cache=cache))
+        data = build_datasets(config)
+        if cache == "none":
+            return data
+        data = with_cache(data, stored_size([config]), event=lambda text: logging.warning("%s", text))
+        if data.stored is None:
+            raise SystemExit(f"data.cache={cache} has no room here")
+        return data
+
+    def ours(self, cache: str) -> Epochs:
+        """The loaders as the trainer opens them, anew for every epoch."""
+        data, trainer = self.data(cache), self.config.trainer
+        how: dict[str, Any] = {"batch_size": trainer.batch_size, "image_size": self.config.data.image_size}
+        beside: dict[str, Any] = {"device": self.device, "channels_last": trainer.channels_last}
+        pinned: dict[str, Any] = {
+            "num_workers": self.config.data.num_workers, "pin_memory": self.device.type == "cuda",
+        }  # fmt: skip
+
+        def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+            position = Position(0, number, 0, len(data.train))
+            loader: Iterable[Any] = (
+                train_loader(data, position, **how, **pinned)
+                if data.stored is None
+                else train_feed(data, position, **how, **beside)
+            )
+            for batch in loader:
+                yield self.moved(batch.images, batch.labels)
+
+        return epoch
+
+    def torchvision(self) -> Epochs:
+        """ImageFolder and DataLoader with the transforms of the trainer, pinned memory and persistent workers."""
+        data = self.config.data
+        files = ImageFolder(f"{data.root}/train", build_transform(data, data.image_size, training=True))
+        loader = DataLoader(
+            files, self.config.trainer.batch_size, shuffle=True, num_workers=data.num_workers,
+            pin_memory=self.device.type == "cuda", persistent_workers=data.num_workers > 0,
+        )  # fmt: skip
+        return lambda _: (self.moved(*batch) for batch in loader)
+
+    def timm(self) -> Epochs:
+        """timm's loader, whose prefetcher normalises on the device."""
+        data = self.config.data
+        least, most = data.crop_scale
+        loader = create_loader(
+            ImageFolder(f"{data.root}/train"), (3, data.image_size, data.image_size), self.config.trainer.batch_size,
+            is_training=True, use_prefetcher=True, scale=(least, most), hflip=data.hflip, color_jitter=0.0,
+            interpolation="bilinear", mean=tuple(data.mean), std=tuple(data.std), num_workers=data.num_workers,
+            pin_memory=self.device.type == "cuda", persistent_workers=data.num_workers > 0, device=self.device,
+        )  # fmt: skip
+        return lambda _: loader
+
+    def moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def delivered(bench: Bench, epochs: dict[str, Epochs], blocks: int) -> dict[str, float]:
+    """Images per second of each way: the median of so many epochs, after one to warm up."""
+    speeds: dict[str, list[float]] = {name: [] for name in epochs}
+    for block in range(blocks + 1):
+        for name in list(epochs)[:: 1 if block % 2 else -1]:
+            bench.synchronize()
+            started, count = time.perf_counter(), 0
+            for images, _ in epochs[name](block):
+                count += len(images)
+            bench.synchronize()
+            if block:
+                speeds[name].append(count / (time.perf_counter() - started))
+    return {name: statistics.median(found) for name, found in speeds.items()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Seconds of one epoch of training, and how many of them the loop waited for its batches."""
+
+    seconds: float
+    waited: float
+    images: int
+
+
+def trained(bench: Bench, engine: Engine, batches: Batches) -> Trained:
+    bench.synchronize()
+    started, waited, images = time.perf_counter(), 0.0, 0
+    with closing(iter(batches)) as iterator:  # type: ignore[type-var]
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            waited += time.perf_counter() - asked
+            if batch is None:
+                break
+            engine.run(*batch, samples=0)
+            images += len(batch[1])
+    bench.synchronize()
+    return Trained(time.perf_counter() - started, waited, images)
+
+
+def fixed(bench: Bench, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """As many batches as an epoch has, all of them one that is on the device."""
+    size, batch = bench.config.data.image_size, bench.config.trainer.batch_size
+    images, labels = torch.rand(batch, 3, size, size, device=bench.device), torch.arange(batch, device=bench.device)
+    for _ in range(count // batch):
+        yield images, labels % CLASSES
+    if count % batch:
+        yield images[: count % batch], labels[: count % batch] % CLASSES
+
+
+def training(bench: Bench, ways: dict[str, Epochs], count: int, blocks: int) -> dict[str, Trained]:
+    """The median epoch of each way and of a fixed batch, after one to warm up."""
+    found: dict[str, list[Trained]] = {name: [] for name in ("one batch", *ways)}
+    with limited(bench.device, "none") as capacity:
+        parts = Parts(build_model, build_loss, "", CLASSES, count, bench.device, capacity)
+        update = enter(bench.config, parts).update
+        settings = bench.config.trainer
+        engine = Engine(update, settings.engine, settings.batch_size, lambda text: logging.warning("%s", text))
+        for block in range(blocks + 1):
+            for name in list(found)[:: 1 if block % 2 else -1]:
+                batches = fixed(bench, count) if name == "one batch" else ways[name](block)
+                entry = trained(bench, engine, batches)
+                found[name] += [entry] if block else []
+    return {name: sorted(each, key=lambda e: e.seconds)[len(each) // 2] for name, each in found.items()}
+
+
+def tables(bench: Bench, count: int, blocks: int) -> Iterator[str]:
+    names = {f"ours, data.cache={cache}": bench.ours(cache) for cache in ("disk", "ram", "none")}
+    others = {"torchvision ImageFolder, DataLoader": bench.torchvision(), "timm create_loader": bench.timm()}
+    config = bench.config
+    card = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    yield f"### {card}, {os.cpu_count()} CPU cores, {found}, {date.today()}"
+    yield ""
+    size, workers = config.data.image_size, config.data.num_workers
+    yield (
+        f"{count} JPEG files of about 500 x 375, batch {config.trainer.batch_size}@{size}, {workers} workers, "
+        f"median of {blocks} epochs"
+    )
+    yield ""
+    yield from ("| images per second on the device | |", "|---|---|")
+    for name, speed in delivered(bench, {**names, **others}, blocks).items():
+        yield f"| {name} | {speed:.0f} |"
+    yield ""
+    yield (f"| training {config.model.name} | images/s | waiting for batches, share of the epoch | time of one batch |")
+    yield "|---|---|---|---|"
+    epochs = training(bench, names, count, blocks)
+    least = epochs["one batch"].seconds
+    for name, entry in epochs.items():
+        share, more = entry.waited / entry.seconds, entry.seconds / least
+        yield f"| {name} | {entry.images / entry.seconds:.0f} | {100 * share:.1f} % | {more:.3f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4000, help="JPEG files to make")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--size", type=int, default=224, help="of the network's input")
+    parser.add_argument("--model", default="efficientnet_b0")
+    parser.add_argument("--blocks", type=int, default=5, help="epochs of each way")
+    parser.add_argument("--out", type=Path, default=None, help="folder for benchmark_data.md")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.environ["ADAPTIVE_TRAINER_CACHE"] = f"{folder}/cache"
+        make_photos(Path(folder) / "photos", arguments.images)
+        config = resolve(
+            compose_config([
+                "data=imagefolder", f"data.root={folder}/photos", f"data.image_size={arguments.size}",
+                f"data.num_workers={arguments.workers}", f"trainer.batch_size={arguments.batch}",
+                f"model.name={arguments.model}", "ladder=none",
+            ])
+        )[0].settings  # fmt: skip
+        bench = Bench(config, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+        lines = []
+        for line in tables(bench, arguments.images, arguments.blocks):
+            lines.append(line)
+            print(line, flush=True)
+    if arguments.out is not None:
+        (arguments.out / "benchmark_data.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
