@@ -256,8 +256,7 @@ class Prepared(Loop):
         if self.batch is None:
             return super()._open_train_loader()
         state = self.session.state
-        count: Any = [self.batch] * (state.position.size // self.batch.samples)
-        return count
+        return [self.batch] * (state.position.size // self.batch.samples)
 
     def _stop_if_asked(self) -> None:
         super()._stop_if_asked()
