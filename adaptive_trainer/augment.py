@@ -28,7 +28,7 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 TRIES = 10  # as torchvision's RandomResizedCrop
 RATIO = (3 / 4, 4 / 3)
 DRAWS = 4 * TRIES + 1  # area, ratio, top and left of every try; the flip
-CHUNK = 8  # images that are resampled at a time: what is held meanwhile stays small
+CHUNK = 32  # images that are resampled at a time: what is held meanwhile stays small beside an update
 
 
 def uniform(seed: int, index: Array, draws: int) -> Array:
@@ -105,7 +105,7 @@ def windows(
         epoch: of training; None for evaluation, which is not random.
 
     Returns:
-        float32 (N, 6): the image's place in its chunk, left, top, right, bottom in stored pixels, flip (0 or 1).
+        float32 (N, 5): left, top, right, bottom in stored pixels, flip (0 or 1).
     """
     flip: Array = np.zeros(len(sizes))
     boxes: Array = np.concatenate((np.zeros_like(sizes), sizes), axis=1)
@@ -116,8 +116,7 @@ def windows(
         boxes = crop_windows(sizes, draws, (config.crop_scale[0], config.crop_scale[1]))
         flip = draws[:, -1] < config.hflip
     top, left, height, width = (boxes * np.tile(stored_size / sizes, 2)).T
-    place = np.arange(len(sizes)) % CHUNK
-    return np.stack((place, left, top, left + width, top + height, flip), axis=1).astype(np.float32)
+    return np.stack((left, top, left + width, top + height, flip), axis=1).astype(np.float32)
 
 
 class DeviceBatch:
@@ -131,7 +130,7 @@ class DeviceBatch:
         config: with how images are normalised; None leaves them as they are.
 
     Attributes:
-        stored, windows, sent: uint8 (capacity, 3, stored_size, stored_size), float32 (capacity, 6), int64 (capacity,):
+        stored, windows, sent: uint8 (capacity, 3, stored_size, stored_size), float32 (capacity, 5), int64 (capacity,):
             images, windows and labels of the next batch, which are copied here while one trains.
         images, labels: float32 (capacity, 3, image_size, image_size), int64 (capacity,): those of the current batch.
     """
@@ -148,7 +147,8 @@ class DeviceBatch:
     ) -> None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         sides = (image_size, image_size)
-        self.windows = torch.zeros(capacity, 6, device=device)
+        self.windows = torch.zeros(capacity, 5, device=device)
+        self._places = torch.arange(CHUNK, dtype=torch.float32, device=device)[:, None]
         self.sent, self.labels = (torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(2))
         self.stored = torch.empty(capacity, 3, stored_size, stored_size, dtype=torch.uint8, device=device)
         self.images = torch.empty(capacity, 3, *sides, device=device, memory_format=layout)
@@ -166,9 +166,10 @@ class DeviceBatch:
             source = self.stored[first : first + len(part)].float()
             # Not through torchvision.ops.roi_align, which compiles a slower one when deterministic algorithms are asked
             # for; forward is deterministic in any case. One sample a pixel, more where the window shrinks (-1).
-            found = torch.ops.torchvision.roi_align(source, part[:, :5].contiguous(), 1.0, side, side, -1, True)
+            boxes = torch.cat((self._places[: len(part)], part[:, :4]), 1)
+            found = torch.ops.torchvision.roi_align(source, boxes, 1.0, side, side, -1, True)
             found.mul_(self._scale).add_(self._shift)
-            out[first : first + len(part)].copy_(torch.where(part[:, 5, None, None, None] > 0, found.flip(3), found))
+            out[first : first + len(part)].copy_(torch.where(part[:, 4, None, None, None] > 0, found.flip(3), found))
         return out, self.labels[:count].copy_(self.sent[:count])
 
 

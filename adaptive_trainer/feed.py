@@ -6,6 +6,7 @@ and one on the device are used again for every batch; a batch is valid until the
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import weakref
@@ -27,6 +28,7 @@ from adaptive_trainer.store import Stored
 __all__ = ["FeedLoader", "eval_feed", "train_feed"]
 
 Array = np.ndarray[Any, Any]
+GROUP = 64  # batches
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class _Host:
     def __init__(self, capacity: int, size: int, device: torch.device) -> None:
         pin = device.type == "cuda"
         self.stored = torch.empty(capacity, 3, size, size, dtype=torch.uint8, pin_memory=pin)
-        self.windows = torch.empty(capacity, 6, pin_memory=pin)
+        self.windows = torch.empty(capacity, 5, pin_memory=pin)
         self.labels = torch.empty(capacity, dtype=torch.int64, pin_memory=pin)
 
 
@@ -226,9 +228,9 @@ def _work(loader: FeedLoader, lane: _Lane) -> None:
             if lane.side is not None:
                 stack.enter_context(torch.cuda.device(lane.device))
                 stack.enter_context(torch.cuda.stream(lane.side))
-            for number, index in enumerate(loader.batches()):
+            for number, (index, boxes) in enumerate(_with_windows(loader)):
                 lane.wait_until_sent(number)
-                batch = _gathered(loader, lane.hosts[number % 2], index)
+                batch = _gathered(loader, lane.hosts[number % 2], index, boxes)
                 if not lane.turns.get():
                     return
                 lane.send(number, batch.count)
@@ -238,16 +240,28 @@ def _work(loader: FeedLoader, lane: _Lane) -> None:
     lane.sent.put(end)
 
 
-def _gathered(loader: FeedLoader, host: _Host, index: Array) -> _Sent:
-    """Put the samples with these indices into the host's buffers."""
+def _with_windows(loader: FeedLoader) -> Iterator[tuple[Array, Array]]:
+    """Indices and windows of each batch; the windows of many are found at once, since numpy's calls cost more."""
+    batches, decoded = loader.batches(), loader.stored.decoded
+    while group := list(itertools.islice(batches, GROUP)):
+        index = np.concatenate(group)
+        rows = loader.stored.rows[index]
+        is_sound = decoded.is_sound[rows]
+        boxes = np.zeros((len(index), 5), np.float32)
+        boxes[is_sound] = loader.windows(decoded.sizes[rows[is_sound]], index[is_sound])
+        yield from zip(group, np.split(boxes, np.cumsum([len(batch) for batch in group])[:-1]), strict=True)
+
+
+def _gathered(loader: FeedLoader, host: _Host, index: Array, boxes: Array) -> _Sent:
+    """Put the samples with these indices and windows into the host's buffers."""
     rows, decoded, samples = loader.stored.rows[index], loader.stored.decoded, len(index)
     is_sound, skipped = decoded.is_sound[rows], list[str]()
     if not is_sound.all():
         skipped = [sample_name(loader.data, int(number)) for number in index[~is_sound]]
-        rows, index = rows[is_sound], index[is_sound]
+        rows, boxes = rows[is_sound], boxes[is_sound]
     count = len(rows)
     # "clip" copies straight into the buffer; "raise" would go by way of another
     np.take(decoded.images, rows, axis=0, out=host.stored[:count].numpy(), mode="clip")
-    host.windows[:count].numpy()[:] = loader.windows(decoded.sizes[rows], index)
+    host.windows[:count].numpy()[:] = boxes
     host.labels[:count].numpy()[:] = decoded.labels[rows]
     return _Sent(count, samples, skipped)

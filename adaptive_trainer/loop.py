@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from tqdm import tqdm
 
@@ -83,6 +84,30 @@ def _end_workers(iterator: Iterator[Batch] | None) -> None:
         shut_down()
 
 
+class _Loss:
+    """The mean training loss: asked for after one update and read after the next, so that a card need not wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self.is_asked = False
+        self._sums = torch.zeros(2, pin_memory=on_cuda)
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def ask(self, meters: dict[str, Tensor]) -> None:
+        for there, name in zip(self._sums, ("loss", "seen"), strict=True):
+            there.copy_(meters[name], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self.is_asked = True
+
+    def answer(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.is_asked = False
+        loss, seen = self._sums.tolist()
+        return float(loss / max(seen, 1))
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What the loop tells others.
@@ -122,6 +147,7 @@ class Loop:
         self.data = replace(self.data, config=self.session.config.data)
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False
+        self._loss = _Loss(self.device)
         trainer = self.session.config.trainer
         self.engine = Engine(self.session.update, trainer.engine, trainer.batch_size, self.hooks.event)
 
@@ -177,10 +203,12 @@ class Loop:
                 bar.update(batch.samples)
                 if batch.skipped:
                     self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
-                if state.updates % trainer.log_every == 0:
-                    loss = self._mean_loss()
+                if self._loss.is_asked:
+                    loss = self._loss.answer()
                     self._check_number("training", loss)
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if state.updates % trainer.log_every == 0:
+                    self._loss.ask(state.meters)
                     self._watch_for_thrashing()
                 at_end = state.position.epoch != epoch
                 if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
@@ -268,10 +296,6 @@ class Loop:
         fewer = fewer_workers(self.num_workers)
         self.hooks.event(f"data.num_workers {self.num_workers} -> {fewer}")
         self.num_workers = fewer
-
-    def _mean_loss(self) -> float:
-        meters = self.session.state.meters
-        return float(meters["loss"] / meters["seen"].clamp(min=1))
 
     def _stop_if_asked(self) -> None:
         if self.stop.name:

@@ -57,7 +57,7 @@ MODEL, SIZE, CLASSES, SAMPLES = "efficientnet_b0", 224, 10, 8192
 MiB = 1 << 20
 UPDATES = 3
 LONGEST = 300  # seconds of one round
-AROUND = 6  # sizes on each side of the one that was found, for brute force
+AROUND = 3  # sizes on each side of the one that was found, for brute force
 Answer = dict[str, Any]  # seconds, batch, failed
 
 
@@ -377,6 +377,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for cap in arguments.caps:
             answers = compare(cap, arguments.rounds, cache)
+            print(*(row(name, given) for name, given in answers.items()), sep="\n", file=sys.stderr, flush=True)
             found = answers["ours, max"][-1].get("batch")
             lines += table(cap, answers, "-" if found is None else brute_force(found, cap))
             print("\n".join(lines[-len(answers) - 6 :]), flush=True)

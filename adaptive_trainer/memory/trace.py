@@ -263,8 +263,8 @@ class _Training:
         if not self.spec.cuda or not self.spec.stored_size:
             return []
         stored = torch.empty(samples, 3, self.spec.stored_size, self.spec.stored_size, dtype=torch.uint8)
-        windows, labels = torch.empty(samples, 6), torch.empty(samples, dtype=torch.long)
-        return [stored, windows, labels, torch.empty(3), torch.empty(3)]  # these normalise
+        windows, labels = torch.empty(samples, 5), torch.empty(samples, dtype=torch.long)
+        return [stored, windows, labels, torch.empty(32), torch.empty(3), torch.empty(3)]  # these crop and normalise
 
     def _batch(self, samples: int) -> tuple[Tensor, Tensor]:
         x = torch.empty(samples, *self.spec.input_shape)
