@@ -246,11 +246,14 @@ class Prepared(Loop):
     """A loop whose data are there: one batch again and again, or a loader's.
 
     Attributes:
-        times: the clock after each update.
+        unmeasured: updates at the start of an epoch, in which a loader starts.
+        started_at: the clock after these.
     """
 
     batch: Batch | None = None
-    times: list[float]
+    unmeasured: int = 1
+    updates_done: int = 0
+    started_at: float = 0.0
 
     def _open_train_loader(self) -> Iterable[Batch]:
         if self.batch is None:
@@ -260,7 +263,10 @@ class Prepared(Loop):
 
     def _stop_if_asked(self) -> None:
         super()._stop_if_asked()
-        self.times.append(time.perf_counter())
+        self.updates_done += 1
+        if self.updates_done == self.unmeasured:
+            synchronize(self.device)  # or what the card has still to do of these would count
+            self.started_at = time.perf_counter()
 
 
 def loop_of(config: Config, device: torch.device, updates: int, capacity: Capacity) -> Prepared:
@@ -275,13 +281,15 @@ def loop_of(config: Config, device: torch.device, updates: int, capacity: Capaci
 
 def epoch(loop: Prepared, batch: Batch | None) -> float:
     """Seconds of an update in one epoch of the loop, without its first tenth, in which a loader starts."""
-    state, loop.batch, loop.times = loop.session.state, batch, []
+    state, loop.batch, loop.updates_done = loop.session.state, batch, 0
+    updates = loop.session.state.position.size // loop.session.config.trainer.batch_size
+    loop.unmeasured = updates // 10
     state.position = Position(0, 0, 0, state.position.size)
     synchronize(loop.device)
     loop._train_epoch()
     synchronize(loop.device)
-    ended, first = time.perf_counter(), len(loop.times) // 10
-    return (ended - loop.times[first - 1]) / (len(loop.times) - first)
+    seconds: float = time.perf_counter() - loop.started_at
+    return seconds / (updates - loop.unmeasured)
 
 
 def direct(loop: Prepared, batch: Batch) -> Callable[[], None]:
