@@ -31,7 +31,7 @@ MiB = 1 << 20
 # whether a step allocates. Only then are copies made beside the weights, and these stay: two more updates.
 UPDATES = COPYING_UPDATES = 2
 CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in between
-# Shares of the smallest capacity. Predictions were 6.1 % too low and 4.2 % too high at the worst on the card they were
+# Shares of the smallest capacity. Predictions were 4.3 % too low and 2.0 % too high at the worst on the card they were
 # compared with (docs/gpu-results.md); a rung given up for nothing costs more than one that is tried for nothing.
 FITS_ABOVE, HOPELESS_BELOW = 1.07, 0.90
 SPLIT_LIMIT = {Kind.SPLIT: 5, Kind.SPLIT_HALF: 10}  # of the operands' bytes: more than 5 times their elements
