@@ -270,11 +270,32 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
+def plot(speeds: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of images per second, a group for each case."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    names = list(next(iter(speeds.values())))
+    for number, name in enumerate(names):
+        places = [case + number / (len(names) + 1) for case in range(len(speeds))]
+        axes.bar(places, [speed[name] for speed in speeds.values()], 1 / (len(names) + 1), label=name)
+    middle = (len(names) - 1) / 2 / (len(names) + 1)
+    axes.set_xticks([case + middle for case in range(len(speeds))], list(speeds), fontsize="small", rotation=15)
+    axes.set_ylabel("images per second")
+    axes.set_title(f"{MODEL}, training updates")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=7, help=f"of {UPDATES} updates for each contender")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers of cases, from 0")
-    parser.add_argument("--out", type=Path, default=None, help="folder for benchmarks.md")
+    parser.add_argument("--out", type=Path, default=None, help="folder for benchmarks.md and benchmarks.png")
     parser.add_argument("--serve", nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:
@@ -285,12 +306,14 @@ def main() -> None:
     lines = [f"### images per second: {torch.cuda.get_device_name(CUDA)}, {versions()}, {date.today()}", ""]
     lines += [f"| {MODEL} | {' | '.join(names)} | ours / best other |", "|---" * (len(names) + 2) + "|"]
     print("\n".join(lines), flush=True)
+    speeds: dict[str, dict[str, float]] = {}
     for number in arguments.cases:
-        speed = compare(number, arguments.blocks)
+        speed = speeds[CASES[number].name] = compare(number, arguments.blocks)
         cells = " | ".join(f"{speed[name]:.0f}" for name in names)
         lines.append(f"| {CASES[number].name} | {cells} | {speed['ours'] / max(speed[peer] for peer in peers):.2f} |")
         print(lines[-1], flush=True)
     if arguments.out is not None:
+        plot(speeds, arguments.out / "benchmarks.png")
         (arguments.out / "benchmarks.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

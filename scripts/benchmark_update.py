@@ -282,7 +282,7 @@ def loop_of(config: Config, device: torch.device, updates: int, capacity: Capaci
 def epoch(loop: Prepared, batch: Batch | None) -> float:
     """Seconds of an update in one epoch of the loop, without its first tenth, in which a loader starts."""
     state, loop.batch, loop.updates_done = loop.session.state, batch, 0
-    updates = loop.session.state.position.size // loop.session.config.trainer.batch_size
+    updates: int = state.position.size // loop.session.config.trainer.batch_size
     loop.unmeasured = updates // 10
     state.position = Position(0, 0, 0, state.position.size)
     synchronize(loop.device)
