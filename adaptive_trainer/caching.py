@@ -13,18 +13,19 @@ import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from adaptive_trainer import oom
-from adaptive_trainer.data import DataSets, check_label, fewer_workers, plain_loader
+from adaptive_trainer.data import NOT_THE_FILE, DataSets, check_label, fewer_workers, plain_loader
 from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.fingerprint import fingerprint, refuse_own_transforms
 from adaptive_trainer.memory.plan_cache import default_folder
@@ -35,7 +36,7 @@ __all__ = ["with_cache"]
 
 Array = np.ndarray[Any, Any]
 FORMAT = 1  # of the stored images: counted up when what is stored for the same files changes
-LIBRARIES = ("torch", "torchvision", "pillow")  # they decode and resize
+LIBRARIES = (torch.__version__, torchvision.__version__, PIL.__version__)  # they decode and resize
 SHARE = 0.8  # of what is free, that a cache may take
 BATCH = 16  # images that a worker hands over at a time
 
@@ -152,6 +153,8 @@ class _Builder:
                 written(folder, self.size, lambda write: self._decode(base, write))
                 found = open_decoded(folder, len(base.used), self.size)
         except OSError as error:
+            if error.errno in NOT_THE_FILE:
+                raise
             problem = f"{folder} cannot be written: {error}"
         if problem or found is None:
             raise _NoRoom(problem or f"{folder} does not hold what was written to it")
@@ -165,7 +168,7 @@ class _Builder:
 
     def _key(self, base: _Base) -> str:
         """A digest of everything that the stored images depend on."""
-        digest = hashlib.sha256(repr((FORMAT, [version(name) for name in LIBRARIES], self.size)).encode())
+        digest = hashlib.sha256(repr((FORMAT, LIBRARIES, self.size)).encode())
         for text in fingerprint(base.data, base.used):
             digest.update(text)
         return digest.hexdigest()[:32]
@@ -201,10 +204,11 @@ class _Builder:
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if not rows["is_sound"].any():
             raise DataError("no image of the data set can be read; repair the files, or name another data.root")
-        seconds = time.perf_counter() - started
+        seconds, sound = time.perf_counter() - started, int(rows["is_sound"].sum())
+        broken = f"; {count - sound} cannot be read" if sound < count else ""
         self.event(
-            f"data.cache={self.sets.config.cache}: {count} images decoded and stored at {self.size} x {self.size} "
-            f"pixels in {seconds:.1f} s, {format_bytes(self._nbytes(base))}"
+            f"data.cache={self.sets.config.cache}: {sound} images decoded and stored at {self.size} x {self.size} "
+            f"pixels in {seconds:.1f} s, {format_bytes(self._nbytes(base))}{broken}"
         )
         return rows
 

@@ -17,6 +17,7 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 
@@ -24,6 +25,7 @@ __all__ = ["load", "pack", "save", "unpack"]
 
 FORMAT = "adaptive_trainer checkpoint"
 VERSION = 1
+IMPLEMENTATION = ("fused", "foreach")  # of an optimizer's step: this run's own choice
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -162,9 +164,9 @@ def unpack(
 def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bool) -> None:
     own = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(saved)
-    if keep_groups:
-        for group, values in zip(state.optimizer.param_groups, own, strict=True):
-            group.update(values)
+    for group, values in zip(state.optimizer.param_groups, own, strict=True):
+        group.update(values if keep_groups else {key: values[key] for key in IMPLEMENTATION if key in values})
+    make_momentum(state.optimizer)
 
 
 def _restore_random(saved: dict[str, Any], device: torch.device) -> None:

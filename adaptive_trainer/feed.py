@@ -237,7 +237,10 @@ def _work(loader: FeedLoader, lane: _Lane) -> None:
                 lane.sent.put(batch)
     except BaseException as error:
         end = error
+    if lane.side is not None:
+        lane.side.synchronize()  # the buffers may go with the thread
     lane.sent.put(end)
+    del end  # it knows this frame, and the frame the buffers
 
 
 def _with_windows(loader: FeedLoader) -> Iterator[tuple[Array, Array]]:

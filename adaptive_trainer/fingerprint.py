@@ -45,10 +45,11 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
     """
     kind = type(data)
     yield f"{kind.__module__}.{kind.__qualname__}".encode()
-    for code in (kind, getattr(data, "loader", None)):
+    for code in (*kind.__mro__[:-1], getattr(data, "loader", None)):
         yield _source_of(code)
     listed = getattr(data, "samples", None)
     if isinstance(listed, list) and len(listed) == len(data) and isinstance(listed[0], tuple):
+        yield repr(sorted((k, v) for k, v in vars(data).items() if isinstance(v, PLAIN))).encode()
         for index in used:
             path, label = listed[index]
             yield repr((os.path.abspath(path), *_state_of(path), int(label))).encode()
@@ -91,7 +92,7 @@ def _content(value: Any, owner: str) -> Iterator[bytes]:
         yield repr((value.dtype.str, value.shape)).encode()
         yield np.ascontiguousarray(value).tobytes()
     elif isinstance(value, PLAIN):
-        yield repr(value).encode()
+        yield repr(value).encode() + b";"
     elif isinstance(value, list | tuple | dict):
         yield repr((type(value).__name__, len(value))).encode()
         for each in value.items() if isinstance(value, dict) else value:

@@ -90,10 +90,12 @@ class _Loss:
     def __init__(self, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self.is_asked = False
+        self.asked_after = 0
         self._sums = torch.zeros(2, pin_memory=on_cuda)
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
-    def ask(self, meters: dict[str, Tensor]) -> None:
+    def ask(self, meters: dict[str, Tensor], updates: int) -> None:
+        self.asked_after = updates
         for there, name in zip(self._sums, ("loss", "seen"), strict=True):
             there.copy_(meters[name], non_blocking=True)
         if self._copied is not None:
@@ -204,15 +206,16 @@ class Loop:
                 if batch.skipped:
                     self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
                 if self._loss.is_asked:
-                    loss = self._loss.answer()
-                    self._check_number("training", loss)
+                    loss = self._read_loss()
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    if bar.disable:
+                        log.info("epoch %d, update %d: train loss %.4f", epoch + 1, self._loss.asked_after, loss)
                 if state.updates % trainer.log_every == 0:
-                    self._loss.ask(state.meters)
+                    self._loss.ask(state.meters, state.updates)
                     self._watch_for_thrashing()
                 at_end = state.position.epoch != epoch
                 if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
-                    self.hooks.checkpoint(False)
+                    self._save()
                 self._stop_if_asked()
         return True
 
@@ -297,9 +300,20 @@ class Loop:
         self.hooks.event(f"data.num_workers {self.num_workers} -> {fewer}")
         self.num_workers = fewer
 
+    def _read_loss(self) -> float:
+        loss = self._loss.answer()
+        self._check_number("training", loss, self._loss.asked_after)
+        return loss
+
+    def _save(self) -> None:
+        """A checkpoint within an epoch, of weights whose loss is a number as far as it was asked for."""
+        if self._loss.is_asked:
+            self._read_loss()
+        self.hooks.checkpoint(False)
+
     def _stop_if_asked(self) -> None:
         if self.stop.name:
-            self.hooks.checkpoint(False)
+            self._save()
             updates = self.session.state.updates
             raise Interrupted(
                 f"stopped by {self.stop.name} after update {updates}, state saved; go on with resume=auto"
@@ -308,6 +322,7 @@ class Loop:
     def _finish_epoch(self) -> None:
         """Evaluate, record, keep the best, checkpoint."""
         state, config = self.session.state, self.session.config
+        self._loss.is_asked = False  # what follows says more
         meters = {name: float(value) for name, value in state.meters.items()}
         seen = meters["seen"]
         if not seen:
@@ -345,7 +360,7 @@ class Loop:
             state.best = accuracy
         self.hooks.checkpoint(is_best)
 
-    def _check_number(self, kind: str, loss: float) -> None:
+    def _check_number(self, kind: str, loss: float, update: int | None = None) -> None:
         if math.isfinite(loss):
             return
         precision = self.session.config.trainer.precision
@@ -355,7 +370,7 @@ class Loop:
                 f" fp16 overflows at 65504, and rung {self.rung!r} trains in it: try trainer.precision=bf16 or fp32."
             )
         raise DivergedError(
-            f"the {kind} loss is {loss} after update {self.session.state.updates}.{blame} "
+            f"the {kind} loss is {loss} after update {update or self.session.state.updates}.{blame} "
             f"A lower optimizer.lr (now {self.session.config.optimizer.lr:g}) or trainer.clip_grad=1 often helps"
         )
 
@@ -372,39 +387,43 @@ class Loop:
         loss, correct, done, seen = 0.0, 0, 0, 0
         with tqdm(total=total, desc="evaluation", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
             while done < total:
-                with closing(self._guarded(self._open_eval_loader(done))) as batches:
-                    for batch in batches:
-                        if batch is None:
-                            self._reduce_workers()
-                            break
-                        sums = self._evaluate_batch(batch)
-                        if sums is None:
-                            break
-                        loss, correct = loss + sums[0], correct + sums[1]
-                        done, seen = done + batch.samples, seen + len(batch.labels)
-                        bar.update(batch.samples)
-                        self._stop_if_asked()
+                batch, size = None, min(self.eval_batch_size, total - done)
+                try:
+                    with closing(self._guarded(self._open_eval_loader(done))) as batches:
+                        for batch in batches:
+                            if batch is None:
+                                self._reduce_workers()
+                                break
+                            sums = self._evaluate_batch(batch)
+                            loss, correct = loss + sums[0], correct + sums[1]
+                            done, seen = done + batch.samples, seen + len(batch.labels)
+                            size = min(self.eval_batch_size, total - done)
+                            bar.update(batch.samples)
+                            self._stop_if_asked()
+                except OutOfMemory:
+                    if size == 1:
+                        raise
+                else:
+                    continue
+                self._halve_evaluation(size)
         if not seen:
             raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
         return loss / seen, correct / seen
 
-    def _evaluate_batch(self, batch: Batch) -> tuple[float, int] | None:
-        """Sums over one batch; None when the evaluation batch had to be halved."""
+    def _evaluate_batch(self, batch: Batch) -> tuple[float, int]:
+        """Sums over one batch."""
         if not len(batch.labels):
             return 0.0, 0
         state = self.session.state
         model = state.model if state.ema is None else state.ema.module
-        try:
-            return self.engine.evaluate(model, batch.images, batch.labels)
-        except OutOfMemory:
-            if len(batch.labels) == 1:
-                raise
-        smaller = max(1, min(self.eval_batch_size, len(batch.labels)) // 2)
+        return self.engine.evaluate(model, batch.images, batch.labels)
+
+    def _halve_evaluation(self, size: int) -> None:
+        smaller = max(1, size // 2)
         self.hooks.event(
             f"out of memory in evaluation: its batch {self.eval_batch_size} -> {smaller}; training keeps its own"
         )
         self.eval_batch_size = smaller
-        return None
 
     def _open_eval_loader(self, start: int) -> Iterable[Batch]:
         if self.data.stored is not None:

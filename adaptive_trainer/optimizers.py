@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from adaptive_trainer.config import Config, OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["Schedule", "build_ema", "build_loss", "build_optimizer", "build_scaler", "build_schedule"]
+__all__ = ["Schedule", "build_ema", "build_loss", "build_optimizer", "build_scaler", "build_schedule", "make_momentum"]
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
 CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
@@ -44,8 +44,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device
         optimizer: Optimizer = create_optimizer_v2(
             model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
         )
-        if kwargs.get("fused") and isinstance(optimizer, torch.optim.SGD):
-            _make_momentum(optimizer)
+        make_momentum(optimizer)
         return optimizer
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         problem = str(error).splitlines()[0]
@@ -78,14 +77,16 @@ def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
     return {"fused": True} if is_fused else {}
 
 
-def _make_momentum(optimizer: Optimizer) -> None:
-    """As zeros, so that the first step is like any other.
+def make_momentum(optimizer: Optimizer) -> None:
+    """The momentum of a fused SGD, where it is missing: as zeros, so that the first step is like any other.
 
     torch would make it there without a value, and leave it so where a GradScaler finds an overflow and no step is done.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] and not group["dampening"] else ():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        needed = group["fused"] and group["momentum"] and not group["dampening"]
+        for parameter in group["params"] if needed else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @dataclass(frozen=True)

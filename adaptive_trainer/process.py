@@ -59,11 +59,11 @@ def _tf32(allow: bool | None) -> Iterator[None]:
         yield
         return
     matmul, cudnn, newer = _read(torch.get_float32_matmul_precision), _read(_cudnn_allows_tf32), _newer_precisions()
-    torch.set_float32_matmul_precision("high" if allow else "highest")
-    torch.backends.cudnn.allow_tf32 = allow
-    for backend, _ in newer:
-        backend.fp32_precision = "tf32" if allow else "ieee"
     try:
+        torch.set_float32_matmul_precision("high" if allow else "highest")
+        torch.backends.cudnn.allow_tf32 = allow
+        for backend, _ in newer:
+            backend.fp32_precision = "tf32" if allow else "ieee"
         yield
     finally:
         if matmul is not None:

@@ -175,4 +175,4 @@ def rung_table(attempts: Sequence[Attempt]) -> str:
 
 
 def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.0f}"
+    return f"{size / 2**20:.0f}" if size else "-"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adaptive_trainer import checkpoint, oom
-from adaptive_trainer.config import Config
+from adaptive_trainer.config import LARGEST, Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, descend, exhausted_message
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
@@ -163,8 +163,11 @@ class Stage:
         if reason:
             return reason, None
         hopeless, need = self.forecast.judge(rung.settings)
-        is_known = self.largest is not None and rung is self.ladder[0]  # it was proven a moment ago
+        is_known = rung is self.ladder[0] and self._was_proven(f"{LARGEST}-{self.largest}")
         return "" if hopeless and (is_known or self._is_last(rung)) else hopeless, need
+
+    def _was_proven(self, name: str) -> bool:
+        return any(entry.rung == name and entry.outcome == "fits" for entry in self.record.attempts)
 
     def _is_last(self, rung: Rung[Config]) -> bool:
         """Whether no rung below it can be tried."""
@@ -196,7 +199,7 @@ class Stage:
 
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
-        peak = "" if entry.peak_allocated_bytes is None else f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB"
+        peak = f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB" if entry.peak_allocated_bytes else ""
         where = f" in {entry.phase}" if entry.phase else ""
         why = f": {entry.reason}" if entry.reason else ""
         log.info("rung %s: %s%s%s, %.2f s%s", entry.rung, entry.outcome, where, peak, entry.seconds, why)

@@ -118,6 +118,8 @@ class Trainer:
             record.event(
                 f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
             )
+        if path is not None:
+            log.info("going on from %s", path)
         saved = None if path is None else resume.load(path)
         data, ladders = _with_cache(data, ladders, record)
         forecast = Forecast(
@@ -197,6 +199,7 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
 
     with StopSignal().listening() as stop, told_by_the_loader():
         data = with_cache(data, size, event=record.event, poll=poll)
+        poll()
     if data.stored is not None:
         return data, ladders
     without = [(name, apply_overrides(settings, ["data.cache=none"])) for name, settings, _ in ladders]

@@ -92,7 +92,6 @@ class Update:
         self.step_allocates: bool | None = None  # not known yet
         self.is_warm = False  # whether the last step found all of the optimizer's state made
         self.held: int | None = None  # bytes, before the updates of a proof
-        self._allocations_before_step = 0
         self._modules = list(state.model.modules())
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
@@ -273,8 +272,10 @@ class Update:
 
     def _has_state(self) -> bool:
         """Whether the optimizer has made the state of every parameter that has a gradient."""
-        state = self.state.optimizer.state
-        return all(p in state for p in self._undo.parameters if p.grad is not None)
+        optimizer = self.state.optimizer
+        plain = [g for g in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) and not g["momentum"]]
+        stateless = {p for group in plain for p in group["params"]}
+        return all(p in optimizer.state or p in stateless for p in self._undo.parameters if p.grad is not None)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -358,7 +359,7 @@ def prove(update: Update, shapes: Shapes) -> int:
         update.held = None
     proven -= trace.updates
     trace.roll_back()
-    update.is_warm = False  # the optimizer's state is gone again
+    update.is_warm = False  # most optimizers' state is gone again
     if proven < PROVEN_UPDATES:
         raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
     return eval_batch

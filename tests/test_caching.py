@@ -26,6 +26,7 @@ from adaptive_trainer.config import DataConfig, typed
 from adaptive_trainer.data import DataSets, SampleError, build_datasets
 from adaptive_trainer.datasets import ImageFiles, digits
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted
+from adaptive_trainer.fingerprint import fingerprint
 from adaptive_trainer.store import available_memory
 from tests.forking import ROOT, Launcher
 
@@ -452,3 +453,15 @@ def test_the_stored_images_are_not_copied(photos: Path, top: Path) -> None:
     while base.base is not None and not isinstance(base, np.memmap):
         base = base.base
     assert isinstance(base, np.memmap)
+
+
+def test_a_fingerprint_tells_lists_and_settings_apart() -> None:
+    class Held(Dataset[Any]):
+        def __init__(self, targets: list[int], grey: bool) -> None:
+            self.data, self.targets, self.grey = np.zeros((2, 4, 4, 3), np.uint8), targets, grey
+
+        def __len__(self) -> int:
+            return 2
+
+    made = [Held([1, 11], False), Held([11, 1], False), Held([1, 11], True)]
+    assert len({b"".join(fingerprint(data, np.arange(2))) for data in made}) == 3

@@ -194,3 +194,9 @@ def test_moving_average_follows_weights_and_buffers() -> None:
 @pytest.mark.parametrize(("precision", "enabled"), [("fp32", False), ("bf16", False), ("fp16", True)])
 def test_only_fp16_scales_the_loss(precision: str, enabled: bool) -> None:
     assert build_scaler(precision, CPU).is_enabled() is enabled
+
+
+def test_sgd_without_momentum_keeps_no_state() -> None:
+    optimizer = build_optimizer(network(), OptimizerConfig("sgd", momentum=0.0, kwargs={"nesterov": False}), 0.1, CPU)
+    assert optimizer.defaults["fused"] is True
+    assert not optimizer.state

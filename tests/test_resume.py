@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, checkpoint, compose_config
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, DivergedError
 from adaptive_trainer.report import Result
 from tests.forking import ROOT, Launcher, Started
 
@@ -356,3 +356,44 @@ def test_auto_finds_the_newest_run(launcher: Launcher, tmp_path: Path) -> None:
     assert "resumed at epoch 2, update 2, rung requested" in ended.out  # 24 samples in batches of 16
     assert "mobilenetv3_small_050, batch 16, image 32" in ended.out
     assert "resumed with another trainer.epochs: 1 -> 2" in ended.out
+
+
+class Pixels(torch.utils.data.Dataset[Any]):
+    classes = ("a", "b", "c")
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.rand(3, 16, 16, generator=generator), index % 3
+
+
+def flat(*_: Any) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+
+
+def test_weights_whose_loss_is_no_number_are_not_saved(tmp_path: Path) -> None:
+    settings = ["optimizer=sgd", "optimizer.lr=1e30", "trainer.log_every=4", "trainer.checkpoint_every=4"]
+    settings += ["trainer.batch_size=4", "data.image_size=16", "data.num_workers=0", "ladder=none"]
+    with pytest.raises(DivergedError, match="after update 4"):
+        Trainer(compose_config(settings), model=flat, train_data=Pixels(), output_dir=tmp_path).fit()
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 0
+
+
+def test_a_checkpoint_of_another_implementation_of_sgd(tmp_path: Path) -> None:
+    """The run's own implementation stays, and momentum that the checkpoint lacks is made."""
+    settings = ["optimizer=sgd", "trainer.batch_size=8", "data.image_size=16", "data.num_workers=0", "ladder=none"]
+    made = compose_config([*settings, "trainer.epochs=1"])
+    Trainer(made, model=flat, train_data=Pixels(), output_dir=tmp_path / "a").fit()
+    path = tmp_path / "a" / "checkpoints" / "last.pt"
+    content = checkpoint.load(path)
+    del content["optimizer"]["state"][0]
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None
+    checkpoint.save(path, content)
+    again = compose_config([*settings, "trainer.epochs=2", "trainer.precision=bf16", f"resume={path}"])
+    Trainer(again, model=flat, train_data=Pixels(), output_dir=tmp_path / "b").fit()
+    found = checkpoint.load(tmp_path / "b" / "checkpoints" / "last.pt")["optimizer"]
+    assert {group["fused"] for group in found["param_groups"]} == {True}
+    assert len(found["state"]) == 2

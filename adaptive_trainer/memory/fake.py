@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Over all but values that lie side by side; other sums take next to nothing."""
         reduced = {d % x.ndim for d in dims or range(x.ndim)} if x.ndim else set()
         sides = [(stride, d) for d, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=True)) if size > 1]
-        if sides and min(sides)[1] not in reduced:
+        if sides and out.numel() and min(sides)[1] not in reduced:
             self._born(Kind.SUM, x.numel() // out.numel())
             self._born(Kind.SUMMED, out.numel())
 
