@@ -86,12 +86,12 @@ class Counts(ImageFiles):
 
     def __init__(self, folder: Path, tally: Path, dies_at: int = -1) -> None:
         super().__init__(folder)
-        self.tally, self.dies_at = tally, dies_at
+        self.tally, self.dies_at = tally, Path(str(dies_at))  # not a setting: the same images come of it
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with self.tally.open("a") as file:
             file.write(f"{index}\n")
-        if index == self.dies_at:
+        if str(index) == str(self.dies_at):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(index)
 
