@@ -152,8 +152,10 @@ class DeviceBatch:
         self.sent, self.labels = (torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(2))
         self.stored = torch.empty(capacity, 3, stored_size, stored_size, dtype=torch.uint8, device=device)
         self.images = torch.empty(capacity, 3, *sides, device=device, memory_format=layout)
-        is_plain = config is None or config.transforms == "none"
-        mean, std = ([0.0] * 3, [1.0] * 3) if is_plain or config is None else (config.mean, config.std)
+        if config is None or config.transforms == "none":
+            mean, std = [0.0] * 3, [1.0] * 3
+        else:
+            mean, std = config.mean, config.std
         self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
 

@@ -51,7 +51,7 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
     asked, made = stages(cfg), dict[str, Plan]()
-    planner = _planner(cfg, stored_size(resolve(settings)[0].settings for _, settings in asked))
+    planner = _planner(cfg, stored_size(typed(settings) for _, settings in asked))
     for name, settings in asked:
         made[name] = plan(_ladder(settings, planner), planner)
         if made[name].rows[0].verdict == "skipped":
