@@ -1,6 +1,6 @@
 """Images per second that reach the device, by way of loading, and what share of an epoch waits for them.
 
-Usage: python scripts/benchmark_data.py [--images N] [--workers N] [--out FOLDER]
+Usage: python -m scripts.benchmark_data [--images N] [--workers N]
 
 A folder of JPEG files is made (smooth noise with grain, about 500 x 375). Each way of loading delivers normalised float
 batches to the device; blocks of whole epochs, from the second epoch on, run in an order that alternates, and a figure
@@ -11,7 +11,6 @@ is there already.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import logging
 import os
 import statistics
@@ -21,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +44,7 @@ from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.position import Position
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.transforms import build_transform
+from scripts.timing import CUDA, heading, row, synchronize, table
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Epochs = Callable[[int], Batches]  # from the number of an epoch to its batches, on the device
@@ -130,21 +129,17 @@ class Bench:
     def moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def delivered(bench: Bench, epochs: dict[str, Epochs], blocks: int) -> dict[str, float]:
     """Images per second of each way: the median of so many epochs, after one to warm up."""
     speeds: dict[str, list[float]] = {name: [] for name in epochs}
     for block in range(blocks + 1):
         for name in list(epochs)[:: 1 if block % 2 else -1]:
-            bench.synchronize()
+            synchronize(bench.device)
             started, count = time.perf_counter(), 0
             for images, _ in epochs[name](block):
                 count += len(images)
-            bench.synchronize()
+            synchronize(bench.device)
             if block:
                 speeds[name].append(count / (time.perf_counter() - started))
     return {name: statistics.median(found) for name, found in speeds.items()}
@@ -159,13 +154,13 @@ class Trained:
 
 
 def trained(bench: Bench, engine: Engine, batches: Batches) -> Trained:
-    bench.synchronize()
+    synchronize(bench.device)
     started, images = time.perf_counter(), 0
     with closing(iter(batches)) as iterator:  # type: ignore[type-var]
         for batch in iterator:
             engine.run(*batch, samples=0)
             images += len(batch[1])
-    bench.synchronize()
+    synchronize(bench.device)
     return Trained(time.perf_counter() - started, images)
 
 
@@ -199,26 +194,17 @@ def tables(bench: Bench, count: int, blocks: int) -> Iterator[str]:
     names = {f"ours, data.cache={cache}": bench.ours(cache) for cache in ("disk", "ram", "none")}
     others = {"torchvision ImageFolder, DataLoader": bench.torchvision(), "timm create_loader": bench.timm()}
     config = bench.config
-    card = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
-    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
-    yield f"### {card}, {os.cpu_count()} CPU cores, {found}, {date.today()}"
-    yield ""
     size, workers = config.data.image_size, config.data.num_workers
-    yield (
-        f"{count} JPEG files of about 500 x 375, batch {config.trainer.batch_size}@{size}, {workers} workers, "
-        f"median of {blocks} epochs"
-    )
-    yield ""
-    yield from ("| images per second on the device | |", "|---|---|")
+    what = f"{count} JPEG files, {config.trainer.batch_size}@{size}, {workers} workers, median of {blocks} epochs"
+    yield from (heading(what), "", *table("images per second on the device", ""))
     for name, speed in delivered(bench, {**names, **others}, blocks).items():
-        yield f"| {name} | {speed:.0f} |"
+        yield row(name, f"{speed:.0f}")
     yield ""
-    yield f"| training {config.model.name} | images/s | longer than with one batch that is always there |"
-    yield "|---|---|---|"
+    yield from table(f"training {config.model.name}", "images/s", "longer than with one batch that is always there")
     epochs = training(bench, names, count, blocks)
     least = epochs["one batch"].seconds
     for name, entry in epochs.items():
-        yield f"| {name} | {entry.images / entry.seconds:.0f} | {100 * entry.seconds / least - 100:.1f} % |"
+        yield row(name, f"{entry.images / entry.seconds:.0f}", f"{100 * entry.seconds / least - 100:.1f} %")
 
 
 def main() -> None:
@@ -229,7 +215,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="of the network's input")
     parser.add_argument("--model", default="efficientnet_b0")
     parser.add_argument("--blocks", type=int, default=5, help="epochs of each way")
-    parser.add_argument("--out", type=Path, default=None, help="folder for benchmark_data.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -242,13 +227,9 @@ def main() -> None:
                 f"model.name={arguments.model}", "ladder=none",
             ])
         )[0].settings  # fmt: skip
-        bench = Bench(config, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-        lines = []
+        bench = Bench(config, CUDA if torch.cuda.is_available() else torch.device("cpu"))
         for line in tables(bench, arguments.images, arguments.blocks):
-            lines.append(line)
             print(line, flush=True)
-    if arguments.out is not None:
-        (arguments.out / "benchmark_data.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

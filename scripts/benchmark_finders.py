@@ -1,6 +1,6 @@
 """Finding a batch size that fits: this package, accelerate's finder and lightning's, on one CUDA card.
 
-Usage: python scripts/benchmark_finders.py [--caps MIB ...] [--rounds N] [--out FOLDER]
+Usage: python -m scripts.benchmark_finders [--caps MIB ...] [--rounds N]
 
 EfficientNet-B0 at 224 in fp32 with fused AdamW, under a cap on the allocator (`memory.limit` for this package,
 `torch.cuda.set_per_process_memory_fraction` for the others). Every contender is a process of its own, and they work in
@@ -32,7 +32,6 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.update import Shapes, prove
+from scripts.timing import Contender, answers_to, heading, need_cuda, row, synchronize, table
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 MODEL, SIZE, CLASSES, SAMPLES = "efficientnet_b0", 224, 10, 8192
@@ -86,11 +86,6 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
 
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize(DEVICE)
-
-
 def cap_allocator(cap: int) -> None:
     if DEVICE.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(cap * MiB / torch.cuda.get_device_properties(DEVICE).total_memory)
@@ -112,7 +107,7 @@ def ours(cap: int, batch: str, *, halving: bool = False) -> Answer:
 
     def first(engine: Engine, images: Tensor, labels: Tensor, *, samples: int) -> None:
         run(engine, images, labels, samples=samples)
-        synchronize()
+        synchronize(DEVICE)
         answer.update(seconds=time.perf_counter() - started, batch=engine.batch_size)
         raise Done
 
@@ -150,7 +145,7 @@ def accelerate(cap: int, start: int) -> Answer:
             optimizer.step()
             optimizer.zero_grad()
             if number == 0:
-                synchronize()
+                synchronize(DEVICE)
                 answer.update(seconds=time.perf_counter() - started, batch=batch_size)
 
     started = time.perf_counter()
@@ -185,7 +180,7 @@ def lightning(cap: int, mode: str) -> Answer:
     class Clock(pl.Callback):  # type: ignore[misc,unused-ignore]
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             if "seconds" not in answer:
-                synchronize()
+                synchronize(DEVICE)
                 answer.update(seconds=time.perf_counter() - started, batch=module.batch_size)
 
     def noted(error: BaseException) -> bool:
@@ -234,14 +229,13 @@ def round_of(name: str, cap: int) -> Answer:
 def serve(name: str, cap: int) -> None:
     """Be one contender: for every line read, work once and answer with a line."""
     logging.disable(logging.WARNING)
-    answer = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    answers = answers_to()
     signal.signal(signal.SIGALRM, too_long)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in sys.stdin:
             signal.alarm(LONGEST)
-            print(json.dumps(round_of(name, cap)), file=answer)
+            print(json.dumps(round_of(name, cap)), file=answers)
             signal.alarm(0)
 
 
@@ -266,7 +260,7 @@ def proves(batch: int, cap: int) -> bool:
 def brute_force(found: int, cap: int) -> str:
     """The largest of many sizes around the found one, each proven alone."""
     sizes = [*range(max(2, found - AROUND), found + AROUND + 1), 2 * found, 4 * found]
-    command = [sys.executable, __file__, "--prove"]
+    command = [sys.executable, "-m", "scripts.benchmark_finders", "--prove"]
 
     def alone(size: int) -> bool:
         ended = subprocess.run([*command, str(size), str(cap)], capture_output=True, text=True, check=False)
@@ -284,78 +278,46 @@ def brute_force(found: int, cap: int) -> str:
 
 def compare(cap: int, rounds: int, cache: str) -> dict[str, list[Answer]]:
     """The answers of every contender under a cap."""
-    command, env = [sys.executable, __file__, "--serve"], {**os.environ, "ADAPTIVE_TRAINER_CACHE": cache}
+    env = {**os.environ, "ADAPTIVE_TRAINER_CACHE": cache}
     answers: dict[str, list[Answer]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryFile("w+") as noise:
-        servers = {
-            name: subprocess.Popen(
-                [*command, name, str(cap)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=noise,
-                text=True,
-                env=env,
-            )
+        serving = {
+            name: Contender(["-m", "scripts.benchmark_finders", "--serve", name, str(cap)], noise, env)
             for name in CONTENDERS
         }
         for turn in range(rounds + 1):
-            for name in list(servers)[:: 1 if turn % 2 else -1]:
+            for name in list(serving)[:: 1 if turn % 2 else -1]:
                 if not any("reason" in answer for answer in answers[name]):
-                    answers[name].append(ask(servers[name]))
-        for server in servers.values():
-            server.kill()
-            server.communicate()
+                    line = serving[name].ask()
+                    answers[name].append(json.loads(line) if line else {"reason": "its process has ended"})
+        for contender in serving.values():
+            contender.end()
     return {name: given if "reason" in given[-1] else given[1:] for name, given in answers.items()}
 
 
-def ask(server: subprocess.Popen[str]) -> Answer:
-    if server.stdin is None or server.stdout is None:
-        raise RuntimeError("a contender has no pipes")
-    line = ""
-    with contextlib.suppress(OSError):
-        server.stdin.write("go\n")
-        server.stdin.flush()
-        line = server.stdout.readline()
-    answer: Answer = json.loads(line) if line else {"reason": "its process has ended"}
-    return answer
-
-
-def row(name: str, answers: list[Answer]) -> str:
+def line_of(name: str, answers: list[Answer]) -> str:
     """A line of the table: seconds as median and range, batch size, tries that failed."""
     if reasons := [answer["reason"] for answer in answers if "reason" in answer]:
-        return f"| {name} | failed: {reasons[0]} | - | - |"
+        return row(name, f"failed: {reasons[0]}", "-", "-")
     seconds = [answer["seconds"] for answer in answers]
     spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
     batch, failed = (sorted({answer[key] for answer in answers}) for key in ("batch", "failed"))
-    return f"| {name} | {spread} | {' or '.join(map(str, batch))} | {' or '.join(map(str, failed))} |"
+    return row(name, spread, " or ".join(map(str, batch)), " or ".join(map(str, failed)))
 
 
-def table(cap: int, answers: dict[str, list[Answer]], best: str) -> list[str]:
-    lines = [
-        f"#### {cap} MiB",
+def lines_of(cap: int, answers: dict[str, list[Answer]], best: str) -> list[str]:
+    return [
+        *table(f"{cap} MiB", "seconds to the first update", "batch size", "failed tries"),
+        *(line_of(name, given) for name, given in answers.items()),
+        row("brute force", "-", best, "-"),
         "",
-        "| | seconds to the first update | batch size | failed tries |",
-        "|---|---|---|---|",
     ]
-    lines += [row(name, given) for name, given in answers.items()]
-    return [*lines, f"| brute force | - | {best} | - |", ""]
-
-
-def versions() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = []
-    for name in ("torch", "timm", "accelerate", "lightning"):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--caps", type=int, nargs="+", default=[2600, 1300, 900], help="MiB of the allocator")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each contender")
-    parser.add_argument("--out", type=Path, default=None, help="folder for finders.md")
     parser.add_argument("--serve", nargs=2, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--prove", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -365,25 +327,14 @@ def main() -> None:
     if arguments.prove is not None:
         print(proves(*arguments.prove))
         return
-    if DEVICE.type != "cuda":
-        raise SystemExit("this compares finders on a real card, and there is no CUDA here")
-    lines = [
-        f"### {torch.cuda.get_device_name(DEVICE)}, {versions()}, {date.today()}",
-        "",
-        f"{MODEL} at {SIZE}, fp32",
-        "",
-    ]
-    print("\n".join(lines), flush=True)
+    need_cuda()
+    print(heading(f"{MODEL} at {SIZE}, fp32, median of {arguments.rounds} rounds"), "", sep="\n")
     with tempfile.TemporaryDirectory() as cache:
         for cap in arguments.caps:
             answers = compare(cap, arguments.rounds, cache)
-            print(*(row(name, given) for name, given in answers.items()), sep="\n", file=sys.stderr, flush=True)
+            print(*(line_of(name, given) for name, given in answers.items()), sep="\n", file=sys.stderr)
             found = answers["ours, max"][-1].get("batch")
-            lines += table(cap, answers, "-" if found is None else brute_force(found, cap))
-            print("\n".join(lines[-len(answers) - 6 :]), flush=True)
-            if arguments.out is not None:
-                arguments.out.mkdir(parents=True, exist_ok=True)
-                (arguments.out / "finders.md").write_text("\n".join(lines), encoding="utf-8")
+            print(*lines_of(cap, answers, "-" if found is None else brute_force(found, cap)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,30 @@
-"""Where the time of one update goes, and what this package adds to a bare loop.
+"""What this package adds to an update, and what compiling brings.
 
-where: kernels, launches, copies and waiting in one update, against the time that its memory traffic takes at least.
-loop: the training loop against the same engine called directly. cpu: an eager update on the CPU against a bare loop.
-compile: eager, graph and compile, and how long compiling takes. What undo costs is in `gpu_checks.py cost`.
+undo: a transaction against the same update that keeps nothing to undo it. loop: the training loop against the same
+engine called directly. compile: eager, graph and compile, and how long compiling takes. cpu: an eager update on the CPU
+against a bare loop.
 
-Usage: python -m scripts.benchmark_update [where] [loop] [cpu] [compile] [--out FOLDER]
+Usage: python -m scripts.benchmark_update undo|loop|compile|cpu
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from datetime import date
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer import compose_config
+from adaptive_trainer import compose_config, oom
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.data import Batch, build_datasets
 from adaptive_trainer.engine import Engine
@@ -46,197 +36,62 @@ from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.position import Position
 from adaptive_trainer.process import private_process_state
 from adaptive_trainer.session import Parts, enter
-from scripts.benchmark import CASES, CUDA, batch_of, engine_of
+from adaptive_trainer.transaction import Undo
+from scripts.benchmark_speed import CASES, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
+from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table
 
 CPU = torch.device("cpu")
-NAMED = {case.name: case for case in CASES}
-RUNGS = [NAMED[name] for name in ("8@160 fp32", "24@224 fp32", "amp: 8@160 fp16")]
-WARM_UP, UPDATES, PROFILED, BLOCKS, NETWORKS = 20, 20, 10, 9, 9
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def per_update(step: Callable[[], None], updates: int, device: torch.device = CUDA) -> float:
-    """Seconds of one of so many updates in a row."""
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(updates):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - started) / updates
-
-
-def alternating(blocks: dict[str, Callable[[], float]], count: int = BLOCKS) -> dict[str, list[float]]:
-    """What each block gives, `count` times, in turn and in an order that alternates."""
-    found: dict[str, list[float]] = {name: [] for name in blocks}
-    for turn in range(count):
-        for name in list(blocks)[:: 1 if turn % 2 else -1]:
-            found[name].append(blocks[name]())
-    return found
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def table(*names: str) -> Iterator[str]:
-    """The head of a table."""
-    yield row(*names)
-    yield "|---" * len(names) + "|"
-
-
-def ratio(mine: list[float], other: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
-
-
-# ---- where: one update, kernel by kernel -----------------------------------------------------------------------------
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write on a device: each input once, each output once, views nothing.
-
-    An operator that changes an argument in place reads and writes it; one that only fills it writes it. Elements that
-    an expanded tensor repeats count once. What a kernel reads again, or keeps in scratch memory, does not count: it is
-    what the operators must move when each is a kernel that finds nothing in a cache.
-    """
-
-    FILLS = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_")  # their first argument
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device, self.bytes, self.operators = device, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        moved = self._moved(func, args, kwargs or {}, out)
-        self.bytes += moved
-        self.operators += moved > 0
-        return out
-
-    def _moved(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
-        schema, name = func._schema, func._schema.name.rpartition("::")[2]
-        is_changing = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-        if not any(is_changing) and any(r.alias_info is not None for r in schema.returns):
-            return 0  # a view
-        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-        total, held = 0, {id(leaf) for leaf in tree_leaves(given)}
-        for argument, is_changed in zip(schema.arguments, is_changing, strict=True):
-            size = self._size(given.get(argument.name))
-            is_only_filled = is_changed and (
-                argument.is_out or (name in self.FILLS and argument is schema.arguments[0])
-            )
-            total += 0 if is_only_filled else size
-            if name.startswith("_fused_") and argument.name == "grads" and given.get("grad_scale") is None:
-                continue  # declared as changed, and changed only where it is scaled
-            total += size if is_changed else 0
-        if not name.startswith(("empty", "new_empty")):
-            total += sum(self._size(leaf) for leaf in tree_leaves(out) if id(leaf) not in held)
-        return total
-
-    def _size(self, value: Any) -> int:
-        return sum(
-            _own_bytes(t) for t in tree_leaves(value) if isinstance(t, Tensor) and t.device.type == self.device.type
-        )
-
-
-def _own_bytes(tensor: Tensor) -> int:
-    """Bytes of the elements that have memory of their own."""
-    elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= size if stride or not size else 1
-    return elements * tensor.element_size()
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes within the device."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    for _ in range(3):
-        target.copy_(source)
-    return 2 * source.nbytes / min(per_update(lambda: void(target.copy_(source)), 10, device) for _ in range(5))
+NETWORKS = 9
+MiB = 1 << 20
 
 
 def void(_: object) -> None:
-    """For the value of an expression that is not wanted."""
+    """For a hook that has nothing to do."""
 
 
-@dataclass
-class Timeline:
-    """What a profiler saw of a number of updates on the card, an update: milliseconds, counts, bytes."""
-
-    kernel_ms: float
-    kernels: float
-    launches: float
-    copy_ms: float
-    copied: float
-    busy_ms: float
+# ---- undo: a transaction against the same update without ------------------------------------------------------------
 
 
-def timeline(step: Callable[[], None]) -> Timeline:
-    step()
-    synchronize(CUDA)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(PROFILED):
-            step()
-        synchronize(CUDA)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if e.get("ph") == "X"]
-    kernels, copies, sets = (
-        [e for e in events if e.get("cat") == kind] for kind in ("kernel", "gpu_memcpy", "gpu_memset")
-    )
-    starts = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-    launches = sum(str(e.get("name")).startswith(starts) for e in events if str(e.get("cat")).startswith("cuda_"))
-    return Timeline(
-        sum(e["dur"] for e in kernels) / 1e3 / PROFILED,
-        len(kernels) / PROFILED,
-        launches / PROFILED,
-        sum(e["dur"] for e in copies + sets) / 1e3 / PROFILED,
-        sum(int(e["args"].get("bytes", 0)) for e in copies) / PROFILED,
-        covered([(e["ts"], e["ts"] + e["dur"]) for e in kernels + copies + sets]) / 1e3 / PROFILED,
-    )
+class NoUndo(Undo):
+    """Keeps nothing."""
+
+    def begin(self) -> None:
+        self.begun = False
+
+    def before_step(self, *, on_host: bool = False) -> None:
+        self.stepping = True
 
 
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of spans."""
-    total, end = 0.0, float("-inf")
-    for begin, until in sorted(spans):
-        total += max(0.0, until - max(begin, end))
-        end = max(end, until)
-    return total
-
-
-def where() -> Iterator[str]:
-    """A row for each rung and engine."""
-    speed = bandwidth(CUDA)
-    yield f"A copy within the card moves {speed / 1e9:.0f} GB/s.\n"
-    yield from table(
-        "recipe", "engine", "wall ms", "kernels ms", "kernels", "launches", "copies ms", "copied KiB", "idle ms",
-        "operators move MB", "at least ms", "wall / least",
-    )  # fmt: skip
+def undo() -> Iterator[str]:
+    """A row for each recipe and engine; a graph keeps nothing to undo it."""
+    need_cuda()
+    yield from table("recipe", "engine", "with undo, ms", "without, ms", "ratio (median of pairs)", "extra peak, MiB")
+    for case in (*RUNGS, CASES[-1]):
+        yield row(case.name, "eager", *_undone(case, "eager"))
+    for overrides in (["+optimizer.kwargs.foreach=true"], ["optimizer=sgd"]):
+        yield row(f"{CASES[2].name} {overrides[0]}", "eager", *_undone(CASES[2], "eager", *overrides))
     for case in RUNGS:
-        images, labels = batch_of(case)
-        for name in ("eager", "graph"):
-            engine = engine_of(case, name)
+        yield row(case.name, "graph", *_undone(case, "graph"))
 
-            def step(engine: Engine = engine, images: Tensor = images, labels: Tensor = labels) -> None:
-                engine.run(images, labels, samples=0)
 
-            per_update(step, WARM_UP)
-            wall = 1e3 * statistics.median(per_update(step, UPDATES) for _ in range(BLOCKS))
-            seen = timeline(step)
-            with Traffic(CUDA) as traffic:
-                engine.update.work(images, labels)
-            least = 1e3 * traffic.bytes / speed
-            yield row(
-                case.name, name, f"{wall:.2f}", f"{seen.kernel_ms:.2f}", f"{seen.kernels:.0f}", f"{seen.launches:.0f}",
-                f"{seen.copy_ms:.3f}", f"{seen.copied / 1024:.0f}", f"{wall - seen.busy_ms:.2f}",
-                f"{traffic.bytes / 1e6:.0f}", f"{least:.2f}", f"{wall / least:.2f}",
-            )  # fmt: skip
+def _undone(case: Case, kind: str, *overrides: str) -> tuple[str, ...]:
+    images, labels = batch_of(case)
+    steps: dict[str, Callable[[], float]] = {}
+    peaks: list[int] = []
+    for name in ("with", "without"):
+        oom.release(CUDA)
+        base = torch.cuda.memory_allocated(CUDA)
+        engine = engine_of(case, kind, *overrides)
+        if name == "without":
+            engine.update._undo = NoUndo(engine.update.state, CUDA)
+        steps[name] = partial(per_update, partial(engine.run, images, labels, samples=0), UPDATES)
+        steps[name]()  # a graph is recorded on the way
+        torch.cuda.reset_peak_memory_stats(CUDA)
+        steps[name]()
+        peaks.append(torch.cuda.max_memory_allocated(CUDA) - base)
+    found = alternating(steps, 2 * BLOCKS)
+    ms = (f"{1e3 * statistics.median(found[name]):.2f}" for name in ("with", "without"))
+    return (*ms, f"{ratio(found['with'], found['without']):.4f}", f"{(peaks[0] - peaks[1]) / MiB:.1f}")
 
 
 # ---- loop: the whole harness against its engine ----------------------------------------------------------------------
@@ -303,14 +158,14 @@ def direct(loop: Prepared, batch: Batch) -> Callable[[], None]:
 def loop() -> Iterator[str]:
     """A row for each recipe and engine; one on the CPU where there is no card."""
     device = CUDA if torch.cuda.is_available() else CPU
-    rungs = [(case, name) for case in RUNGS for name in ("graph", "eager")]
+    recipes = [(case, name) for case in RUNGS for name in ("graph", "eager")]
     updates, workers = 300, 8
     if device == CPU:
-        rungs, updates, workers = [(replace(RUNGS[0], name="8@64 fp32 on the CPU", size=64), "eager")], 30, 1
+        recipes, updates, workers = [(replace(CASES[0], name="8@64 fp32 on the CPU", size=64), "eager")], 30, 1
     yield from table(
         "recipe", "engine", "engine alone, ms", "loop, one batch, ms", "ratio", f"loop, {workers} workers, ms", "ratio"
     )
-    for case, name in rungs:
+    for case, name in recipes:
         config = resolve(compose_config([
             "model.name=efficientnet_b0", f"trainer.batch_size={case.batch}", f"data.image_size={case.size}",
             f"trainer.precision={case.precision}", f"trainer.engine={name}", "data.transforms=none",
@@ -405,16 +260,16 @@ def block_on_cpu(step: Callable[[], None], updates: int) -> Callable[[], float]:
 
 def compiled() -> Iterator[str]:
     """A row for each recipe and engine, with nothing compiled before."""
+    need_cuda()
     yield from table("recipe", "engine", "images/s", "first update, s", "updates until it has caught up with graph")
-    for case in (NAMED["24@224 bf16 channels_last"], NAMED["24@224 fp32"]):
+    for case in (CASES[-1], CASES[2]):
         images, labels = batch_of(case)
         blocks: dict[str, Callable[[], float]] = {}
         first: dict[str, float] = {}
         for name in ("eager", "graph", "compile"):
             engine = engine_of(case, name)
 
-            def step(engine: Engine = engine, images: Tensor = images, labels: Tensor = labels) -> None:
-                engine.run(images, labels, samples=0)
+            step = partial(engine.run, images, labels, samples=0)
 
             first[name] = per_update(step, 1)
             per_update(step, WARM_UP)
@@ -426,37 +281,18 @@ def compiled() -> Iterator[str]:
             yield row(case.name, name, f"{case.batch / each:.0f}", f"{first[name]:.1f}", caught_up)
 
 
-PARTS: dict[str, Callable[[], Iterator[str]]] = {"where": where, "loop": loop, "cpu": cpu, "compile": compiled}
-
-
-def about(part: str) -> str:
-    on_card = part != "cpu" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name(CUDA) if on_card else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"### {part}: {device}, torch {torch.__version__}, timm {timm.__version__}, {date.today()}"
+PARTS: dict[str, Callable[[], Iterator[str]]] = {"undo": undo, "loop": loop, "compile": compiled, "cpu": cpu}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
-    parser.add_argument("--out", type=Path, default=None, help="folder for benchmark-update.md")
-    arguments = parser.parse_args()
-    if len(arguments.parts) != 1:  # each in a process of its own
-        for name in arguments.parts or PARTS:
-            out = [] if arguments.out is None else ["--out", str(arguments.out)]
-            subprocess.run([sys.executable, "-m", "scripts.benchmark_update", name, *out], check=False)
-        return
-    [name] = arguments.parts
-    lines = [about(name), ""]
-    print("\n".join(lines))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    part = parser.parse_args().part
+    print(heading(part, on_card=part != "cpu"), "", sep="\n")
     with tempfile.TemporaryDirectory() as cache, private_process_state(deterministic=False):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # nothing is compiled yet
-        for row in PARTS[name]():
-            print(row, flush=True)
-            lines.append(row)
-    print()
-    if arguments.out is not None:
-        with (arguments.out / "benchmark-update.md").open("a", encoding="utf-8") as file:
-            file.write("\n".join([*lines, "", ""]))
+        for line in PARTS[part]():
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

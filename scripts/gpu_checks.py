@@ -1,9 +1,9 @@
 """What must hold on a real CUDA card, as tables.
 
 caps: the rung that is found under a cap, against brute force. first: how soon the first update is committed, against a
-run that starts on that rung. soak: a run disturbed by another process, against its replay. cost: what undo costs.
+run that starts on that rung. soak: a run disturbed by another process, against its replay.
 
-Usage: python scripts/gpu_checks.py [caps] [first] [soak] [cost] [--out FOLDER]
+Usage: python scripts/gpu_checks.py [caps] [first] [soak] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config import Config, RungConfig
 from adaptive_trainer.data import build_datasets, train_loader
-from adaptive_trainer.engine import Engine
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.memory.capacity import limited
@@ -43,7 +42,6 @@ from adaptive_trainer.optimizers import build_loss, build_optimizer
 from adaptive_trainer.process import private_process_state, seed_everything
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.stage import Stage
-from adaptive_trainer.transaction import Undo
 from adaptive_trainer.update import Update
 
 MiB = 1 << 20
@@ -392,88 +390,18 @@ def soak(folder: Path) -> Iterator[str]:
     )  # fmt: skip
 
 
-# ---- cost: an update with undo against the same update without -----------------------------------------------------
-
-
-class NoUndo(Undo):
-    """Keeps nothing."""
-
-    def begin(self) -> None:
-        self.begun = False
-
-    def before_step(self, *, on_host: bool = False) -> None:
-        self.stepping = True
-
-
 def make_update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update, Tensor, Tensor]:
     config = resolve(compose_config(overrides))[0].settings
     used = recipe(config)
     parts = Parts(build_model, build_loss, "", 10, 1024, CUDA, capacity)
     session = enter(config, parts)
-    if not undo:
-        session.update._undo = NoUndo(session.state, CUDA)
     images = torch.rand(used.batch_size, 3, used.image_size, used.image_size).pin_memory()
     return session.update, images, torch.randint(10, (used.batch_size,)).pin_memory()
 
 
-def _milliseconds(step: Callable[[], None], updates: int = 15) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(updates):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / updates * 1e3
-
-
-def cost(folder: Path) -> Iterator[str]:
-    """Time and memory of an update with and without undo (a graph keeps none), in alternating blocks of one process."""
-    yield from (
-        "| recipe | with undo, ms | without, ms | ratio (median of 9 pairs) | extra peak, MiB |",
-        "|---|---|---|---|---|",
-    )
-    for name, overrides, engine in (
-        ("24@224 fp32 fused AdamW", [], "eager"),
-        ("24@224 fp32 foreach AdamW", ["+optimizer.kwargs.foreach=true"], "eager"),
-        ("24@224 fp32 SGD", ["optimizer=sgd"], "eager"),
-        ("8@160 fp16 micro-batch 4", SMALL, "eager"),
-        ("24@224 fp32 fused AdamW, graph", [], "graph"),
-        ("8@160 fp16 micro-batch 4, graph", SMALL, "graph"),
-    ):
-        yield f"| {name} | {_cost(overrides, engine)} |"
-
-
-def _cost(overrides: list[str], kind: str) -> str:
-    times: dict[bool, list[float]] = {True: [], False: []}
-    peaks: dict[bool, int] = {}
-    with limited(CUDA, None) as capacity:
-        steps: dict[bool, Callable[[], None]] = {}
-        for undo in (True, False):
-            oom.release(CUDA)
-            base = torch.cuda.memory_allocated(CUDA)
-            update, images, labels = make_update(overrides, capacity, undo=undo)
-            engine = Engine(update, kind, len(labels), lambda text: print(text, file=sys.stderr))
-
-            def step(engine: Engine = engine, images: Tensor = images, labels: Tensor = labels) -> None:
-                engine.run(images, labels, samples=0)
-
-            steps[undo] = step
-            for _ in range(8):  # the graph is recorded on the way
-                step()
-            torch.cuda.reset_peak_memory_stats(CUDA)
-            _milliseconds(step, 5)
-            torch.cuda.synchronize()
-            peaks[undo] = torch.cuda.max_memory_allocated(CUDA) - base
-        for number in range(9):
-            for undo in (True, False) if number % 2 else (False, True):
-                times[undo].append(_milliseconds(steps[undo]))
-    ratio = statistics.median(a / b for a, b in zip(times[True], times[False], strict=True))
-    with_undo, without = statistics.median(times[True]), statistics.median(times[False])
-    return f"{with_undo:.2f} | {without:.2f} | {ratio:.4f} | {(peaks[True] - peaks[False]) / MiB:.1f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    checks: dict[str, Callable[[Path], Iterator[str]]] = {"caps": caps, "first": first, "soak": soak, "cost": cost}
+    checks: dict[str, Callable[[Path], Iterator[str]]] = {"caps": caps, "first": first, "soak": soak}
     parser.add_argument("checks", nargs="*", default=list(checks), choices=[*checks, []])
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu-checks.md")
     arguments = parser.parse_args()

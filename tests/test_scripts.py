@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.cli import as_list
+from scripts import benchmark, benchmark_where
 from scripts import benchmark_finders as finders
-from scripts import benchmark_update
 from tests.forking import ROOT, Launcher
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,7 +118,7 @@ def test_a_finder_that_fails_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(finders.CONTENDERS, "breaks", lambda cap: dict[int, finders.Answer]()[cap])
     broken = finders.round_of("breaks", 900)
     good = [{"seconds": seconds, "batch": 12, "failed": 1} for seconds in (1.0, 3.0, 2.0)]
-    assert finders.table(900, {"breaks": [broken], "works": good}, "13")[4:-1] == [
+    assert finders.lines_of(900, {"breaks": [broken], "works": good}, "13")[2:-1] == [
         "| breaks | failed: KeyError: 900 | - | - |",
         "| works | 2.00 (1.00 to 3.00) | 12 | 1 |",
         "| brute force | - | 13 | - |",
@@ -128,22 +128,38 @@ def test_a_finder_that_fails_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPat
 def test_finders_need_a_card(launcher: Launcher, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    ended = launcher.run(script=ROOT / "scripts" / "benchmark_finders.py", folder=tmp_path)
-    assert ended.code == 1
-    assert "there is no CUDA here" in ended.text
+    ended = run_module("scripts.benchmark_finders")
+    assert ended.returncode == 1
+    assert "there is no CUDA here" in ended.stderr
 
 
-def test_benchmark_of_loading(launcher: Launcher, tmp_path: Path) -> None:
+def run_module(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_benchmark_of_loading() -> None:
     options = ["--images", "24", "--size", "32", "--batch", "8", "--workers", "1", "--blocks", "1"]
-    options += ["--model", "mobilenetv3_small_050", "--out", str(tmp_path)]
-    ended = launcher.run(*options, script=ROOT / "scripts" / "benchmark_data.py", folder=tmp_path)
-    assert ended.code == 0, ended.text
-    rows = [line.split(" | ") for line in (tmp_path / "benchmark_data.md").read_text().splitlines()]
+    ended = run_module("scripts.benchmark_data", *options, "--model", "mobilenetv3_small_050")
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split(" | ") for line in ended.stdout.splitlines()]
     ways = ["ours, data.cache=disk", "ours, data.cache=ram", "ours, data.cache=none"]
     others = ["torchvision ImageFolder, DataLoader", "timm create_loader"]
     assert [row[0].removeprefix("| ") for row in rows if len(row) == 2][1:] == [*ways, *others]
     assert [row[0].removeprefix("| ") for row in rows if len(row) == 3][1:] == ["one batch", *ways]
     assert all(float(row[1].rstrip(" |")) > 0 for row in rows if row[0].startswith("| ours"))
+
+
+def test_benchmarks_replace_their_tables_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Speed\n\n<!-- a -->\nold\n<!-- end of a -->\n\nMore\n", encoding="utf-8")
+    works, fails = ["timeit", "-n1", "-r1", r"print(r'\1 new')"], ["timeit", "-n1", "-r1", "print('half'); 1 / 0"]
+    monkeypatch.setattr(benchmark, "PARTS", {"a": works, "b": fails, "c": works})
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--page", str(page)])
+    with pytest.raises(SystemExit, match="not measured: b"):
+        benchmark.main()
+    text = re.sub("\n1 loop.*", "", page.read_text(encoding="utf-8"))
+    parts = [f"<!-- {name} -->\n\\1 new\n<!-- end of {name} -->\n" for name in "ac"]
+    assert text == f"# Speed\n\n{parts[0]}\nMore\n\n{parts[1]}"
 
 
 # -- code blocks
@@ -191,7 +207,7 @@ def test_commands_of_the_documentation(place: str, args: list[str]) -> None:
     assert compose_config(overrides).trainer.batch_size, place
 
 
-# -- what scripts/benchmark_update.py counts
+# -- what scripts/benchmark_where.py counts
 
 
 def test_traffic_counts_what_operators_read_and_write() -> None:
@@ -216,10 +232,10 @@ def test_traffic_counts_what_operators_read_and_write() -> None:
         # gradient and weight with two moments are read, these three written, and the count of steps
         (optimizer.step, 7 * nbytes + 3 * 4),
     ):
-        with benchmark_update.Traffic(torch.device("cpu")) as traffic, torch.no_grad():
+        with benchmark_where.Traffic(torch.device("cpu")) as traffic, torch.no_grad():
             work()
         assert traffic.bytes == expected
 
 
 def test_covered_time_counts_overlaps_once() -> None:
-    assert benchmark_update.covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5
+    assert benchmark_where.covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5

@@ -1,0 +1,334 @@
+"""Images per second of one training update on one CUDA card: this package, a bare loop, accelerate, lightning, timm.
+
+Usage: python -m scripts.benchmark_speed [--blocks N] [--cases N ...] [--plot FILE]
+
+Every contender is a process of its own with the same network, the same pinned batch and the same mathematics (AdamW,
+fused; fp16 with loss scaling). They run blocks of updates in turn, in an order that alternates; a figure is the median
+of the blocks. Peers that are not installed are left out.
+
+timm's train script is not part of its package: its update is put together here from the parts that it uses, without
+its meter of the loss, which waits for the card at every update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import NativeScaler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from adaptive_trainer import compose_config
+from adaptive_trainer.engine import Engine
+from adaptive_trainer.ladder import resolve
+from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.models import build_model
+from adaptive_trainer.optimizers import build_loss
+from adaptive_trainer.session import Parts, enter
+from scripts.timing import (
+    CUDA,
+    Contender,
+    alternating,
+    answers_to,
+    heading,
+    is_installed,
+    need_cuda,
+    per_update,
+    row,
+    table,
+)
+
+MODEL = "efficientnet_b0"
+WARM_UP, UPDATES = 20, 20
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe: samples in an update, in a micro-batch, and the rest. bf16 is with channels_last."""
+
+    name: str
+    batch: int
+    micro: int
+    size: int
+    precision: str
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of weights and images, for every contender."""
+        return torch.channels_last if self.precision == "bf16" else torch.contiguous_format
+
+
+CASES = (
+    Case("8@160 fp32", 8, 8, 160, "fp32"), Case("8@224 fp32", 8, 8, 224, "fp32"),
+    Case("24@224 fp32", 24, 24, 224, "fp32"), Case("amp: 8@160 fp16", 8, 8, 160, "fp16"),
+    Case("accumulate: 2 x 4@160 fp16", 8, 4, 160, "fp16"), Case("8@160 bf16 channels_last", 8, 8, 160, "bf16"),
+    Case("8@224 bf16 channels_last", 8, 8, 224, "bf16"), Case("24@224 bf16 channels_last", 24, 24, 224, "bf16"),
+)  # fmt: skip
+RUNGS = [CASES[0], CASES[2], CASES[3]]  # three that differ: small, large, half precision
+Block = Callable[[int], float]  # seconds of one of so many updates
+
+
+def batch_of(case: Case) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(case.batch, 3, case.size, case.size, generator=generator)
+    images = images.contiguous(memory_format=case.memory_format)
+    return images.pin_memory(), torch.randint(10, (case.batch,), generator=generator).pin_memory()
+
+
+def parts_of(case: Case) -> tuple[nn.Module, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
+    """A fresh network, its optimizer, and the micro-batches of one update."""
+    torch.manual_seed(0)
+    model = timm.create_model(MODEL, num_classes=10).to(memory_format=case.memory_format)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    images, labels = batch_of(case)
+    parts = zip(images.split(case.micro), labels.split(case.micro), strict=True)  # type: ignore[no-untyped-call]
+    return model, optimizer, [(some.pin_memory(), theirs.pin_memory()) for some, theirs in parts]
+
+
+def bare(case: Case) -> Block:
+    model, optimizer, parts = parts_of(case)
+    model = model.to(CUDA).train()
+    scaler, loss_of = torch.amp.GradScaler("cuda", enabled=case.precision == "fp16"), nn.CrossEntropyLoss()  # fmt: skip
+
+    def update() -> None:
+        for images, labels in parts:
+            x, y = images.to(CUDA, non_blocking=True), labels.to(CUDA, non_blocking=True)
+            with torch.autocast("cuda", HALF.get(case.precision), enabled=case.precision in HALF):
+                loss = loss_of(model(x), y) / len(parts)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return partial(per_update, update)
+
+
+def accelerate(case: Case) -> Block:
+    from accelerate import Accelerator
+
+    model, optimizer, parts = parts_of(case)
+    precision = "no" if case.precision == "fp32" else case.precision
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=len(parts))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    loss_of = nn.CrossEntropyLoss()
+
+    def update() -> None:
+        for images, labels in parts:
+            x, y = images.to(CUDA, non_blocking=True), labels.to(CUDA, non_blocking=True)
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = loss_of(model(x), y)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return partial(per_update, update)
+
+
+def lightning(case: Case) -> Block:
+    import lightning as pl
+
+    model, optimizer, parts = parts_of(case)
+    times: list[float] = []
+
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.loss_of = model, nn.CrossEntropyLoss()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            loss: Tensor = self.loss_of(self.model(batch[0]), batch[1])
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer
+
+    class Clock(pl.Callback):  # type: ignore[misc]
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if index == len(parts):  # the first update finds the loop not running yet
+                torch.cuda.synchronize()
+                times.append(time.perf_counter())
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    module = Module()
+
+    def block(updates: int) -> float:
+        times.clear()
+        trainer = pl.Trainer(
+            accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[Clock()],
+            precision={"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}[case.precision],
+            accumulate_grad_batches=len(parts),
+        )  # fmt: skip
+        batches: Any = parts * (updates + 1)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+        return (times[1] - times[0]) / updates
+
+    return block
+
+
+def timm_script(case: Case) -> Block:
+    """An update as timm's train script does it, with its optimizer and its loss scaler."""
+    model, _, parts = parts_of(case)
+    model = model.to(CUDA).train()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, fused=True)
+    scaler: Any = NativeScaler() if case.precision == "fp16" else None  # type: ignore[no-untyped-call]
+    autocast = partial(torch.autocast, "cuda", HALF.get(case.precision), enabled=case.precision in HALF)
+    loss_of = nn.CrossEntropyLoss()
+
+    def update() -> None:
+        for number, (images, labels) in enumerate(parts, start=1):
+            x, y = images.to(CUDA, non_blocking=True), labels.to(CUDA, non_blocking=True)
+            with autocast():
+                loss = loss_of(model(x), y) / len(parts)
+            is_last = number == len(parts)
+            if scaler is not None:
+                scaler(loss, optimizer, need_update=is_last)
+                continue
+            loss.backward()
+            if is_last:
+                optimizer.step()
+        optimizer.zero_grad()
+
+    return partial(per_update, update)
+
+
+def engine_of(case: Case, engine: str, *overrides: str) -> Engine:
+    """This package's engine on a fresh network, with no limit on memory."""
+    config = resolve(
+        compose_config([
+            f"model.name={MODEL}", f"trainer.batch_size={case.batch}", f"trainer.micro_batch_size={case.micro}",
+            f"data.image_size={case.size}", f"trainer.precision={case.precision}",
+            f"trainer.channels_last={case.precision == 'bf16'}", *overrides,
+        ])
+    )[0].settings  # fmt: skip
+    cap: AbstractContextManager[Any] = limited(CUDA, None)
+    parts = Parts(build_model, build_loss, "", 10, 1024, CUDA, cap.__enter__())
+    return Engine(enter(config, parts).update, engine, case.batch, lambda text: print(text, file=sys.stderr))
+
+
+def adaptive_trainer(case: Case, engine: str) -> Block:
+    runs = engine_of(case, engine)
+    images, labels = batch_of(case)
+    return partial(per_update, lambda: runs.run(images, labels, samples=0))
+
+
+CONTENDERS: dict[str, Callable[[Case], Block]] = {
+    "bare loop": bare,
+    "accelerate": accelerate,
+    "lightning": lightning,
+    "timm": timm_script,
+    "ours, eager": lambda case: adaptive_trainer(case, "eager"),
+    "ours": lambda case: adaptive_trainer(case, "auto"),
+}
+
+
+def serve(name: str, number: int) -> None:
+    """Be one contender: for every line read, run a block and answer with the seconds of an update."""
+    logging.disable(logging.WARNING)
+    answers = answers_to()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        block = CONTENDERS[name](CASES[number])
+        block(WARM_UP)
+        print("ready", file=answers)
+        for _ in sys.stdin:
+            print(block(UPDATES), file=answers)
+
+
+def contenders() -> list[str]:
+    """Those whose package is there."""
+    return [name for name in CONTENDERS if name not in ("accelerate", "lightning") or is_installed(name)]
+
+
+def compare(number: int, blocks: int) -> dict[str, float]:
+    """Images per second of each contender in one case."""
+    with tempfile.TemporaryFile("w+") as noise:
+        serving = {
+            name: Contender(["-m", "scripts.benchmark_speed", "--serve", name, str(number)], noise)
+            for name in contenders()
+        }
+        try:
+            for name, contender in serving.items():
+                if contender.answer() != "ready\n":
+                    noise.seek(0)
+                    raise SystemExit(f"{name} did not start:\n{noise.read()[-3000:]}")
+            asking = {name: partial(seconds, contender) for name, contender in serving.items()}
+            found = alternating(asking, blocks)
+        finally:
+            for contender in serving.values():
+                contender.end()
+    return {name: CASES[number].batch / statistics.median(times) for name, times in found.items()}
+
+
+def seconds(contender: Contender) -> float:
+    return float(contender.ask())
+
+
+def plot(speeds: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of images per second, a group for each case."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    names = list(next(iter(speeds.values())))
+    for number, name in enumerate(names):
+        places = [case + number / (len(names) + 1) for case in range(len(speeds))]
+        axes.bar(places, [speed[name] for speed in speeds.values()], 1 / (len(names) + 1), label=name)
+    middle = (len(names) - 1) / 2 / (len(names) + 1)
+    axes.set_xticks([case + middle for case in range(len(speeds))], list(speeds), fontsize="small", rotation=15)
+    axes.set_ylabel("images per second")
+    axes.set_title(f"{MODEL}, training updates, {torch.cuda.get_device_name(CUDA)}")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=5, help=f"of {UPDATES} updates for each contender")
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers of cases, from 0")
+    parser.add_argument("--plot", type=Path, default=None, help="file to draw the bars into")
+    parser.add_argument("--serve", nargs=2, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments.serve[0], int(arguments.serve[1]))
+        return
+    need_cuda()
+    names = contenders()
+    peers = [name for name in names if not name.startswith("ours")]
+    print(heading(f"images per second, median of {arguments.blocks} blocks"), "", sep="\n")
+    print(*table(MODEL, *names, "ours / best other"), sep="\n")
+    speeds: dict[str, dict[str, float]] = {}
+    for number in arguments.cases:
+        speed = speeds[CASES[number].name] = compare(number, arguments.blocks)
+        best = max(speed[peer] for peer in peers)
+        print(row(CASES[number].name, *(f"{speed[name]:.0f}" for name in names), f"{speed['ours'] / best:.2f}"))
+    if arguments.plot is not None:
+        plot(speeds, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
