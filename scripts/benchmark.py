@@ -2,7 +2,7 @@
 
 speed: images per second against other trainers. finders-CAP: seconds until a batch size fits and trains. data: images
 per second from files. where: what one update spends its time on. undo, loop, compile: what transactions, the training
-loop and torch.compile cost and bring. cpu: an update without a card.
+loop and torch.compile cost and bring. layout: where channels_last pays. cpu: an update without a card.
 
 Usage: python scripts/benchmark.py [PART ...] [--page FILE]
 
@@ -29,6 +29,7 @@ PARTS: dict[str, list[str]] = {
     "undo": ["scripts.benchmark_update", "undo"],
     "loop": ["scripts.benchmark_update", "loop"],
     "compile": ["scripts.benchmark_update", "compile"],
+    "layout": ["scripts.benchmark_update", "layout"],
     "cpu": ["scripts.benchmark_update", "cpu"],
 }
 

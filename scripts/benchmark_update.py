@@ -1,10 +1,10 @@
 """What this package adds to an update, and what compiling brings.
 
 undo: a transaction against the same update that keeps nothing to undo it. loop: the training loop against the same
-engine called directly. compile: eager, graph and compile, and how long compiling takes. cpu: an eager update on the CPU
-against a bare loop.
+engine called directly. compile: eager, graph and compile, and how long compiling takes. layout: where channels_last
+pays. cpu: an eager update on the CPU against a bare loop.
 
-Usage: python -m scripts.benchmark_update undo|loop|compile|cpu
+Usage: python -m scripts.benchmark_update undo|loop|compile|layout|cpu
 """
 
 from __future__ import annotations
@@ -281,7 +281,41 @@ def compiled() -> Iterator[str]:
             yield row(case.name, name, f"{case.batch / each:.0f}", f"{first[name]:.1f}", caught_up)
 
 
-PARTS: dict[str, Callable[[], Iterator[str]]] = {"undo": undo, "loop": loop, "compile": compiled, "cpu": cpu}
+# ---- layout: where channels_last pays ------------------------------------------------------------------------------
+
+
+def layout() -> Iterator[str]:
+    """A row for each model and size: how many times as fast a graph is with channels_last, at each precision."""
+    need_cuda()
+    precisions = ("fp32", "fp16", "bf16")
+    heads = [f"{precision}, images/s" for precision in precisions]
+    yield from table("model", *heads, *(f"channels_last, {precision}" for precision in precisions))
+    for model in ("efficientnet_b0", "mobilenetv3_large_100", "resnet50", "convnext_atto"):
+        for batch, size in ((8, 160), (24, 224)):
+            pairs = [_both_layouts(Case("", batch, batch, size, precision), model) for precision in precisions]
+            speeds = (f"{batch / plain:.0f}" for plain, _ in pairs)
+            yield row(f"{model} {batch}@{size}", *speeds, *(f"{plain / last:.2f}" for plain, last in pairs))
+
+
+def _both_layouts(case: Case, model: str) -> tuple[float, float]:
+    """Seconds of an update without and with channels_last."""
+    images, labels = (part.contiguous().pin_memory() for part in batch_of(case))  # as loaders give them
+    steps = {}
+    for is_last in (False, True):
+        engine = engine_of(case, "graph", f"model.name={model}", f"trainer.channels_last={is_last}")
+        steps[str(is_last)] = partial(per_update, partial(engine.run, images, labels, samples=0), UPDATES)
+        steps[str(is_last)]()
+    found = alternating(steps, 5)
+    return statistics.median(found["False"]), statistics.median(found["True"])
+
+
+PARTS: dict[str, Callable[[], Iterator[str]]] = {
+    "undo": undo,
+    "loop": loop,
+    "compile": compiled,
+    "layout": layout,
+    "cpu": cpu,
+}
 
 
 def main() -> None:

@@ -44,6 +44,10 @@ HELD_OUT = (
     ("vit_small_patch32_224", 32), ("torchvision/mnasnet1_0", 24), ("edgenext_small", 16), ("cspresnet50", 12),
     ("inception_v3", 8), ("regnetx_008", 24), ("torchvision/squeezenet1_0", 24),
 )  # fmt: skip
+CHANNELS_LAST = (
+    ("efficientnet_b0", 24), ("mobilenetv3_large_100", 24), ("resnet50", 16), ("convnext_atto", 16),
+    ("regnety_004", 24), ("densenet121", 8),
+)  # fmt: skip
 SETTINGS = (("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "adamw"), ("fp32", "sgd"), ("fp16", "adamw"), ("bf16", "sgd"))
 
 
@@ -83,7 +87,7 @@ class Outcome:
 
 
 def cases() -> list[Case]:
-    """Every rung of both ladders, two settings of each model that was looked at, one of the others."""
+    """Every rung of both ladders, two settings of each model that was looked at, one of the others; channels_last."""
     found = [
         Case("ladders", (f"ladder={ladder}",), rung.name)
         for ladder in ("default", "faithful")
@@ -96,6 +100,11 @@ def cases() -> list[Case]:
             precision, optimizer = SETTINGS[(number + shift) % len(SETTINGS)]
             settings = (f"trainer.batch_size={batch}", f"trainer.precision={precision}", f"optimizer={optimizer}")
             found.append(Case(group, ("ladder=none", f"model.name={name}", *settings)))
+    for number, (name, batch) in enumerate(CHANNELS_LAST):
+        settings = (f"trainer.batch_size={batch}", f"trainer.precision={('bf16', 'fp16', 'fp32')[number % 3]}")
+        found.append(
+            Case("channels_last", ("ladder=none", f"model.name={name}", "trainer.channels_last=true", *settings))
+        )
     return found
 
 
@@ -155,14 +164,16 @@ def summary(outcomes: list[Outcome]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=6, help="processes at once; the limits are each process's own")
+    parser.add_argument("--group", default=None, help="only this one")
     parser.add_argument("--part", nargs=2, type=int, default=(1, 1), metavar=("I", "N"), help="the I-th of N shares")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    asked = [case for case in cases() if arguments.group in (None, case.group)]
     outcomes: list[Outcome] = []
     head = ["| group | recipe | " + " | ".join(QUANTITIES) + " | wrong verdict |", "|---" * 6 + "|"]
     print("\n".join(head), flush=True)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
-        for outcome in pool.map(run, cases()[arguments.part[0] - 1 :: arguments.part[1]]):
+        for outcome in pool.map(run, asked[arguments.part[0] - 1 :: arguments.part[1]]):
             outcomes.append(outcome)
             print(f"| {outcome} |", flush=True)
     about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {date.today()}"
