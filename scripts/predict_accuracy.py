@@ -101,10 +101,9 @@ def cases() -> list[Case]:
             settings = (f"trainer.batch_size={batch}", f"trainer.precision={precision}", f"optimizer={optimizer}")
             found.append(Case(group, ("ladder=none", f"model.name={name}", *settings)))
     for number, (name, batch) in enumerate(CHANNELS_LAST):
-        settings = (f"trainer.batch_size={batch}", f"trainer.precision={('bf16', 'fp16', 'fp32')[number % 3]}")
-        found.append(
-            Case("channels_last", ("ladder=none", f"model.name={name}", "trainer.channels_last=true", *settings))
-        )
+        model = (f"model.name={name}", f"trainer.batch_size={batch}")
+        layout = ("trainer.channels_last=true", f"trainer.precision={('bf16', 'fp16', 'fp32')[number % 3]}")
+        found.append(Case("channels_last", ("ladder=none", *model, *layout)))
     return found
 
 
