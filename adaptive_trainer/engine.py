@@ -1,7 +1,8 @@
 """Which way updates run: operator by operator (eager), by compiled code, or as one CUDA graph.
 
-Compiled code and graph are a luxury: where they cannot be had, or their memory is wanted for something else, updates go
-on without, and the reason is recorded.
+Where the optimizer's step cannot be recorded, the graph is of forward and backward alone. Compiled code and graph are a
+luxury: where they cannot be had, or their memory is wanted for something else, updates go on without, and the reason is
+recorded.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from torch import Tensor, nn
 from adaptive_trainer import oom
 from adaptive_trainer.compiling import Forward, compile_forward, run_compiled
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.graph import Graph, GraphRefused, refusal, synchronizing_refused
+from adaptive_trainer.graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
 from adaptive_trainer.update import Update
 
 __all__ = ["Engine"]
 
 T = TypeVar("T")
 TIMED = 5  # updates of each kind that `auto` compares
+IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward
 
 
 class Engine:
     """Runs the updates of one rung in training.
 
-    A batch of another size than the whole one (the last of an epoch) and evaluation run operator by operator.
+    Where the optimizer's step cannot be recorded, the graph is of forward and backward, and what follows runs operator
+    by operator. So do a batch of another size than the whole one (the last of an epoch) and evaluation.
 
     Args:
         update: the transaction that runs operator by operator.
@@ -52,6 +55,7 @@ class Engine:
         self._rounds = name != "eager" and on_cuda
         self._is_settled = name == "eager" or (name != "graph" and not on_cuda)  # nothing to choose from
         self._is_checked = False
+        self._step_reason = ""  # why the step is not recorded
         self._seconds: dict[str, list[float]] = {"eager": [], "graph": []}
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
@@ -86,8 +90,7 @@ class Engine:
         if self._graph is None and self._is_checked and (self.name != "auto" or self._is_timed("eager")):
             self._record(images, labels)
         if self._graph is not None and self._graph.suits(images, labels):
-            self._timed("graph", lambda: self._replay(images, labels))
-            self.update.commit(samples)
+            self._timed("graph", lambda: self.beside_graph(lambda: self._replay(images, labels, samples)))
             self._settle()
         elif self._is_settled:
             self.beside_graph(lambda: self._run_kernels(images, labels, samples))
@@ -129,39 +132,79 @@ class Engine:
         self._event(f"engine: eager, not compiled: {reason}")
         self.update.run(images, labels, samples=samples)
 
-    def _replay(self, images: Tensor, labels: Tensor) -> None:
-        if self._graph is not None:
+    def _replay(self, images: Tensor, labels: Tensor, samples: int) -> None:
+        """The update by what was recorded; kernel by kernel where that had to make room for the step."""
+        if self._graph is None:
+            self._run_kernels(images, labels, samples)
+        elif self._graph.with_step:
             self._graph.replay(images, labels)
+            self.update.commit(samples)
+        else:
+            with self.update.accumulating(self._graph.replay):
+                self.update.run(images, labels, samples=samples)
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> None:
-        """An update operator by operator that shows whether any of them waits for the card."""
+        """An update kernel by kernel that shows what speaks against a graph, once the optimizer has made its state."""
         reason = refusal(self.update)
         if not reason and (not self.update.is_warm or self.update.step_allocates is None):
-            self._run_kernels(images, labels, samples)  # makes the optimizer's state
+            self._run_kernels(images, labels, samples)
             return
-        if not reason:
-            try:
-                with synchronizing_refused():
-                    self._run_kernels(images, labels, samples)
-            except GraphRefused as error:
-                reason = str(error)
         self._is_checked = True
+        if not reason:
+            self._step_reason = step_refusal(self.update)
+            reason = self._run_checked(images, labels, samples)
+            if not reason:
+                return
+            if self._is_of_the_step(reason):
+                reason = ""
         if reason:
             self._refuse(reason)
-            self._run_kernels(images, labels, samples)
+        self._run_kernels(images, labels, samples)
+
+    def _run_checked(self, images: Tensor, labels: Tensor, samples: int) -> str:
+        """An update in which nothing that is to be recorded may wait for the card; why it was rolled back."""
+        checked = self.update.accumulating(self._accumulate_checked) if self._step_reason else synchronizing_refused()
+        try:
+            with checked:
+                self._run_kernels(images, labels, samples)
+        except GraphRefused as error:
+            return str(error)
+        return ""
+
+    def _accumulate_checked(self, images: Tensor, labels: Tensor) -> None:
+        with synchronizing_refused():
+            self.update.accumulate(images, labels)
+
+    def _is_of_the_step(self, reason: str) -> bool:
+        """Whether what has just failed came as far as the step; then forward and backward may be recorded alone."""
+        if self._step_reason or self.update.phase not in IN_STEP:
+            return False
+        self._step_reason = reason
+        return True
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
-        reason = ""
-        try:
-            with self.update.calling(self._forward):
-                self._graph = Graph(self.update, images, labels)
-        except GraphRefused as error:
-            reason = str(error)
+        reason = self._try_to_record(images, labels)
+        if reason and self._is_of_the_step(reason):
+            reason = self._try_to_record(images, labels)
         if reason:
             self._refuse(reason)
         elif self.name != "auto":
             self._is_settled = True
-            self._event(f"engine: the whole update is one CUDA graph from here on, as trainer.engine={self.name} asks")
+            self._tell_recorded(f"from here on, as trainer.engine={self.name} asks")
+
+    def _try_to_record(self, images: Tensor, labels: Tensor) -> str:
+        """Why it failed."""
+        try:
+            with self.update.calling(self._forward):
+                self._graph = Graph(self.update, images, labels, with_step=not self._step_reason)
+        except GraphRefused as error:
+            return str(error)
+        return ""
+
+    def _tell_recorded(self, why: str) -> None:
+        what = "forward and backward are" if self._step_reason else "the whole update is"
+        rest = f"; the optimizer's step is not: {self._step_reason}" if self._step_reason else ""
+        self._event(f"engine: {what} one CUDA graph {why}{rest}")
 
     def _refuse(self, reason: str) -> None:
         self._is_settled = True
@@ -175,7 +218,7 @@ class Engine:
         self._is_settled = True
         eager, graph = (1e3 * statistics.median(self._seconds[kind]) for kind in ("eager", "graph"))
         if graph < eager:
-            self._event(f"engine: one CUDA graph an update, {graph:.1f} ms, against {eager:.1f} ms eager (auto)")
+            self._tell_recorded(f"from here on, {graph:.1f} ms an update, against {eager:.1f} ms eager (auto)")
         else:
             self._graph = None
             oom.release(self.update.device)

@@ -1,4 +1,4 @@
-"""One whole update as a CUDA graph: recorded once, then replayed with new samples.
+"""One update, or its forward and backward passes, as a CUDA graph: recorded once, then replayed with new samples.
 
 A small batch leaves a card waiting for Python to launch its kernels. A graph launches them all at once, and as its
 memory is its own, a replay allocates nothing: it cannot run out of memory.
@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
 from adaptive_trainer.update import Update
 
-__all__ = ["Graph", "GraphRefused", "refusal", "synchronizing_refused"]
+__all__ = ["Graph", "GraphRefused", "refusal", "step_refusal", "synchronizing_refused"]
 
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
 PLAIN = (int, float, str, type(None))
@@ -42,22 +41,28 @@ class Graph:
         update: what is recorded. Its optimizer has made all of its state, and an update of this shape has run before.
         images: (N, C, H, W), the shape that is recorded; the values do not matter.
         labels: (N,).
+        with_step: record all of the update; otherwise only what makes the gradients, forward and backward.
 
     Raises:
         GraphRefused: it cannot be recorded, or there is no memory for it; the training state is as before.
+            `update.phase` says how far the recording came.
     """
 
-    def __init__(self, update: Update, images: Tensor, labels: Tensor) -> None:
-        self.optimizer = update.state.optimizer
+    def __init__(self, update: Update, images: Tensor, labels: Tensor, *, with_step: bool = True) -> None:
+        self.with_step = with_step
+        self.groups = update.state.optimizer.param_groups if with_step else []
+        self.gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._graph = torch.cuda.CUDAGraph()
         problem = ""
         oom.release(update.device)  # while a graph is recorded the allocator cannot flush its cache
         try:
-            self.images = torch.zeros_like(images, device=update.device)
-            self.labels = torch.zeros_like(labels, device=update.device)
-            self.rates = [torch.tensor(float(g["lr"]), device=update.device) for g in self.optimizer.param_groups]
             with update.undone(), _unchanged_host(update):
+                self.images = torch.zeros_like(images, device=update.device)
+                self.labels = torch.zeros_like(labels, device=update.device)
+                self.rates = [torch.tensor(float(group["lr"]), device=update.device) for group in self.groups]
                 self._record(update)
+                if not with_step:
+                    self.gradients = [(p, p.grad) for p in update.state.model.parameters() if p.grad is not None]
         except GraphRefused as error:
             problem = str(error)
         except Exception as error:
@@ -77,12 +82,17 @@ class Graph:
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, given, strict=True))
 
     def replay(self, images: Tensor, labels: Tensor) -> None:
-        """The update on these samples, at the learning rates that the optimizer's groups hold now."""
+        """The update on these samples, at the learning rates that the optimizer's groups hold now.
+
+        Without the step: the gradients, which stay the graph's own and are overwritten by the next replay.
+        """
         self.images.copy_(images, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+        for rate, group in zip(self.rates, self.groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
 
     def _record(self, update: Update) -> None:
         """Run the update's Python once; its kernels go into the graph and do not run."""
@@ -90,11 +100,11 @@ class Graph:
         stream = torch.cuda.Stream(update.device)  # type: ignore[no-untyped-call]
         has_ended = False
         try:
-            with torch.cuda.stream(stream), _changing_values(self.optimizer, self.rates):
+            with torch.cuda.stream(stream), _changing_values(self.groups, self.rates):
                 # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
                 self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    update.work(self.images, self.labels)
+                    (update.work if self.with_step else update.accumulate)(self.images, self.labels)
                 finally:
                     self._graph.capture_end()
                     has_ended = True
@@ -118,24 +128,25 @@ def _abandon(device: torch.device, pool: Any) -> None:
 
 
 @contextmanager
-def _changing_values(optimizer: Optimizer, rates: list[Tensor]) -> Iterator[None]:
+def _changing_values(groups: list[dict[str, Any]], rates: list[Tensor]) -> Iterator[None]:
     """Learning rates as tensors that later replays read anew, while the optimizer's step is recorded."""
     keys: tuple[str, ...] = ("lr", "capturable")
-    before = [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    before = [{key: group[key] for key in keys if key in group} for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
         if "capturable" in group:
             group["capturable"] = True
     try:
         yield
     finally:
-        for group, values in zip(optimizer.param_groups, before, strict=True):
+        for group, values in zip(groups, before, strict=True):
             group.update(values)
 
 
 @contextmanager
 def _unchanged_host(update: Update) -> Iterator[None]:
     """Refuse an update that changes something on the host, which a replay would not repeat."""
+    update.state.model.train()  # as any update does; after an evaluation that would be a change
     before = _host_side(update)
     yield
     after = _host_side(update)
@@ -174,21 +185,31 @@ def _seen(value: Any) -> Any:
 
 
 def refusal(update: Update) -> str:
-    """Why the update cannot be a graph; empty where nothing speaks against trying."""
-    optimizer = update.state.optimizer
-    name = type(optimizer).__name__
+    """Why no part of the update can be a graph; empty where nothing speaks against trying."""
     if update.device.type != "cuda":
         return f"graphs need a CUDA card, and this is {update.device.type}"
     if torch.cuda.get_allocator_backend() != "native":
         return "graphs need torch's own allocator"
     if not isinstance(update.loss, nn.Module) and not update.loss.__module__.startswith("torch."):
         return "what a loss function changes on the host cannot be seen; a loss that is an nn.Module can be recorded"
+    if update.keeps_gradients:
+        name = type(update.state.optimizer).__name__
+        return f"{name} keeps gradients for later steps, and each replay writes the next ones over them"
+    return ""
+
+
+def step_refusal(update: Update) -> str:
+    """Why the optimizer's step cannot be a part of the graph; empty where nothing speaks against trying."""
+    optimizer = update.state.optimizer
+    name = type(optimizer).__name__
     fused_sgd = isinstance(optimizer, torch.optim.SGD) and all(group["fused"] for group in optimizer.param_groups)
     if not fused_sgd and not all("capturable" in group for group in optimizer.param_groups):
         return f"{name} has no implementation that can be recorded with a changing learning rate"
     leaves = [leaf for values in optimizer.state.values() for leaf in tree_leaves(values)]
-    if any(not isinstance(leaf, Tensor) or leaf.device.type != "cuda" for leaf in leaves):
-        return f"{name} keeps a part of its state on the host; its fused implementation does not"
+    if any(not isinstance(leaf, Tensor) or leaf.device.type != update.device.type for leaf in leaves):
+        has_fused = any("fused" in group for group in optimizer.param_groups)
+        advice = "; its fused implementation does not" if has_fused else ""
+        return f"{name} keeps a part of its state on the host{advice}"
     if update.state.ema is not None and update.state.ema.use_warmup:
         return "the moving average's decay changes with the count of updates"
     return ""

@@ -32,6 +32,7 @@ __all__ = ["Loss", "Shapes", "Update", "prove"]
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Accumulate = Callable[[Tensor, Tensor], None]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PROVEN_UPDATES = 2  # the optimizer makes its state in the first; the second meets the full peak
 
@@ -89,7 +90,9 @@ class Update:
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.phase = "begin"
         self._forward_pass: Callable[[Tensor], Any] | None = None  # instead of the model's own
+        self._accumulation: Accumulate | None = None  # instead of `accumulate`
         self.step_allocates: bool | None = None  # not known yet
+        self.keeps_gradients = False  # whether the optimizer was seen to hold on to a gradient
         self.is_warm = False  # whether the last step found all of the optimizer's state made
         self.held: int | None = None  # bytes, before the updates of a proof
         self._modules = list(state.model.modules())
@@ -120,7 +123,7 @@ class Update:
 
     def work(self, images: Tensor, labels: Tensor) -> None:
         """What an update does on the device, with nothing kept to undo it: what a CUDA graph records."""
-        self._accumulate(images, labels)
+        self.accumulate(images, labels)
         self._step(undoable=False)
 
     @contextmanager
@@ -133,8 +136,18 @@ class Update:
             self._forward_pass = None
 
     @contextmanager
+    def accumulating(self, accumulate: Accumulate) -> Iterator[None]:
+        """Updates inside get their gradients from this function of images and labels instead of `accumulate`."""
+        self._accumulation = accumulate
+        try:
+            yield
+        finally:
+            self._accumulation = None
+
+    @contextmanager
     def undone(self) -> Iterator[None]:
         """What is changed inside, but for weights and optimizer state, is as before afterwards."""
+        self.phase = "begin"
         self._undo.begin()
         try:
             yield
@@ -156,7 +169,8 @@ class Update:
         try:
             self._undo.begin()
             with self.capacity.device_work():
-                self._accumulate(images, labels)
+                self.phase = "forward"
+                (self._accumulation or self.accumulate)(images, labels)
                 self._step()
         except BaseException as error:
             failure = oom.describe(error, pressure=self.capacity.pressure)
@@ -185,12 +199,11 @@ class Update:
             raise DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")
         oom.release(self.device, self.held)
 
-    def _accumulate(self, images: Tensor, labels: Tensor) -> None:
+    def accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward of every micro-batch, each weighted by its share of the samples."""
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
-        self.phase = "forward"
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
         for part, target in zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True):
@@ -257,7 +270,7 @@ class Update:
         self.phase = "optimizer step"
 
     def _change_counted(self) -> None:
-        """The same, and learn whether it allocates memory."""
+        """The same, and learn whether it allocates memory and what it keeps."""
         counter = _Allocations(self.device)
         before: list[int] = []
 
@@ -269,6 +282,8 @@ class Update:
             self._change(entering)
         if before and counter.total():
             self.step_allocates = counter.total() > before[0]
+            gradients = _storages([parameter.grad for parameter in self._undo.parameters])
+            self.keeps_gradients = bool(gradients & _storages(list(self.state.optimizer.state.values())))
 
     def _has_state(self) -> bool:
         """Whether the optimizer has made the state of every parameter that has a gradient."""

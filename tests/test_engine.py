@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import ModelConfig, RungConfig
-from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.graph import GraphRefused, _unchanged_host
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.config import ModelConfig, OptimizerConfig, RungConfig
+from adaptive_trainer.engine import IN_STEP, Engine
+from adaptive_trainer.errors import ConfigError, OutOfMemory
+from adaptive_trainer.graph import GraphRefused, _unchanged_host, step_refusal
+from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
+from adaptive_trainer.optimizers import build_optimizer
 from adaptive_trainer.position import Position
 from adaptive_trainer.process import private_process_state
-from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.transaction import TrainState, Undo
 from adaptive_trainer.update import Update
+from tests import runs
+from tests.faults import Fault, Net, differences, dump, storages
 
 POSITION = Position(0, 0, 0, 4)
 SMALL = [
@@ -115,6 +121,187 @@ def test_what_a_replay_would_not_repeat_is_seen(what: str, in_loss: bool) -> Non
         else:
             with pytest.raises(GraphRefused, match="on the host"):
                 attempt()
+
+
+def test_the_mode_that_an_evaluation_leaves_is_no_change(capacity: Capacity) -> None:
+    run = runs.start(runs.Case("lion", "fp32", warm=True), capacity)
+    run.state.model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    update = run.update()
+    run.state.model.eval()
+    with _unchanged_host(update):
+        update.accumulate(run.images[:7], run.labels[:7])
+    assert run.state.model.training
+
+
+# ---- gradients from somewhere else: what a graph of forward and backward does, but for the graph ---------------------
+
+
+class Static:
+    """Forward and backward operator by operator, into tensors for inputs and gradients that are always the same."""
+
+    with_step = False
+
+    def __init__(self, run: runs.Run, update: Update) -> None:
+        self.accumulate = update.accumulate
+        self.images, self.labels = torch.zeros_like(run.images[:7]), torch.zeros_like(run.labels[:7])
+        self.gradients = [(p, torch.full_like(p, torch.nan).detach()) for p in run.state.model.parameters()]
+
+    def suits(self, images: Tensor, labels: Tensor) -> bool:
+        return len(labels) == len(self.labels)
+
+    def replay(self, images: Tensor, labels: Tensor) -> None:
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.accumulate(self.images, self.labels)
+        for parameter, gradient in self.gradients:
+            if parameter.grad is not None:
+                parameter.grad = gradient.copy_(parameter.grad)
+
+
+class Partly(Net):
+    """Has a parameter that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+@pytest.fixture
+def start(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> Callable[..., runs.Run]:
+    monkeypatch.setattr(runs, "Net", Partly)
+
+    def started(name: str, precision: str = "fp32") -> runs.Run:
+        monkeypatch.setitem(
+            runs.OPTIMIZERS, name, lambda model: build_optimizer(model, OptimizerConfig(name), 0.01, runs.CPU)
+        )
+        return runs.start(runs.Case(name, precision, warm=True), capacity)
+
+    return started
+
+
+NAMES = ["sgd", "adamw", "lion", "rmsprop", "lamb", "adafactor", "adan", "muon", "nadamw", "radam", "mars"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_on_gradients_in_fixed_tensors_has_the_bits_of_any_other(
+    name: str, precision: str, start: Callable[..., runs.Run]
+) -> None:
+    plain = start(name, precision)
+    update = plain.update()
+    for _ in range(5):
+        plain.advance(update)
+    run = start(name, precision)
+    update = run.update()
+    static = Static(run, update)
+    for _ in range(5):
+        with update.accumulating(static.replay):
+            run.advance(update)
+    assert update.keeps_gradients or differences(dump(run.state), dump(plain.state)) == []
+    assert not update.keeps_gradients or name == "mars", "and its older versions at that"
+    assert all(parameter.grad is None for parameter in run.state.model.parameters())
+
+
+@pytest.mark.parametrize(("name", "precision"), [("lion", "fp32"), ("nadamw", "fp16")])
+def test_an_out_of_memory_beside_fixed_tensors_leaves_no_trace(
+    name: str, precision: str, start: Callable[..., runs.Run]
+) -> None:
+    """Every fifth operator fails: once, and until the update is given up."""
+    run = start(name, precision)
+    update = run.update()
+    static, back = Static(run, update), Undo(run.state, runs.CPU, on_host=True)
+    back.begin()
+    back.before_step()
+    before = dump(run.state)
+    fixed = [static.images, static.labels, *(gradient for _, gradient in static.gradients)]
+    own = {tensor.untyped_storage()._cdata for tensor in fixed}
+    with update.accumulating(static.replay):
+        whole = Fault(phase=lambda: update.phase)
+        run.advance(update, whole)
+        after = dump(run.state)
+        back.roll_back()
+        for at in range(0, whole.count, 5):
+            for keeps_failing in (False, True):
+                fault = Fault(at, keeps_failing=keeps_failing)
+                try:
+                    run.advance(update, fault)
+                except OutOfMemory:
+                    assert keeps_failing
+                assert fault.raised, at
+                assert differences(dump(run.state), before if keeps_failing else after) == [], (at, whole.phases[at])
+                assert fault.left_over(storages(run.state) | own) == 0
+                back.roll_back()
+    assert set(whole.phases) >= {"forward", "backward", *IN_STEP}
+
+
+class FullInStep(Fault):  # type: ignore[no-untyped-call]
+    """The step finds no memory as long as the engine has its graph."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(0)
+        self.engine = engine
+
+    def _hits(self, number: int) -> bool:
+        return self.engine._graph is not None and self.engine.update.phase == "optimizer step"
+
+
+def test_what_is_recorded_makes_room_for_the_step_and_the_update_is_made(start: Callable[..., runs.Run]) -> None:
+    plain = start("lion")
+    update = plain.update()
+    for _ in range(3):
+        plain.advance(update)
+    run, events = start("lion"), list[str]()
+    update = run.update()
+    engine = Engine(update, "graph", 7, events.append)
+    static: Any = Static(run, update)
+    engine._graph = static
+    for number in range(3):
+        run.schedule.apply(run.state.position.schedule_step(7))
+        at = run.state.position.cursor
+        images, labels = run.images[at : at + 7], run.labels[at : at + 7]
+        with FullInStep(engine) if number == 1 else Fault() as fault:
+            engine.run(images, labels, samples=7)
+        assert (fault.raised >= 2) is (number == 1), "and the same samples once more"
+        assert (engine._graph is None) is (number > 0)
+    assert events == ["engine: eager, not a CUDA graph: its memory was wanted in optimizer step"]
+    assert differences(dump(run.state), dump(plain.state)) == []
+
+
+def keeping(model: nn.Module) -> torch.optim.Optimizer:
+    """Keeps the gradients themselves for the next step, as some versions of some optimizers do."""
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for parameter in model.parameters():
+            optimizer.state[parameter]["last"] = parameter.grad
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer.register_step_post_hook(keep)
+    return optimizer
+
+
+def test_an_optimizer_that_keeps_gradients_is_found(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runs.OPTIMIZERS, "keeps", keeping)
+    run = runs.start(runs.Case("keeps", "fp32", warm=True), capacity)
+    update = run.update()
+    assert not update.keeps_gradients
+    run.advance(update)
+    assert update.keeps_gradients
+
+
+def test_why_a_step_is_not_recorded(start: Callable[..., runs.Run]) -> None:
+    for name, reason in {"adamw": "", "momentum": "", "lion": "no implementation", "rmsproptf": "no implem"}.items():
+        found = step_refusal(start(name).update())
+        assert reason in found
+        assert bool(reason) is bool(found)
+    run = start("adamw")
+    run.state.ema = ModelEmaV3(run.state.model, decay=0.9, use_warmup=True)
+    assert "decay changes" in step_refusal(run.update())
+    run = start("adan")
+    for group in run.state.optimizer.param_groups:
+        group["capturable"] = False
+    for values in run.state.optimizer.state.values():
+        values["count"] = 1
+    assert step_refusal(run.update()) == "Adan keeps a part of its state on the host"
 
 
 def test_channels_last_reaches_weights_images_and_nothing_else(tmp_path: Path) -> None:

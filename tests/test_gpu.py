@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,24 +15,29 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
+from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, descend, make_ladder, oom, predict
 from adaptive_trainer.augment import DeviceBatch
-from adaptive_trainer.config import DataConfig, typed
+from adaptive_trainer.config import DataConfig, OptimizerConfig, typed
 from adaptive_trainer.data import Batch, DataSets
 from adaptive_trainer.engine import Engine
-from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.graph import Graph, GraphRefused
 from adaptive_trainer.measure import measure
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.optimizers import FUSED, build_ema, build_optimizer, build_scaler
 from adaptive_trainer.position import Position
-from adaptive_trainer.process import private_process_state
+from adaptive_trainer.process import private_process_state, seed_everything
+from adaptive_trainer.session import METERS
 from adaptive_trainer.store import Decoded, Stored
+from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Shapes, Update, prove
 from scripts import benchmark_finders, gpu_checks
+from tests.faults import differences, dump
 
 pytestmark = pytest.mark.gpu
 
@@ -156,7 +162,7 @@ def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(
 
 
 def test_compiled_updates_are_one_graph_and_close_to_eager_ones(tmp_path: Path) -> None:
-    """Lion cannot be recorded, so that one is compiled without a graph."""
+    """The step of Lion cannot be recorded, so that graph is of the compiled forward and backward alone."""
     losses, held = {}, {}
     for engine in ("compile", "eager"):
         for optimizer in ("adamw", "lion"):
@@ -172,8 +178,8 @@ def test_compiled_updates_are_one_graph_and_close_to_eager_ones(tmp_path: Path) 
                 assert said == []
                 continue
             assert said[1].startswith("engine: compiled, with the first update in "), said
-            assert ("is one CUDA graph" in said[2]) is (optimizer == "adamw"), said
-            assert ("compiled, not a CUDA graph: Lion" in said[2]) is (optimizer == "lion"), said
+            assert ("the whole update is one CUDA graph" in said[2]) is (optimizer == "adamw"), said
+            assert ("forward and backward are one CUDA graph" in said[2]) is (optimizer == "lion"), said
     for optimizer in ("adamw", "lion"):
         assert held["compile", optimizer] == held["eager", optimizer]
         assert losses["compile", optimizer] == pytest.approx(losses["eager", optimizer], rel=0.05)
@@ -317,6 +323,177 @@ def test_where_memory_runs_out_beside_the_graph_it_goes_and_the_update_is_made()
         engine.run(images[:7], labels[:7], samples=7)
     assert update.state.updates == 6
     assert "wanted in" in events[-1]
+
+
+# ---- forward and backward as CUDA graphs -----------------------------------------------------------------------------
+
+
+WHOLE, PASSES = "engine: the whole update is one CUDA graph", "engine: forward and backward are one CUDA graph"
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout, and a parameter that gets no gradient."""
+
+    def __init__(self, width: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.SiLU(),
+            nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.SiLU(),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Dropout(0.3), nn.Linear(hidden, hidden))
+        self.last, self.unused = nn.Linear(hidden, 10), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.head(self.body(x).mean((2, 3))))
+        return output
+
+
+def made(name: str, capacity: Capacity, *, precision: str = "fp32", net: nn.Module | None = None, **how: Any) -> Update:
+    """An update of a fresh network; `how`: `micro_batch_size`, `clip_grad`."""
+    seed_everything(0)
+    model = (net or Net()).to(gpu_checks.CUDA)
+    state = TrainState(
+        model,
+        build_optimizer(model, OptimizerConfig(name), 2**-10, gpu_checks.CUDA),
+        build_scaler(precision, gpu_checks.CUDA),
+        build_ema(model, 0.9),
+        Position(0, 0, 0, 1000),
+        meters={meter: torch.zeros((), device=gpu_checks.CUDA) for meter in METERS},
+    )
+    how = {"micro_batch_size": 8, "clip_grad": None} | how
+    loss = nn.CrossEntropyLoss()
+    return Update(state, loss, device=gpu_checks.CUDA, capacity=capacity, precision=precision, **how)
+
+
+def advance(engine: Engine, updates: int, size: int = 32) -> None:
+    """Updates of 8 samples, of which number 15 has only 5, each at another learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(updates):
+        count = 5 if number == 15 else 8
+        images = torch.rand(count, 3, size, size, generator=generator).pin_memory()
+        labels = torch.randint(10, (count,), generator=generator).pin_memory()
+        for group in engine.update.state.optimizer.param_groups:
+            group["lr"] = 2**-10 * (1 + number / 32)  # the same in float32
+        engine.run(images, labels, samples=count)
+
+
+@pytest.fixture
+def same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions add up in one order, however they are launched."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def trained(name: str, kind: str, **how: Any) -> tuple[dict[str, Any], list[str]]:
+    """All of the state after 21 updates, and what the engine said."""
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        engine = Engine(made(name, capacity, **how), kind, 8, events.append)
+        advance(engine, 21)
+        found = dump(engine.update.state) | {"rng cuda": torch.cuda.get_rng_state()}
+        assert (engine._graph is not None) is (kind == "graph"), events
+    return found, events
+
+
+@pytest.mark.usefixtures("same_kernels")
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, {}) for name in ("sgd", "lion", "rmsprop", "lamb", "adafactor", "adan", "muon", "nadamw", "radam")),
+        ("lion", {"precision": "fp16", "micro_batch_size": 4}),
+        ("nadamw", {"precision": "fp16", "micro_batch_size": 4, "clip_grad": 0.1}),
+        ("adamw", {"precision": "fp16", "micro_batch_size": 4, "clip_grad": 0.1}),
+        ("rmsprop", {"precision": "bf16", "clip_grad": 0.1}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
+def test_updates_with_recorded_passes_have_the_bits_of_eager_ones(name: str, how: dict[str, Any]) -> None:
+    found, events = trained(name, "graph", **how)
+    expected, _ = trained(name, "eager", **how)
+    assert events[0].startswith(WHOLE if name in ("sgd", "adamw") else PASSES), events
+    assert len(events) == 1
+    assert differences(found, expected) == []
+
+
+@pytest.mark.usefixtures("same_kernels")
+def test_a_step_that_waits_for_the_card_is_left_out_of_the_graph() -> None:
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        update = made("adamw", capacity)
+        weight = next(update.state.model.parameters()).detach()
+
+        def read(*_: object) -> None:
+            weight.sum().item()
+
+        update.state.optimizer.register_step_pre_hook(read)
+        engine = Engine(update, "graph", 8, events.append)
+        advance(engine, 21)
+        found = dump(update.state)
+    expected, _ = trained("adamw", "eager")
+    assert events[0].startswith(PASSES), events
+    assert "waits for the card" in events[0], events
+    assert differences(found, {k: v for k, v in expected.items() if k != "rng cuda"}) == []
+
+
+def test_which_optimizers_are_recorded_whole() -> None:
+    found: dict[str, list[str]] = {WHOLE: [], PASSES: []}
+    for name in map(str, list_optimizers()):
+        if name.startswith("kron"):  # compiles code of its own, which takes long
+            continue
+        events: list[str] = []
+        with limited(gpu_checks.CUDA, None) as capacity, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what optimizers say of themselves
+            try:
+                update = made(name, capacity)
+            except ConfigError:  # second derivatives, or another package
+                continue
+            advance(Engine(update, "graph", 8, events.append), 5)
+        if update.keeps_gradients:
+            assert "keeps gradients" in events[0]
+            continue
+        kind = WHOLE if isinstance(update.state.optimizer, FUSED) else PASSES
+        assert events[0].startswith(kind), (name, events)
+        found[kind].append(name)
+    print("".join(f"\n{kind.removeprefix('engine: ')}: {', '.join(names)}" for kind, names in found.items()))
+    assert found[WHOLE]
+    assert len(found[PASSES]) > 50
+
+
+@pytest.mark.parametrize("name", ["graph", "auto"])
+def test_where_the_step_has_no_memory_beside_the_graph_it_goes_and_the_update_is_made(name: str) -> None:
+    """A step that needs 64 MiB finds 32; with the graph, much more goes."""
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, "1500MiB") as capacity:
+        update = made("nadamw", capacity, net=Net(width=128, hidden=4096))
+        engine = Engine(update, name, 8, events.append)
+        advance(engine, 9, size=256)
+        had_graph = engine._graph is not None
+        oom.release(gpu_checks.CUDA)
+        room = (1500 << 20) - torch.cuda.memory_reserved() - (32 << 20)
+        ballast = torch.empty(room >> 21 << 21, dtype=torch.uint8, device="cuda")
+        advance(engine, 1, size=256)
+        has_graph = engine._graph is not None
+        del ballast
+        advance(engine, 1, size=256)
+        steps = {float(values["step"]) for values in update.state.optimizer.state.values() if values}
+    assert (had_graph, has_graph) == (True, False), events
+    assert (update.state.updates, steps) == (11, {11.0}), "each is made once, and none is lost"
+    assert "eager, not a CUDA graph: its memory was wanted in optimizer step" in events[-1], events
+
+
+def test_nothing_of_recorded_passes_stays_when_the_engine_goes() -> None:
+    with limited(gpu_checks.CUDA, None) as capacity:
+        update = made("lion", capacity)
+        events: list[str] = []
+        engine = Engine(update, "eager", 8, events.append)
+        advance(engine, 4)
+        oom.release(gpu_checks.CUDA)
+        held = torch.cuda.memory_allocated()
+        engine = Engine(update, "graph", 8, events.append)
+        advance(engine, 6)
+        assert engine._graph is not None, events
+        del engine
+        oom.release(gpu_checks.CUDA)
+        assert torch.cuda.memory_allocated() < held + 2**16, "a few numbers of the random generator may stay"
 
 
 # ---- stored images -------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(samples: int, micro:
         expected = [p.grad for p in whole.parameters()]
         run.state.model = parts
         update = run.update(micro)
-        update._accumulate(images, labels)
+        update.accumulate(images, labels)
     for parameter, gradient in zip(parts.parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert gradient is not None
