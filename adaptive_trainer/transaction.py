@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer.position import Position
 
-__all__ = ["TrainState", "Undo"]
+__all__ = ["TrainState", "Undo", "layout"]
 
 P = ParamSpec("P")
 SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none
@@ -83,7 +83,7 @@ class _Shadow:
 
     def save(self, tensors: list[Tensor]) -> None:
         same = len(tensors) == len(self.live) and all(a is b for a, b in zip(tensors, self.live, strict=True))
-        if not same and [_layout(t) for t in tensors] != [_layout(t) for t in self.copies]:
+        if not same and [layout(t) for t in tensors] != [layout(t) for t in self.copies]:
             self.copies = [torch.empty_like(t, device=self.device or t.device, requires_grad=False) for t in tensors]
         if not same:
             self.live, self.groups = tensors, _alike(tensors, self.copies)
@@ -104,7 +104,8 @@ def _alike(live: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor],
     return list(groups.values())
 
 
-def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+def layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    """What decides the memory that a tensor takes on a device."""
     return tensor.shape, tensor.stride(), tensor.dtype
 
 

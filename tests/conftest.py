@@ -34,3 +34,9 @@ def capacity() -> Iterator[Capacity]:
         yield found
         gc.unfreeze()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated cards count all work: for memory that does not depend on shapes alone."""
+    monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_EVERY", 1)

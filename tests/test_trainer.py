@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import logging
 import random
@@ -23,7 +24,7 @@ from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.config import ModelConfig, RungConfig
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.memory import usage
-from adaptive_trainer.memory.card import SimulatedCard
+from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.report import Result
 
 MiB = 2**20
@@ -160,6 +161,7 @@ class GrowsAt:
 
 
 @pytest.mark.parametrize("at", [4, 6, 9, 11])  # passes 1 and 2 prove; 5 updates an epoch
+@pytest.mark.usefixtures("all_counted")
 def test_memory_runs_out_in_the_middle_of_an_epoch(at: int, tmp_path: Path) -> None:
     data = Seen()
     result, [net] = fit(tmp_path, "memory.limit=32MiB", appetite=GrowsAt(at, 4), data=data)
@@ -177,6 +179,7 @@ def test_memory_runs_out_in_the_middle_of_an_epoch(at: int, tmp_path: Path) -> N
     assert any(change.key == "optimizer.lr" and "sqrt rule" in change.why for change in result.changes)
 
 
+@pytest.mark.usefixtures("all_counted")
 def test_weights_and_optimizer_are_carried_to_the_next_rung(tmp_path: Path) -> None:
     """The second rung's learning rate is nothing, so its weights are those that the first one has left."""
     steps = {"frozen": ["trainer.batch_size=4", "optimizer.lr=0"]}
@@ -228,6 +231,7 @@ def test_memory_runs_out_in_evaluation(tmp_path: Path) -> None:
     assert result.used.batch_size == 8
 
 
+@pytest.mark.usefixtures("all_counted")
 def test_evaluation_that_grows_later(tmp_path: Path) -> None:
     passes: list[int] = []
 
@@ -242,6 +246,7 @@ def test_evaluation_that_grows_later(tmp_path: Path) -> None:
     assert "its batch 3 -> 1" in events[1]
 
 
+@pytest.mark.usefixtures("all_counted")
 def test_another_model_starts_anew(tmp_path: Path) -> None:
     """What the larger one has learned is kept beside it, and the smaller one's head is sized to the classes."""
     steps = {"small": ["model.name=mobilenetv3_small_050"]}
@@ -296,6 +301,23 @@ def test_an_exhausted_ladder_frees_everything(tmp_path: Path) -> None:
     gc.collect()
     assert alive
     assert [thing for thing in alive if thing() is not None] == []
+
+
+def test_peaks_are_those_of_a_card_that_counts_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each of three epochs, with a last batch of 5 and an evaluation that needs the most."""
+    peaks: list[list[tuple[str, ...]]] = []
+    for every in (COUNTED_EVERY, 1):
+        monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_EVERY", every)
+        folder = tmp_path / str(every)
+        fit(
+            folder, "memory.limit=64MiB", "trainer.epochs=3", data=Seen(45),
+            appetite=lambda training, samples: samples * MiB if training else [9 * MiB, 3 * MiB],
+        )  # fmt: skip
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        peaks.append([(row["peak_allocated_bytes"], row["peak_reserved_bytes"]) for row in rows])
+    assert peaks[0] == peaks[1]
+    assert len(peaks[0]) == 3
 
 
 # -- what is not memory
