@@ -201,7 +201,10 @@ class Update:
         self.phase = "forward"
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
-        for part, target in zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True):
+        parts = [(images, labels)]
+        if len(sizes) > 1:
+            parts = list(zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True))
+        for part, target in parts:
             self.phase = "forward"
             x = self._to_device(part)
             y = target.to(self.device, non_blocking=True)
@@ -210,7 +213,7 @@ class Update:
                 loss = self.loss(output, y)
             self._measure(output, y, loss)
             self.phase = "backward"
-            share = loss if len(target) == total else loss * (len(target) / total)
+            share = loss if len(sizes) == 1 else loss * (len(target) / total)
             state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
 
     def _to_device(self, images: Tensor) -> Tensor:
@@ -287,7 +290,8 @@ class Update:
         optimizer = self.state.optimizer
         plain = [g for g in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) and not g["momentum"]]
         stateless = {p for group in plain for p in group["params"]}
-        return all(p in optimizer.state or p in stateless for p in self._undo.parameters if p.grad is not None)
+        made = optimizer.state
+        return all(p in made or p in stateless or p.grad is None for p in self._undo.parameters)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:

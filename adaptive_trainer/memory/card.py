@@ -25,7 +25,7 @@ from adaptive_trainer.memory.usage import Usage, format_bytes
 
 __all__ = ["COUNTED_EVERY", "SimulatedCard"]
 
-COUNTED_EVERY = 50  # of work that repeats itself
+COUNTED_EVERY = 100  # of work that repeats itself
 
 
 class _Storage(weakref.ref[torch.UntypedStorage]):
