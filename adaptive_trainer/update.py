@@ -9,8 +9,8 @@ descent to answer. `prove` runs whole updates and one evaluation batch on made-u
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.position import micro_batches
-from adaptive_trainer.transaction import TrainState, Undo
+from adaptive_trainer.transaction import TrainState, Undo, layout
 
 __all__ = ["Loss", "Shapes", "Update", "prove"]
 
@@ -95,6 +95,8 @@ class Update:
         self.keeps_gradients = False  # whether the optimizer was seen to hold on to a gradient
         self.is_warm = False  # whether the last step found all of the optimizer's state made
         self.held: int | None = None  # bytes, before the updates of a proof
+        self.is_proving = False  # a proof counts all of its memory
+        self._token = object()  # tells the work of this update from that of another with the same shapes
         self._modules = list(state.model.modules())
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
@@ -168,7 +170,7 @@ class Update:
         self.phase = "begin"
         try:
             self._undo.begin()
-            with self.capacity.device_work():
+            with self.capacity.device_work(self._kind(images, labels)):
                 self.phase = "forward"
                 (self._accumulation or self.accumulate)(images, labels)
                 self._step()
@@ -184,6 +186,12 @@ class Update:
             return None
         self._recover(failure)
         return failure
+
+    def _kind(self, images: Tensor, labels: Tensor, evaluated: nn.Module | None = None) -> Hashable:
+        """What a simulated card need not count again: the same shapes, once the optimizer has made its state."""
+        if self.is_proving or (evaluated is None and not self.is_warm):
+            return None
+        return self._token, id(evaluated), self.micro_batch_size, layout(images), layout(labels)
 
     def _recover(self, failure: oom.Failure) -> None:
         if self.phase == "optimizer step" and not self._undo.stepping:
@@ -206,7 +214,10 @@ class Update:
             state.model.train()
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
-        for part, target in zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True):
+        parts = [(images, labels)]
+        if len(sizes) > 1:
+            parts = list(zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True))
+        for part, target in parts:
             self.phase = "forward"
             x = self._to_device(part)
             y = target.to(self.device, non_blocking=True)
@@ -215,13 +226,17 @@ class Update:
                 loss = self.loss(output, y)
             self._measure(output, y, loss)
             self.phase = "backward"
-            state.scaler.scale(loss * (len(target) / total)).backward()  # type: ignore[no-untyped-call]
+            share = loss if len(sizes) == 1 else loss * (len(target) / total)
+            state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True, memory_format=self.memory_format)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype, kind = AUTOCAST.get(self.precision), self.device.type
+        if dtype is None and not torch.is_autocast_enabled(kind):  # by the caller
+            return nullcontext()
+        return torch.autocast(kind, dtype, enabled=dtype is not None)
 
     def _forward(self, x: Tensor) -> Any:
         with self._autocast():
@@ -230,7 +245,7 @@ class Update:
     @torch.no_grad()
     def _measure(self, output: Any, target: Tensor, loss: Tensor) -> None:
         meters = self.state.meters
-        meters["loss"].add_(loss.detach(), alpha=len(target))
+        meters["loss"].add_(loss, alpha=len(target))
         meters["seen"].add_(len(target))
         if _is_classification(output, target):
             meters["correct"].add_((output.argmax(1) == target).sum())
@@ -290,7 +305,8 @@ class Update:
         optimizer = self.state.optimizer
         plain = [g for g in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) and not g["momentum"]]
         stateless = {p for group in plain for p in group["params"]}
-        return all(p in optimizer.state or p in stateless for p in self._undo.parameters if p.grad is not None)
+        made = optimizer.state
+        return all(p in made or p in stateless or p.grad is None for p in self._undo.parameters)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -302,7 +318,7 @@ class Update:
         failure = None
         self.phase = "evaluation"
         try:
-            with self.capacity.device_work():
+            with self.capacity.device_work(self._kind(images, labels, evaluated=model)):
                 return self._evaluate(model.eval(), images, labels)
         except Exception as error:
             failure = oom.describe(error, pressure=self.capacity.pressure)
@@ -364,6 +380,7 @@ def prove(update: Update, shapes: Shapes) -> int:
     trace = Undo(state, update.device, on_host=True)
     trace.begin()
     trace.before_step()
+    update.is_proving = True
     try:
         proven, eval_batch = _prove(update, shapes)
     except BaseException as error:
@@ -371,7 +388,7 @@ def prove(update: Update, shapes: Shapes) -> int:
             trace.roll_back()
         raise
     finally:
-        update.held = None
+        update.held, update.is_proving = None, False
     proven -= trace.updates
     trace.roll_back()
     update.is_warm = False  # most optimizers' state is gone again

@@ -34,3 +34,9 @@ def capacity() -> Iterator[Capacity]:
         yield found
         gc.unfreeze()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def soon_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated cards leave out what repeats itself as soon as it does."""
+    monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_FIRST", 0)

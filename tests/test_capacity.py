@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, Capacity, Limit, limited, parse_limit
+from adaptive_trainer.memory.card import COUNTED_EVERY, COUNTED_FIRST
 
 CPU = torch.device("cpu")
 MiB = 2**20
@@ -270,6 +271,138 @@ def test_device_work_may_be_nested_and_cards_too(card: Capacity) -> None:
         with pytest.raises(torch.OutOfMemoryError, match="of 32 MiB"):
             block(28)
     assert card.usage().allocated == len(a) + len(b)
+
+
+# -- work that repeats itself
+
+
+def counts(card: Capacity, kind: str | None, mib: float = 8) -> bool:
+    """Whether a simulated card counts work of a kind; outside of it nothing is left."""
+    with card.device_work(kind):
+        before = card.usage().allocated
+        kept = block(mib)
+        return card.usage().allocated >= before + len(kept)
+
+
+def test_the_first_are_counted_until_nothing_changes_and_then_a_few(card: Capacity) -> None:
+    counted = [counts(card, "a") for _ in range(COUNTED_FIRST + 2 * COUNTED_EVERY)]
+    rarely = [False] * (COUNTED_EVERY - 1) + [True]
+    assert counted == [*[True] * COUNTED_FIRST, *rarely, *rarely]
+    assert card.peaks() == (8 * MiB, 20 * MiB)
+
+
+def test_work_of_no_kind_is_always_counted(card: Capacity) -> None:
+    assert all(counts(card, None) for _ in range(9))
+
+
+def settled(card: Capacity, kind: str = "a", mib: float = 8) -> None:
+    """Come to where work of this kind is not counted any more."""
+    while counts(card, kind, mib):
+        pass
+
+
+def fail(card: Capacity, kind: str, error: BaseException | None = None) -> None:
+    """Run out of memory, or into the error, in the middle of work."""
+    with card.device_work(kind):
+        block(8)
+        if error is not None:
+            raise error
+        block(100)
+
+
+def run_out(card: Capacity) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        fail(card, "b")
+
+
+def shrink(card: Capacity) -> None:
+    assert card.card is not None
+    card.card.capacity = card.card._allocator.capacity = 32 * MiB
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card: card.reset_peaks(),
+        lambda card: card.empty_cache(),
+        lambda card: counts(card, "b", 30),
+        lambda card: counts(card, None, 30),
+        run_out,
+        shrink,
+    ],
+    ids=["peaks", "cache", "other work", "other work of no kind", "out of memory", "size"],
+)
+def test_what_changes_the_card_has_all_kinds_counted_again(change: Callable[[Capacity], Any], card: Capacity) -> None:
+    settled(card, "a")
+    settled(card, "c")
+    assert not counts(card, "a")
+    change(card)
+    assert counts(card, "a")
+    assert counts(card, "c")
+    settled(card, "a")
+
+
+def test_what_the_card_holds_and_loses_has_work_counted_again(card: Capacity) -> None:
+    with card.device_work():
+        kept = block(8)
+    settled(card)
+    del kept
+    assert counts(card, "a")
+
+
+def test_a_block_in_another_place_has_work_counted_again(card: Capacity) -> None:
+    """As many bytes are used and reserved as before, and where 11 MiB were free in one piece, there are 9 and 2."""
+    with card.device_work():
+        first = block(9)
+    settled(card, "a", 11)
+    before = card.usage()
+    with card.device_work():
+        second = block(9)
+    assert len(first) == len(second)
+    del first
+    assert card.usage() == before
+    assert counts(card, "a", 11)
+    assert card.usage().reserved == before.reserved + 12 * MiB
+
+
+@pytest.mark.usefixtures("soon_known")
+def test_other_work_that_changes_nothing_leaves_a_kind_known(card: Capacity) -> None:
+    settled(card)
+    assert counts(card, "smaller", 4)
+    assert not counts(card, "smaller", 4), "its first counting has changed nothing"
+    assert not counts(card, "a")
+
+
+def test_work_that_was_not_done_to_its_end_is_not_known(card: Capacity) -> None:
+    settled(card)
+    card.empty_cache()  # so that there is nothing to empty after the failure
+    for _ in range(3):
+        with pytest.raises(KeyError):
+            fail(card, "b", KeyError())
+        assert card.card is not None
+        card.card._allocator.empty_cache()
+    assert counts(card, "b", 8)
+
+
+def test_a_leak_runs_out_of_memory_where_it_would_on_a_card(card: Capacity) -> None:
+    kept: list[torch.Tensor] = []
+
+    def leak() -> None:
+        while len(kept) < 100:
+            with card.device_work("a"):
+                kept.append(block(4))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        leak()
+    assert len(kept) == 15, "64 MiB in segments of 20, with five blocks each"
+
+
+def test_memory_that_grows_later_is_found_when_it_is_counted_next(card: Capacity) -> None:
+    settled(card)  # with one that was not counted
+    for _ in range(COUNTED_EVERY - 2):
+        assert not counts(card, "a", 100)
+    with pytest.raises(torch.OutOfMemoryError):
+        counts(card, "a", 100)
 
 
 # -- with the rest of torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import logging
 import random
@@ -23,7 +24,7 @@ from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.config import ModelConfig, RungConfig
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.memory import usage
-from adaptive_trainer.memory.card import SimulatedCard
+from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.report import Result
 
 MiB = 2**20
@@ -296,6 +297,24 @@ def test_an_exhausted_ladder_frees_everything(tmp_path: Path) -> None:
     gc.collect()
     assert alive
     assert [thing for thing in alive if thing() is not None] == []
+
+
+@pytest.mark.usefixtures("soon_known")
+def test_peaks_are_those_of_a_card_that_counts_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each of three epochs, with a last batch of 5 and an evaluation that needs the most."""
+    peaks: list[list[tuple[str, ...]]] = []
+    for every in (COUNTED_EVERY, 1):
+        monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_EVERY", every)
+        folder = tmp_path / str(every)
+        fit(
+            folder, "memory.limit=64MiB", "trainer.epochs=3", data=Seen(45),
+            appetite=lambda training, samples: samples * MiB if training else [9 * MiB, 3 * MiB],
+        )  # fmt: skip
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        peaks.append([(row["peak_allocated_bytes"], row["peak_reserved_bytes"]) for row in rows])
+    assert peaks[0] == peaks[1]
+    assert len(peaks[0]) == 3
 
 
 # -- what is not memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import TensorDataset
 
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import ModelConfig, compose_config
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.position import Position
 from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import Undo
@@ -142,6 +145,20 @@ def test_the_trainer_is_a_plain_loop(precision: str, tmp_path: Path) -> None:
     assert trainer.model is not None
     trained = trainer.model.state_dict()
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, trained[name])] == []
+
+
+def test_fp32_is_fp32_inside_the_callers_autocast(capacity: Capacity) -> None:
+    run, seen = start(Case("sgd", "fp32", warm=False), capacity), list[torch.dtype]()
+    update = run.update()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append((output @ output.T).dtype)
+        return nn.functional.cross_entropy(output, target)
+
+    update.loss = loss
+    with torch.autocast("cpu", torch.bfloat16):
+        run.advance(update)
+    assert seen == [torch.float32] * 2
 
 
 # -- micro-batches
@@ -291,6 +308,129 @@ def test_a_simulated_card_is_not_tried_twice(caplog: pytest.LogCaptureFixture) -
         plain = start(run.case, capacity)
         plain.advance(plain.update(2))
         assert differences(dump(plain.state), after) == []
+
+
+# -- what a simulated card counts
+
+
+def watched(run: Run) -> list[bool]:
+    """Grows by an entry a forward pass in training: whether the simulated card counts it."""
+    counted: list[bool] = []
+
+    def look(model: nn.Module, inputs: tuple[Tensor]) -> None:
+        if model.training:
+            counted.append(_get_current_dispatch_mode() is run.capacity.card)
+
+    run.state.model.register_forward_pre_hook(look)
+    return counted
+
+
+def an_update(run: Run, update: Update, samples: int = 7) -> None:
+    update.run(run.images[:samples].clone(), run.labels[:samples].clone(), samples=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.usefixtures("soon_known")
+def test_a_counted_update_is_not_counted_again(optimizer: str) -> None:
+    with limited(CPU, "64MiB") as card:
+        run = start(Case(optimizer, "fp32", warm=False, accumulate=False), card)
+        update, counted = run.update(), watched(run)
+        for _ in range(2 * COUNTED_EVERY):
+            an_update(run, update)
+        assert counted[:2] == [True, True], "the first makes the optimizer's state, the second meets it"
+        assert counted.count(True) <= 6, "until nothing changes, and one in so many"
+        assert True in counted[10:]
+        counted.clear()
+        for samples in (5, 7):
+            an_update(run, update, samples)
+        assert counted == [True, False], "another shape, and the one that is known"
+        rung = run.update()
+        for other in (rung, rung, update):
+            an_update(run, other)
+        assert counted[2:] == [True, True, False], "another rung, and the one that is known"
+        run.state.optimizer.state.clear()
+        for _ in range(2):
+            an_update(run, update)
+        assert counted[5:] == [True, True], "state that is made anew"
+
+
+@pytest.mark.usefixtures("soon_known")
+def test_the_update_that_makes_the_optimizers_state_is_counted_whenever_it_comes() -> None:
+    """An overflow leaves the step out, again and again."""
+    with limited(CPU, "64MiB") as card:
+        run = start(Case("adamw-single", "fp16", warm=False, accumulate=False, scale=2.0**40), card)
+        update, counted = run.update(), watched(run)
+        while not run.state.optimizer.state:
+            an_update(run, update)
+        assert len(counted) > 10, "the scale was halved as often"
+        assert counted[-1]
+
+
+@pytest.mark.usefixtures("soon_known")
+def test_a_proof_is_always_counted_and_so_is_what_makes_the_state_again() -> None:
+    with limited(CPU, "64MiB") as card:
+        run = start(Case("adamw-fused", "fp32", warm=False, accumulate=False), card)
+        update, counted = run.update(), watched(run)
+        evaluated: list[bool] = []
+        assert run.state.ema is not None
+        run.state.ema.module.register_forward_pre_hook(
+            lambda *_: evaluated.append(_get_current_dispatch_mode() is card.card)
+        )
+        for _ in range(9):
+            an_update(run, update)
+            update.evaluate(run.state.ema.module, run.images[:5], run.labels[:5])
+        assert not counted[-1]
+        assert not evaluated[-1]
+        counted.clear()
+        evaluated.clear()
+        for _ in range(3):
+            prove(update, SHAPES)
+        assert counted == [True] * 3 * PROVEN_UPDATES
+        assert evaluated == [True] * 3
+        an_update(run, update)
+        assert counted[-1]
+
+
+def sizes_of(card: Capacity, optimizer: str, precision: str) -> Iterator[Any]:
+    """What the card says after every update and evaluation batch of three epochs; one update is too large."""
+    run = start(Case(optimizer, precision, warm=False, accumulate=False, image_size=96), card)
+    update, ema = run.update(), run.state.ema
+    assert ema is not None
+    for epoch in range(3):
+        card.reset_peaks()
+        for samples in (2, 2, 2, 2, 2, 2, 60 if epoch == 1 else 2, 2, 2, 2, 1 + epoch, 2, 2):
+            try:
+                an_update(run, update, samples)
+            except OutOfMemory as error:
+                yield str(error)
+            yield samples, card.peaks(), card.usage().reserved, card.usage().num_alloc_retries
+        for samples in (3, 3, 3, 1, 4 if epoch == 2 else 3):
+            update.evaluate(ema.module, run.images[:samples].clone(), run.labels[:samples].clone())
+            yield samples, card.peaks(), card.usage().reserved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.usefixtures("soon_known")
+def test_peaks_and_failures_are_those_of_a_card_that_counts_all(
+    optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = [0, 0]
+    dispatch = SimulatedCard.__torch_dispatch__
+    found: list[list[Any]] = []
+    for number, every in enumerate((COUNTED_EVERY, 1)):
+
+        def counting(*args: Any, number: int = number) -> Any:
+            operators[number] += 1
+            return dispatch(*args)
+
+        monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_EVERY", every)
+        monkeypatch.setattr(SimulatedCard, "__torch_dispatch__", counting)
+        with limited(CPU, "5MiB") as card:
+            found.append(list(sizes_of(card, optimizer, precision)))
+    assert found[0] == found[1]
+    assert sum(isinstance(entry, str) and "Simulated card out of memory" in entry for entry in found[0]) == 1
+    assert operators[0] < operators[1]
 
 
 # -- proof

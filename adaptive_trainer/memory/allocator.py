@@ -155,6 +155,10 @@ class CachingAllocator:
                     kept.append(key)
             pool[:] = kept
 
+    def free_blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The free blocks of both pools, by size and place."""
+        return tuple(self._small), tuple(self._large)
+
     def reset_peaks(self) -> None:
         """Start the peaks anew from what is in use now."""
         self.peak_allocated = self.allocated

@@ -2,14 +2,15 @@
 
 On CUDA the cap limits the caching allocator, so that a big card runs out of memory where a small one would. Without
 CUDA, live tensor bytes are counted at the operators, through a model of the same allocator, and
-`torch.OutOfMemoryError` is raised where a card of that size would raise it.
+`torch.OutOfMemoryError` is raised where a card of that size would raise it. Updates that repeat what was counted are
+counted once in a while.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -118,15 +119,20 @@ class Capacity:
         self._failed = self._working = False
 
     @contextmanager
-    def device_work(self) -> Iterator[None]:
-        """Around what a card would do: forward, backward, optimizer step. Data loading stays outside."""
+    def device_work(self, kind: Hashable = None) -> Iterator[None]:
+        """Around what a card would do: forward, backward, optimizer step. Data loading stays outside.
+
+        Args:
+            kind: names work whose operators and shapes are always the same: a simulated card need not count each
+                repetition of it. None: it counts.
+        """
         if self.card is None or self._working:
             yield
             return
         self._forget_failure()
         self._failed = self._working = True
         try:
-            with self.card:
+            with self.card.work(kind):
                 yield
             self._failed = False
         finally:

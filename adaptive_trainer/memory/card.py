@@ -1,10 +1,19 @@
-"""A simulated card: counts live tensor bytes at the operators and runs out of memory where a card of its size would."""
+"""A simulated card: counts live tensor bytes at the operators and runs out of memory where a card of its size would.
+
+Counting takes time at every operator, and work that repeats itself would be counted to the same result. What decides
+that is the state of the card: its size, what is used and was used at the most, and every free block. Work that met the
+card in this state and left it in the same would do so again, with the same peaks: once it was counted `COUNTED_FIRST`
+times in all, it runs uncounted, but for every `COUNTED_EVERY`th time. Whatever changes the state (other work, a freed
+tensor, new peaks, another size, a failure, a leak) has everything counted again. Memory that depends on more than the
+shapes is found at the next counting.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +24,10 @@ from adaptive_trainer import oom
 from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
-__all__ = ["SimulatedCard"]
+__all__ = ["COUNTED_EVERY", "COUNTED_FIRST", "SimulatedCard"]
+
+COUNTED_FIRST = 32  # of each kind of work, so that what begins soon is found where it begins
+COUNTED_EVERY = 50  # of work that repeats itself
 
 
 class _Storage(weakref.ref[torch.UntypedStorage]):
@@ -30,27 +42,58 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
 class SimulatedCard(TorchDispatchMode):
     """Counts the tensors that operators see and make, and runs out of memory as a card of `capacity` bytes would.
 
-    As a dispatch mode it counts while it is entered; storages that die are given back at any time. Tensors that were
-    there before (weights, the batch) count from the first operator that is given them. The scratch memory of single
-    kernels is not seen.
+    As a dispatch mode it counts while it is entered, and in `work`, which leaves out what repeats itself; storages that
+    die are given back at any time. Tensors that were there before (weights, the batch) count from the first operator
+    that is given them. The scratch memory of single kernels is not seen.
     """
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
-        self.paused = False
         self._allocator = CachingAllocator(capacity)
         self._live: dict[int, _Storage] = {}
         # Storages die whenever Python collects garbage, perhaps while the allocator is at work: their blocks wait here.
         self._dead: deque[int] = deque()
+        self._found: object = None  # the state in which the last work met the card
+        self._repeats: dict[Hashable, int] = {}  # kinds that leave this state as it is, and how often since counted
+        self._counted: Hashable = None  # the kind of the last work, if it was counted to its end
+        self._times: Counter[Hashable] = Counter()  # how often each kind was
+
+    @contextmanager
+    def work(self, kind: Hashable) -> Iterator[None]:
+        """Count what is done inside, unless it is known to repeat itself.
+
+        Args:
+            kind: names work whose operators and shapes are always the same; None is counted in any case.
+        """
+        if self._is_repetition(kind):
+            yield
+            return
+        with self:
+            yield
+        self._counted = kind
+        self._times[kind] += 1
+
+    def _is_repetition(self, kind: Hashable) -> bool:
+        state, counted, self._counted = self._state(), self._counted, None
+        if state != self._found:
+            self._found, self._repeats = state, {}
+        elif counted is not None:
+            self._repeats[counted] = 0
+        if kind not in self._repeats or self._times[kind] < COUNTED_FIRST:
+            return False
+        self._repeats[kind] += 1
+        return self._repeats[kind] < COUNTED_EVERY
+
+    def _state(self) -> tuple[object, ...]:
+        """All that decides how the card takes the work that comes."""
+        return self.capacity, self.usage(), self._allocator.free_blocks()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count the arguments, run the operator, count its results; drop the results if they do not fit."""
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
         full = self._count(args) or (self._count(kwargs.values()) if kwargs else None)
         if full is None:
             out = func(*args, **kwargs)
@@ -114,7 +157,7 @@ class SimulatedCard(TorchDispatchMode):
         )
 
     def usage(self) -> Usage:
-        """What is used of the card."""
+        """What is used of the card, of what was counted."""
         self._drain()
         a = self._allocator
         return Usage(a.allocated, a.reserved, a.peak_allocated, a.peak_reserved, a.num_retries)

@@ -235,7 +235,8 @@ class _Training:
             with self._autocast():
                 loss = self.spec.loss(output, y)
             self._measure(output, y)
-            self.scaler.scale(loss * 0.5).backward()  # type: ignore[no-untyped-call]
+            share = loss if len(self.spec.micro_batches) == 1 else loss * 0.5
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             start += samples
 
     @torch.no_grad()
