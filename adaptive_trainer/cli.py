@@ -137,11 +137,12 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     elif cfg.task == "memory":
         import torch
 
+        from adaptive_trainer.device import device_of
         from adaptive_trainer.measure import measure
         from adaptive_trainer.plan_tasks import run_memory
 
-        is_here = torch.cuda.is_available() and cfg.device != "cpu" and cfg.card.name is None
-        run_memory(cfg, folder, measure if is_here else None)
+        can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
+        run_memory(cfg, folder, measure if can_measure else None)
     else:
         from adaptive_trainer.resume import saved_settings
         from adaptive_trainer.trainer import Trainer

@@ -50,7 +50,7 @@ memory.predict memory.trace memory.fake memory.scratch
 memory.capacity
 memory.card
 memory.usage memory.allocator
-oom
+oom device
 ladder
 config
 search
