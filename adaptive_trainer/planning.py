@@ -250,10 +250,15 @@ class Plan:
     perhaps: tuple[str, ...]
 
 
-def plan(ladder: Sequence[Rung[Config]], planner: Planner) -> Plan:
-    """Predict every rung and say where a descent will land."""
+def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = False) -> Plan:
+    """Predict every rung and say where a descent will land.
+
+    Args:
+        is_found: rung 0 has the largest batch size that is predicted to fit. It is too near the limit to be sure of,
+            but training looks for the one that holds: it lands there, whatever the number turns out to be.
+    """
     rows = tuple(_row(rung, planner) for rung in ladder)
-    landed = next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
+    landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
     above = rows if landed is None else rows[:landed]
     perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
     return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)
