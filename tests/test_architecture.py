@@ -52,12 +52,13 @@ memory.card
 memory.usage memory.allocator
 oom device
 ladder
+folders
 config
 search
 errors
 """
 ORDER = {name: rank for rank, name in enumerate(LAYERS.split())}
-WITHOUT_TORCH = ("__init__", "__main__", "cli", "config", "errors", "ladder")
+WITHOUT_TORCH = ("__init__", "__main__", "cli", "config", "errors", "folders", "ladder")
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 
 
