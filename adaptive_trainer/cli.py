@@ -22,8 +22,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import config_dir, register
+from adaptive_trainer.config import config_dir, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
+from adaptive_trainer.folders import check_folders
+from adaptive_trainer.ladder import stages
 
 __all__ = ["OutputFolder", "as_list", "main"]
 
@@ -100,8 +102,6 @@ def as_list(argument: str, is_sweep: bool = False) -> str:
 
 def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
     """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
-    from adaptive_trainer import oom
-
     hydra_config = HydraConfig.get()
     folder = Path(cfg.output_dir or hydra_config.runtime.output_dir)
     failure: AdaptiveTrainerError | None = None
@@ -116,6 +116,8 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
             sys.exit(error.exit_code)  # not one job only: a sweep ends too
         failure = _bare(error)
     except Exception as error:
+        from adaptive_trainer import oom
+
         found = oom.describe(error)
         codes.append(DeviceUnusable.exit_code if found.kind is oom.Kind.POISONED else 1)
         if whole_traceback or found.kind is not oom.Kind.POISONED:
@@ -137,12 +139,15 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     elif cfg.task == "memory":
         import torch
 
+        from adaptive_trainer.device import device_of
         from adaptive_trainer.measure import measure
         from adaptive_trainer.plan_tasks import run_memory
 
-        is_here = torch.cuda.is_available() and cfg.device != "cpu" and cfg.card.name is None
-        run_memory(cfg, folder, measure if is_here else None)
+        can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
+        run_memory(cfg, folder, measure if can_measure else None)
     else:
+        if cfg.resume is None:  # else the data is that of the resumed run
+            check_folders(typed(stages(cfg)[0][1]).data)  # before torch, whose import takes seconds
         from adaptive_trainer.resume import saved_settings
         from adaptive_trainer.trainer import Trainer
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
+from adaptive_trainer.folders import class_folders, split_folder
 from adaptive_trainer.position import key_seed
 from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform
@@ -22,7 +23,6 @@ from adaptive_trainer.transforms import build_transform
 __all__ = ["DataSets", "MapDataset", "build_datasets", "digits", "image_folder", "sample_name"]
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-VAL_FOLDERS = ("val", "valid", "validation")
 SCAN_LIMIT = 4096  # samples whose labels are read one by one where there is no list of them
 
 
@@ -94,12 +94,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         Raises:
             DataError: fewer than two classes, or a class without an image.
         """
-        self.classes = tuple(
-            sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-        )
-        if len(self.classes) < 2:
-            found = f"one class folder, {self.classes[0]}" if self.classes else "no class folders"
-            raise DataError(f"{folder} has {found}; two or more are needed, each with images: CLASS/image.jpg")
+        self.classes = class_folders(folder)
         files = [list(_images_in(folder / name)) for name in self.classes]
         if empty := [name for name, paths in zip(self.classes, files, strict=True) if not paths]:
             raise DataError(
@@ -137,16 +132,8 @@ def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:
     Raises:
         DataError: a folder is missing, has fewer than two classes, or a class without an image.
     """
-    if root is None:
-        raise DataError("data.root has no value; give the folder of your images: data.root=FOLDER")
-    top = Path(root).expanduser()
-    if not top.is_dir():
-        raise DataError(f"data.root={root} is no folder; give one with ROOT/CLASS/image.jpg")
-    if not (top / "train").is_dir():
-        return ImageFiles(top) if split == "train" else None
-    names = ("train",) if split == "train" else VAL_FOLDERS
-    found = next((top / name for name in names if (top / name).is_dir()), None)
-    return None if found is None else ImageFiles(found)
+    folder = split_folder(root, split)
+    return None if folder is None else ImageFiles(folder)
 
 
 def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Dataset[Any] | None = None) -> DataSets:

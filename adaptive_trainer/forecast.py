@@ -54,10 +54,13 @@ class Forecast:
         )
 
     def judge(self, config: Config) -> tuple[str, int | None]:
-        """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
+        """Why these settings are hopeless now ("" where they are not), and the bytes they need at least, by prediction."""
         room = self.capacity.room()
         if room is None:
             return "", None
+        weights = self._planner.weights_bytes(config)
+        if weights > room:  # said without a trace, which takes about a second
+            return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
         prediction = self._planner.predict(config)
         need, measured = prediction.min_capacity_bytes, self._measured(config, room)
         if measured == "hopeless":

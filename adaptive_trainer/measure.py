@@ -8,6 +8,7 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config
+from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe, stored_size
 from adaptive_trainer.memory.capacity import Capacity, limited
@@ -25,7 +26,7 @@ def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
 
     None where they do not fit.
     """
-    device = torch.device("cuda", 0 if config.device == "auto" else torch.device(config.device).index or 0)
+    device = device_of(config.device)
     peaks = None
     with (
         private_process_state(deterministic=config.trainer.deterministic, tf32=config.trainer.tf32),

@@ -53,7 +53,8 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
     asked, made = stages(cfg), dict[str, Plan]()
     planner = _planner(cfg, stored_size(typed(settings) for _, settings in asked))
     for name, settings in asked:
-        made[name] = plan(_ladder(settings, planner), planner)
+        ladder, is_found = _ladder(settings, planner)
+        made[name] = plan(ladder, planner, is_found=is_found)
         if made[name].rows[0].verdict == "skipped":
             raise ModelError(made[name].rows[0].reason)
     for name, each in made.items():
@@ -66,21 +67,22 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
     return each
 
 
-def _ladder(cfg: DictConfig, planner: Planner) -> tuple[Rung[Config], ...]:
-    """The rungs of the settings; of the largest batch size that is predicted to fit, where that is asked for."""
+def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...], bool]:
+    """The rungs of the settings, and whether rung 0 has the largest batch size that is predicted to fit."""
     ladder, capacity = resolve(cfg), planner.target.capacity
     if cfg.trainer.batch_size != LARGEST:
-        return ladder
+        return ladder, False
     asked = f"trainer.batch_size={LARGEST}"
     if capacity is None:
         raise ConfigError(f"{asked} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
     size, reason = planner.largest_batch(ladder[0].settings, capacity, LARGEST_PLANNED)
     if size is None:
         raise ConfigError(f"{asked} cannot be planned, because the update cannot be predicted: {reason}")
-    why = f"the largest that is predicted to fit in {format_bytes(capacity)}" if size else "not even one sample fits"
-    ladder = resolve(cfg, size or 1, why)
+    room = format_bytes(capacity)
+    why = f"the largest that is predicted to fit in {room}; training proves it, or one near it"
+    ladder = resolve(cfg, size or 1, why if size else f"not even one sample is predicted to fit in {room}")
     log.info("%s", "; ".join(ladder[0].notes))
-    return ladder
+    return ladder, size > 0
 
 
 def _content(made: Plan) -> dict[str, Any]:

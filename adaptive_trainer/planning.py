@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -88,6 +89,7 @@ class Planner:
         self.cache = cache if cache is not None and own_factories else PlanCache(None)
         self._tracer = Tracer()
         self._norms: dict[str, bool] = {}
+        self._weights: dict[str, int] = {}
         self._known: dict[str, Prediction] = {}
 
     def predict(self, config: Config) -> Prediction:
@@ -113,6 +115,15 @@ class Planner:
         self.cache.keep_prediction(key, found)
         self._known[text] = found
         return found
+
+    def weights_bytes(self, config: Config) -> int:
+        """What the network's weights alone take, known at once; 0 where they cannot be counted without memory."""
+        key = repr(self.key(config)["model"])
+        if key not in self._weights:
+            self._weights[key] = 0
+            with suppress(Exception), same_random_numbers(), torch.device("meta"):  # it may look at values
+                self._weights[key] = sum(parameter.nbytes for parameter in self._model(config).parameters())
+        return self._weights[key]
 
     def largest_batch(self, config: Config, capacity: int, most: int) -> tuple[int | None, str]:
         """The largest batch size up to `most` that is predicted to need no more than `capacity` bytes.
@@ -250,10 +261,15 @@ class Plan:
     perhaps: tuple[str, ...]
 
 
-def plan(ladder: Sequence[Rung[Config]], planner: Planner) -> Plan:
-    """Predict every rung and say where a descent will land."""
+def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = False) -> Plan:
+    """Predict every rung and say where a descent will land.
+
+    Args:
+        is_found: rung 0 has the largest batch size that is predicted to fit. It is too near the limit to be sure of,
+            but training looks for the one that holds: it lands there, whatever the number turns out to be.
+    """
     rows = tuple(_row(rung, planner) for rung in ladder)
-    landed = next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
+    landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
     above = rows if landed is None else rows[:landed]
     perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
     return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)

@@ -86,7 +86,7 @@ def predict(
 def _target(device: str | torch.device) -> Target:
     name = str(device)
     if name.split(":")[0] in ("auto", "cpu", "cuda"):
-        return target_of(Config(device=name.removesuffix(":0") if name.startswith("cpu") else name))
+        return target_of(Config(device=name))
     return target_of(Config(), card_of(typed(compose_config([f"card={name}"])).card))
 
 

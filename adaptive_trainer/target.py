@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_trainer.config import CardConfig, Config
+from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
 from adaptive_trainer.memory.plan_cache import PlanCache
@@ -83,10 +84,10 @@ def target_of(config: Config, card: Card | None = None, cache: PlanCache | None 
     here, the capacity is unknown.
 
     Raises:
-        ConfigError: the limit cannot be read, or is larger than the card.
+        ConfigError: the limit cannot be read, or is larger than the card; the device does not exist.
     """
     limit = parse_limit(config.memory.limit)
-    if card is None and config.device == "cpu":
+    if card is None and config.device.split(":")[0] == "cpu":
         size = None if limit.lifted else limit.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
         return Target(f"a simulated card of {format_bytes(size)} on the CPU", False, (0, 0), size, 0)
     if card is not None:
@@ -113,8 +114,7 @@ def target_of(config: Config, card: Card | None = None, cache: PlanCache | None 
 
 
 def _this_card(name: str, cache: PlanCache | None) -> tuple[Card, int]:
-    device = torch.device("cuda", 0) if name == "auto" else torch.device(name)
-    about = torch.cuda.get_device_properties(device)
+    about = torch.cuda.get_device_properties(device_of(name))
     capability = (about.major, about.minor)
     measured = None if cache is None else cache.context_bytes(about.name)
     return Card(about.name, about.total_memory, capability, about.multi_processor_count), measured or context_of(

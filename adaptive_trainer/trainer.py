@@ -17,6 +17,7 @@ from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
+from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
@@ -81,7 +82,7 @@ class Trainer:
         """
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         asked = ladders[0][2][0].settings
-        device = _device(asked.device)
+        device = device_of(asked.device)
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
         try:
@@ -204,29 +205,6 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
         return data, ladders
     without = [(name, apply_overrides(settings, ["data.cache=none"])) for name, settings, _ in ladders]
     return data, [(name, settings, resolve(settings)) for name, settings in without]
-
-
-def _device(name: str) -> torch.device:
-    """The device that settings name; `auto` is the first CUDA card, else the CPU.
-
-    Raises:
-        ConfigError: it does not exist.
-    """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    problem = ""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0]
-    if problem:
-        raise ConfigError(f"device={name}: {problem}; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
-        return torch.device("cuda", device.index or 0)
-    return device
 
 
 def _differences(cfg: DictConfig, stage: Config) -> str:

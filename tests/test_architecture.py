@@ -50,14 +50,15 @@ memory.predict memory.trace memory.fake memory.scratch
 memory.capacity
 memory.card
 memory.usage memory.allocator
-oom
+oom device
 ladder
+folders
 config
 search
 errors
 """
 ORDER = {name: rank for rank, name in enumerate(LAYERS.split())}
-WITHOUT_TORCH = ("__init__", "__main__", "cli", "config", "errors", "ladder")
+WITHOUT_TORCH = ("__init__", "__main__", "cli", "config", "errors", "folders", "ladder")
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 
 

@@ -131,6 +131,10 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["-m", "+sweep=lr", "ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["hydra.run.dir=/dev/null/x"], 2, "hydra.run.dir=/dev/null/x cannot be made"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
+        (["data=imagefolder"], 2, "data.root has no value"),
+        (["data=imagefolder", "data.root=photos"], 2, "data.root=photos is no folder"),
+        (["data=imagefolder", "data.root=/dev/null"], 2, "data.root=/dev/null is no folder"),
+        (["data=imagefolder", "data.root=."], 2, ". has one class folder, outputs"),
     ],
 )
 def test_answers_without_torch(args: list[str], code: int, said: str, tmp_path: Path) -> None:

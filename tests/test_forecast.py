@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import Config
+from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.forecast import Forecast
@@ -49,6 +50,32 @@ def test_only_the_hopeless_is_skipped(share: float, skipped: bool) -> None:
         assert known == need
         assert bool(reason) == skipped
         assert ("it is predicted to need" in reason) == skipped
+
+
+def test_no_trace_where_the_weights_alone_are_too_large() -> None:
+    seen: list[nn.Module] = []
+
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 128), nn.Linear(128, classes))  # 6 MiB
+        model.register_forward_pre_hook(lambda *_: seen.append(model))
+        return model
+
+    for limit, reason in ((2 * MiB, "its weights alone take 6 MiB, and there are 2 MiB"), (64 * MiB, "")):
+        with limited(torch.device("cpu"), f"{limit}b") as capacity:
+            found, need = Forecast(capacity, 10, make).judge(settings())
+        assert (found, bool(seen)) == (reason, not reason)
+        assert need is not None
+        assert need > 6 * MiB
+
+
+def test_a_network_that_cannot_be_counted_is_traced() -> None:
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 128))
+        assert float(model[1].bias[0]) < 1  # which a tensor on meta does not say
+        return model
+
+    with limited(torch.device("cpu"), "2MiB") as capacity:
+        assert "it is predicted to need" in Forecast(capacity, 10, make).judge(settings())[0]
 
 
 def test_a_failure_that_was_foretold_is_believed_for_its_model() -> None:

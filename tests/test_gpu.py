@@ -34,6 +34,7 @@ from adaptive_trainer.position import Position
 from adaptive_trainer.process import private_process_state, seed_everything
 from adaptive_trainer.session import METERS
 from adaptive_trainer.store import Decoded, Stored
+from adaptive_trainer.target import target_of
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Shapes, Update, prove
 from scripts import benchmark_finders, gpu_checks
@@ -591,3 +592,10 @@ def test_no_memory_for_loading_gives_up_the_graph_first(tmp_path: Path) -> None:
     assert result.rung == "requested"
     assert [a.outcome for a in result.attempts] == ["fits"]
     assert any("its memory was wanted in loading data" in event for event in result.events), result.events
+
+
+def test_a_card_that_is_not_here_is_refused_by_all_who_ask() -> None:
+    config = typed(compose_config(["device=cuda:99"]))
+    for ask in (target_of, lambda config: measure(config, 10), lambda _: predict(config)):
+        with pytest.raises(ConfigError, match=r"device=cuda:99 was asked for and this machine has \d+ CUDA cards"):
+            ask(config)

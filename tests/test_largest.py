@@ -321,6 +321,26 @@ def test_a_plan_begins_with_the_largest_that_is_predicted(tmp_path: Path) -> Non
     assert (made.rows[0].min_capacity_bytes or 0) <= 100 * MiB
 
 
+def test_a_plan_lands_where_training_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small = ["model.name=mobilenetv3_small_050", "data.image_size=96", "trainer.batch_size=max", "device=cpu"]
+    data = ["data=fakedata", "data.train.size=48", "data.val.size=8", "data.num_workers=0", "model.num_classes=10"]
+    cfg = compose_config([*small, *data, "memory.limit=100MiB", "ladder=none"])
+    cfg.ladder.rungs = [RungConfig("sure", ["trainer.batch_size=8"])]
+    with caplog.at_level("INFO"):
+        made = run_plan(cfg, tmp_path)
+    assert [row.verdict for row in made.rows] == ["unsure", "fits"]
+    assert (made.lands_on, made.perhaps) == ("requested", ())
+    assert caplog.text.endswith("lands on rung requested\n")
+    assert "the largest that is predicted to fit in 100 MiB; training proves it, or one near it" in caplog.text
+    assert Trainer(cfg, output_dir=tmp_path).fit().rung == "requested"
+
+
+def test_a_plan_in_which_not_one_sample_fits_does_not_land_on_it(tmp_path: Path) -> None:
+    small = ["model.name=mobilenetv3_small_050", "data.image_size=96", "trainer.batch_size=max", "device=cpu"]
+    made = run_plan(compose_config([*small, "memory.limit=4MiB", "ladder=none"]), tmp_path)
+    assert (made.rows[0].verdict, made.lands_on, made.perhaps) == ("hopeless", None, ())
+
+
 def test_a_table_of_batch_sizes_is_the_same(tmp_path: Path) -> None:
     small = ["model.name=mobilenetv3_small_050", "batch=[8]", "size=[64]", "memory.limit=100MiB", "device=cpu"]
     asked = [run_memory(compose_config([*small, *more]), tmp_path) for more in ([], ["trainer.batch_size=max"])]

@@ -93,6 +93,7 @@ def test_the_simulated_card() -> None:
     target = target_of(first("device=cpu", "memory.limit=300MiB"))
     assert (target.cuda, target.capacity, target.context) == (False, 300 * MiB, 0)
     assert target_of(first("device=cpu")).capacity == 512 * MiB
+    assert target_of(first("device=cpu:0")) == target_of(first("device=cpu"))
     assert target_of(first("device=cpu", "memory.limit=none")).capacity is None
 
 

@@ -1,0 +1,32 @@
+"""The device that settings name."""
+
+from __future__ import annotations
+
+import torch
+
+from adaptive_trainer.errors import ConfigError
+
+__all__ = ["device_of"]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `device=NAME` means; `auto` is the first CUDA card, else the CPU.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    problem = ""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise ConfigError(f"device={name}: {problem}; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
+        return torch.device("cuda", device.index or 0)
+    return device

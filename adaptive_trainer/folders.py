@@ -1,0 +1,58 @@
+"""Where a folder of images has its splits and classes; without torch, so that a wrong folder is refused at once."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from adaptive_trainer.config import DataConfig
+from adaptive_trainer.errors import DataError
+
+__all__ = ["check_folders", "class_folders", "split_folder"]
+
+TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
+VAL_FOLDERS = ("val", "valid", "validation")
+
+
+def check_folders(data: DataConfig) -> None:
+    """Refuse folders of images that cannot be trained on, as far as a look at their classes tells; nothing is imported.
+
+    Raises:
+        DataError: a folder is missing, or has fewer than two classes.
+    """
+    for node in (data.train, data.val or {}):
+        if node.get("_target_") == TARGET:
+            with suppress(OSError):  # the data set explains what cannot be looked at
+                folder = split_folder(node.get("root"), node.get("split", "train"))
+                if folder is not None:
+                    class_folders(folder)
+
+
+def split_folder(root: str | None, split: str) -> Path | None:
+    """The folder of a split, `train` or `val`; None for `val` where there is none.
+
+    Raises:
+        DataError: the root is missing.
+    """
+    if root is None:
+        raise DataError("data.root has no value; give the folder of your images: data.root=FOLDER")
+    top = Path(root).expanduser()
+    if not top.is_dir():
+        raise DataError(f"data.root={root} is no folder; give one with ROOT/CLASS/image.jpg")
+    if not (top / "train").is_dir():
+        return top if split == "train" else None
+    names = ("train",) if split == "train" else VAL_FOLDERS
+    return next((top / name for name in names if (top / name).is_dir()), None)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """The names of the classes, sorted; hidden folders are left out.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    if len(names) < 2:
+        found = f"one class folder, {names[0]}" if names else "no class folders"
+        raise DataError(f"{folder} has {found}; two or more are needed, each with images: CLASS/image.jpg")
+    return tuple(names)
