@@ -54,7 +54,7 @@ class Forecast:
         )
 
     def judge(self, config: Config) -> tuple[str, int | None]:
-        """Why these settings are hopeless now ("" where they are not), and the bytes they need at least, by prediction."""
+        """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
         room = self.capacity.room()
         if room is None:
             return "", None
