@@ -49,7 +49,6 @@ CUDA = torch.device("cuda", 0)
 CAPS = (5600, 2600, 1300, 700, 550, 400, 240, 190, 140)
 FAKE = ["data=fakedata", "data.train.size=48", "data.val.size=24", "data.num_workers=0", "device=cuda"]
 SOAK_UPDATES = 200
-SMALL = ["trainer.batch_size=8", "trainer.micro_batch_size=4", "data.image_size=160", "trainer.precision=fp16"]
 
 
 # ---- caps: the rung that the descent lands on, against brute force -------------------------------------------------
@@ -388,15 +387,6 @@ def soak(folder: Path) -> Iterator[str]:
         f"| losses, samples and weights equal to the undisturbed replay, bit for bit | {'yes' if equal else 'NO'} |",
         f"| memory after each recovery as before the update | {back} |",
     )  # fmt: skip
-
-
-def make_update(overrides: list[str], capacity: Any, *, undo: bool) -> tuple[Update, Tensor, Tensor]:
-    config = resolve(compose_config(overrides))[0].settings
-    used = recipe(config)
-    parts = Parts(build_model, build_loss, "", 10, 1024, CUDA, capacity)
-    session = enter(config, parts)
-    images = torch.rand(used.batch_size, 3, used.image_size, used.image_size).pin_memory()
-    return session.update, images, torch.randint(10, (used.batch_size,)).pin_memory()
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def test_no_trace_where_the_weights_alone_are_too_large() -> None:
         model.register_forward_pre_hook(lambda *_: seen.append(model))
         return model
 
-    for limit, reason in ((2 * MiB, "its weights alone take 6 MiB, and there are 2 MiB"), (64 * MiB, "")):
+    for limit, reason in ((2 * MiB, "its weights alone take 6150 KiB, and there are 2048 KiB"), (64 * MiB, "")):
         with limited(torch.device("cpu"), f"{limit}b") as capacity:
             found, need = Forecast(capacity, 10, make).judge(settings())
         assert (found, bool(seen)) == (reason, not reason)

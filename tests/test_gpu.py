@@ -27,12 +27,14 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.graph import Graph, GraphRefused
+from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.measure import measure
 from adaptive_trainer.memory.capacity import Capacity, limited
-from adaptive_trainer.optimizers import FUSED, build_ema, build_optimizer, build_scaler
+from adaptive_trainer.models import build_model
+from adaptive_trainer.optimizers import FUSED, build_ema, build_loss, build_optimizer, build_scaler
 from adaptive_trainer.position import Position
 from adaptive_trainer.process import private_process_state, seed_everything
-from adaptive_trainer.session import METERS
+from adaptive_trainer.session import METERS, Parts, enter
 from adaptive_trainer.store import Decoded, Stored
 from adaptive_trainer.target import target_of
 from adaptive_trainer.transaction import TrainState
@@ -41,6 +43,16 @@ from scripts import benchmark_finders, gpu_checks
 from tests.faults import differences, dump
 
 pytestmark = pytest.mark.gpu
+SMALL = ["trainer.batch_size=8", "trainer.micro_batch_size=4", "data.image_size=160", "trainer.precision=fp16"]
+
+
+def make_update(overrides: list[str], capacity: Capacity) -> tuple[Update, Tensor, Tensor]:
+    """An update, and a pinned batch for it."""
+    config = resolve(compose_config(overrides))[0].settings
+    used = recipe(config)
+    update = enter(config, Parts(build_model, build_loss, "", 10, 1024, gpu_checks.CUDA, capacity)).update
+    images = torch.rand(used.batch_size, 3, used.image_size, used.image_size).pin_memory()
+    return update, images, torch.randint(10, (used.batch_size,)).pin_memory()
 
 
 @pytest.mark.parametrize("cap", gpu_checks.CAPS)
@@ -109,7 +121,7 @@ def test_what_a_failed_try_has_left_is_collected_and_else_nothing(holds_itself: 
 
 def test_a_failed_proof_leaves_nothing_and_collects_nothing() -> None:
     with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, _, _ = gpu_checks.make_update(["trainer.batch_size=64"], capacity, undo=True)
+        update, _, _ = make_update(["trainer.batch_size=64"], capacity)
         before = oom.held(gpu_checks.CUDA)
         with full_collections() as collections, pytest.raises(OutOfMemory):
             prove(update, Shapes(64, 64, 224, 10))
@@ -193,9 +205,7 @@ def test_twenty_compiled_updates_learn_what_eager_ones_learn(precision: str) -> 
         with limited(gpu_checks.CUDA, None) as capacity:
             torch.manual_seed(0)
             settings = ["trainer.batch_size=8", "data.image_size=64", "model.name=resnet18", "optimizer.lr=1e-4"]
-            update, images, labels = gpu_checks.make_update(
-                [*settings, f"trainer.precision={precision}"], capacity, undo=True
-            )
+            update, images, labels = make_update([*settings, f"trainer.precision={precision}"], capacity)
             events: list[str] = []
             engine = Engine(update, name, 8, events.append)
             for _ in range(20):
@@ -209,9 +219,7 @@ def test_twenty_compiled_updates_learn_what_eager_ones_learn(precision: str) -> 
 def test_nothing_of_compiled_code_and_its_graph_stays_when_the_engine_goes() -> None:
     events: list[str] = []
     with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, images, labels = gpu_checks.make_update(
-            ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
-        )
+        update, images, labels = make_update(["trainer.batch_size=8", "data.image_size=160"], capacity)
         eager = Engine(update, "eager", 8, events.append)
         for _ in range(3):
             eager.run(images, labels, samples=8)
@@ -277,9 +285,7 @@ def recorded(update: Update, images: Tensor, labels: Tensor) -> Graph:
 
 def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
     with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, images, labels = gpu_checks.make_update(
-            ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
-        )
+        update, images, labels = make_update(["trainer.batch_size=8", "data.image_size=160"], capacity)
         for _ in range(3):
             update.run(images, labels, samples=0)
         oom.release(gpu_checks.CUDA)
@@ -298,7 +304,7 @@ def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
 
 def test_a_replay_allocates_nothing_on_a_full_card() -> None:
     with limited(gpu_checks.CUDA, None) as capacity:
-        update, images, labels = gpu_checks.make_update(gpu_checks.SMALL, capacity, undo=True)
+        update, images, labels = make_update(SMALL, capacity)
         graph = recorded(update, images, labels)
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()
@@ -314,9 +320,7 @@ def test_a_replay_allocates_nothing_on_a_full_card() -> None:
 def test_where_memory_runs_out_beside_the_graph_it_goes_and_the_update_is_made() -> None:
     events: list[str] = []
     with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, images, labels = gpu_checks.make_update(
-            ["trainer.batch_size=8", "data.image_size=160"], capacity, undo=True
-        )
+        update, images, labels = make_update(["trainer.batch_size=8", "data.image_size=160"], capacity)
         engine = Engine(update, "graph", 8, events.append)
         for _ in range(5):
             engine.run(images, labels, samples=8)
