@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +211,33 @@ def test_an_abandoned_loader_leaves_no_process() -> None:
     assert len(multiprocessing.active_children()) == 2
     del loader
     assert multiprocessing.active_children() == []
+
+
+def test_one_set_of_workers_serves_passes_of_all_kinds() -> None:
+    data = plain(Noise(), transforms="torchvision")
+    passes: list[Callable[[Loader], Iterator[Batch]]] = [
+        lambda loader: loader.train(Position(7, 0, 0, 23)),
+        lambda loader: loader.evaluate(5),
+        lambda loader: itertools.islice(loader.train(Position(7, 1, 0, 23)), 2),  # left with batches on their way
+        lambda loader: itertools.islice(loader.evaluate(3, start=4), 1),
+        lambda loader: loader.evaluate(2, start=9),
+        lambda loader: loader.train(Position(8, 1, 11, 23)),
+    ]
+    pids = set()
+    with closing(opened(data, num_workers=2)) as loader, closing(opened(data)) as alone:
+        for each in passes:
+            assert torch.equal(rows(list(each(loader))), rows(list(each(alone))))
+            pids.add(frozenset(child.pid for child in multiprocessing.active_children()))
+    assert [len(each) for each in pids] == [2]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("train", "val", "started"), [(3, 40, 4), (40, 3, 4), (3, 7, 2)])
+def test_no_more_workers_than_batches(train: int, val: int, started: int) -> None:
+    data = replace(plain(Noise(train)), val=Noise(val))
+    with closing(opened(data, num_workers=4)) as loader:
+        assert len(rows(list(loader.evaluate(4)))) == val
+        assert len(multiprocessing.active_children()) == started
 
 
 def test_workers_do_not_answer_ctrl_c() -> None:

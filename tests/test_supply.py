@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config import RungConfig
 from adaptive_trainer.errors import Interrupted, LadderExhausted
+from adaptive_trainer.position import Position
 from adaptive_trainer.report import Result
 
 # Python 3.12 warns of every fork in a process with threads, and torch always has some
@@ -36,8 +37,8 @@ class Drawn(Dataset[Any]):
 
     classes = ("a", "b", "c")
 
-    def __init__(self, record: Path, size: int = SIZE, broken: int = -1) -> None:
-        self.record, self.size, self.broken = record, size, broken
+    def __init__(self, record: Path, size: int, fault: Callable[[int], None]) -> None:
+        self.record, self.size, self.fault = record, size, fault
 
     def __len__(self) -> int:
         return self.size
@@ -45,8 +46,7 @@ class Drawn(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with self.record.open("a") as file:
             file.write(f"{os.getpid()}\n")
-        if index == self.broken:
-            raise ZeroDivisionError("a bug")
+        self.fault(index)
         drawn = torch.rand(3, 8, 8) + float(np.random.random()) + random.random()
         return drawn, index % 3
 
@@ -75,7 +75,7 @@ def alive() -> set[int]:
     return {child.pid or 0 for child in multiprocessing.active_children()}
 
 
-def nothing(update: int) -> None:
+def nothing(number: int) -> None:
     pass
 
 
@@ -84,7 +84,7 @@ def fit(
     *overrides: str,
     num_workers: int = 2,
     event: Callable[[int], None] = nothing,
-    broken: int = -1,
+    fault: Callable[[int], None] = nothing,
     steps: dict[str, list[str]] = SMALLER,
 ) -> tuple[Result, Net]:
     """The result and the network that was trained."""
@@ -100,7 +100,7 @@ def fit(
     ])  # fmt: skip
     cfg.ladder.rungs = [RungConfig(name, overrides) for name, overrides in steps.items()]
     folder.mkdir(exist_ok=True)
-    data = Drawn(folder / "pids", broken=broken), Drawn(folder / "pids", 6)
+    data = Drawn(folder / "pids", SIZE, fault), Drawn(folder / "pids", 6, nothing)
     result = Trainer(cfg, model=make, train_data=data[0], val_data=data[1], output_dir=folder).fit()
     return result, next(net for net in nets if net.inputs)
 
@@ -181,11 +181,16 @@ def fails(update: int) -> None:
         raise KeyError("what I forgot")
 
 
+def bug(index: int) -> None:
+    if index == SIZE - 1:
+        raise ZeroDivisionError("a bug")
+
+
 @pytest.mark.parametrize(
     ("how", "error"),
     [
         ({"event": fails}, KeyError),
-        ({"broken": SIZE - 1}, ZeroDivisionError),
+        ({"fault": bug}, ZeroDivisionError),
         ({"event": signalled(UPDATES + 2)}, Interrupted),
         ({"event": signalled(UPDATES + 2, times=2)}, KeyboardInterrupt),
         ({"event": grows(1), "steps": {}}, LadderExhausted),
@@ -199,8 +204,21 @@ def test_no_worker_is_left_after_an_error(how: dict[str, Any], error: type[BaseE
     del caught
 
 
+def test_a_worker_without_memory_costs_workers_and_no_sample(tmp_path: Path) -> None:
+    in_the_middle = Position(0, 0, 0, SIZE).permutation()[SIZE // 2]
+
+    def fault(index: int) -> None:
+        if index == in_the_middle and get_worker_info() is not None:
+            raise MemoryError
+
+    result, net = fit(tmp_path / "short", num_workers=4, fault=fault)
+    assert [event for event in result.events if "->" in event] == ["data.num_workers 4 -> 2", "data.num_workers 2 -> 0"]
+    assert [len(workers) for workers in net.workers[PROOFS:]][:3] == [4, 4, 0]
+    assert net.inputs == undisturbed(tmp_path / "alone", 0).inputs
+
+
 def test_a_worker_that_dies_between_epochs_costs_workers_and_no_sample(tmp_path: Path) -> None:
-    """It is killed when all samples of its epoch are read, and noticed when those of the next are wanted."""
+    """It is killed when all samples of its epoch are read, and missed when others are wanted."""
 
     def kills(update: int) -> None:
         if update == UPDATES:
