@@ -117,7 +117,7 @@ class Loop:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        """Nothing is started or allocated yet."""
+        """Put together what it uses; no worker is started yet."""
         config = self.session.config
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False

@@ -96,7 +96,7 @@ def fit(
 
     cfg = compose_config([
         f"trainer.batch_size={BATCH}", f"trainer.epochs={EPOCHS}", "data.image_size=8", "data.transforms=torchvision",
-        f"data.num_workers={num_workers}", "memory.limit=32MiB", "ladder=none", *overrides,
+        f"data.num_workers={num_workers}", "memory.limit=32MiB", "device=cpu", "ladder=none", *overrides,
     ])  # fmt: skip
     cfg.ladder.rungs = [RungConfig(name, overrides) for name, overrides in steps.items()]
     folder.mkdir(exist_ok=True)
