@@ -25,7 +25,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from adaptive_trainer import oom
-from adaptive_trainer.data import NOT_THE_FILE, DataSets, check_label, fewer_workers, plain_loader
+from adaptive_trainer.data import NOT_THE_FILE, DataSets, check_label, end_workers, fewer_workers, plain_loader
 from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.fingerprint import fingerprint, refuse_own_transforms
 from adaptive_trainer.memory.plan_cache import default_folder
@@ -228,8 +228,7 @@ class _Builder:
                 if failure.kind not in (oom.Kind.WORKER, oom.Kind.HOST) or not workers:
                     raise
             finally:
-                if workers and iterator is not None:
-                    iterator._shutdown_workers()  # now: an error would keep them
+                end_workers(iterator)
             if failure is not None:
                 fewer = fewer_workers(workers)
                 self.event(

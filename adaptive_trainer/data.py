@@ -1,8 +1,8 @@
 """Loaders that start at any position and give the same samples whatever the workers and the batch sizes.
 
-A sample's augmentation is seeded by (seed, epoch, index) alone, and loading in the main process leaves its random
-numbers as they were. A sample that cannot be read ends the run with its name, or is left out and named in its batch
-(`data.on_error`).
+A sample's augmentation is seeded by its key (seed, epoch, index) alone, and loading in the main process leaves its
+random numbers as they were. A sample that cannot be read ends the run with its name, or is left out and named in its
+batch (`data.on_error`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import operator
 import random
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -33,15 +33,15 @@ from adaptive_trainer.transforms import Transform, build_transform, to_rgb
 __all__ = [
     "Batch",
     "DataSets",
+    "Loader",
     "SampleError",
     "build_datasets",
     "check_label",
     "digits",
-    "eval_loader",
+    "end_workers",
     "fewer_workers",
     "image_folder",
     "plain_loader",
-    "train_loader",
 ]
 
 BROKEN = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises for a bad file
@@ -74,26 +74,51 @@ class Batch(NamedTuple):
     skipped: list[str]
 
 
-def train_loader(
-    data: DataSets, position: Position, *, batch_size: int, image_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    """The rest of the epoch from `position` on, one batch an update, augmented."""
-    transform = build_transform(data.config, image_size, training=True)
-    view = _View(data.train, transform, position.seed, data.num_classes, data.config.on_error == "skip")
-    return _loader(view, _Updates(position, batch_size), num_workers, pin_memory)
+class Loader:
+    """Batches of training and of evaluation, by the same workers in one pass after another, until it is closed.
+
+    They start with the first pass. A pass ends the one before it, wherever that has come to.
+    """
+
+    def __init__(self, data: DataSets, *, batch_size: int, image_size: int, num_workers: int, pin_memory: bool) -> None:
+        self._sizes = len(data.train), len(data.val)
+        self._batch_size = batch_size
+        self._keys = _Keys()
+        self._running: Iterator[Batch] | None = None
+        train, val = (
+            _View(part, build_transform(data.config, image_size, training=training), data.num_classes, data.config)
+            for part, training in ((data.train, True), (data.val, False))
+        )
+        most = max(updates_per_epoch(size, batch_size) for size in self._sizes)  # more would have nothing to do
+        self._loader = _loader(_Both(train, val), self._keys, min(num_workers, most), pin_memory)
+
+    def train(self, position: Position) -> Iterator[Batch]:
+        """The rest of the epoch from `position` on, one batch an update, augmented."""
+        return self._start(position.batches(self._batch_size))
+
+    def evaluate(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """The validation set in order, from sample `start` on, not augmented."""
+        return self._start(_in_order(start, self._sizes[1], batch_size))
+
+    def _start(self, batches: Iterable[list[Key]]) -> Iterator[Batch]:
+        self._keys.batches = batches
+        self._running = iter(self._loader)  # with workers it is the same object each time
+        return self._running
+
+    def close(self) -> None:
+        """End the workers."""
+        end_workers(self._running)
 
 
-def eval_loader(
-    data: DataSets, *, batch_size: int, image_size: int, num_workers: int, pin_memory: bool, start: int = 0
-) -> DataLoader[Batch]:
-    """The validation set in order, from sample `start` on, not augmented."""
-    transform = build_transform(data.config, image_size, training=False)
-    view = _View(data.val, transform, 0, data.num_classes, data.config.on_error == "skip")
-    return _loader(view, _in_order(start, len(view), batch_size), num_workers, pin_memory)
+def end_workers(running: Iterator[Batch] | None) -> None:
+    """Now, and not when the last reference to a loader's iterator goes: the frames of an error keep it alive."""
+    shut_down = getattr(running, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def _in_order(start: int, stop: int, batch_size: int) -> list[list[Key]]:
-    keys = [(EVALUATION, index) for index in range(start, stop)]
+    keys = [(0, EVALUATION, index) for index in range(start, stop)]
     return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
 
 
@@ -112,41 +137,34 @@ def plain_loader(
 
     The collate function is given (transformed image, label), or the name of a broken sample to be left out.
     """
-    view = _View(data, transform, 0, num_classes, config.on_error == "skip")
-    return _loader(view, _in_order(start, len(view), batch_size), num_workers, False, collate)
+    batches = _in_order(start, len(data), batch_size)
+    view = _View(data, transform, num_classes, config)
+    return _loader(view, _Keys(batches), min(num_workers, len(batches)), False, collate)
 
 
-@dataclass(frozen=True)
-class _Updates:
-    """The keys of each update; a new pass gives the same again."""
+@dataclass
+class _Keys:
+    """The keys of each batch of the next pass: what a DataLoader, whose sampler cannot be changed, iterates anew."""
 
-    position: Position
-    batch_size: int
+    batches: Iterable[list[Key]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self.position.batches(self.batch_size)
-
-    def __len__(self) -> int:
-        return updates_per_epoch(self.position.size - self.position.cursor, self.batch_size)
+        return iter(self.batches)
 
 
 @dataclass(frozen=True)
 class _View(Dataset[Any]):
-    """What the loader sees: key (epoch, index) -> (image, label), or the name of a broken sample to be left out."""
+    """What a loader sees: key -> (image, label), or the name of a broken sample to be left out."""
 
     data: Any
     transform: Transform
-    seed: int
     num_classes: int
-    skip_broken: bool
-
-    def __len__(self) -> int:
-        return len(self.data)
+    config: DataConfig
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
-        epoch, index = key
+        index = key[2]
         problem = ""
-        with _seeded(key_seed(self.seed, epoch, index)):
+        with _seeded(key_seed(*key)):
             try:
                 sample = self.data[index]
             except BROKEN as error:
@@ -156,7 +174,7 @@ class _View(Dataset[Any]):
             if not problem:
                 return self._prepared(sample, index)
         name = sample_name(self.data, index)
-        if self.skip_broken:
+        if self.config.on_error == "skip":
             return name
         raise SampleError(f"{name} cannot be read ({problem}); repair or remove it, or use data.on_error=skip")
 
@@ -173,6 +191,17 @@ class _View(Dataset[Any]):
             )
         check_label(self.data, index, number, self.num_classes)
         return self.transform(image), number
+
+
+@dataclass(frozen=True)
+class _Both(Dataset[Any]):
+    """Training and validation set; the key tells which is meant."""
+
+    train: _View
+    val: _View
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
+        return (self.val if key[1] == EVALUATION else self.train)[key]
 
 
 def check_label(data: MapDataset, index: int, label: int, num_classes: int) -> None:
@@ -210,8 +239,8 @@ def _seeded(seed: int) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-class _Loader(DataLoader[Any]):
-    """More workers than cores are the user's choice, and no reason for a warning every epoch."""
+class _DataLoader(DataLoader[Any]):
+    """More workers than cores are the user's choice, and no reason for a warning."""
 
     def check_worker_number_rationality(self) -> None:
         pass
@@ -223,16 +252,17 @@ def fewer_workers(num_workers: int) -> int:
 
 
 def _loader(
-    view: _View,
-    batches: _Updates | list[list[Key]],
+    view: _View | _Both,
+    keys: _Keys,
     num_workers: int,
     pin_memory: bool,
     collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader[Any]:
-    return _Loader(
+    return _DataLoader(
         view,
-        batch_sampler=batches,
-        num_workers=min(num_workers, len(batches)),  # more would have nothing to do
+        batch_sampler=keys,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
         collate_fn=collate or _collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,

@@ -8,27 +8,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from tqdm import tqdm
 
-from adaptive_trainer import oom
-from adaptive_trainer.data import Batch, DataSets, eval_loader, fewer_workers, train_loader
+from adaptive_trainer.data import Batch, DataSets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemory
-from adaptive_trainer.feed import eval_feed, train_feed
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.session import Session
+from adaptive_trainer.supply import Supply, told_by_the_loader
 
-__all__ = ["Hooks", "Loop", "StopSignal", "told_by_the_loader"]
+__all__ = ["Hooks", "Loop", "StopSignal"]
 
 log = logging.getLogger(__name__)
 
@@ -58,30 +55,6 @@ class StopSignal:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-
-
-@contextmanager
-def told_by_the_loader() -> Iterator[None]:
-    """The death of a data worker is an error of the loader that is asked for a batch, for as long as the block runs.
-
-    torch's own handler raises it wherever the main thread is, were it between the commit of weights and of position.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    _set_SIGCHLD_handler()  # torch installs it once, with the first loader: now, so that it is not done later
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def _end_workers(iterator: Iterator[Batch] | None) -> None:
-    """Now, and not when the last reference to the iterator goes: the frames of an error keep it alive."""
-    shut_down = getattr(iterator, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
 
 
 class _Loss:
@@ -139,19 +112,19 @@ class Loop:
     hooks: Hooks
     stop: StopSignal
     avoid_thrashing: bool = False
-    num_workers: int = field(init=False)
     engine: Engine = field(init=False)
+    supply: Supply = field(init=False)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        """Start with the workers that the settings ask for."""
-        self.num_workers = 0 if self.data.stored is not None else self.session.config.data.num_workers
-        self.data = replace(self.data, config=self.session.config.data)
+        """Put together what it uses; no worker is started yet."""
+        config = self.session.config
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False
         self._loss = _Loss(self.device)
-        trainer = self.session.config.trainer
-        self.engine = Engine(self.session.update, trainer.engine, trainer.batch_size, self.hooks.event)
+        self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
+        data = replace(self.data, config=config.data)
+        self.supply = Supply(data, config, self.device, self.engine, self.hooks.event)
 
     def run(self) -> bool:
         """Train until the last epoch is finished (True), or until `hooks.leave` says so (False).
@@ -161,7 +134,7 @@ class Loop:
             DivergedError: the loss is no longer a number.
             Interrupted: a signal came; the state is saved.
         """
-        with told_by_the_loader():
+        with told_by_the_loader(), closing(self.supply):
             return self._run()
 
     def _run(self) -> bool:
@@ -188,36 +161,30 @@ class Loop:
             disable=not sys.stderr.isatty(),
             leave=False,
         )
-        with bar:
-            while state.position.epoch == epoch:
-                if not self._train_on(self._open_train_loader(), epoch, bar):
-                    self._reduce_workers()
-
-    def _train_on(self, loader: Iterable[Batch], epoch: int, bar: tqdm[Any]) -> bool:
-        """Updates from one loader until the epoch ends; False when a data worker died."""
-        state, trainer = self.session.state, self.session.config.trainer
-        with closing(self._guarded(loader)) as batches:
+        with bar, closing(self.supply.train(state.position)) as batches:
             for batch in batches:
-                if batch is None:
-                    return False
-                self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
-                self.engine.run(batch.images, batch.labels, samples=batch.samples)
-                bar.update(batch.samples)
-                if batch.skipped:
-                    self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
-                if self._loss.is_asked:
-                    loss = self._read_loss()
-                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                    if bar.disable:
-                        log.info("epoch %d, update %d: train loss %.4f", epoch + 1, self._loss.asked_after, loss)
-                if state.updates % trainer.log_every == 0:
-                    self._loss.ask(state.meters, state.updates)
-                    self._watch_for_thrashing()
-                at_end = state.position.epoch != epoch
-                if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
-                    self._save()
-                self._stop_if_asked()
-        return True
+                self._train_on(batch, epoch, bar)
+
+    def _train_on(self, batch: Batch, epoch: int, bar: tqdm[Any]) -> None:
+        """One update, and what is due after it."""
+        state, trainer = self.session.state, self.session.config.trainer
+        self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
+        self.engine.run(batch.images, batch.labels, samples=batch.samples)
+        bar.update(batch.samples)
+        if batch.skipped:
+            self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
+        if self._loss.is_asked:
+            loss = self._read_loss()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if bar.disable:
+                log.info("epoch %d, update %d: train loss %.4f", epoch + 1, self._loss.asked_after, loss)
+        if state.updates % trainer.log_every == 0:
+            self._loss.ask(state.meters, state.updates)
+            self._watch_for_thrashing()
+        at_end = state.position.epoch != epoch
+        if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
+            self._save()
+        self._stop_if_asked()
 
     def _watch_for_thrashing(self) -> None:
         """Whether the allocator had to flush its cache again and again since the last look: it works, but slowly.
@@ -239,66 +206,6 @@ class Loop:
             self.hooks.event(
                 f"rung {self.rung} fits, but {text}, which is slow; ladder.avoid_thrashing=true steps down"
             )
-
-    def _open_train_loader(self) -> Iterable[Batch]:
-        config, state = self.session.config, self.session.state
-        if self.data.stored is not None:
-            return train_feed(
-                self.data,
-                state.position,
-                batch_size=config.trainer.batch_size,
-                image_size=config.data.image_size,
-                device=self.device,
-                channels_last=config.trainer.channels_last,
-            )
-        return train_loader(
-            self.data,
-            state.position,
-            batch_size=config.trainer.batch_size,
-            image_size=config.data.image_size,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def _guarded(self, loader: Iterable[Batch]) -> Generator[Batch | None, None, None]:
-        """The loader's batches; None, and no more, when a data worker ran out of memory.
-
-        Raises:
-            OutOfMemory: the data set itself ran out of device memory.
-        """
-        iterator: Iterator[Batch] | None = None
-        try:
-            while True:
-                failure = None
-                try:
-                    if iterator is None:  # starts the workers, which can fail too
-                        iterator = self.engine.beside_graph(lambda: iter(loader))
-                    batch = self.engine.beside_graph(partial(next, iterator))
-                except StopIteration:
-                    return
-                except OutOfMemory:
-                    raise
-                except Exception as error:
-                    failure = oom.describe(error)
-                    fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
-                    if not fewer and failure.kind is not oom.Kind.DEVICE:
-                        raise
-                if failure is not None:
-                    break
-                yield batch
-        finally:
-            _end_workers(iterator)
-        if failure.kind is oom.Kind.DEVICE:
-            del iterator
-            oom.release(self.device)
-            raise OutOfMemory(failure.text, phase="loading data")
-        self.hooks.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
-        yield None
-
-    def _reduce_workers(self) -> None:
-        fewer = fewer_workers(self.num_workers)
-        self.hooks.event(f"data.num_workers {self.num_workers} -> {fewer}")
-        self.num_workers = fewer
 
     def _read_loss(self) -> float:
         loss = self._loss.answer()
@@ -389,11 +296,8 @@ class Loop:
             while done < total:
                 batch, size = None, min(self.eval_batch_size, total - done)
                 try:
-                    with closing(self._guarded(self._open_eval_loader(done))) as batches:
+                    with closing(self.supply.evaluate(self.eval_batch_size, done)) as batches:
                         for batch in batches:
-                            if batch is None:
-                                self._reduce_workers()
-                                break
                             sums = self._evaluate_batch(batch)
                             loss, correct = loss + sums[0], correct + sums[1]
                             done, seen = done + batch.samples, seen + len(batch.labels)
@@ -424,22 +328,3 @@ class Loop:
             f"out of memory in evaluation: its batch {self.eval_batch_size} -> {smaller}; training keeps its own"
         )
         self.eval_batch_size = smaller
-
-    def _open_eval_loader(self, start: int) -> Iterable[Batch]:
-        if self.data.stored is not None:
-            return eval_feed(
-                self.data,
-                batch_size=self.eval_batch_size,
-                image_size=self.session.config.data.image_size,
-                device=self.device,
-                channels_last=self.session.config.trainer.channels_last,
-                start=start,
-            )
-        return eval_loader(
-            self.data,
-            batch_size=self.eval_batch_size,
-            image_size=self.session.config.data.image_size,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            start=start,
-        )

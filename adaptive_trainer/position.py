@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Key", "Position", "key_seed", "last_update", "micro_batches", "updates_per_epoch"]
 
-Key = tuple[int, int]  # (epoch, index of the sample in the data set)
+Key = tuple[int, int, int]  # (seed, epoch, index of the sample in the data set)
 
 
 def key_seed(*parts: int) -> int:
@@ -76,7 +76,7 @@ class Position:
     def batches(self, batch_size: int) -> Iterator[list[Key]]:
         """The remaining updates of this epoch, each as the keys of its samples."""
         for part in self.indices(batch_size):
-            yield [(self.epoch, index) for index in part.tolist()]
+            yield [(self.seed, self.epoch, index) for index in part.tolist()]
 
     def indices(self, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
         """The remaining updates of this epoch, each as the indices of its samples in the data set, int64."""

@@ -22,7 +22,7 @@ from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, L
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
-from adaptive_trainer.loop import StopSignal, told_by_the_loader
+from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
 from adaptive_trainer.optimizers import build_loss
@@ -30,6 +30,7 @@ from adaptive_trainer.process import private_process_state, seed_everything
 from adaptive_trainer.report import Record, Result, rung_table
 from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
+from adaptive_trainer.supply import told_by_the_loader
 from adaptive_trainer.update import Loss
 
 __all__ = ["Trainer", "load_model"]

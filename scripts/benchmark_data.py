@@ -34,7 +34,7 @@ from torchvision.datasets import ImageFolder
 from adaptive_trainer import compose_config
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import Config
-from adaptive_trainer.data import DataSets, build_datasets, train_loader
+from adaptive_trainer.data import Batch, DataSets, Loader, build_datasets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.ladder import resolve, stored_size
@@ -84,22 +84,20 @@ class Bench:
         return data
 
     def ours(self, cache: str) -> Epochs:
-        """The loaders as the trainer opens them, anew for every epoch."""
+        """The loaders as the trainer uses them: workers go on over epochs, stored images are fed anew in each."""
         data, trainer = self.data(cache), self.config.trainer
         how: dict[str, Any] = {"batch_size": trainer.batch_size, "image_size": self.config.data.image_size}
-        beside: dict[str, Any] = {"device": self.device, "channels_last": trainer.channels_last}
-        pinned: dict[str, Any] = {
-            "num_workers": self.config.data.num_workers, "pin_memory": self.device.type == "cuda",
-        }  # fmt: skip
+        workers, pinned = self.config.data.num_workers, self.device.type == "cuda"
+        loader = Loader(data, **how, num_workers=workers, pin_memory=pinned)
 
         def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
             position = Position(0, number, 0, len(data.train))
-            loader: Iterable[Any] = (
-                train_loader(data, position, **how, **pinned)
+            batches: Iterable[Batch] = (
+                loader.train(position)
                 if data.stored is None
-                else train_feed(data, position, **how, **beside)
+                else train_feed(data, position, **how, device=self.device, channels_last=trainer.channels_last)
             )
-            for batch in loader:
+            for batch in batches:
                 yield self.moved(batch.images, batch.labels)
 
         return epoch

@@ -15,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -36,6 +37,7 @@ from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.position import Position
 from adaptive_trainer.process import private_process_state
 from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.supply import Supply
 from adaptive_trainer.transaction import Undo
 from scripts.benchmark_speed import CASES, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table
@@ -97,24 +99,36 @@ def _undone(case: Case, kind: str, *overrides: str) -> tuple[str, ...]:
 # ---- loop: the whole harness against its engine ----------------------------------------------------------------------
 
 
-class Prepared(Loop):
-    """A loop whose data are there: one batch again and again, or a loader's.
+class Prepared(Supply):
+    """Data that are there: one batch again and again, or a loader's."""
+
+    batch: Batch | None = None
+
+    def train(self, position: Position) -> Generator[Batch, None, None]:
+        if self.batch is None:
+            yield from super().train(position)
+        else:
+            yield from [self.batch] * (position.size // self.batch.samples)
+
+
+class Timed(Loop):
+    """A loop on such data that notes when an epoch has come into its stride.
 
     Attributes:
+        prepared: what it trains on.
         unmeasured: updates at the start of an epoch, in which a loader starts.
         started_at: the clock after these.
     """
 
-    batch: Batch | None = None
+    prepared: Prepared
     unmeasured: int = 1
     updates_done: int = 0
     started_at: float = 0.0
 
-    def _open_train_loader(self) -> Iterable[Batch]:
-        if self.batch is None:
-            return super()._open_train_loader()
-        state = self.session.state
-        return [self.batch] * (state.position.size // self.batch.samples)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.supply
+        self.supply = self.prepared = Prepared(given.data, given.config, self.device, self.engine, given.event)
 
     def _stop_if_asked(self) -> None:
         super()._stop_if_asked()
@@ -124,19 +138,19 @@ class Prepared(Loop):
             self.started_at = time.perf_counter()
 
 
-def loop_of(config: Config, device: torch.device, updates: int, capacity: Capacity) -> Prepared:
+def loop_of(config: Config, device: torch.device, updates: int, capacity: Capacity) -> Timed:
     size, samples = config.data.image_size, updates * config.trainer.batch_size
     images = torch.rand(config.trainer.batch_size, 3, size, size).repeat(updates, 1, 1, 1)
     data = TensorDataset(images, torch.arange(samples) % 10)
     parts = Parts(build_model, build_loss, "", 10, samples, device, capacity)
     hooks = Hooks(void, void, lambda text: print(text, file=sys.stderr), lambda: False)
     sets = build_datasets(config, data, TensorDataset(images[:8], torch.arange(8)))
-    return Prepared(enter(config, parts), sets, device, "requested", 8, hooks, StopSignal())
+    return Timed(enter(config, parts), sets, device, "requested", 8, hooks, StopSignal())
 
 
-def epoch(loop: Prepared, batch: Batch | None) -> float:
+def epoch(loop: Timed, batch: Batch | None) -> float:
     """Seconds of an update in one epoch of the loop, without its first tenth, in which a loader starts."""
-    state, loop.batch, loop.updates_done = loop.session.state, batch, 0
+    state, loop.prepared.batch, loop.updates_done = loop.session.state, batch, 0
     updates: int = state.position.size // loop.session.config.trainer.batch_size
     loop.unmeasured = updates // 10
     state.position = Position(0, 0, 0, state.position.size)
@@ -147,7 +161,7 @@ def epoch(loop: Prepared, batch: Batch | None) -> float:
     return seconds / (updates - loop.unmeasured)
 
 
-def direct(loop: Prepared, batch: Batch) -> Callable[[], None]:
+def direct(loop: Timed, batch: Batch) -> Callable[[], None]:
     """The same engine without a loop around it: the graph replayed, or the update run."""
     graph, update = loop.engine._graph, loop.session.update
     if graph is None:
@@ -178,7 +192,7 @@ def loop() -> Iterator[str]:
         yield row(case.name, name, ms["alone"], ms["one batch"], one, ms["loader"], loaded)
 
 
-def looped(mine: Prepared, updates: int) -> dict[str, list[float]]:
+def looped(mine: Timed, updates: int) -> dict[str, list[float]]:
     """Seconds of an update, the engine called directly and by the loop."""
     trainer, size = mine.session.config.trainer, mine.session.config.data.image_size
     images, labels = torch.rand(trainer.batch_size, 3, size, size), torch.arange(trainer.batch_size) % 10
@@ -187,11 +201,12 @@ def looped(mine: Prepared, updates: int) -> dict[str, list[float]]:
     batch = Batch(images, labels, trainer.batch_size, [])
     epoch(mine, batch)  # records the graph
     bare = direct(mine, batch)
-    return alternating({
-        "alone": lambda: per_update(bare, updates, mine.device),
-        "one batch": lambda: epoch(mine, batch),
-        "loader": lambda: epoch(mine, None),
-    })  # fmt: skip
+    with closing(mine.supply):
+        return alternating({
+            "alone": lambda: per_update(bare, updates, mine.device),
+            "one batch": lambda: epoch(mine, batch),
+            "loader": lambda: epoch(mine, None),
+        })  # fmt: skip
 
 
 # ---- cpu: an eager update on the CPU against a bare loop -------------------------------------------------------------

@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config import Config, RungConfig
-from adaptive_trainer.data import build_datasets, train_loader
+from adaptive_trainer.data import Loader, build_datasets
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.memory.capacity import limited
@@ -351,14 +351,12 @@ def replay(begins: list[tuple[str, int]], size: int) -> tuple[str, list[float], 
 
 def _train_until(session: Session, data: Any, end: int | None, losses: list[float], seen: list[int]) -> None:
     state, trainer = session.state, session.config.trainer
+    loader = Loader(data, batch_size=trainer.batch_size, image_size=224, num_workers=0, pin_memory=True)
     while state.position.epoch < trainer.epochs and (end is None or state.updates < end):
         if state.position.cursor == 0:
             for meter in state.meters.values():
                 meter.zero_()
-        loader = train_loader(
-            data, state.position, batch_size=trainer.batch_size, image_size=224, num_workers=0, pin_memory=True
-        )
-        for batch in loader:
+        for batch in loader.train(state.position):
             if end is not None and state.updates >= end:
                 return
             session.schedule.apply(state.position.schedule_step(trainer.batch_size))

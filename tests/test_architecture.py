@@ -20,6 +20,7 @@ trainer
 largest
 stage
 loop
+supply
 measure
 session
 resume

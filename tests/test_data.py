@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from adaptive_trainer.config import DataConfig, compose_config, typed
-from adaptive_trainer.data import Batch, DataSets, SampleError, build_datasets, eval_loader, train_loader
+from adaptive_trainer.data import EVALUATION, Batch, DataSets, Loader, SampleError, build_datasets
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Position
 
@@ -71,18 +75,15 @@ def plain(data: Any, on_error: str = "raise", transforms: str = "none") -> DataS
     return DataSets(data, data, 3, ("a", "b", "c"), config)
 
 
+def opened(data: DataSets, batch_size: int = 4, num_workers: int = 0, image_size: int = 4) -> Loader:
+    return Loader(data, batch_size=batch_size, image_size=image_size, num_workers=num_workers, pin_memory=False)
+
+
 def batches(
     data: DataSets, position: Position, batch_size: int = 4, num_workers: int = 0, image_size: int = 4
 ) -> list[Batch]:
-    loader = train_loader(
-        data, position, batch_size=batch_size, image_size=image_size, num_workers=num_workers, pin_memory=False
-    )
-    iterator = iter(loader)
-    try:
-        return list(iterator)
-    finally:
-        if num_workers:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]  # an error keeps it alive, and then it waits 5 s
+    with closing(opened(data, batch_size, num_workers, image_size)) as loader:
+        return list(loader.train(position))
 
 
 def rows(found: list[Batch]) -> Tensor:
@@ -120,16 +121,16 @@ def test_loading_leaves_the_random_numbers_alone(num_workers: int, kind: type[No
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
     data = plain(kind(), transforms="torchvision")
     batches(data, Position(0, 0, 0, 23), num_workers=num_workers)
-    list(eval_loader(data, batch_size=4, image_size=4, num_workers=num_workers, pin_memory=False))
+    with closing(opened(data, num_workers=num_workers)) as loader:
+        list(loader.evaluate(4))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), repr(np.random.get_state())) == before[1:]
 
 
 def test_evaluation_is_in_order_and_can_start_anywhere() -> None:
     def load(batch_size: int, start: int, num_workers: int) -> Tensor:
-        return rows(list(eval_loader(
-            plain(Noise()), batch_size=batch_size, image_size=4, num_workers=num_workers, pin_memory=False, start=start
-        )))  # fmt: skip
+        with closing(opened(plain(Noise()), num_workers=num_workers)) as loader:
+            return rows(list(loader.evaluate(batch_size, start)))
 
     whole = load(5, 0, 0)
     assert whole[:, 0, 0, 0].tolist() == list(range(23))
@@ -205,14 +206,38 @@ def test_what_is_not_a_broken_file_passes_unchanged(error: BaseException) -> Non
 
 
 def test_an_abandoned_loader_leaves_no_process() -> None:
-    loader = train_loader(
-        plain(Noise(200)), Position(0, 0, 0, 200), batch_size=2, image_size=4, num_workers=2, pin_memory=False
-    )
-    iterator = iter(loader)
-    next(iterator)
+    loader = opened(plain(Noise(200)), batch_size=2, num_workers=2)
+    next(loader.train(Position(0, 0, 0, 200)))
     assert len(multiprocessing.active_children()) == 2
-    del iterator
+    del loader
     assert multiprocessing.active_children() == []
+
+
+def test_one_set_of_workers_serves_passes_of_all_kinds() -> None:
+    data = plain(Noise(), transforms="torchvision")
+    passes: list[Callable[[Loader], Iterator[Batch]]] = [
+        lambda loader: loader.train(Position(7, 0, 0, 23)),
+        lambda loader: loader.evaluate(5),
+        lambda loader: itertools.islice(loader.train(Position(7, 1, 0, 23)), 2),  # left with batches on their way
+        lambda loader: itertools.islice(loader.evaluate(3, start=4), 1),
+        lambda loader: loader.evaluate(2, start=9),
+        lambda loader: loader.train(Position(8, 1, 11, 23)),
+    ]
+    pids = set()
+    with closing(opened(data, num_workers=2)) as loader, closing(opened(data)) as alone:
+        for each in passes:
+            assert torch.equal(rows(list(each(loader))), rows(list(each(alone))))
+            pids.add(frozenset(child.pid for child in multiprocessing.active_children()))
+    assert [len(each) for each in pids] == [2]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("train", "val", "started"), [(3, 40, 4), (40, 3, 4), (3, 7, 2)])
+def test_no_more_workers_than_batches(train: int, val: int, started: int) -> None:
+    data = replace(plain(Noise(train)), val=Noise(val))
+    with closing(opened(data, num_workers=4)) as loader:
+        assert len(rows(list(loader.evaluate(4)))) == val
+        assert len(multiprocessing.active_children()) == started
 
 
 def test_workers_do_not_answer_ctrl_c() -> None:
@@ -223,10 +248,8 @@ def test_workers_do_not_answer_ctrl_c() -> None:
 @pytest.mark.parametrize("transforms", ["none", "torchvision", "timm"])
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 def test_a_loader_can_be_sent_to_a_spawned_worker(transforms: str, on_error: str) -> None:
-    loader = train_loader(
-        build_datasets(typed(compose_config([f"data.transforms={transforms}", f"data.on_error={on_error}"]))),
-        Position(0, 0, 0, 1438), batch_size=2, image_size=8, num_workers=0, pin_memory=False,
-    )  # fmt: skip
+    data = build_datasets(typed(compose_config([f"data.transforms={transforms}", f"data.on_error={on_error}"])))
+    loader = opened(data, image_size=8)._loader
     twin = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
-    key = (0, 3)
-    assert torch.equal(twin[1]([twin[0][key]]).images, loader.collate_fn([loader.dataset[key]]).images)
+    for key in ((0, 0, 3), (0, EVALUATION, 3)):
+        assert torch.equal(twin[1]([twin[0][key]]).images, loader.collate_fn([loader.dataset[key]]).images)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import DataConfig
-from adaptive_trainer.data import Batch, DataSets, eval_loader, train_loader
+from adaptive_trainer.data import Batch, DataSets, Loader
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
 from adaptive_trainer.feed import FeedLoader, eval_feed, train_feed
 from adaptive_trainer.position import Position
@@ -85,11 +85,11 @@ def test_the_samples_and_batches_are_those_of_the_other_loaders(batch_size: int)
 
     data = kept()
     plain = replace(data, train=Images(), val=Images(), stored=None)
-    how: dict[str, Any] = {"image_size": 16, "num_workers": 0, "pin_memory": False, "batch_size": batch_size}
+    loader = Loader(plain, batch_size=batch_size, image_size=16, num_workers=0, pin_memory=False)
     for position in (Position(1, 0, 0, SIZE), Position(1, 1, 5, SIZE)):
-        theirs = [(batch.labels.tolist(), batch.samples) for batch in train_loader(plain, position, **how)]
+        theirs = [(batch.labels.tolist(), batch.samples) for batch in loader.train(position)]
         assert [(b.labels.tolist(), b.samples) for b in train(data, position, batch_size)] == theirs
-    theirs = [(batch.labels.tolist(), batch.samples) for batch in eval_loader(plain, start=3, **how)]
+    theirs = [(batch.labels.tolist(), batch.samples) for batch in loader.evaluate(batch_size, start=3)]
     feed = eval_feed(data, batch_size=batch_size, image_size=16, device=CPU, channels_last=False, start=3)
     assert [(b.labels.tolist(), b.samples) for b in collected(feed)] == theirs
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,11 +19,12 @@ from omegaconf import DictConfig
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, descend, make_ladder, oom, predict
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import DataConfig, OptimizerConfig, typed
-from adaptive_trainer.data import Batch, DataSets
+from adaptive_trainer.data import Batch, DataSets, Loader
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.feed import train_feed
@@ -603,3 +605,23 @@ def test_a_card_that_is_not_here_is_refused_by_all_who_ask() -> None:
     for ask in (target_of, lambda config: measure(config, 10), lambda _: predict(config)):
         with pytest.raises(ConfigError, match=r"device=cuda:99 was asked for and this machine has \d+ CUDA cards"):
             ask(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_pinned_batches_of_workers_that_go_on() -> None:
+    """A pass that is left half way leaves nothing for the next, neither in the workers nor in the pinning thread."""
+    images = TensorDataset(torch.rand(40, 3, 8, 8), torch.arange(40) % 3)
+    data = DataSets(images, images, 3, ("a", "b", "c"), DataConfig(transforms="torchvision"))
+    how: dict[str, Any] = {"batch_size": 4, "image_size": 8}
+    workers, alone = (Loader(data, **how, num_workers=n, pin_memory=n > 0) for n in (2, 0))
+    pids = set()
+    with closing(workers):
+        for epoch in range(3):
+            start = Position(0, epoch, 0, 40)
+            next(workers.train(start))
+            pairs = [*zip(workers.evaluate(8), alone.evaluate(8), strict=True)]
+            pairs += zip(workers.train(start), alone.train(start), strict=True)
+            assert all(mine.images.is_pinned() and torch.equal(mine.images, his.images) for mine, his in pairs)
+            pids.add(frozenset(child.pid for child in multiprocessing.active_children()))
+    assert [len(each) for each in pids] == [2]
+    assert multiprocessing.active_children() == []

@@ -34,7 +34,7 @@ def test_any_sequence_of_batch_sizes_sees_every_sample_once(size: int, batch_siz
     for epoch in range(2):
         order = start.permutation()
         updates, start = epoch_of(start, batch_sizes)
-        assert [key for batch in updates for key in batch] == [(epoch, index) for index in order]
+        assert [key for batch in updates for key in batch] == [(seed, epoch, index) for index in order]
         assert sorted(order) == list(range(size))
     assert start == Position(seed, 2, 0, size)
 

@@ -1,0 +1,151 @@
+"""The batches of one rung, from files or from stored images; where a data worker dies, the same samples with fewer."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
+
+from adaptive_trainer import oom
+from adaptive_trainer.config import Config
+from adaptive_trainer.data import Batch, DataSets, Loader, end_workers, fewer_workers
+from adaptive_trainer.engine import Engine
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.feed import eval_feed, train_feed
+from adaptive_trainer.position import Position
+
+__all__ = ["Supply", "told_by_the_loader"]
+
+
+@contextmanager
+def told_by_the_loader() -> Iterator[None]:
+    """The death of a data worker is an error of the loader that is asked for a batch, for as long as the block runs.
+
+    torch's own handler raises it wherever the main thread is, were it between the commit of weights and of position.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    _set_SIGCHLD_handler()  # torch installs it once, with the first loader: now, so that it is not done later
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@dataclass
+class Supply:
+    """What a rung trains and evaluates on.
+
+    Data workers start with the first batch and go on over epochs until `close`.
+
+    Attributes:
+        engine: its graph makes room where the device has none for a batch.
+        event: something was decided, in words, for the record.
+    """
+
+    data: DataSets
+    config: Config
+    device: torch.device
+    engine: Engine
+    event: Callable[[str], None]
+    num_workers: int = field(init=False)
+    _loader: Loader | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Begin with the workers that the settings ask for."""
+        self.num_workers = self.config.data.num_workers if self.data.stored is None else 0
+
+    def train(self, position: Position) -> Generator[Batch, None, None]:
+        """The rest of the epoch from `position` on, one batch an update, augmented.
+
+        Raises:
+            OutOfMemory: the data set itself ran out of device memory.
+        """
+
+        def begin(done: int) -> Iterator[Batch]:
+            start, trainer = position.advance(done), self.config.trainer
+            if self.data.stored is None:
+                return self._opened().train(start)
+            return iter(train_feed(
+                self.data, start, batch_size=trainer.batch_size, image_size=self.config.data.image_size,
+                device=self.device, channels_last=trainer.channels_last,
+            ))  # fmt: skip
+
+        return self._batches(position.size - position.cursor, begin)
+
+    def evaluate(self, batch_size: int, start: int) -> Generator[Batch, None, None]:
+        """The validation set in order, from sample `start` on, not augmented.
+
+        Raises:
+            OutOfMemory: the data set itself ran out of device memory.
+        """
+
+        def begin(done: int) -> Iterator[Batch]:
+            if self.data.stored is None:
+                return self._opened().evaluate(batch_size, start + done)
+            return iter(eval_feed(
+                self.data, batch_size=batch_size, image_size=self.config.data.image_size, device=self.device,
+                channels_last=self.config.trainer.channels_last, start=start + done,
+            ))  # fmt: skip
+
+        return self._batches(len(self.data.val) - start, begin)
+
+    def close(self) -> None:
+        """End the data workers."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    def _opened(self) -> Loader:
+        if self._loader is None:
+            self._loader = Loader(
+                self.data,
+                batch_size=self.config.trainer.batch_size,
+                image_size=self.config.data.image_size,
+                num_workers=self.num_workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        return self._loader
+
+    def _batches(self, samples: int, begin: Callable[[int], Iterator[Batch]]) -> Generator[Batch, None, None]:
+        """So many samples, by a pass that `begin` starts after those already given; by another when a worker died."""
+        done = 0
+        while done < samples:
+            failure, running, batch = None, None, None
+            try:
+                running = self.engine.beside_graph(partial(begin, done))  # starts workers, which can fail too
+                while done < samples:
+                    batch = self.engine.beside_graph(partial(next, running))
+                    yield batch
+                    done += batch.samples
+            except OutOfMemory:
+                raise
+            except Exception as error:
+                failure = oom.describe(error)
+                fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
+                if not fewer and failure.kind is not oom.Kind.DEVICE:
+                    raise
+            finally:
+                if self.data.stored is not None:
+                    end_workers(running)  # a pass over stored images has buffers of its own
+            if failure is not None:
+                running = batch = None
+                self._answer(failure)
+
+    def _answer(self, failure: oom.Failure) -> None:
+        if failure.kind is oom.Kind.DEVICE:
+            oom.release(self.device)
+            raise OutOfMemory(failure.text, phase="loading data")
+        self.close()
+        self.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
+        fewer = fewer_workers(self.num_workers)
+        self.event(f"data.num_workers {self.num_workers} -> {fewer}")
+        self.num_workers = fewer

@@ -1,0 +1,229 @@
+"""Data workers of a whole training: the same ones over epochs, the samples of none, and no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, get_worker_info
+
+from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.config import RungConfig
+from adaptive_trainer.errors import Interrupted, LadderExhausted
+from adaptive_trainer.position import Position
+from adaptive_trainer.report import Result
+
+# Python 3.12 warns of every fork in a process with threads, and torch always has some
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+MiB = 2**20
+SIZE, BATCH, EPOCHS = 40, 8, 3
+UPDATES = SIZE // BATCH  # an epoch
+PROOFS = 2  # forward passes that prove a rung come before its updates
+SMALLER = {"smaller": ["trainer.batch_size=4", "data.image_size=6"]}
+
+
+class Drawn(Dataset[Any]):
+    """Images drawn anew each time they are read; the processes that read them are on record."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, record: Path, size: int, fault: Callable[[int], None]) -> None:
+        self.record, self.size, self.fault = record, size, fault
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self.record.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        self.fault(index)
+        drawn = torch.rand(3, 8, 8) + float(np.random.random()) + random.random()
+        return drawn, index % 3
+
+
+class Net(nn.Module):
+    """Notes what it trains on, and whose children are alive then; `event` is called with the number of the update."""
+
+    def __init__(self, classes: int, event: Callable[[int], None]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, classes))
+        self.event = event
+        self.inputs: list[list[float]] = []
+        self.workers: list[set[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            numbers = x.flatten().tolist()  # not known of shapes alone, which are run before, to predict
+            self.workers.append(alive())
+            self.inputs.append(numbers)
+            self.event(len(self.inputs) - PROOFS)
+        out: Tensor = self.body(x)
+        return out
+
+
+def alive() -> set[int]:
+    return {child.pid or 0 for child in multiprocessing.active_children()}
+
+
+def nothing(number: int) -> None:
+    pass
+
+
+def fit(
+    folder: Path,
+    *overrides: str,
+    num_workers: int = 2,
+    event: Callable[[int], None] = nothing,
+    fault: Callable[[int], None] = nothing,
+    steps: dict[str, list[str]] = SMALLER,
+) -> tuple[Result, Net]:
+    """The result and the network that was trained."""
+    nets: list[Net] = []
+
+    def make(config: Any, classes: int) -> nn.Module:
+        nets.append(Net(classes, event))
+        return nets[-1]
+
+    cfg = compose_config([
+        f"trainer.batch_size={BATCH}", f"trainer.epochs={EPOCHS}", "data.image_size=8", "data.transforms=torchvision",
+        f"data.num_workers={num_workers}", "memory.limit=32MiB", "device=cpu", "ladder=none", *overrides,
+    ])  # fmt: skip
+    cfg.ladder.rungs = [RungConfig(name, overrides) for name, overrides in steps.items()]
+    folder.mkdir(exist_ok=True)
+    data = Drawn(folder / "pids", SIZE, fault), Drawn(folder / "pids", 6, nothing)
+    result = Trainer(cfg, model=make, train_data=data[0], val_data=data[1], output_dir=folder).fit()
+    return result, next(net for net in nets if net.inputs)
+
+
+def test_the_same_workers_in_every_epoch_and_evaluation(tmp_path: Path) -> None:
+    _, net = fit(tmp_path)
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == EPOCHS * (SIZE + 6)
+    assert len(set(pids)) == 2
+    assert os.getpid() not in map(int, pids)
+    assert net.workers == [set()] * PROOFS + [set(map(int, pids))] * (EPOCHS * UPDATES)
+    assert alive() == set()
+
+
+def grows(at: int) -> Callable[[int], None]:
+    """Memory runs out in that update."""
+
+    def event(update: int) -> None:
+        if update == at:
+            torch.empty(64 * MiB, dtype=torch.uint8)
+
+    return event
+
+
+def signalled(at: int, times: int = 1) -> Callable[[int], None]:
+    """Ctrl-C is pressed in that update."""
+
+    def event(update: int) -> None:
+        for _ in range(times if update == at else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return event
+
+
+def test_the_workers_of_a_rung_end_before_the_next_is_proven(tmp_path: Path) -> None:
+    result, net = fit(tmp_path, event=grows(UPDATES + 3))
+    assert result.rung == "smaller"
+    first, rest = net.workers[PROOFS : PROOFS + UPDATES + 3], net.workers[PROOFS + UPDATES + 3 :]
+    second = rest[PROOFS:]
+    assert rest[:PROOFS] == [set()] * PROOFS
+    assert (len(first[0]), len(second[0])) == (2, 2)
+    assert first == first[:1] * len(first)
+    assert second == second[:1] * len(second)
+    assert not first[0] & second[0]
+    assert alive() == set()
+
+
+def undisturbed(folder: Path, num_workers: int) -> Net:
+    return fit(folder, num_workers=num_workers)[1]
+
+
+def stepped_down(folder: Path, num_workers: int) -> Net:
+    return fit(folder, num_workers=num_workers, event=grows(UPDATES + 3))[1]
+
+
+def resumed(folder: Path, num_workers: int) -> Net:
+    with pytest.raises(Interrupted, match=f"after update {UPDATES + 2}, state saved"):
+        fit(folder, num_workers=num_workers, event=signalled(UPDATES + 2))
+    assert alive() == set()
+    return fit(folder, "resume=auto", num_workers=num_workers)[1]
+
+
+@pytest.mark.parametrize("how", [undisturbed, stepped_down, resumed])
+def test_the_samples_and_weights_are_those_without_workers(how: Callable[[Path, int], Net], tmp_path: Path) -> None:
+    alone, by_workers = (how(tmp_path / str(number), number) for number in (0, 3))
+    assert alone.inputs == by_workers.inputs
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), by_workers.parameters(), strict=True))
+
+
+def test_a_resumed_run_sees_what_an_undisturbed_one_would(tmp_path: Path) -> None:
+    whole, rest = undisturbed(tmp_path / "whole", 2), resumed(tmp_path / "resumed", 2)
+    assert rest.inputs[PROOFS:] == whole.inputs[PROOFS + UPDATES + 2 :]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+def fails(update: int) -> None:
+    if update == UPDATES + 2:
+        raise KeyError("what I forgot")
+
+
+def bug(index: int) -> None:
+    if index == SIZE - 1:
+        raise ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ({"event": fails}, KeyError),
+        ({"fault": bug}, ZeroDivisionError),
+        ({"event": signalled(UPDATES + 2)}, Interrupted),
+        ({"event": signalled(UPDATES + 2, times=2)}, KeyboardInterrupt),
+        ({"event": grows(1), "steps": {}}, LadderExhausted),
+    ],
+)
+def test_no_worker_is_left_after_an_error(how: dict[str, Any], error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(error) as caught:
+        fit(tmp_path, **how)
+    assert (tmp_path / "pids").read_text()
+    assert alive() == set()  # while the error, which knows every frame, is still there
+    del caught
+
+
+def test_a_worker_without_memory_costs_workers_and_no_sample(tmp_path: Path) -> None:
+    in_the_middle = Position(0, 0, 0, SIZE).permutation()[SIZE // 2]
+
+    def fault(index: int) -> None:
+        if index == in_the_middle and get_worker_info() is not None:
+            raise MemoryError
+
+    result, net = fit(tmp_path / "short", num_workers=4, fault=fault)
+    assert [event for event in result.events if "->" in event] == ["data.num_workers 4 -> 2", "data.num_workers 2 -> 0"]
+    assert [len(workers) for workers in net.workers[PROOFS:]][:3] == [4, 4, 0]
+    assert net.inputs == undisturbed(tmp_path / "alone", 0).inputs
+
+
+def test_a_worker_that_dies_between_epochs_costs_workers_and_no_sample(tmp_path: Path) -> None:
+    """It is killed when all samples of its epoch are read, and missed when others are wanted."""
+
+    def kills(update: int) -> None:
+        if update == UPDATES:
+            os.kill(min(alive()), signal.SIGKILL)
+
+    result, net = fit(tmp_path / "killed", event=kills)
+    assert [event for event in result.events if "->" in event] == ["data.num_workers 2 -> 0"]
+    assert net.inputs == undisturbed(tmp_path / "alone", 0).inputs
