@@ -6,7 +6,7 @@ import torch
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["device_of"]
+__all__ = ["capability_of", "device_of"]
 
 
 def device_of(name: str) -> torch.device:
@@ -30,3 +30,8 @@ def device_of(name: str) -> torch.device:
             raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability; (0, 0) of what is no CUDA card."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -76,7 +76,7 @@ class Supply:
                 return self._opened().train(start)
             return iter(train_feed(
                 self.data, start, batch_size=trainer.batch_size, image_size=self.config.data.image_size,
-                device=self.device, channels_last=trainer.channels_last,
+                device=self.device, channels_last=self._is_channels_last,
             ))  # fmt: skip
 
         return self._batches(position.size - position.cursor, begin)
@@ -93,7 +93,7 @@ class Supply:
                 return self._opened().evaluate(batch_size, start + done)
             return iter(eval_feed(
                 self.data, batch_size=batch_size, image_size=self.config.data.image_size, device=self.device,
-                channels_last=self.config.trainer.channels_last, start=start + done,
+                channels_last=self._is_channels_last, start=start + done,
             ))  # fmt: skip
 
         return self._batches(len(self.data.val) - start, begin)
@@ -103,6 +103,10 @@ class Supply:
         if self._loader is not None:
             self._loader.close()
             self._loader = None
+
+    @property
+    def _is_channels_last(self) -> bool:
+        return self.engine.update.memory_format == torch.channels_last
 
     def _opened(self) -> Loader:
         if self._loader is None:

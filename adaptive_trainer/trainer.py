@@ -17,11 +17,12 @@ from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
-from adaptive_trainer.device import device_of
+from adaptive_trainer.device import capability_of, device_of
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
+from adaptive_trainer.layout import with_layout
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
@@ -81,9 +82,10 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Exception: whatever is not about memory, unchanged.
         """
-        ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
+        device = device_of(self.cfg.device)
+        cfg = with_layout(self.cfg, capability_of(device), by_name=self._make_model is build_model)
+        ladders = [(name, settings, resolve(settings)) for name, settings in stages(cfg)]
         asked = ladders[0][2][0].settings
-        device = device_of(asked.device)
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
         try:
@@ -92,12 +94,14 @@ class Trainer:
                 seed_everything(asked.seed)
                 with limited(device, asked.memory.limit) as capacity:
                     log.info("%s", capacity.description)
-                    return self._run(ladders, device, capacity, record)
+                    return self._run(cfg, ladders, device, capacity, record)
         except (Exception, KeyboardInterrupt) as error:
             record.failure(_outcome(error), str(error))
             raise
 
-    def _run(self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
+    def _run(
+        self, cfg: DictConfig, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record
+    ) -> Result:
         """Train the stages one after another."""
         first = ladders[0][2][0].settings
         data = build_datasets(typed(ladders[0][1]), *self._data)
@@ -107,7 +111,7 @@ class Trainer:
         parts = Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
-            request=OmegaConf.to_yaml(self.cfg),
+            request=OmegaConf.to_yaml(cfg),
             num_classes=first.model.num_classes or data.num_classes,
             train_size=len(data.train),
             device=device,
@@ -119,6 +123,12 @@ class Trainer:
         if self._make_model is not build_model:
             record.event(
                 f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
+            )
+        if self.cfg.trainer.channels_last is None and cfg.trainer.channels_last:
+            major, minor = capability_of(device)
+            record.event(
+                f"trainer.channels_last=true: as fast or faster at {first.trainer.precision} on cards of compute "
+                f"capability {major}.{minor}; false keeps the contiguous memory format"
             )
         if path is not None:
             log.info("going on from %s", path)
@@ -137,7 +147,7 @@ class Trainer:
                 if saved is not None and number < saved["stage"]:
                     continue
                 if len(ladders) > 1:
-                    record.event(f"stage {name}: {_differences(self.cfg, typed(settings))}")
+                    record.event(f"stage {name}: {_differences(cfg, typed(settings))}")
                 stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
                 rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned()

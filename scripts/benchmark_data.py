@@ -95,7 +95,7 @@ class Bench:
             batches: Iterable[Batch] = (
                 loader.train(position)
                 if data.stored is None
-                else train_feed(data, position, **how, device=self.device, channels_last=trainer.channels_last)
+                else train_feed(data, position, **how, device=self.device, channels_last=bool(trainer.channels_last))
             )
             for batch in batches:
                 yield self.moved(batch.images, batch.labels)

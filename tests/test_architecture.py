@@ -52,7 +52,7 @@ memory.capacity
 memory.card
 memory.usage memory.allocator
 oom device
-ladder
+ladder layout
 folders
 config
 search

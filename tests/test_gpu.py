@@ -600,6 +600,18 @@ def test_no_memory_for_loading_gives_up_the_graph_first(tmp_path: Path) -> None:
     assert any("its memory was wanted in loading data" in event for event in result.events), result.events
 
 
+def test_a_network_by_name_is_in_channels_last_where_that_was_measured_to_pay(tmp_path: Path) -> None:
+    pays = torch.cuda.get_device_capability() >= (9, 0)
+    for name, make_model in (("timm", None), ("own", lambda config, classes: build_model(config, classes))):
+        trainer = Trainer(small(trainer__epochs=1), model=make_model, output_dir=tmp_path / name)
+        result = trainer.fit()
+        expected = pays and name == "timm"
+        assert trainer.model is not None
+        assert trainer.model.get_parameter("conv_stem.weight").is_contiguous() is not expected
+        assert any("channels_last=true" in event for event in result.events) is expected
+        assert trainer.cfg.trainer.channels_last is None
+
+
 def test_a_card_that_is_not_here_is_refused_by_all_who_ask() -> None:
     config = typed(compose_config(["device=cuda:99"]))
     for ask in (target_of, lambda config: measure(config, 10), lambda _: predict(config)):

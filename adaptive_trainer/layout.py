@@ -1,0 +1,37 @@
+"""The memory format of weights and images where the settings leave it open: channels_last where it was measured to pay.
+
+It changes which kernels run and not what they compute. docs/benchmarks.md has the measurements.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from adaptive_trainer.config import TrainerConfig, apply_overrides, typed
+
+__all__ = ["uses_channels_last", "with_layout"]
+
+HALF_PRECISION_FROM, ANY_PRECISION_FROM = (7, 0), (9, 0)  # compute capabilities: tensor cores; what was measured
+
+
+def uses_channels_last(trainer: TrainerConfig, capability: tuple[int, int], *, by_name: bool) -> bool:
+    """Whether weights and images are in channels_last.
+
+    Args:
+        trainer: the settings; `channels_last` may be left open.
+        capability: of the CUDA card; (0, 0) where there is none.
+        by_name: the network is one of timm or torchvision. Another may take for granted that its activations are
+            contiguous (`view`), so it is left as it is.
+    """
+    if trainer.channels_last is not None:
+        return trainer.channels_last
+    return by_name and capability >= (ANY_PRECISION_FROM if trainer.precision == "fp32" else HALF_PRECISION_FROM)
+
+
+def with_layout(cfg: DictConfig, capability: tuple[int, int], *, by_name: bool) -> DictConfig:
+    """The settings with this decided for the whole run, whatever its stages and rungs set; arguments as above."""
+    trainer = typed(cfg).trainer
+    if trainer.channels_last is not None:
+        return cfg
+    decided = uses_channels_last(trainer, capability, by_name=by_name)
+    return apply_overrides(cfg, [f"trainer.channels_last={str(decided).lower()}"])

@@ -1,0 +1,68 @@
+"""The memory format where the settings leave it open."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import DictConfig
+
+from adaptive_trainer import compose_config
+from adaptive_trainer.config import TrainerConfig, typed
+from adaptive_trainer.ladder import resolve
+from adaptive_trainer.layout import uses_channels_last, with_layout
+from adaptive_trainer.planning import Planner
+from adaptive_trainer.target import target_of
+
+NONE, TURING, HOPPER = (0, 0), (7, 5), (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "by_name", "expected"),
+    [
+        ("fp32", NONE, True, False), ("bf16", NONE, True, False),
+        ("fp32", (6, 1), True, False), ("fp16", (6, 1), True, False),
+        ("fp32", TURING, True, False), ("fp16", TURING, True, True),
+        ("fp32", HOPPER, True, True), ("bf16", (12, 0), True, True),
+        ("fp32", HOPPER, False, False), ("bf16", HOPPER, False, False),
+    ],
+)  # fmt: skip
+def test_where_it_is_left_open_card_precision_and_network_decide(
+    precision: str, capability: tuple[int, int], by_name: bool, expected: bool
+) -> None:
+    assert uses_channels_last(TrainerConfig(precision=precision), capability, by_name=by_name) is expected
+    for asked in (True, False):
+        trainer = TrainerConfig(precision=precision, channels_last=asked)
+        assert uses_channels_last(trainer, capability, by_name=by_name) is asked
+
+
+def settings(*overrides: str) -> DictConfig:
+    return compose_config(["ladder=default", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "expected"),
+    [
+        ("fp32", TURING, False), ("fp32", HOPPER, True), ("fp16", TURING, True),
+    ],
+)  # fmt: skip
+def test_it_is_the_same_at_all_rungs(asked: str, capability: tuple[int, int], expected: bool) -> None:
+    cfg = with_layout(settings(f"trainer.precision={asked}"), capability, by_name=True)
+    rungs = [rung.settings.trainer for rung in resolve(cfg)]
+    assert {trainer.channels_last for trainer in rungs} == {expected}
+    assert "fp16" in {trainer.precision for trainer in rungs}
+
+
+def test_what_is_asked_for_stays() -> None:
+    cfg = settings("trainer.channels_last=false")
+    assert with_layout(cfg, HOPPER, by_name=True) is cfg
+
+
+def test_predictions_decide_as_training_does() -> None:
+    on_card, on_cpu = (Planner(target_of(typed(settings(name)))) for name in ("device=auto", "device=cpu"))
+    half, full = (typed(settings(f"trainer.precision={precision}")) for precision in ("bf16", "fp32"))
+    for planner in (on_card, on_cpu):
+        for config in (half, full):
+            expected = uses_channels_last(config.trainer, planner.target.capability, by_name=True)
+            assert planner.key(config)["channels_last"] is expected
+    assert on_cpu.key(half)["channels_last"] is False
+    own = Planner(on_card.target, make_model=lambda *_: None)  # type: ignore[arg-type]
+    assert own.key(half)["channels_last"] is False
