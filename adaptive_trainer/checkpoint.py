@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import CheckpointError
@@ -166,7 +168,16 @@ def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bo
     state.optimizer.load_state_dict(saved)
     for group, values in zip(state.optimizer.param_groups, own, strict=True):
         group.update(values if keep_groups else {key: values[key] for key in IMPLEMENTATION if key in values})
+    _lay_out_as_weights(state.optimizer)
     make_momentum(state.optimizer)
+
+
+def _lay_out_as_weights(optimizer: Optimizer) -> None:
+    """Fused steps read weights and their state in the order of memory, and do not look whether it is the same."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _restore_random(saved: dict[str, Any], device: torch.device) -> None:

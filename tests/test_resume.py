@@ -332,6 +332,18 @@ def test_what_is_asked_for_wins(batch_16: Path, tmp_path: Path) -> None:
     assert any(event.startswith("resumed with another optimizer.lr: ") for event in result.events)
 
 
+def test_another_memory_format_trains_the_same(tmp_path: Path) -> None:
+    """Fused steps mix up weights and state that do not lie in memory alike."""
+    fit(tmp_path / "first", "trainer.channels_last=false")
+    resume = f"resume={tmp_path / 'first' / 'checkpoints' / 'last.pt'}"
+    weights = {}
+    for wanted in (False, True):
+        fit(tmp_path / str(wanted), resume, f"trainer.channels_last={wanted}", "trainer.epochs=2")
+        weights[wanted] = checkpoint.load(tmp_path / str(wanted) / "checkpoints" / "last.pt")["model"]
+    for name, value in weights[False].items():
+        torch.testing.assert_close(weights[True][name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_another_model_or_data_set_is_refused(batch_16: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mobilenetv3_small_050.*resume=null"):
         fit(tmp_path, f"resume={batch_16}", "model.name=resnet10t", "ladder=none")
