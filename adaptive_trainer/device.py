@@ -1,4 +1,4 @@
-"""The device that settings name."""
+"""The device that settings name, and what it cannot do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["device_of"]
+__all__ = ["device_of", "tf32_refusal"]
+
+FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 
 
 def device_of(name: str) -> torch.device:
@@ -30,3 +32,13 @@ def device_of(name: str) -> torch.device:
             raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
         return torch.device("cuda", device.index or 0)
     return device
+
+
+def tf32_refusal(device: torch.device) -> str:
+    """Why TF32 changes nothing on this device; empty where it may."""
+    needs = "TF32 needs a CUDA card of compute capability 8.0 (Ampere) or newer, and this is"
+    if device.type != "cuda":
+        return f"{needs} {device}"
+    found = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    return "" if found >= FIRST_WITH_TF32 else f"{needs} {name}, {found[0]}.{found[1]}"

@@ -17,7 +17,7 @@ from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
-from adaptive_trainer.device import device_of
+from adaptive_trainer.device import device_of, tf32_refusal
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
@@ -119,6 +119,8 @@ class Trainer:
             record.event(
                 f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
             )
+        if first.trainer.tf32 and (refusal := tf32_refusal(device)):
+            record.event(f"trainer.tf32=true changes nothing: {refusal}")
         if path is not None:
             log.info("going on from %s", path)
         saved = None if path is None else resume.load(path)

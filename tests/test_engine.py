@@ -361,11 +361,14 @@ def test_tf32_is_as_asked_in_the_run_and_as_before_after_it(
     try:
         outside = precisions()
         trainer = Trainer(compose_config([*SMALL, f"trainer.tf32={wanted}"]), model=watched, output_dir=tmp_path)
-        used = trainer.fit().used
+        result = trainer.fit()
         assert precisions() == outside
     finally:
         torch.set_float32_matmul_precision(default)
-    assert used.tf32 is {"true": True, "false": False, "null": None}[wanted]
+    assert result.used.tf32 is {"true": True, "false": False, "null": None}[wanted]
+    said = [event for event in result.events if "tf32" in event]
+    needs = "TF32 needs a CUDA card of compute capability 8.0 (Ampere) or newer, and this is cpu"
+    assert said == ([f"trainer.tf32=true changes nothing: {needs}"] if wanted == "true" else [])
     [found] = seen
     assert found[:2] == ((inside, inside) if inside else outside[:2])
 
