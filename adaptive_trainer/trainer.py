@@ -113,6 +113,8 @@ class Trainer:
             capacity=capacity,
         )
         path = resume.find(self.cfg.resume, self.output_dir)
+        if self.cfg.resume == "auto" and (text := resume.passed_over(path, self.output_dir)):
+            record.event(text)
         if self.cfg.resume and path is None:
             record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
         if self._make_model is not build_model:
