@@ -17,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config
+from adaptive_trainer import Trainer, checkpoint, compose_config, oom
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError
+from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Result
+from tests import runs
+from tests.faults import Fault
 from tests.forking import ROOT, Launcher, Started
 
 TINY = """
@@ -339,6 +342,43 @@ def test_another_model_or_data_set_is_refused(batch_16: Path, tmp_path: Path) ->
         fit(tmp_path, f"resume={batch_16}", "data.train.size=30")
     with pytest.raises(CheckpointError, match=r"holds a model only.*last\.pt"):
         fit(tmp_path, f"resume={batch_16.with_name('best.pt')}")
+
+
+def test_out_of_memory_while_a_checkpoint_is_read_is_no_damage(good: Path) -> None:
+    whole = Fault()
+    with whole:
+        checkpoint.load(good)
+    for at in range(whole.count):
+        with Fault(at), pytest.raises(torch.OutOfMemoryError, match="Injected"):
+            checkpoint.load(good)
+    assert whole.count > 0
+
+
+def test_out_of_memory_while_a_state_is_taken_over_is_another_rungs_to_answer(capacity: Capacity) -> None:
+    """As an error of torch's own: `load_state_dict` tells an out-of-memory as it tells a shape that does not fit."""
+
+    def take_over() -> None:
+        checkpoint.unpack(content, state, runs.CPU, keep_groups=True, with_optimizer=True)
+
+    case = runs.Case("adamw-single", "fp32", warm=True)
+    content = checkpoint.pack(runs.start(case, capacity).state, runs.CPU)
+    state, whole = runs.start(case, capacity).state, Fault()
+    with whole:
+        take_over()
+    assert whole.count > 20
+    for at in range(0, whole.count, 5):
+        with Fault(at), pytest.raises(RuntimeError, match="out of memory") as caught:
+            take_over()
+        assert oom.describe(caught.value).kind is oom.Kind.DEVICE
+    content["model"]["stem.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        take_over()
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*last\.pt: .*File exists"):
+        checkpoint.save(tmp_path / "checkpoints" / "last.pt", {})
 
 
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path) -> None:
