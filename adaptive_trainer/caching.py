@@ -156,6 +156,8 @@ class _Builder:
             if error.errno in NOT_THE_FILE:
                 raise
             problem = f"{folder} cannot be written: {error}"
+            if isinstance(error, PermissionError):
+                problem += " (another user's? ADAPTIVE_TRAINER_CACHE=FOLDER names a folder of your own)"
         if problem or found is None:
             raise _NoRoom(problem or f"{folder} does not hold what was written to it")
         return found

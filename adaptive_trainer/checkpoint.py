@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = ["load", "pack", "save", "unpack"]
 
 FORMAT = "adaptive_trainer checkpoint"
 VERSION = 1
+DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError)  # what reading it raises
 IMPLEMENTATION = ("fused", "foreach")  # of an optimizer's step: this run's own choice
 
 
@@ -36,10 +38,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written; the file that was there before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     problem = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **content}, file)
             file.flush()
@@ -54,7 +56,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
         # torch's zip writer loses the system's own error
         problem = f"the disk is full, or refuses to take more ({str(error).splitlines()[0]})"
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     if problem:
         kept = f"the last good one is kept in {path}" if path.exists() else "there is no earlier one"
         raise CheckpointError(
@@ -89,10 +92,12 @@ def load(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             problem = f"its part {damaged} is damaged"
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        problem = (str(error) or type(error).__name__).splitlines()[0]
     except Exception as error:  # the unpickler's own error type is private
+        if oom.describe(error).kind is not oom.Kind.OTHER:
+            raise
         problem = f"it holds something that is not plain data ({type(error).__name__})"
+        if isinstance(error, DAMAGE):
+            problem = (str(error) or type(error).__name__).splitlines()[0]
     if problem:
         raise CheckpointError(f"cannot read checkpoint {path}: {problem}; use another one")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -147,6 +152,8 @@ def unpack(
         if with_optimizer:
             _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
     except (RuntimeError, ValueError, KeyError) as error:
+        if oom.describe(error).kind is not oom.Kind.OTHER:
+            raise
         problem = str(error).splitlines()[0]
     if problem:
         raise CheckpointError(f"the checkpoint does not fit this run's model or optimizer: {problem}")

@@ -1,4 +1,4 @@
-"""The device that settings name."""
+"""The device that settings name, and what it cannot do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["capability_of", "device_of"]
+__all__ = ["capability_of", "device_of", "tf32_refusal"]
+
+FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 
 
 def device_of(name: str) -> torch.device:
@@ -35,3 +37,12 @@ def device_of(name: str) -> torch.device:
 def capability_of(device: torch.device) -> tuple[int, int]:
     """CUDA's compute capability; (0, 0) of what is no CUDA card."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def tf32_refusal(device: torch.device) -> str:
+    """Why TF32 changes nothing on this device; empty where it may."""
+    found = capability_of(device)
+    if found >= FIRST_WITH_TF32:
+        return ""
+    name = f"{torch.cuda.get_device_name(device)}, {found[0]}.{found[1]}" if device.type == "cuda" else str(device)
+    return f"TF32 needs a CUDA card of compute capability 8.0 (Ampere) or newer, and this is {name}"

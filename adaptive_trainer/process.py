@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 __all__ = ["private_process_state", "seed_everything"]
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -51,45 +50,78 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
 
 @contextmanager
 def _tf32(allow: bool | None) -> Iterator[None]:
-    """By both of torch's interfaces: where they differ, the older cannot be read, and torch.compile reads both.
-
-    The older one knows nothing of what is set by the newer alone, which is therefore put back last.
-    """
+    """By both of torch's interfaces: where they differ, the older cannot be read, and torch.compile reads both."""
     if allow is None:
         yield
         return
-    matmul, cudnn, newer = _read(torch.get_float32_matmul_precision), _read(_cudnn_allows_tf32), _newer_precisions()
+    before, wanted = _Precisions.taken(), "tf32" if allow else "ieee"
+    newer = (before.newer[0], *[wanted] * (len(before.newer) - 1))
     try:
-        torch.set_float32_matmul_precision("high" if allow else "highest")
-        torch.backends.cudnn.allow_tf32 = allow
-        for backend, _ in newer:
-            backend.fp32_precision = "tf32" if allow else "ieee"
+        _Precisions("high" if allow else "highest", allow, newer).put()
         yield
     finally:
-        if matmul is not None:
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn is not None:
-            torch.backends.cudnn.allow_tf32 = cudnn
-        for backend, precision in newer:
-            backend.fp32_precision = precision
+        before.put()
 
 
-def _read(setting: Callable[[], T]) -> T | None:
-    """None where the older interface refuses, because the newer has been used to set what the older cannot say."""
-    with suppress(RuntimeError):
-        return setting()
-    return None
+@dataclass(frozen=True, slots=True)
+class _Precisions:
+    """What fp32 matrix products and convolutions are computed in, as it was set.
+
+    A setting of the newer interface that is "none" follows a wider one, and reads as that. Convolutions that nobody has
+    set are TF32 until a wider one says otherwise, which they can never be again once they are set (torch 2.14): only
+    what has to change is written.
+
+    Attributes:
+        matmul, cudnn: of the older interface, which refuses to say while the newer says what the older cannot.
+        newer: of `_settings`, in that order.
+    """
+
+    matmul: str
+    cudnn: bool
+    newer: tuple[str, ...]
+
+    @classmethod
+    def taken(cls) -> _Precisions:
+        """Those of the process, changed so that each can be read: `put` is to follow."""
+        newer, every = [], _settings()
+        held = [each.fp32_precision for each in every]
+        for each, holds, readable in zip(every, held, READABLE, strict=True):
+            newer.append(holds if each.fp32_precision == holds else "none")  # what changes with the wider follows them
+            _set(each, readable)
+        return cls(torch.get_float32_matmul_precision(), _cudnn_allows_tf32() or False, tuple(newer))
+
+    def put(self) -> None:
+        """Make them the process's; the wider ones, which hide others, last."""
+        every = list(zip(_settings(), self.newer, strict=True))
+        for each, _ in every[:WIDER]:
+            each.fp32_precision = "none"
+        torch.set_float32_matmul_precision(self.matmul)
+        if _cudnn_allows_tf32() is not self.cudnn:
+            torch.backends.cudnn.allow_tf32 = self.cudnn
+        for each, precision in reversed(every):
+            _set(each, precision)
 
 
-def _cudnn_allows_tf32() -> bool:
-    return torch.backends.cudnn.allow_tf32
+WIDER = 2  # settings that others follow
+READABLE = ("none", "none", "none", "none", "tf32", "tf32")  # each setting, once those before it are so, and the older
 
 
-def _newer_precisions() -> list[tuple[Any, str]]:
-    """What fp32 matrix products and convolutions are computed in: a backend's settings, and the value they have."""
+def _settings() -> list[Any]:
+    """Those of the newer interface, the widest first."""
     on: Any = torch.backends
-    settings = [on.cuda.matmul, on.cudnn.conv, on.cudnn.rnn, on.mkldnn.matmul]
-    return [(each, each.fp32_precision) for each in settings]
+    return [on, on.cudnn, on.cuda.matmul, on.mkldnn.matmul, on.cudnn.conv, on.cudnn.rnn]
+
+
+def _set(each: Any, precision: str) -> None:
+    if each.fp32_precision != precision:
+        each.fp32_precision = precision
+
+
+def _cudnn_allows_tf32() -> bool | None:
+    """None where the older interface refuses, because the newer says something else."""
+    with suppress(RuntimeError):
+        return torch.backends.cudnn.allow_tf32
+    return None
 
 
 def seed_everything(seed: int) -> None:

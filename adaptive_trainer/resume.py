@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,9 +17,12 @@ from adaptive_trainer import checkpoint
 from adaptive_trainer.config import Config, apply_overrides
 from adaptive_trainer.errors import CheckpointError
 
-__all__ = ["find", "load", "saved_settings"]
+__all__ = ["find", "load", "passed_over", "saved_settings"]
+
+log = logging.getLogger(__name__)
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
+LAST = Path("checkpoints", "last.pt")
 
 
 def find(resume: str | None, output_dir: Path) -> Path | None:
@@ -27,15 +34,46 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
         return None
     if resume != "auto":
         return Path(resume)
-    own = output_dir / "checkpoints" / "last.pt"
-    if own.exists() or not DAY.fullmatch(output_dir.absolute().parent.name):
-        return own if own.exists() else None
-    others = output_dir.absolute().parent.parent.glob("*/*/checkpoints/last.pt")
-    return max((path for path in others if DAY.fullmatch(path.parts[-4])), key=_modified, default=None)
+    own = output_dir / LAST
+    if own.exists():
+        return own
+    saved = [path for path in (run / LAST for run in _runs(output_dir)) if path.exists()]
+    return max(saved, key=_modified, default=None)
+
+
+def passed_over(taken: Path | None, output_dir: Path) -> str:
+    """Which run `resume=auto` would have taken, had it left a checkpoint, and why it has none; empty where all is well.
+
+    Args:
+        taken: the checkpoint that was found instead.
+    """
+    since = 0.0 if taken is None else _modified(taken)
+    begun = {run: _modified(run / "config.yaml") for run in _runs(output_dir) if not (run / LAST).exists()}
+    later = sorted((run for run in begun if begun[run] > since), key=begun.__getitem__)
+    if not later or output_dir / LAST == taken:
+        return ""
+    more = f", and {len(later) - 1} more before it" if len(later) > 1 else ""
+    return f"resume=auto: {later[-1]} is passed over{more}: it has left no checkpoint ({_end(later[-1])})"
+
+
+def _runs(output_dir: Path) -> list[Path]:
+    """The folders of all other trainings in ROOT, where `output_dir` is ROOT/DATE/TIME; a plan is none."""
+    here = output_dir.absolute()
+    if not DAY.fullmatch(here.parent.name):
+        return []
+    others = [path.parent for path in here.parent.parent.glob("*/*/config.yaml")]
+    return [run for run in others if DAY.fullmatch(run.parent.name) and run != here]
 
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime
+
+
+def _end(run: Path) -> str:
+    with suppress(OSError, ValueError, KeyError):
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        return shorten(f"{result['outcome']}: {result['message']}", 200, placeholder=" ...")
+    return "it was killed before the first one, or is still at it"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -60,6 +98,8 @@ def saved_settings(cfg: DictConfig, overrides: Sequence[str], output_dir: Path) 
     path = find(cfg.resume, output_dir)
     if path is None:
         return cfg
+    if cfg.resume == "auto" and (text := passed_over(path, output_dir)):
+        log.info("%s", text)
     saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(load(path)["request"]))
     result = apply_overrides(DictConfig(saved), overrides)
     result.resume = str(path)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -96,8 +96,12 @@ def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], d
         OSError: it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    if folder.exists():  # damaged, or another user's: then it is known now, not after all images are decoded
+        shutil.rmtree(folder)
+    closed = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+    part = closed / "made"
     try:
+        part.mkdir()  # open to whom the user's umask lets in
         with (part / PIXELS).open("wb") as file:
             # not through a memory map: where the disk is full, a write says so and a map kills the process
             rows: dict[str, Any] = fill(lambda images: _append(file, images))
@@ -107,10 +111,10 @@ def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], d
             np.savez(file, **rows)
         head = _head(len(rows["labels"]), size, (part / ROWS).read_bytes())
         (part / HEAD).write_text(json.dumps(head), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that did the same, where there are no locks
         part.rename(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(closed, ignore_errors=True)
 
 
 def _append(file: BinaryIO, images: Array) -> None:
@@ -133,7 +137,7 @@ def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
         yield False
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as file:
+    with _opened(folder.with_suffix(".lock")) as file:
         is_held = has_waited = False
         while not is_held:
             try:
@@ -148,6 +152,15 @@ def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
             except OSError:
                 break
         yield is_held
+
+
+def _opened(lock: Path) -> TextIO:
+    try:
+        return lock.open("w")
+    except PermissionError:
+        if not lock.exists():
+            raise
+    return lock.open("r")  # another user's; to be held it need not be written to
 
 
 def removed_leftovers(folder: Path) -> None:

@@ -17,7 +17,7 @@ from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
-from adaptive_trainer.device import capability_of, device_of
+from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
@@ -118,18 +118,7 @@ class Trainer:
             capacity=capacity,
         )
         path = resume.find(self.cfg.resume, self.output_dir)
-        if self.cfg.resume and path is None:
-            record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
-        if self._make_model is not build_model:
-            record.event(
-                f"the network is made by the caller; model.name={first.model.name} stands for it in the record"
-            )
-        if self.cfg.trainer.channels_last is None and cfg.trainer.channels_last:
-            major, minor = capability_of(device)
-            record.event(
-                f"trainer.channels_last=true: as fast or faster at {first.trainer.precision} on cards of compute "
-                f"capability {major}.{minor}; false keeps the contiguous memory format"
-            )
+        self._tell(cfg, device, path, record)
         if path is not None:
             log.info("going on from %s", path)
         saved = None if path is None else resume.load(path)
@@ -153,6 +142,24 @@ class Trainer:
                 saved, weights = None, stage.weights_learned()
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
         return self._result(typed(settings), rung, stage, done, record)
+
+    def _tell(self, cfg: DictConfig, device: torch.device, path: Path | None, record: Record) -> None:
+        """Record what was decided before anything runs."""
+        trainer = typed(cfg).trainer
+        if self.cfg.resume == "auto" and (text := resume.passed_over(path, self.output_dir)):
+            record.event(text)
+        if self.cfg.resume and path is None:
+            record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
+        if self._make_model is not build_model:
+            record.event(f"the network is made by the caller; model.name={cfg.model.name} stands for it in the record")
+        if trainer.tf32 and (refusal := tf32_refusal(device)):
+            record.event(f"trainer.tf32=true changes nothing: {refusal}")
+        if self.cfg.trainer.channels_last is None and trainer.channels_last:
+            major, minor = capability_of(device)
+            record.event(
+                f"trainer.channels_last=true: as fast or faster at {trainer.precision} on cards of compute capability "
+                f"{major}.{minor}; false keeps the contiguous memory format"
+            )
 
     def _train(self, stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:
         """One stage; what an exhausted ladder leaves to be said is added to its message."""

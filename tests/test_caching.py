@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +364,88 @@ def test_a_rung_cannot_change_the_cache(tmp_path: Path) -> None:
     rungs = "ladder.rungs=[{name: x, overrides: ['data.cache=ram']}]"
     with pytest.raises(ConfigError, match=r"data\.cache cannot change on the way down"):
         Trainer(compose_config([rungs]), output_dir=tmp_path).fit()
+
+
+# ---- several users -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(photos: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of disk caches that other users can come to, and `photos/` beside it."""
+    with tempfile.TemporaryDirectory() as name:
+        top = Path(name)
+        top.chmod(0o755)
+        shutil.copytree(photos, top / "photos")
+        monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(top / "cache"))
+        yield top / "cache" / "images"
+        for path in (top / "cache", *(top / "cache").rglob("*")):
+            path.chmod(0o755)
+
+
+@contextmanager
+def another_user(*closed: Path, mode: int) -> Iterator[None]:
+    """One whom `mode` keeps out of these folders: nobody, where the tests are run by root, who is never kept out."""
+    for path in closed:
+        path.chmod(mode)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+class Photos:
+    """Image files whose code another user can read; it counts what is decoded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.samples = [(str(path), number % 2) for number, path in enumerate(sorted(folder.rglob("*.png")))]
+        self.decoded = [0]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.decoded[0] += 1
+        with Image.open(self.samples[index][0]) as image:
+            return image.convert("RGB"), self.samples[index][1]
+
+
+def test_another_users_cache_is_read_where_nothing_can_be_written(shared: Path) -> None:
+    photos = Photos(shared.parent.parent / "photos")
+    built(photos)
+    [made] = [path for path in shared.iterdir() if path.is_dir()]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert made.stat().st_mode & 0o777 == 0o777 & ~umask, "readable to whom the umask lets in"
+    made.chmod(0o755)
+    made.with_suffix(".lock").chmod(0o444)
+    with another_user(shared.parent, shared, mode=0o555):
+        data, [event] = built(photos)
+    assert data.stored is not None
+    assert event == f"data.cache=disk: 10 images are taken from {made}"
+
+
+def test_another_users_cache_that_cannot_be_read_is_no_end(shared: Path) -> None:
+    photos = Photos(shared.parent.parent / "photos")
+    built(photos)
+    [made] = [path for path in shared.iterdir() if path.is_dir()]
+    made.with_suffix(".lock").chmod(0o444)
+    shared.chmod(0o1777)
+    for closed in (made, shared, shared.parent):  # the cache, its folder, the folder of that
+        with another_user(closed, mode=0o000):
+            data, [event] = built(photos)
+        closed.chmod(0o755)
+        assert data.stored is None
+        assert re.fullmatch(
+            r"data.cache=disk is not used: .* cannot be written: \[Errno 13\] Permission denied: .* \(another user's\? "
+            r"ADAPTIVE_TRAINER_CACHE=FOLDER names .*\); images are decoded anew in every epoch",
+            event,
+        )
+    assert photos.decoded == [10], "known before anything is decoded"
+    assert built(photos)[1] == [f"data.cache=disk: 10 images are taken from {made}"], "left as it was"
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------

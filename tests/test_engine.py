@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,11 @@ from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_optimizer
 from adaptive_trainer.position import Position
-from adaptive_trainer.process import private_process_state
 from adaptive_trainer.transaction import TrainState, Undo
 from adaptive_trainer.update import Update
 from tests import runs
 from tests.faults import Fault, Net, differences, dump, storages
+from tests.forking import ROOT
 
 POSITION = Position(0, 0, 0, 4)
 SMALL = [
@@ -359,26 +361,21 @@ def test_tf32_is_as_asked_in_the_run_and_as_before_after_it(
     try:
         outside = precisions()
         trainer = Trainer(compose_config([*SMALL, f"trainer.tf32={wanted}"]), model=watched, output_dir=tmp_path)
-        used = trainer.fit().used
+        result = trainer.fit()
         assert precisions() == outside
     finally:
         torch.set_float32_matmul_precision(default)
-    assert used.tf32 is {"true": True, "false": False, "null": None}[wanted]
+    assert result.used.tf32 is {"true": True, "false": False, "null": None}[wanted]
+    said = [event for event in result.events if "tf32" in event]
+    needs = "TF32 needs a CUDA card of compute capability 8.0 (Ampere) or newer, and this is cpu"
+    assert said == ([f"trainer.tf32=true changes nothing: {needs}"] if wanted == "true" else [])
     [found] = seen
     assert found[:2] == ((inside, inside) if inside else outside[:2])
 
 
-def test_tf32_set_by_the_newer_interface_alone_is_put_back() -> None:
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        with private_process_state(deterministic=False, tf32=False):
-            assert (matmul.fp32_precision, matmul.allow_tf32) == ("ieee", False)
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before
+def test_whatever_the_host_had_chosen_is_chosen_after_a_run() -> None:
+    ended = subprocess.run([sys.executable, "-m", "tests.precisions"], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "146 runs\n", "")
 
 
 def test_no_rung_changes_tf32(tmp_path: Path) -> None:

@@ -250,6 +250,14 @@ def test_tf32_reaches_products_and_convolutions(wanted: bool) -> None:
         assert float((convolution - convolved).abs().max() / convolved.max()) < 5e-6
 
 
+def test_a_card_without_tf32_says_so(tmp_path: Path) -> None:
+    few = ["data=fakedata", "data.train.size=8", "data.val.size=4", "data.num_workers=0", "trainer.batch_size=4"]
+    small = ["model.name=mobilenetv3_small_050", "data.image_size=32", "trainer.epochs=1", "trainer.tf32=true"]
+    events = Trainer(compose_config([*few, *small, "device=cuda"]), output_dir=tmp_path).fit().events
+    has_it = torch.cuda.get_device_capability() >= (8, 0)
+    assert any(event.startswith("trainer.tf32=true changes nothing") for event in events) is not has_it
+
+
 class Reads(nn.Module):
     """Does on the host what a graph cannot hold, or would not repeat."""
 

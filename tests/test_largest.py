@@ -31,6 +31,7 @@ from adaptive_trainer.search import largest
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.target import target_of
 from adaptive_trainer.update import Shapes, prove
+from tests.test_resume import differing
 from tests.test_trainer import Seen
 
 MiB = 2**20
@@ -165,6 +166,15 @@ def test_the_learning_rate_is_for_the_default_batch_size(tmp_path: Path) -> None
     assert by_key["optimizer.lr"]["asked"] == 0.024
     assert f"linear rule for batch size 24 -> {size}" in by_key["optimizer.lr"]["why"]
     assert fit(tmp_path / "none", "memory.limit=60MiB", "trainer.lr_policy=none").used.lr == 1e-3
+
+
+def test_the_search_leaves_no_trace_in_what_is_trained(tmp_path: Path) -> None:
+    how = ["memory.limit=60MiB", "trainer.lr_policy=none", "trainer.epochs=2"]
+    size = fit(tmp_path / "max", *how).used.batch_size
+    fit(tmp_path / "number", *how, batch=str(size))
+    found, right = (checkpoint.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("max", "number"))
+    for key in ("model", "optimizer", "random", "position", "meters"):
+        assert differing(found[key], right[key]) == []
 
 
 def test_the_training_set_bounds_it(tmp_path: Path) -> None:

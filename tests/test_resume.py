@@ -17,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config
-from adaptive_trainer.errors import CheckpointError, DivergedError
+from adaptive_trainer import Trainer, checkpoint, compose_config, oom
+from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError
+from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Result
+from tests import runs
+from tests.faults import Fault
 from tests.forking import ROOT, Launcher, Started
 
 TINY = """
@@ -356,6 +359,43 @@ def test_another_model_or_data_set_is_refused(batch_16: Path, tmp_path: Path) ->
         fit(tmp_path, f"resume={batch_16.with_name('best.pt')}")
 
 
+def test_out_of_memory_while_a_checkpoint_is_read_is_no_damage(good: Path) -> None:
+    whole = Fault()
+    with whole:
+        checkpoint.load(good)
+    for at in range(whole.count):
+        with Fault(at), pytest.raises(torch.OutOfMemoryError, match="Injected"):
+            checkpoint.load(good)
+    assert whole.count > 0
+
+
+def test_out_of_memory_while_a_state_is_taken_over_is_another_rungs_to_answer(capacity: Capacity) -> None:
+    """As an error of torch's own: `load_state_dict` tells an out-of-memory as it tells a shape that does not fit."""
+
+    def take_over() -> None:
+        checkpoint.unpack(content, state, runs.CPU, keep_groups=True, with_optimizer=True)
+
+    case = runs.Case("adamw-single", "fp32", warm=True)
+    content = checkpoint.pack(runs.start(case, capacity).state, runs.CPU)
+    state, whole = runs.start(case, capacity).state, Fault()
+    with whole:
+        take_over()
+    assert whole.count > 20
+    for at in range(0, whole.count, 5):
+        with Fault(at), pytest.raises(RuntimeError, match="out of memory") as caught:
+            take_over()
+        assert oom.describe(caught.value).kind is oom.Kind.DEVICE
+    content["model"]["stem.weight"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        take_over()
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*last\.pt: .*File exists"):
+        checkpoint.save(tmp_path / "checkpoints" / "last.pt", {})
+
+
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path) -> None:
     assert fit(tmp_path, "resume=auto").metrics["epoch"] == 1
 
@@ -366,11 +406,49 @@ def test_auto_finds_the_newest_run(launcher: Launcher, tmp_path: Path) -> None:
     runs = [f"hydra.run.dir=outputs/2024-05-0{day}/10-00-00" for day in (1, 2, 3)]
     for day, run in enumerate(runs[:2], start=1):
         assert launcher.run(*args, run, f"trainer.batch_size={8 * day}", folder=tmp_path).code == 0
+    endless = ["trainer.batch_size=max", "memory.limit=none"]
+    failed = launcher.run(*args, *endless, "hydra.run.dir=outputs/2024-05-02/12-00-00", folder=tmp_path)
+    assert failed.code == 2
     ended = launcher.run(runs[2], "resume=auto", "trainer.epochs=2", folder=tmp_path)
     assert ended.code == 0, ended.text
+    assert "outputs/2024-05-02/12-00-00 is passed over: it has left no checkpoint (failed: trainer.batch" in ended.text
     assert "resumed at epoch 2, update 2, rung requested" in ended.out  # 24 samples in batches of 16
     assert "mobilenetv3_small_050, batch 16, image 32" in ended.out
     assert "resumed with another trainer.epochs: 1 -> 2" in ended.out
+
+
+def test_auto_names_the_run_that_it_passes_over(tmp_path: Path) -> None:
+    """A newer run that has left no checkpoint; not one that is older than what is taken, nor a plan."""
+
+    def run(time: str, *overrides: str) -> Result:
+        return fit(tmp_path / "2024-05-01" / time, "resume=auto", *overrides)
+
+    def failed(time: str) -> None:
+        with pytest.raises(ConfigError):
+            run(time, "trainer.batch_size=max", "memory.limit=none")
+
+    def said(result: Result) -> list[str]:
+        return [event for event in result.events if event.startswith("resume=auto")]
+
+    failed("10-00-00")
+    first = run("11-00-00")
+    assert said(first)[0].startswith(
+        f"resume=auto: {tmp_path}/2024-05-01/10-00-00 is passed over: it has left no checkpoint "
+        "(failed: trainer.batch_size=max needs a limit on memory"
+    )
+    assert "a fresh start" in said(first)[1]
+    assert said(run("12-00-00", "trainer.epochs=2")) == []
+    failed("13-00-00")
+    (tmp_path / "2024-05-01/14-00-00").mkdir()
+    (tmp_path / "2024-05-01/14-00-00/plan.json").touch()
+    (tmp_path / "2024-05-01/15-00-00").mkdir()
+    (tmp_path / "2024-05-01/15-00-00/config.yaml").touch()
+    [text] = said(run("16-00-00", "trainer.epochs=3"))
+    assert text == (
+        f"resume=auto: {tmp_path}/2024-05-01/15-00-00 is passed over, and 1 more before it: it has left no checkpoint "
+        "(it was killed before the first one, or is still at it)"
+    )
+    assert said(run("16-00-00", "trainer.epochs=4")) == [], "it goes on from its own"
 
 
 class Pixels(torch.utils.data.Dataset[Any]):
