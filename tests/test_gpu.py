@@ -579,7 +579,7 @@ def test_deterministic_algorithms_take_stored_images(tmp_path: Path) -> None:
 
 
 def test_what_stored_images_take_is_predicted() -> None:
-    """The difference that they make, measured and predicted; the allocator rounds to 2 MiB."""
+    """The difference that they make, measured and predicted; the allocator rounds blocks to 2 MiB."""
     grown = []
     for micro in (24, 6):
         keys = ["trainer.batch_size=24", f"trainer.micro_batch_size={micro}", "ladder=none", "device=cuda"]
@@ -589,7 +589,7 @@ def test_what_stored_images_take_is_predicted() -> None:
         assert None not in (*measured, *predicted)
         grown.append((measured[1][0] - measured[0][0], predicted[1] - predicted[0]))  # type: ignore[index,operator]
     print(f"bytes that data.cache adds, measured and predicted, at micro-batches of 24 and 6: {grown}")
-    assert all(abs(real - expected) <= 4 << 20 for real, expected in grown), grown
+    assert all(abs(real - expected) <= 6 << 20 for real, expected in grown), grown
 
 
 def test_no_memory_for_loading_gives_up_the_graph_first(tmp_path: Path) -> None:
