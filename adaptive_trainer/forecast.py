@@ -58,9 +58,10 @@ class Forecast:
         room = self.capacity.room()
         if room is None:
             return "", None
-        weights = self._planner.weights_bytes(config)
-        if weights > room:  # said without a trace, which takes about a second
-            return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
+        if self._planner.recalled(config) is None:
+            weights = self._planner.weights_bytes(config)
+            if weights > room:  # said without a trace, which takes about a second
+                return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
         prediction = self._planner.predict(config)
         need, measured = prediction.min_capacity_bytes, self._measured(config, room)
         if measured == "hopeless":

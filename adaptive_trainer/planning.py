@@ -96,11 +96,8 @@ class Planner:
     def predict(self, config: Config) -> Prediction:
         """What the recipe of these settings will need. Never raises for a recipe that cannot be predicted."""
         start = time.perf_counter()
-        key = self.key(config)
-        text = repr(sorted(key.items()))
-        found = self._known.get(text) or self.cache.prediction(key)
+        found = self.recalled(config)
         if found is not None:
-            self._known[text] = found
             return replace(found, seconds=time.perf_counter() - start)
         try:
             found = predict(
@@ -113,8 +110,17 @@ class Planner:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             found = Prediction(None, None, None, None, 0.0, reason)
         found = replace(found, seconds=time.perf_counter() - start)
+        key = self.key(config)
         self.cache.keep_prediction(key, found)
-        self._known[text] = found
+        self._known[_text(key)] = found
+        return found
+
+    def recalled(self, config: Config) -> Prediction | None:
+        """The prediction for this recipe, if it was made before."""
+        key = self.key(config)
+        found = self._known.get(_text(key)) or self.cache.prediction(key)
+        if found is not None:
+            self._known[_text(key)] = found
         return found
 
     def weights_bytes(self, config: Config) -> int:
@@ -248,6 +254,10 @@ class Row:
     min_card_bytes: int | None = None
     seconds: float = 0.0
     reason: str = ""
+
+
+def _text(key: Key) -> str:
+    return repr(sorted(key.items()))
 
 
 @dataclass(frozen=True, slots=True)
