@@ -32,6 +32,7 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder import resolve
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.card import COUNTED_FIRST
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.position import Position
@@ -266,7 +267,7 @@ def cpu() -> Iterator[str]:
 
 
 def block_on_cpu(step: Callable[[], None], updates: int) -> Callable[[], float]:
-    per_update(step, 5, CPU)  # to warm up
+    per_update(step, COUNTED_FIRST + 8, CPU)  # to warm up: the simulated card counts so many in any case
     return lambda: per_update(step, updates, CPU)
 
 
