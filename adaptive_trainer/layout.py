@@ -11,7 +11,7 @@ from adaptive_trainer.config import TrainerConfig, apply_overrides, typed
 
 __all__ = ["uses_channels_last", "with_layout"]
 
-HALF_PRECISION_FROM, ANY_PRECISION_FROM = (7, 0), (9, 0)  # compute capabilities: tensor cores; what was measured
+HALF_FROM, TF32_FROM = (7, 0), (9, 0)  # compute capabilities: tensor cores; where fp32 was measured
 
 
 def uses_channels_last(trainer: TrainerConfig, capability: tuple[int, int], *, by_name: bool) -> bool:
@@ -25,7 +25,9 @@ def uses_channels_last(trainer: TrainerConfig, capability: tuple[int, int], *, b
     """
     if trainer.channels_last is not None:
         return trainer.channels_last
-    return by_name and capability >= (ANY_PRECISION_FROM if trainer.precision == "fp32" else HALF_PRECISION_FROM)
+    if trainer.precision == "fp32":
+        return by_name and trainer.tf32 is not False and capability >= TF32_FROM
+    return by_name and capability >= HALF_FROM
 
 
 def with_layout(cfg: DictConfig, capability: tuple[int, int], *, by_name: bool) -> DictConfig:

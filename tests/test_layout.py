@@ -34,6 +34,12 @@ def test_where_it_is_left_open_card_precision_and_network_decide(
         assert uses_channels_last(trainer, capability, by_name=by_name) is asked
 
 
+def test_fp32_without_tf32_was_not_measured() -> None:
+    assert not uses_channels_last(TrainerConfig(tf32=False), HOPPER, by_name=True)
+    assert uses_channels_last(TrainerConfig(tf32=True), HOPPER, by_name=True)
+    assert uses_channels_last(TrainerConfig(tf32=False, precision="bf16"), HOPPER, by_name=True)
+
+
 def settings(*overrides: str) -> DictConfig:
     return compose_config(["ladder=default", *overrides])
 
