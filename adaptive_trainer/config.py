@@ -104,7 +104,7 @@ class TrainerConfig:
     eval_batch_size: int | None = None  # null: the micro-batch size
     precision: str = "fp32"
     checkpoint_activations: bool = False
-    channels_last: bool | None = None  # null: on a CUDA card where it was measured to pay
+    channels_last: bool | None = None  # null: on a CUDA card where it is expected to be faster
     tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = None
     ema_decay: float | None = None

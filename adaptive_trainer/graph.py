@@ -152,6 +152,7 @@ def _unchanged_host(update: Update) -> Iterator[None]:
     after = _host_side(update)
     changed = [name for name, value in before.items() if after[name] != value]
     if changed:
+        update.phase = "forward"  # the step has run since, and is not to be blamed
         raise GraphRefused(f"its forward pass changes {', '.join(changed)} on the host, which a graph does not repeat")
 
 

@@ -1,17 +1,28 @@
-"""The memory format of weights and images where the settings leave it open: channels_last where it was measured to pay.
+"""The memory format of weights and images; where the settings leave it open, channels_last where it should be faster.
 
 It changes which kernels run and not what they compute. docs/benchmarks.md has the measurements.
 """
 
 from __future__ import annotations
 
+import torch
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from adaptive_trainer.config import TrainerConfig, apply_overrides, typed
 
-__all__ = ["uses_channels_last", "with_layout"]
+__all__ = ["to_channels_last", "uses_channels_last", "with_layout"]
 
 HALF_FROM, TF32_FROM = (7, 0), (9, 0)  # compute capabilities: tensor cores; where fp32 was measured
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Give its four-dimensional weights and buffers that memory format; unlike `Module.to`, with any others beside."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+    model._apply(convert)  # type: ignore[no-untyped-call]
 
 
 def uses_channels_last(trainer: TrainerConfig, capability: tuple[int, int], *, by_name: bool) -> bool:

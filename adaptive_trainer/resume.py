@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,8 +17,6 @@ from adaptive_trainer.config import Config, apply_overrides
 from adaptive_trainer.errors import CheckpointError
 
 __all__ = ["find", "load", "passed_over", "saved_settings"]
-
-log = logging.getLogger(__name__)
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
@@ -98,9 +95,7 @@ def saved_settings(cfg: DictConfig, overrides: Sequence[str], output_dir: Path) 
     path = find(cfg.resume, output_dir)
     if path is None:
         return cfg
-    if cfg.resume == "auto" and (text := passed_over(path, output_dir)):
-        log.info("%s", text)
     saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(load(path)["request"]))
     result = apply_overrides(DictConfig(saved), overrides)
-    result.resume = str(path)
+    result.resume = cfg.resume
     return result

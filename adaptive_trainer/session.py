@@ -17,7 +17,7 @@ from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.device import capability_of
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe
-from adaptive_trainer.layout import uses_channels_last
+from adaptive_trainer.layout import to_channels_last, uses_channels_last
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import build_model, checkpoint_activations
 from adaptive_trainer.optimizers import Schedule, build_ema, build_optimizer, build_scaler, build_schedule
@@ -86,7 +86,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)
     model = parts.make_model(config.model, parts.num_classes).to(parts.device)
     if _is_channels_last(config, parts):
-        model.to(memory_format=torch.channels_last)
+        to_channels_last(model)
     _own_memory(model)
     checkpoint_activations(model, config.trainer.checkpoint_activations)
     return TrainState(

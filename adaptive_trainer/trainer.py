@@ -111,7 +111,7 @@ class Trainer:
         parts = Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
-            request=OmegaConf.to_yaml(cfg),
+            request=OmegaConf.to_yaml(self.cfg),
             num_classes=first.model.num_classes or data.num_classes,
             train_size=len(data.train),
             device=device,
@@ -157,8 +157,8 @@ class Trainer:
         if self.cfg.trainer.channels_last is None and trainer.channels_last:
             major, minor = capability_of(device)
             record.event(
-                f"trainer.channels_last=true: as fast or faster at {trainer.precision} on cards of compute capability "
-                f"{major}.{minor}; false keeps the contiguous memory format"
+                f"trainer.channels_last=true: at {trainer.precision} on a card of compute capability {major}.{minor} "
+                "convolutions are expected to be faster so; false keeps the contiguous memory format"
             )
 
     def _train(self, stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:

@@ -282,7 +282,7 @@ def compare(number: int, blocks: int) -> dict[str, float]:
             for contender in serving.values():  # alone on the card, where this package times its engines
                 for _ in range(WARM_UP // IN_BLOCK):
                     contender.ask()
-            asking = {name: partial(seconds, contender) for name, contender in serving.items()}
+            asking = {name: partial(seconds, name, contender) for name, contender in serving.items()}
             found = alternating(asking, blocks)
         finally:
             for contender in serving.values():
@@ -290,8 +290,11 @@ def compare(number: int, blocks: int) -> dict[str, float]:
     return {name: CASES[number].batch / statistics.median(times) for name, times in found.items()}
 
 
-def seconds(contender: Contender) -> float:
-    return float(contender.ask())
+def seconds(name: str, contender: Contender) -> float:
+    answer = contender.ask()
+    if not answer:
+        raise SystemExit(f"{name} has ended in the middle of its blocks")
+    return float(answer)
 
 
 def plot(speeds: dict[str, dict[str, float]], path: Path) -> None:

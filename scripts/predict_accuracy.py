@@ -21,6 +21,7 @@ import torch
 from adaptive_trainer import compose_config
 from adaptive_trainer.config import Config, MemoryConfig
 from adaptive_trainer.ladder import recipe, resolve
+from adaptive_trainer.layout import with_layout
 from adaptive_trainer.measure import measure
 from adaptive_trainer.memory.predict import Prediction, verdict
 from adaptive_trainer.planning import Planner
@@ -60,7 +61,8 @@ class Case:
     rung: str = "requested"
 
     def config(self) -> Config:
-        ladder = resolve(compose_config(["data.num_workers=0", "device=cuda", *self.overrides]))
+        cfg = compose_config(["data.num_workers=0", "device=cuda", *self.overrides])
+        ladder = resolve(with_layout(cfg, torch.cuda.get_device_capability(), by_name=True))
         return next(rung.settings for rung in ladder if rung.name == self.rung)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from adaptive_trainer import compose_config
+from adaptive_trainer import compose_config, predict
 from adaptive_trainer.config import TrainerConfig, typed
 from adaptive_trainer.ladder import resolve
-from adaptive_trainer.layout import uses_channels_last, with_layout
+from adaptive_trainer.layout import to_channels_last, uses_channels_last, with_layout
 from adaptive_trainer.planning import Planner
 from adaptive_trainer.target import target_of
 
@@ -38,6 +40,20 @@ def test_fp32_without_tf32_was_not_measured() -> None:
     assert not uses_channels_last(TrainerConfig(tf32=False), HOPPER, by_name=True)
     assert uses_channels_last(TrainerConfig(tf32=True), HOPPER, by_name=True)
     assert uses_channels_last(TrainerConfig(tf32=False, precision="bf16"), HOPPER, by_name=True)
+
+
+def test_only_what_is_four_dimensional_is_laid_out_anew() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv3d(1, 4, (3, 3, 1)))
+    to_channels_last(model)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+    assert all(t.is_contiguous() for t in (*model[1].state_dict().values(), *model[2].parameters()))
+
+
+def test_a_network_with_other_convolutions_is_predicted() -> None:
+    how = ["model.name=lambda_resnet26t", "trainer.precision=bf16", "trainer.batch_size=2", "data.image_size=128"]
+    prediction = predict(settings(*how), device="rtx2060")
+    assert prediction.reason == ""
+    assert prediction.allocated_bytes is not None
 
 
 def settings(*overrides: str) -> DictConfig:

@@ -5,7 +5,7 @@ that is the state of the card: its size, what is used and was used at the most, 
 card in this state and left it in the same would do so again, with the same peaks: once it was counted `COUNTED_FIRST`
 times in all, it runs uncounted, but for every `COUNTED_EVERY`th time. Whatever changes the state (other work, a freed
 tensor, new peaks, another size, a failure, a leak) has everything counted again. Memory that depends on more than the
-shapes is found at the next counting.
+shapes is found when it is needed in work that is counted.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.fake import Recorder, fake_device, materialize
 
 __all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "same_random_numbers", "trace"]
@@ -154,7 +155,7 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
     with torch.device("meta" if on_meta else "cpu"):
         model = spec.make_model()
         if spec.channels_last:
-            model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
     recorder = Recorder(cuda=spec.cuda)
     with fake_device(cuda=spec.cuda), recorder:
         materialize(model)
