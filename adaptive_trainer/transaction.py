@@ -136,6 +136,7 @@ class Undo:
             v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)
         ]
         self.on_host = on_host
+        self.optimizer_state: list[tuple[Any, dict[str, Any]]] = []
         self.free()
 
     def free(self) -> None:
@@ -145,6 +146,13 @@ class Undo:
         self.beside, self.host = _Shadow(), _Shadow(host)
         self.large = self.host
         self.begun = self.stepping = False
+
+    def let_go(self) -> None:
+        """Keep no tensor alive that the state has lost since the last update; the copies' memory stays."""
+        self.begun = self.stepping = False
+        self.optimizer_state = []
+        for shadow in (self.beside, self.host):
+            shadow.live, shadow.groups = [], []
 
     @_unseen
     def begin(self) -> None:
@@ -166,7 +174,7 @@ class Undo:
         """Keep what the optimizer step and the moving average change: parameters, optimizer state, average."""
         self.large = self.host if on_host or self.on_host else self.beside
         leaves: list[Any] = []
-        self.optimizer_state: list[tuple[Any, dict[str, Any]]] = []
+        self.optimizer_state = []
         for parameter, values in self.state.optimizer.state.items():
             kept = {key: v if isinstance(v, PLAIN) else tree_map(lambda leaf: leaf, v) for key, v in values.items()}
             self.optimizer_state.append((parameter, kept))

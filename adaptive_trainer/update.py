@@ -391,6 +391,7 @@ def prove(update: Update, shapes: Shapes) -> int:
         update.held, update.is_proving = None, False
     proven -= trace.updates
     trace.roll_back()
+    update._undo.let_go()
     update.is_warm = False  # most optimizers' state is gone again
     if proven < PROVEN_UPDATES:
         raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
@@ -409,13 +410,12 @@ def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
 
 def _prove_updates(update: Update, shapes: Shapes) -> None:
     made_up = _batches(update, shapes, max(shapes.batch_size, shapes.last))
-    images, labels = made_up(shapes.batch_size)
     update.held = oom.held(update.device)
     for _ in range(PROVEN_UPDATES):
-        update.run(images, labels, samples=0)
+        update.run(*made_up(shapes.batch_size), samples=0)
     makes_copies = update.step_allocates and update.device.type == "cuda"
     for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
-        update.run(images, labels, samples=0)
+        update.run(*made_up(shapes.batch_size), samples=0)
     if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
         update.run(*made_up(shapes.last), samples=0)
 
@@ -440,21 +440,22 @@ def _evaluate_made_up(update: Update, shapes: Shapes, size: int) -> None:
 
 
 def _batches(update: Update, shapes: Shapes, most: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """What gives made-up batches of up to `most` samples, held where the loader of training holds them.
+    """What gives made-up batches of up to `most` samples: each anew, and held where the loader of training holds them.
 
     Raises:
         OutOfMemory: what stored images need on the device does not fit; so does what it gives.
     """
+    made_up = _made_up(most, shapes)
     if not shapes.stored_size:
-        return lambda size: _made_up(size, shapes)
+        return lambda size: (made_up[0][:size].clone(), made_up[1][:size].clone())
     is_channels_last = update.memory_format == torch.channels_last
     sizes = (most, shapes.image_size, shapes.stored_size)
     buffers = fitting(update.device, lambda: DeviceBatch(*sizes, update.device, channels_last=is_channels_last))
 
     def batch(size: int) -> tuple[Tensor, Tensor]:
         images, labels = fitting(update.device, lambda: buffers.resample(size))
-        for there, here in zip((images, labels), _made_up(size, shapes), strict=True):
-            there.copy_(here)
+        for there, here in zip((images, labels), made_up, strict=True):
+            there.copy_(here[:size])
         return images, labels
 
     return batch

@@ -331,6 +331,17 @@ def test_a_plan_begins_with_the_largest_that_is_predicted(tmp_path: Path) -> Non
     assert (made.rows[0].min_capacity_bytes or 0) <= 100 * MiB
 
 
+@pytest.mark.parametrize("limit", [60, 61, 64])
+def test_what_is_proven_is_trained_to_the_end(limit: int, tmp_path: Path) -> None:
+    """At the very limit it matters where in memory the optimizer's state lies."""
+    small = ["model.name=mobilenetv3_small_050", "data.image_size=64", "trainer.batch_size=max", "device=cpu"]
+    data = ["data=fakedata", "data.train.size=200", "data.val.size=8", "data.num_workers=0", "model.num_classes=10"]
+    result = Trainer(compose_config([*small, *data, f"memory.limit={limit}MiB"]), output_dir=tmp_path).fit()
+    assert result.rung == "requested"
+    assert [entry.outcome for entry in result.attempts if entry.rung == "requested"] == ["fits"]
+    assert result.used.batch_size > 24
+
+
 def test_a_plan_lands_where_training_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = ["model.name=mobilenetv3_small_050", "data.image_size=96", "trainer.batch_size=max", "device=cpu"]
     data = ["data=fakedata", "data.train.size=48", "data.val.size=8", "data.num_workers=0", "model.num_classes=10"]

@@ -391,6 +391,31 @@ def test_a_proof_is_always_counted_and_so_is_what_makes_the_state_again() -> Non
         assert counted[-1]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_proof_meets_what_training_meets_and_leaves_nothing_of_it(optimizer: str) -> None:
+    """Each update has a batch of its own, and what the optimizer has made is gone, so that both lie in memory alike."""
+    with limited(CPU, "64MiB") as card:
+        run = start(Case(optimizer, "fp32", warm=False, accumulate=False), card)
+        update, before = run.update(), list[int]()
+        batches: list[weakref.ref[Any]] = []
+        made: list[weakref.ref[Any]] = []
+
+        def look(model: nn.Module, inputs: tuple[Tensor]) -> None:
+            before.append(sum(batch() is not None for batch in batches))
+            batches.append(weakref.ref(inputs[0].untyped_storage()))
+
+        def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            values = [value for each in optimizer.state.values() for value in each.values()]
+            made.extend(weakref.ref(value) for value in values if isinstance(value, Tensor))
+
+        run.state.model.register_forward_pre_hook(look)
+        run.state.optimizer.register_step_post_hook(note)
+        prove(update, SHAPES)
+    assert before[:PROVEN_UPDATES] == [0] * PROVEN_UPDATES
+    assert made
+    assert [value for value in made if value() is not None] == []
+
+
 def sizes_of(card: Capacity, optimizer: str, precision: str) -> Iterator[Any]:
     """What the card says after every update and evaluation batch of three epochs; one update is too large."""
     run = start(Case(optimizer, precision, warm=False, accumulate=False, image_size=96), card)
