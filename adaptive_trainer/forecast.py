@@ -58,11 +58,12 @@ class Forecast:
         room = self.capacity.room()
         if room is None:
             return "", None
-        if self._planner.recalled(config) is None:
+        prediction = self._planner.recalled(config)
+        if prediction is None:
             weights = self._planner.weights_bytes(config)
             if weights > room:  # said without a trace, which takes about a second
                 return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
-        prediction = self._planner.predict(config)
+            prediction = self._planner.predict(config)
         need, measured = prediction.min_capacity_bytes, self._measured(config, room)
         if measured == "hopeless":
             return f"it ran out of memory in {format_bytes(room)} on this card before", need

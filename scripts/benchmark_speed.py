@@ -86,6 +86,7 @@ CASES = (
     Case("8@224 bf16 channels_last", 8, 8, 224, "bf16"), Case("24@224 bf16 channels_last", 24, 24, 224, "bf16"),
     Case("24@224 fp32 channels_last", 24, 24, 224, "fp32"),
 )  # fmt: skip
+LARGE_BF16 = CASES[7]
 RUNGS = [CASES[0], CASES[2], CASES[3]]  # three that differ: small, large, half precision
 Block = Callable[[int], float]  # seconds of one of so many updates
 

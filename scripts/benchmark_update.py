@@ -40,7 +40,7 @@ from adaptive_trainer.process import private_process_state
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.supply import Supply
 from adaptive_trainer.transaction import Undo
-from scripts.benchmark_speed import CASES, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
+from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def undo() -> Iterator[str]:
     """A row for each recipe and engine; a graph keeps nothing to undo it."""
     need_cuda()
     yield from table("recipe", "engine", "with undo, ms", "without, ms", "ratio (median of pairs)", "extra peak, MiB")
-    for case in (*RUNGS, CASES[7]):
+    for case in (*RUNGS, LARGE_BF16):
         yield row(case.name, "eager", *_undone(case, "eager"))
     for overrides in (["+optimizer.kwargs.foreach=true"], ["optimizer=sgd"]):
         yield row(f"{CASES[2].name} {overrides[0]}", "eager", *_undone(CASES[2], "eager", *overrides))
@@ -278,7 +278,7 @@ def compiled() -> Iterator[str]:
     """A row for each recipe and engine, with nothing compiled before."""
     need_cuda()
     yield from table("recipe", "engine", "images/s", "first update, s", "updates until it has caught up with graph")
-    for case in (CASES[7], CASES[2]):
+    for case in (LARGE_BF16, CASES[2]):
         images, labels = batch_of(case)
         blocks: dict[str, Callable[[], float]] = {}
         first: dict[str, float] = {}

@@ -38,7 +38,7 @@ from adaptive_trainer.data import Loader, build_datasets
 from adaptive_trainer.device import capability_of
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve
-from adaptive_trainer.layout import uses_channels_last, with_layout
+from adaptive_trainer.layout import to_channels_last, with_layout
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss, build_optimizer
@@ -78,8 +78,8 @@ def plain_training_fits(config: Config) -> bool:
 def _plain_training(config: Config) -> None:
     used = recipe(config)
     model = build_model(config.model, 10).to(CUDA)
-    if uses_channels_last(config.trainer, capability_of(CUDA), by_name=True):
-        model.to(memory_format=torch.channels_last)
+    if config.trainer.channels_last:
+        to_channels_last(model)
     optimizer = build_optimizer(model, config.optimizer, used.lr, CUDA)
     scaler = GradScaler("cuda", enabled=used.precision == "fp16")
     half = torch.bfloat16 if used.precision == "bf16" else torch.float16

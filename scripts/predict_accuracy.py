@@ -20,6 +20,7 @@ import torch
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.config import Config, MemoryConfig
+from adaptive_trainer.device import capability_of, device_of
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.layout import with_layout
 from adaptive_trainer.measure import measure
@@ -62,7 +63,7 @@ class Case:
 
     def config(self) -> Config:
         cfg = compose_config(["data.num_workers=0", "device=cuda", *self.overrides])
-        ladder = resolve(with_layout(cfg, torch.cuda.get_device_capability(), by_name=True))
+        ladder = resolve(with_layout(cfg, capability_of(device_of("cuda")), by_name=True))
         return next(rung.settings for rung in ladder if rung.name == self.rung)
 
 
