@@ -22,10 +22,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import config_dir, register, typed
+from adaptive_trainer.config import check, config_dir, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
 from adaptive_trainer.folders import check_folders
-from adaptive_trainer.ladder import stages
+from adaptive_trainer.ladder import resolve, stages
 
 __all__ = ["OutputFolder", "as_list", "main"]
 
@@ -66,10 +66,12 @@ def _refusal(error: Exception) -> str:
     """What Hydra, a YAML file or the disk has against a job before it begins; "" for an error of another kind."""
     if isinstance(error, YAMLError):
         return f"a YAML file cannot be read: {error}"
+    if isinstance(
+        error, HydraException | OmegaConfBaseException | UserError
+    ):  # a group that is not there is an OSError
+        return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
     if isinstance(error, OSError):
         return f"the output folder cannot be written: {error}; free some disk space, or choose another hydra.run.dir"
-    if isinstance(error, HydraException | OmegaConfBaseException | UserError):
-        return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
     return ""
 
 
@@ -132,6 +134,8 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
 
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
+    if cfg.resume is None:  # else the settings are those of the resumed run
+        _check(cfg)
     if cfg.task == "plan":
         from adaptive_trainer.plan_tasks import run_plan
 
@@ -146,14 +150,22 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
         run_memory(cfg, folder, measure if can_measure else None)
     else:
-        if cfg.resume is None:  # else the data is that of the resumed run
-            check_folders(typed(stages(cfg)[0][1]).data)  # before torch, whose import takes seconds
         from adaptive_trainer.resume import saved_settings
         from adaptive_trainer.trainer import Trainer
 
         cfg = saved_settings(cfg, overrides, folder)
         return float(Trainer(cfg, output_dir=folder).fit().metrics.get(cfg.optimized_metric, float("nan")))
     return float("nan")
+
+
+def _check(cfg: DictConfig) -> None:
+    """Refuse what can be refused without torch, whose import takes seconds."""
+    check(typed(cfg))
+    if cfg.task == "train":
+        asked = stages(cfg)
+        for _, settings in asked:
+            resolve(settings)
+        check_folders(typed(asked[0][1]).data)
 
 
 def _bare(error: AdaptiveTrainerError) -> AdaptiveTrainerError:

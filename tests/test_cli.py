@@ -131,6 +131,9 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["-m", "+sweep=lr", "ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["hydra.run.dir=/dev/null/x"], 2, "hydra.run.dir=/dev/null/x cannot be made"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
+        (["ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
+        (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
+        (["task=plann"], 2, "task=plann is none of train, plan, memory"),
         (["data=imagefolder"], 2, "data.root has no value"),
         (["data=imagefolder", "data.root=photos"], 2, "data.root=photos is no folder"),
         (["data=imagefolder", "data.root=/dev/null"], 2, "data.root=/dev/null is no folder"),
@@ -145,6 +148,13 @@ def test_answers_without_torch(args: list[str], code: int, said: str, tmp_path: 
     assert "Traceback" not in ended.stderr
     assert "adaptive_trainer.cli" in imported
     assert not {name.partition(".")[0] for name in imported} & {"torch", "timm", "torchvision", "numpy", "sklearn"}
+
+
+def test_a_group_that_is_not_there_is_no_full_disk(tmp_path: Path) -> None:
+    ended = python_m("-m", "adaptive_trainer", "ladder=defualt", cwd=tmp_path)
+    assert "Available options in 'ladder':" in ended.stderr
+    assert "cannot be written" not in ended.stderr
+    assert "disk" not in ended.stderr
 
 
 def test_the_main_job(tmp_path: Path) -> None:
