@@ -1,6 +1,6 @@
 """What the descent knows of a rung before it is tried, and what it remembers afterwards.
 
-Only the hopeless is skipped: a prediction never takes the place of the proof.
+Only the hopeless is skipped: a prediction never takes the place of the proof. A proof made earlier on this card does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.memory.capacity import Capacity
-from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
+from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning import LossFactory, ModelFactory, Planner, other_allocator
@@ -64,7 +64,7 @@ class Forecast:
             if weights > room:  # said without a trace, which takes about a second
                 return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
             prediction = self._planner.predict(config)
-        need, measured = prediction.min_capacity_bytes, self._measured(config, room)
+        need, measured = prediction.min_capacity_bytes, self._measurement(config).verdict(room)
         if measured == "hopeless":
             return f"it ran out of memory in {format_bytes(room)} on this card before", need
         if need is None or measured == "fits" or (self._is_cuda and other_allocator()):
@@ -104,22 +104,37 @@ class Forecast:
             self._failed.append((config.model, entry.predicted_bytes, room))
         if not self._is_cuda:
             return
-        key, cache = self._planner.key(config), self._planner.cache
-        known = cache.measurement(key, self._card)
+        known = self._measurement(config)
         if entry.outcome == "fits" and entry.peak_reserved_bytes is not None:
             peaks = (entry.peak_allocated_bytes or 0, entry.peak_reserved_bytes)
-            cache.keep_measurement(key, self._card, known.fitted(room, *peaks))
+            self._keep(config, known.fitted(room, *peaks))
             free, total = torch.cuda.mem_get_info(self.capacity.device)
-            cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
+            self._planner.cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
         elif entry.outcome == "oom" and verdict(self._planner.predict(config), room) != "fits":
             # had it been predicted to fit, another process might be the cause
-            cache.keep_measurement(key, self._card, known.failed(room))
+            self._keep(config, known.failed(room))
+
+    def proven(self, config: Config) -> Measurement | None:
+        """What these settings came to when they were proven on this card, in no more room than there is now."""
+        room = self.capacity.room()
+        if room is None:
+            return None
+        known = self._measurement(config)
+        return known if known.verdict(room) == "fits" else None
+
+    def forget(self, config: Config) -> None:
+        """Forget what was measured of these settings: it turned out not to hold."""
+        self._keep(config, Measurement())
 
     def begin(self) -> None:
         """A new descent: what failed in the last one may fit again."""
         self._failed.clear()
 
-    def _measured(self, config: Config, room: int) -> str:
+    def _measurement(self, config: Config) -> Measurement:
+        """Of this card; a simulated one is not measured."""
         if not self._is_cuda:
-            return ""
-        return self._planner.cache.measurement(self._planner.key(config), self._card).verdict(room)
+            return Measurement()
+        return self._planner.cache.measurement(self._planner.key(config), self._card)
+
+    def _keep(self, config: Config, measurement: Measurement) -> None:
+        self._planner.cache.keep_measurement(self._planner.key(config), self._card, measurement)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ class Position:
         if not 0 <= samples <= remaining:
             raise ValueError(f"cannot advance by {samples}: {remaining} samples are left in epoch {self.epoch}")
         if samples == remaining:
-            return replace(self, epoch=self.epoch + 1, cursor=0)
-        return replace(self, cursor=self.cursor + samples)
+            return Position(self.seed, self.epoch + 1, 0, self.size)
+        return Position(self.seed, self.epoch, self.cursor + samples, self.size)
 
     def schedule_step(self, batch_size: int) -> int:
         """Updates that lead here when every update so far had `batch_size` samples: what a schedule counts by.

@@ -18,6 +18,7 @@ from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, L
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
+from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
 from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.position import last_update
@@ -58,6 +59,7 @@ class Stage:
     _wait: int = 1
     _climb_at: int = 0
     _is_climbing: bool = False
+    _earlier: Measurement | None = None  # of an earlier run, whose proof is not made again
 
     def run(self) -> Rung[Config]:
         """Descend, train, descend again where memory runs out; returns the rung that holds at the end.
@@ -82,6 +84,8 @@ class Stage:
                 failure = (error.phase, error.reason)
             if failure is not None:
                 self._failed_in_training(rung, *failure)
+                if self._earlier is not None:
+                    self.forecast.forget(rung.settings)
                 start += 1
 
     def holds(self, rung: Rung[Config]) -> bool:
@@ -194,7 +198,12 @@ class Stage:
 
     def _proven(self, settings: Config, entry: Attempt) -> None:
         """An attempt of the descent. What fails later, in training, says too little of the rung to be remembered."""
-        self.forecast.learn(settings, entry)
+        if entry.outcome == "fits" and self._earlier is not None:
+            entry.reason = "proven on this card before"
+            entry.peak_allocated_bytes = self._earlier.peak_allocated
+            entry.peak_reserved_bytes = self._earlier.peak_reserved
+        else:
+            self.forecast.learn(settings, entry)
         self._attempted(entry)
 
     def _attempted(self, entry: Attempt) -> None:
@@ -209,22 +218,25 @@ class Stage:
     def _prove(self, config: Config) -> int:
         """Make the session match `config` and prove it; returns the evaluation batch that fits.
 
-        A session that was built for this attempt goes with it when it fails: nothing is left of it. A climb that fails
-        goes back to the session it came from.
+        What this card has proven before is not proven again. A session that was built for this attempt goes with it
+        when it fails: nothing is left of it. A climb that fails goes back to the session it came from.
         """
         if self.session is not None and config.model != self.session.config.model:
             self._leave_model(config)
         elif self.saved is not None and asdict(config.model) != self.saved["config"]["model"]:
             self._leave_saved(config)
         is_new, back = self.session is None, self.session if self._is_climbing else None
-        self._is_climbing = False
+        self._is_climbing, self._earlier = False, None
         if back is not None:
             back.update.free_copies()
         try:
             self.session = enter(config, self.parts, self.session)
             if is_new:
                 self._fill(self.session)
-            eval_batch = prove(self.session.update, self._shapes(config))
+            if back is None:
+                self._earlier = self.forecast.proven(config)
+            shapes = self._shapes(config)
+            eval_batch = shapes.eval_batch_size if self._earlier else prove(self.session.update, shapes)
         except BaseException:
             if is_new or back is not None:
                 self.session = back

@@ -9,6 +9,7 @@ absent and is absent again after a roll-back.
 from __future__ import annotations
 
 import functools
+import operator
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -84,7 +85,7 @@ class _Shadow:
         self.groups: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def save(self, tensors: list[Tensor]) -> None:
-        same = len(tensors) == len(self.live) and all(a is b for a, b in zip(tensors, self.live, strict=True))
+        same = len(tensors) == len(self.live) and all(map(operator.is_, tensors, self.live))
         if not same and [layout(t) for t in tensors] != [layout(t) for t in self.copies]:
             self.copies = [torch.empty_like(t, device=self.device or t.device, requires_grad=False) for t in tensors]
         if not same:

@@ -104,6 +104,20 @@ def full_collections() -> Iterator[list[int]]:
         gc.enable()
 
 
+def test_a_recipe_is_proven_once_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In less room it is proven anew."""
+    monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path / "cache"))
+    found = []
+    for number, limit in enumerate((600, 600, 700, 500, 500)):
+        settings = [*gpu_checks.FAKE, "trainer.batch_size=8", "data.image_size=64", f"memory.limit={limit}MiB"]
+        [entry] = Trainer(compose_config(settings), output_dir=tmp_path / str(number)).fit().attempts
+        assert entry.outcome == "fits"
+        found.append(entry)
+    before = "proven on this card before"
+    assert [entry.reason for entry in found] == ["", before, before, "", before]
+    assert {entry.peak_allocated_bytes for entry in found[:3]} == {found[0].peak_allocated_bytes}
+
+
 @pytest.mark.parametrize("holds_itself", [False, True])
 def test_what_a_failed_try_has_left_is_collected_and_else_nothing(holds_itself: bool) -> None:
     seen: list[tuple[int, int]] = []

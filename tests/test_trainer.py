@@ -23,8 +23,10 @@ from torch.utils.data import Dataset, TensorDataset
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.config import ModelConfig, RungConfig
 from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.report import Result
 
 MiB = 2**20
@@ -499,7 +501,6 @@ def test_no_thrashing_rung_is_left_where_there_is_none_below(tmp_path: Path) -> 
 
 def test_a_climb_that_fails_goes_back_to_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rung above has another optimizer and another precision, made anew for the try."""
-    from adaptive_trainer.forecast import Forecast
     from adaptive_trainer.memory.capacity import Capacity
 
     rooms = iter(range(10**9, 2 * 10**9))
@@ -562,3 +563,46 @@ def test_the_best_model_is_saved_before_the_state_that_knows_of_it(
     monkeypatch.setattr(checkpoint, "save", save)
     fit(tmp_path, "trainer.epochs=1")
     assert saved == ["last.pt", "best.pt", "last.pt"]
+
+
+def test_what_this_card_has_proven_before_is_not_proven_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card's memory lasts from one run to the next; here it is given."""
+    ends, learned, samples = [], [], []
+    monkeypatch.setattr(Forecast, "learn", lambda self, config, entry: learned.append(entry))
+    for number, known in enumerate((None, Measurement(MiB, None, 5 * MiB, 6 * MiB))):
+        monkeypatch.setattr(Forecast, "proven", lambda self, config, known=known: known)
+        result, nets = fit(tmp_path / str(number))
+        ends.append(checkpoint.load(tmp_path / str(number) / "checkpoints" / "last.pt"))
+        samples.append(sum(map(len, nets[0].trained)))
+    assert samples == [2 * 8 + 2 * 40, 2 * 40]
+    [entry] = result.attempts
+    assert (entry.outcome, entry.reason) == ("fits", "proven on this card before")
+    assert (entry.peak_allocated_bytes, entry.peak_reserved_bytes) == (5 * MiB, 6 * MiB)
+    assert len(learned) == 1, "nothing was learned of what was not tried"
+    for part in ("model", "optimizer", "random", "meters"):
+        assert repr(ends[0][part]) == repr(ends[1][part])
+
+
+def test_an_earlier_proof_that_training_contradicts_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation meets nothing that was proven in this run, and is halved; an update that fails costs the rung."""
+    forgotten: list[int] = []
+    known = Measurement(MiB, None, 5 * MiB, 6 * MiB)
+    monkeypatch.setattr(Forecast, "judge", lambda self, config: ("", None))
+    monkeypatch.setattr(Forecast, "proven", lambda self, config: known if config.trainer.batch_size > 2 else None)
+    monkeypatch.setattr(Forecast, "forget", lambda self, config: forgotten.append(config.trainer.batch_size))
+
+    def appetite(training: bool, samples: int) -> int:
+        return 64 * MiB if samples > (4 if training else 2) else 1
+
+    result, nets = fit(tmp_path, "memory.limit=32MiB", "trainer.eval_batch_size=4", appetite=appetite)
+    assert [(entry.rung, entry.outcome) for entry in result.attempts] == [
+        ("requested", "fits"), ("requested", "oom"), ("half", "fits"),
+    ]  # fmt: skip
+    assert forgotten == [8]
+    assert [event for event in result.events if "evaluation" in event] == [
+        "out of memory in evaluation: its batch 4 -> 2; training keeps its own"
+    ]
+    kept = Counter(number for batch in nets[0].trained for number in batch if len(batch) <= 4)
+    assert set(kept.values()) == {2}, "each sample once an epoch"
