@@ -177,9 +177,12 @@ class Undo:
         leaves: list[Any] = []
         self.optimizer_state = []
         for parameter, values in self.state.optimizer.state.items():
-            kept = {key: v if isinstance(v, PLAIN) else tree_map(lambda leaf: leaf, v) for key, v in values.items()}
+            kept = dict(values)
+            containers = [key for key, value in values.items() if not isinstance(value, PLAIN)]
+            for key in containers:
+                kept[key] = tree_map(lambda leaf: leaf, values[key])
             self.optimizer_state.append((parameter, kept))
-            leaves += [leaf for v in kept.values() for leaf in ((v,) if isinstance(v, PLAIN) else tree_leaves(v))]
+            leaves += tree_leaves(kept) if containers else kept.values()
         leaves += [value for group in self.groups for value in group.values()]
         self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
         self.stepping = True
