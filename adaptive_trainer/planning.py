@@ -183,7 +183,7 @@ class Planner:
         return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
 
     def _is_channels_last(self, config: Config) -> bool:
-        return uses_channels_last(config.trainer, self.target.capability, by_name=self.make_model is build_model)
+        return uses_channels_last(config, self.target.capability, by_name=self.make_model is build_model)
 
     def _stored_size(self, config: Config) -> int:
         """As `ladder.stored_size`; what waits on a CPU is not counted."""

@@ -101,7 +101,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
 
 def _is_channels_last(config: Config, parts: Parts) -> bool:
     capability = capability_of(parts.device)
-    return uses_channels_last(config.trainer, capability, by_name=parts.make_model is build_model)
+    return uses_channels_last(config, capability, by_name=parts.make_model is build_model)
 
 
 def _own_memory(model: nn.Module) -> None:

@@ -89,7 +89,7 @@ class Bench:
         """The loaders as the trainer uses them: workers go on over epochs, stored images are fed anew in each."""
         data, trainer = self.data(cache), self.config.trainer
         how: dict[str, Any] = {"batch_size": trainer.batch_size, "image_size": self.config.data.image_size}
-        is_last = uses_channels_last(trainer, capability_of(self.device), by_name=True)
+        is_last = uses_channels_last(self.config, capability_of(self.device), by_name=True)
         workers, pinned = self.config.data.num_workers, self.device.type == "cuda"
         loader = Loader(data, **how, num_workers=workers, pin_memory=pinned)
 

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from adaptive_trainer import compose_config, predict
-from adaptive_trainer.config import TrainerConfig, typed
+from adaptive_trainer.config import Config, DataConfig, TrainerConfig, typed
 from adaptive_trainer.ladder import resolve
 from adaptive_trainer.layout import to_channels_last, uses_channels_last, with_layout
 from adaptive_trainer.planning import Planner
@@ -30,16 +30,32 @@ NONE, TURING, HOPPER = (0, 0), (7, 5), (9, 0)
 def test_where_it_is_left_open_card_precision_and_network_decide(
     precision: str, capability: tuple[int, int], by_name: bool, expected: bool
 ) -> None:
-    assert uses_channels_last(TrainerConfig(precision=precision), capability, by_name=by_name) is expected
+    assert (
+        uses_channels_last(Config(trainer=TrainerConfig(precision=precision)), capability, by_name=by_name) is expected
+    )
     for asked in (True, False):
-        trainer = TrainerConfig(precision=precision, channels_last=asked)
-        assert uses_channels_last(trainer, capability, by_name=by_name) is asked
+        config = Config(trainer=TrainerConfig(precision=precision, channels_last=asked))
+        assert uses_channels_last(config, capability, by_name=by_name) is asked
 
 
 def test_fp32_without_tf32_was_not_measured() -> None:
-    assert not uses_channels_last(TrainerConfig(tf32=False), HOPPER, by_name=True)
-    assert uses_channels_last(TrainerConfig(tf32=True), HOPPER, by_name=True)
-    assert uses_channels_last(TrainerConfig(tf32=False, precision="bf16"), HOPPER, by_name=True)
+    for precision, expected in (("fp32", False), ("bf16", True)):
+        config = Config(trainer=TrainerConfig(tf32=False, precision=precision))
+        assert uses_channels_last(config, HOPPER, by_name=True) is expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "size", "expected"),
+    [
+        (8, None, 160, True), (8, None, 159, False), (24, 4, 160, False), (24, 4, 227, True),
+        (1, None, 452, False), (1, None, 453, True), ("max", None, 32, True),
+    ],
+)  # fmt: skip
+def test_where_little_is_computed_at_a_time_it_does_not_pay(
+    batch: int | str, micro: int | None, size: int, expected: bool
+) -> None:
+    config = Config(trainer=TrainerConfig(batch_size=batch, micro_batch_size=micro), data=DataConfig(image_size=size))
+    assert uses_channels_last(config, HOPPER, by_name=True) is expected
 
 
 def test_only_what_is_four_dimensional_is_laid_out_anew() -> None:
@@ -83,7 +99,7 @@ def test_predictions_decide_as_training_does() -> None:
     half, full = (typed(settings(f"trainer.precision={precision}")) for precision in ("bf16", "fp32"))
     for planner in (on_card, on_cpu):
         for config in (half, full):
-            expected = uses_channels_last(config.trainer, planner.target.capability, by_name=True)
+            expected = uses_channels_last(config, planner.target.capability, by_name=True)
             assert planner.key(config)["channels_last"] is expected
     assert on_cpu.key(half)["channels_last"] is False
     own = Planner(on_card.target, make_model=lambda *_: None)  # type: ignore[arg-type]
