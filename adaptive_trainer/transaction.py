@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer.position import Position
+from adaptive_trainer.randomness import RandomStates
 
 __all__ = ["TrainState", "Undo", "layout"]
 
@@ -133,9 +133,9 @@ class Undo:
             averaged = state.ema.module.modules()
             self.buffers += [(m._buffers, name) for m in averaged for name in m._non_persistent_buffers_set]
         owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
-        self.generators = [
-            v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)
-        ]
+        self.random_states = RandomStates(
+            device, [v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)]
+        )
         self.on_host = on_host
         self.optimizer_state: list[tuple[Any, dict[str, Any]]] = []
         self.free()
@@ -160,13 +160,13 @@ class Undo:
         """Keep what forward, backward and clipping change: buffers, scaler, meters, random numbers, plain values."""
         state = self.state
         self.begun = self.stepping = False
-        self.bound = [(owner, name, owner[name]) for owner, name in self.buffers]
+        self.bound = [owner[name] for owner, name in self.buffers]
         self.scaler_tensors = {name: getattr(state.scaler, name, None) for name in SCALER_TENSORS}
         self.meters = dict(state.meters)
-        kept = [t for _, _, t in self.bound] + list(self.scaler_tensors.values()) + list(self.meters.values())
+        kept = [*self.bound, *self.scaler_tensors.values(), *self.meters.values()]
         self.small.save([t for t in kept if t is not None])
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-        self.random = self._random_states()
+        self.random = self.random_states.read()
         self.position, self.updates = state.position, state.updates
         self.begun = True
 
@@ -197,7 +197,7 @@ class Undo:
         if self.stepping:
             self.large.restore()
         self.small.restore()
-        for owner, name, tensor in self.bound:
+        for (owner, name), tensor in zip(self.buffers, self.bound, strict=True):
             owner[name] = tensor
         if self.stepping:
             self._restore_optimizer_state()
@@ -224,22 +224,4 @@ class Undo:
                 delattr(state.optimizer, name)
         state.meters = dict(self.meters)
         state.position, state.updates = self.position, self.updates
-        self._set_random_states()
-
-    def _random_states(self) -> tuple[Any, ...]:
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        own = [g.getstate() if isinstance(g, random.Random) else g.get_state() for g in self.generators]
-        return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(), own
-
-    def _set_random_states(self) -> None:
-        cpu, cuda, python, numpy, own = self.random
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self.device)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, kept in zip(self.generators, own, strict=True):
-            if isinstance(generator, random.Random):
-                generator.setstate(kept)
-            else:
-                generator.set_state(kept)
+        self.random_states.write(self.random)

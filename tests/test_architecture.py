@@ -44,7 +44,7 @@ augment
 predicting
 planning
 models optimizers
-position process
+position process randomness
 target
 memory.plan_cache
 memory.predict memory.trace memory.fake memory.scratch

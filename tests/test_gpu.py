@@ -176,13 +176,13 @@ def everything(path: Path) -> list[Tensor]:
 def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(
     precision: str, optimizer: str, cache: str, tmp_path: Path
 ) -> None:
-    found = {}
+    found, is_last = {}, optimizer == "adamw"
     for engine in ("graph", "auto"):
         never = patch.object(Engine, "_record", lambda engine, *_: engine._refuse("the reference"))
         reference = never if engine == "auto" else nullcontext()
         with reference:
-            config = small(optimizer=optimizer, trainer__precision=precision, trainer__engine=engine, data__cache=cache)
-            trainer = Trainer(config, output_dir=tmp_path / engine)
+            how = {"trainer__precision": precision, "trainer__engine": engine, "trainer__channels_last": is_last}
+            trainer = Trainer(small(optimizer=optimizer, data__cache=cache, **how), output_dir=tmp_path / engine)
             found[engine] = trainer.fit()
     assert any("one CUDA graph" in event for event in found["graph"].events)
     assert found["graph"].metrics["updates"] >= 50
@@ -625,7 +625,8 @@ def test_no_memory_for_loading_gives_up_the_graph_first(tmp_path: Path) -> None:
 def test_a_network_by_name_is_in_channels_last_where_that_was_measured_to_pay(tmp_path: Path) -> None:
     pays = torch.cuda.get_device_capability() >= (9, 0)
     for name, make_model in (("timm", None), ("own", lambda config, classes: build_model(config, classes))):
-        trainer = Trainer(small(trainer__epochs=1), model=make_model, output_dir=tmp_path / name)
+        sizes = {"data__image_size": 160, "trainer__micro_batch_size": 8}
+        trainer = Trainer(small(trainer__epochs=1, **sizes), model=make_model, output_dir=tmp_path / name)
         result = trainer.fit()
         expected = pays and name == "timm"
         assert trainer.model is not None
