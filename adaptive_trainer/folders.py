@@ -18,8 +18,13 @@ def check_folders(data: DataConfig) -> None:
     """Refuse folders of images that cannot be trained on, as far as a look at their classes tells; nothing is imported.
 
     Raises:
-        DataError: a folder is missing, or has fewer than two classes.
+        DataError: a folder is missing, has fewer than two classes, or is named where nothing uses it.
     """
+    if data.root is not None and repr(data.root) not in f"{data.train} {data.val}":
+        raise DataError(
+            f"data.root={data.root} is named, and these settings take no data from there; "
+            "add data=imagefolder for a folder of images"
+        )
     for node in (data.train, data.val or {}):
         if node.get("_target_") == TARGET:
             with suppress(OSError):  # the data set explains what cannot be looked at

@@ -121,6 +121,7 @@ class Loop:
         config = self.session.config
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = False
+        self._broken: set[str] = set()  # images that were named
         self._loss = _Loss(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
@@ -171,8 +172,10 @@ class Loop:
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
         bar.update(batch.samples)
-        if batch.skipped:
-            self.hooks.event(f"{len(batch.skipped)} broken images left out: {', '.join(batch.skipped[:3])}")
+        if broken := [name for name in batch.skipped if name not in self._broken]:
+            self._broken.update(broken)
+            what = "1 broken image is" if len(broken) == 1 else f"{len(broken)} broken images are"
+            self.hooks.event(f"{what} left out: {', '.join(broken[:3])}")
         if self._loss.is_asked:
             loss = self._read_loss()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -328,6 +328,13 @@ def test_no_image_folder_given(cli: Any) -> None:
     assert "data.root=FOLDER" in message(ended)
 
 
+def test_a_folder_that_nothing_uses(cli: Any) -> None:
+    ended = cli(*MODEL, "data.root=photos")
+    assert ended.code == 2
+    assert "data.root=photos is named" in message(ended)
+    assert "data=imagefolder" in message(ended)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named(workers: int, cli: Any, tmp_path: Path) -> None:
     root = images(tmp_path / "photos" / "train")
@@ -339,9 +346,9 @@ def test_a_broken_image_is_named(workers: int, cli: Any, tmp_path: Path) -> None
     assert "photos/train/b/3.png cannot be read" in message(ended)
     assert "data.on_error=skip" in message(ended)
     assert "Traceback" not in ended.text
-    assert cli(*args, "data.on_error=skip").code == 0
+    assert cli(*args, "data.on_error=skip", "trainer.epochs=2").code == 0
     [event] = result(tmp_path / "out")["events"]
-    assert event == "1 broken images left out: photos/train/b/3.png"
+    assert event == "1 broken image is left out: photos/train/b/3.png"
 
 
 def test_images_that_are_all_broken(cli: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.randomness import RandomStates
 from adaptive_trainer.transaction import Undo, _Shadow
 from tests.faults import Fault, Faults, differences, dump, storages
 from tests.runs import OPTIMIZERS, Case, Run, start
@@ -213,7 +214,7 @@ def nothing(*_: Any) -> None:
         (_Shadow, "restore", {"buffer/norm1.running_mean", "buffer/seen", "ema/stem.weight", "meter/loss", "model/"}),
         (Undo, "_restore_optimizer_state", {"optimizer state", "optimizer states"}),
         (Undo, "_restore_plain", {"stages", "optimizer attributes", "rng torch", "rng python", "rng numpy"}),
-        (Undo, "_set_random_states", {"rng torch", "rng python", "rng numpy"}),
+        (RandomStates, "write", {"rng torch", "rng python", "rng numpy"}),
     ],
 )
 def test_a_forgotten_undo_is_noticed(
