@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import check, config_dir, register, typed
+from adaptive_trainer.config import TASKS, check, config_dir, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
@@ -66,9 +66,8 @@ def _refusal(error: Exception) -> str:
     """What Hydra, a YAML file or the disk has against a job before it begins; "" for an error of another kind."""
     if isinstance(error, YAMLError):
         return f"a YAML file cannot be read: {error}"
-    if isinstance(
-        error, HydraException | OmegaConfBaseException | UserError
-    ):  # a group that is not there is an OSError
+    # a group that is not there is an OSError too
+    if isinstance(error, HydraException | OmegaConfBaseException | UserError):
         return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
     if isinstance(error, OSError):
         return f"the output folder cannot be written: {error}; free some disk space, or choose another hydra.run.dir"
@@ -160,7 +159,8 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
 
 def _check(cfg: DictConfig) -> None:
     """Refuse what can be refused without torch, whose import takes seconds."""
-    check(typed(cfg))
+    if cfg.task not in TASKS:
+        check(typed(cfg))
     if cfg.task == "train":
         asked = stages(cfg)
         for _, settings in asked:

@@ -20,7 +20,7 @@ def check_folders(data: DataConfig) -> None:
     Raises:
         DataError: a folder is missing, has fewer than two classes, or is named where nothing uses it.
     """
-    if data.root is not None and repr(data.root) not in f"{data.train} {data.val}":
+    if data.root is not None and data.root not in f"{data.train} {data.val}":
         raise DataError(
             f"data.root={data.root} is named, and these settings take no data from there; "
             "add data=imagefolder for a folder of images"

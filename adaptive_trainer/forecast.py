@@ -39,6 +39,7 @@ class Forecast:
         self.capacity = capacity
         self._card, self._is_cuda = "simulated", capacity.device.type == "cuda"
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
+        self._room_before = 0  # a proof, in which kernels are loaded beside the allocator
         target = Target(capacity.description, False, (0, 0), capacity.bytes, 0)
         if self._is_cuda:
             about = torch.cuda.get_device_properties(capacity.device)
@@ -107,7 +108,7 @@ class Forecast:
         known = self._measurement(config)
         if entry.outcome == "fits" and entry.peak_reserved_bytes is not None:
             peaks = (entry.peak_allocated_bytes or 0, entry.peak_reserved_bytes)
-            self._keep(config, known.fitted(room, *peaks))
+            self._keep(config, known.fitted(max(room, self._room_before), *peaks))
             free, total = torch.cuda.mem_get_info(self.capacity.device)
             self._planner.cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
         elif entry.outcome == "oom" and verdict(self._planner.predict(config), room) != "fits":
@@ -119,16 +120,18 @@ class Forecast:
         room = self.capacity.room()
         if room is None:
             return None
+        self._room_before = room
         known = self._measurement(config)
         return known if known.verdict(room) == "fits" else None
 
     def forget(self, config: Config) -> None:
-        """Forget what was measured of these settings: it turned out not to hold."""
-        self._keep(config, Measurement())
+        """Forget that these settings fitted: it turned out not to hold."""
+        self._keep(config, Measurement(oom_in=self._measurement(config).oom_in))
 
     def begin(self) -> None:
         """A new descent: what failed in the last one may fit again."""
         self._failed.clear()
+        self._room_before = 0
 
     def _measurement(self, config: Config) -> Measurement:
         """Of this card; a simulated one is not measured."""

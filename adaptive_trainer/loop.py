@@ -172,10 +172,7 @@ class Loop:
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
         bar.update(batch.samples)
-        if broken := [name for name in batch.skipped if name not in self._broken]:
-            self._broken.update(broken)
-            what = "1 broken image is" if len(broken) == 1 else f"{len(broken)} broken images are"
-            self.hooks.event(f"{what} left out: {', '.join(broken[:3])}")
+        self._tell_broken(batch)
         if self._loss.is_asked:
             loss = self._read_loss()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -188,6 +185,14 @@ class Loop:
         if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
             self._save()
         self._stop_if_asked()
+
+    def _tell_broken(self, batch: Batch) -> None:
+        """Name the images of a batch that were left out, each once, three at a time."""
+        broken = [name for name in batch.skipped if name not in self._broken]
+        if broken:
+            self._broken.update(broken[:3])
+            what = "1 broken image is" if len(broken) == 1 else f"{len(broken)} broken images are"
+            self.hooks.event(f"{what} left out: {', '.join(broken[:3])}")
 
     def _watch_for_thrashing(self) -> None:
         """Whether the allocator had to flush its cache again and again since the last look: it works, but slowly.
@@ -301,6 +306,7 @@ class Loop:
                 try:
                     with closing(self.supply.evaluate(self.eval_batch_size, done)) as batches:
                         for batch in batches:
+                            self._tell_broken(batch)
                             sums = self._evaluate_batch(batch)
                             loss, correct = loss + sums[0], correct + sums[1]
                             done, seen = done + batch.samples, seen + len(batch.labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config import LARGEST, Config
 from adaptive_trainer.data import DataSets
-from adaptive_trainer.descent import Attempt, descend, exhausted_message
+from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changes, recipe
@@ -29,6 +29,8 @@ from adaptive_trainer.update import Shapes, prove
 __all__ = ["Stage"]
 
 log = logging.getLogger(__name__)
+
+Judge = Callable[[Rung[Config]], tuple[str, int | None]]
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Stage:
     _wait: int = 1
     _climb_at: int = 0
     _is_climbing: bool = False
-    _earlier: Measurement | None = None  # of an earlier run, whose proof is not made again
+    _earlier: Measurement | None = None  # of an earlier proof, which was not made again
 
     def run(self) -> Rung[Config]:
         """Descend, train, descend again where memory runs out; returns the rung that holds at the end.
@@ -98,17 +100,9 @@ class Stage:
             raise Interrupted(f"stopped by {self.stop.name} before training began; start again")
         if self._single_sample(rung.settings):
             return False
-        self.forecast.begin()
         self.parts.capacity.empty_cache()  # what another size has left must not decide
         try:
-            descend(
-                [rung],
-                self._prove,
-                judge=lambda rung: ("", self.forecast.judge(rung.settings)[1]),
-                meter=self.parts.capacity,
-                on_attempt=lambda entry: self._proven(rung.settings, entry),
-                device=self.parts.device,
-            )
+            self._go_down([rung], lambda rung: ("", self.forecast.judge(rung.settings)[1]))
         except LadderExhausted:
             return False
         return True
@@ -139,18 +133,9 @@ class Stage:
         return {key: asked[key] for key in asked if key not in ("lr", "num_workers", "tf32")}
 
     def _descend(self, start: int) -> tuple[Rung[Config], int]:
-        capacity = self.parts.capacity
         if start == len(self.ladder):
             raise LadderExhausted(exhausted_message(self.record.attempts))
-        self.forecast.begin()
-        found = descend(
-            self.ladder[start:],
-            self._prove,
-            judge=self._judge,
-            meter=capacity,
-            on_attempt=lambda entry: self._proven(self._settings_of(entry.rung), entry),
-            device=self.parts.device,
-        )
+        found = self._go_down(self.ladder[start:], self._judge)
         self._checkpoint(False)
         changed = changes(self.ladder[0].settings, found.rung)
         for change in changed:
@@ -160,6 +145,27 @@ class Stage:
                 log.info("rung %s: %s", found.rung.name, note)
         log.info("rung %s holds: %s", found.rung.name, recipe(found.rung.settings))
         return found.rung, found.value
+
+    def _go_down(self, rungs: Sequence[Rung[Config]], judge: Judge) -> Found[Config, int]:
+        """Descend, and remember how it went, but for what fails later, in training: that says too little of a rung."""
+        settings = {rung.name: rung.settings for rung in rungs}
+
+        def attempted(entry: Attempt) -> None:
+            if entry.outcome == "oom":
+                self.forecast.learn(settings[entry.rung], entry)
+            elif entry.outcome == "fits" and self._earlier is not None:
+                entry.reason = "proven on this card before"
+                entry.peak_allocated_bytes = self._earlier.peak_allocated
+                entry.peak_reserved_bytes = self._earlier.peak_reserved
+            self._attempted(entry)
+
+        self.forecast.begin()
+        capacity, device = self.parts.capacity, self.parts.device
+        found = descend(rungs, self._prove, judge=judge, meter=capacity, on_attempt=attempted, device=device)
+        is_whole = found.value == recipe(found.rung.settings).eval_batch_size  # evaluation was not halved
+        if self._earlier is None and is_whole:
+            self.forecast.learn(found.rung.settings, found.attempts[-1])
+        return found
 
     def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
@@ -196,16 +202,6 @@ class Stage:
             "use 2 or more, or a model without BatchNorm"
         )
 
-    def _proven(self, settings: Config, entry: Attempt) -> None:
-        """An attempt of the descent. What fails later, in training, says too little of the rung to be remembered."""
-        if entry.outcome == "fits" and self._earlier is not None:
-            entry.reason = "proven on this card before"
-            entry.peak_allocated_bytes = self._earlier.peak_allocated
-            entry.peak_reserved_bytes = self._earlier.peak_reserved
-        else:
-            self.forecast.learn(settings, entry)
-        self._attempted(entry)
-
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
         peak = f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB" if entry.peak_allocated_bytes else ""
@@ -233,10 +229,11 @@ class Stage:
             self.session = enter(config, self.parts, self.session)
             if is_new:
                 self._fill(self.session)
-            if back is None:
+            update, shapes = self.session.update, self._shapes(config)
+            is_usual = update.largest_part(shapes.last) <= update.largest_part(shapes.batch_size)
+            if back is None and is_usual:
                 self._earlier = self.forecast.proven(config)
-            shapes = self._shapes(config)
-            eval_batch = shapes.eval_batch_size if self._earlier else prove(self.session.update, shapes)
+            eval_batch = shapes.eval_batch_size if self._earlier else prove(update, shapes)
         except BaseException:
             if is_new or back is not None:
                 self.session = back
@@ -392,9 +389,6 @@ class Stage:
         if self.session is None:
             raise RuntimeError("no rung has been entered yet")
         return self.session
-
-    def _settings_of(self, name: str) -> Config:
-        return next(rung.settings for rung in self.ladder if rung.name == name)
 
     def _rung_name(self, config: Config) -> str:
         return next(rung.name for rung in self.ladder if rung.settings is config)

@@ -149,7 +149,7 @@ class Undo:
         self.begun = self.stepping = False
 
     def let_go(self) -> None:
-        """Keep no tensor alive that the state has lost since the last update; the copies' memory stays."""
+        """Keep no weight and no optimizer state alive that is gone since the last update; the copies' memory stays."""
         self.begun = self.stepping = False
         self.optimizer_state = []
         for shadow in (self.beside, self.host):

@@ -389,9 +389,9 @@ def prove(update: Update, shapes: Shapes) -> int:
         raise
     finally:
         update.held, update.is_proving = None, False
+        update._undo.let_go()
     proven -= trace.updates
     trace.roll_back()
-    update._undo.let_go()
     update.is_warm = False  # most optimizers' state is gone again
     if proven < PROVEN_UPDATES:
         raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
@@ -447,7 +447,8 @@ def _batches(update: Update, shapes: Shapes, most: int) -> Callable[[int], tuple
     """
     made_up = _made_up(most, shapes)
     if not shapes.stored_size:
-        return lambda size: (made_up[0][:size].clone(), made_up[1][:size].clone())
+        fresh = Tensor.clone if update.device.type == "cpu" else Tensor.detach  # a card copies what it is given
+        return lambda size: (fresh(made_up[0][:size]), fresh(made_up[1][:size]))
     is_channels_last = update.memory_format == torch.channels_last
     sizes = (most, shapes.image_size, shapes.stored_size)
     buffers = fitting(update.device, lambda: DeviceBatch(*sizes, update.device, channels_last=is_channels_last))

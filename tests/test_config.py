@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from adaptive_trainer import cli
 from adaptive_trainer.config import Config, apply_overrides, check, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError
 
@@ -152,3 +153,11 @@ def test_the_option_surface_is_frozen() -> None:
     """A new setting is a decision: it is added here, to the documentation and to the change log."""
     frozen = (Path(__file__).parent / "options.txt").read_text(encoding="utf-8").split()
     assert surface(Config()) == frozen
+
+
+def test_what_a_task_or_a_stage_sets_itself_is_not_judged_beforehand() -> None:
+    stages = "phases.stages=[{name:one,overrides:['trainer.batch_size=32']}]"
+    for more in ([stages], ["task=memory", "batch=[32]"]):
+        cli._check(compose_config([*more, "trainer.micro_batch_size=32"]))
+    with pytest.raises(ConfigError, match="micro_batch_size=32 is above"):
+        cli._check(compose_config(["trainer.micro_batch_size=32"]))

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from adaptive_trainer.config import Config, compose_config, typed
+from adaptive_trainer.config import Config, DataConfig, compose_config, typed
 from adaptive_trainer.datasets import build_datasets, digits, image_folder, sample_name
 from adaptive_trainer.errors import ConfigError, DataError
+from adaptive_trainer.folders import check_folders
 
 
 def settings(*overrides: str) -> Config:
@@ -169,3 +170,9 @@ def test_given_data_sets_that_cannot_be_used() -> None:
     with pytest.raises(ConfigError, match=r"Plain has no `classes` or `targets`; give model\.num_classes"):
         build_datasets(settings(), Plain([0, 1] * 4000), Plain([0]))
     assert build_datasets(settings("model.num_classes=2"), Plain([0, 1] * 4000), Plain([0])).num_classes == 2
+
+
+def test_a_folder_is_used_by_way_of_another_name() -> None:
+    check_folders(DataConfig(train={"_target_": "mine.Photos", "where": "photos/training"}, root="photos"))
+    with pytest.raises(DataError, match="data=imagefolder"):
+        build_datasets(typed(compose_config(["data.root=photos"])))

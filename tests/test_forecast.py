@@ -15,7 +15,7 @@ from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import resolve
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.capacity import Capacity, limited
 
 MiB = 2**20
 SMALL = ["model.name=mobilenetv3_small_050", "data.image_size=64", "trainer.batch_size=16", "device=cpu"]
@@ -110,3 +110,27 @@ def test_the_last_rung_is_tried_whatever_is_predicted(tmp_path: Path) -> None:
     with pytest.raises(LadderExhausted, match="no rung of the ladder fits"):
         Trainer(config, output_dir=tmp_path).fit()
     assert '"outcome": "oom"' in (tmp_path / "attempts.jsonl").read_text()
+
+
+def test_a_proof_is_remembered_until_it_turns_out_not_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a CUDA card has: a memory of proofs, and room that loading kernels takes from a proof."""
+    monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * MiB, 100 * MiB))
+    room = 60 * MiB
+    monkeypatch.setattr(Capacity, "room", lambda self: room)
+    config, other = settings(), settings("data.image_size=96")
+    for each in forecast(64 * MiB):
+        each._is_cuda = True
+        assert each.proven(config) is None
+        room = 50 * MiB
+        each.learn(config, Attempt("a rung", "fits", peak_allocated_bytes=30 * MiB, peak_reserved_bytes=40 * MiB))
+        assert each.proven(config) is None, "proven with 60 MiB free at first"
+        room = 60 * MiB
+        known = each.proven(config)
+        assert known is not None
+        assert (known.peak_allocated, known.peak_reserved) == (30 * MiB, 40 * MiB)
+        assert each.proven(other) is None
+        each._keep(config, known.failed(20 * MiB))
+        each.forget(config)
+        assert each.proven(config) is None
+        assert each._measurement(config).oom_in == 20 * MiB

@@ -606,3 +606,27 @@ def test_an_earlier_proof_that_training_contradicts_is_forgotten(
     ]
     kept = Counter(number for batch in nets[0].trained for number in batch if len(batch) <= 4)
     assert set(kept.values()) == {2}, "each sample once an epoch"
+
+
+def test_a_proof_that_halved_its_evaluation_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run would begin with the evaluation that did not fit, and give up its graph for it."""
+    learned: list[str] = []
+    monkeypatch.setattr(Forecast, "judge", lambda self, config: ("", None))
+    monkeypatch.setattr(Forecast, "learn", lambda self, config, entry: learned.append(entry.outcome))
+    for most in (2, 8):
+
+        def appetite(training: bool, samples: int, most: int = most) -> int:
+            return 64 * MiB if not training and samples > most else 1
+
+        fit(tmp_path / str(most), "memory.limit=32MiB", appetite=appetite)
+    assert learned == ["fits"]
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(40, "proven on this card before"), (39, "")])
+def test_what_an_earlier_proof_has_not_shown_is_proven(
+    samples: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last update of an epoch, 7 samples at once, takes more than the others, 2 times 4."""
+    monkeypatch.setattr(Forecast, "proven", lambda self, config: Measurement(MiB, None, 5 * MiB, 6 * MiB))
+    result, _ = fit(tmp_path, "trainer.micro_batch_size=7", data=Seen(samples))
+    assert [entry.reason for entry in result.attempts] == [expected]
