@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -373,9 +374,8 @@ def _out_of_range(config: Config) -> list[str]:
         ("schedule.warmup_epochs", config.schedule.warmup_epochs, 0),
         ("model.num_classes", config.model.num_classes, 2),
     ]
-    problems = [
-        f"{key}={value} is below {low:g}" for key, value, low in least if value is not None and not value >= low
-    ]
+    problems = [f"{key}={value} is below {low:g}" for key, value, low in least if value is not None and value < low]
+    problems += [f"{key}={value} is no number" for key, value, _ in least if value is not None and not isfinite(value)]
     open_intervals = [
         ("data.val_fraction", d.val_fraction),
         ("trainer.ema_decay", t.ema_decay),

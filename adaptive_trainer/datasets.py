@@ -18,7 +18,7 @@ from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.folders import check_folders, class_folders, split_folder
 from adaptive_trainer.position import key_seed
 from adaptive_trainer.store import Stored
-from adaptive_trainer.transforms import build_transform
+from adaptive_trainer.transforms import build_transform, read_as_rgb
 
 __all__ = ["DataSets", "MapDataset", "build_datasets", "digits", "image_folder", "sample_name"]
 
@@ -112,7 +112,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         """An RGB image and its label."""
         path, label = self.samples[index]
         with Image.open(path) as image:
-            return image.convert("RGB"), label
+            return read_as_rgb(image), label
 
 
 def _images_in(folder: Path) -> Iterator[str]:
@@ -206,7 +206,14 @@ def _instantiate(node: dict[str, Any], name: str) -> Dataset[Any] | None:
 def _map_style(data: Any, name: str) -> MapDataset:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise ConfigError(f"the {name} set is a {type(data).__name__}; one with a length and an index is needed")
-    if not len(data):
+    problem = ""
+    try:
+        count = len(data)
+    except (TypeError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        raise ConfigError(f"the {name} set cannot say how long it is ({problem}); look at data.train and data.val")
+    if not count:
         raise DataError(f"the {name} set is empty")
     checked: MapDataset = data
     return checked

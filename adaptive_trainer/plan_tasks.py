@@ -170,7 +170,8 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
         for size in _numbers(cfg, "size")
     ]
     head = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.target.description}"
-    text = f"{head}; peak allocated MiB [measured]\n{memory_table(cells)}"
+    seen = " [measured]" if any(cell.measured_allocated_bytes is not None for cell in cells) else ""
+    text = f"{head}; peak allocated MiB{seen}\n{memory_table(cells)}"
     if any(cell.verdict in ("hopeless", "unsure") for cell in cells):
         text += "\n! does not fit, ? too near the limit to say"
     log.info("%s", text)

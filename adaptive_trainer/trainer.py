@@ -52,6 +52,9 @@ class Trainer:
         loss: mean loss of (output, labels); cross entropy with `trainer.label_smoothing` if None.
         output_dir: where the record and the checkpoints go; by default `output_dir` of the settings, else
             `outputs/DATE/TIME`.
+
+    Raises:
+        ConfigError: the model is a network and not what makes one.
     """
 
     def __init__(
@@ -64,6 +67,11 @@ class Trainer:
         loss: Loss | None = None,
         output_dir: str | Path | None = None,
     ) -> None:
+        if isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model is a {type(model).__name__}; give a function of (model settings, number of classes) that makes "
+                "it, since a rung may start anew"
+            )
         self.cfg = cfg
         self._make_model = model or build_model
         self._data = (train_data, val_data)

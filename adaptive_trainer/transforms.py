@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from adaptive_trainer.config import EVAL_CROP, DataConfig
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["Transform", "build_transform", "to_rgb"]
+__all__ = ["Transform", "build_transform", "read_as_rgb", "to_rgb"]
 
 Transform = Callable[[Any], Tensor]
 AUTO_AUGMENT = {
@@ -30,7 +31,7 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
         TypeError: it is neither.
     """
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image if image.mode == "RGB" else read_as_rgb(image)
     if isinstance(image, Tensor) and image.ndim in (2, 3):
         planes = image if image.ndim == 3 else image[None]
         if planes.shape[0] in (3, 4):
@@ -39,6 +40,13 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
             return planes[:1].expand(3, -1, -1)
     got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
     raise TypeError(f"the image is {got}; a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels is needed")
+
+
+def read_as_rgb(image: Image.Image) -> Image.Image:
+    """A copy with three channels of bytes, read from its file."""
+    if image.mode.startswith("I;16"):  # Pillow takes all above 255 for white
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def build_transform(config: DataConfig, image_size: int, *, training: bool) -> Transform:

@@ -161,3 +161,9 @@ def test_what_a_task_or_a_stage_sets_itself_is_not_judged_beforehand() -> None:
         cli._check(compose_config([*more, "trainer.micro_batch_size=32"]))
     with pytest.raises(ConfigError, match="micro_batch_size=32 is above"):
         cli._check(compose_config(["trainer.micro_batch_size=32"]))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_no_number_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer.lr={value} is no number"):
+        check(typed(compose_config([f"optimizer.lr={value}"])))

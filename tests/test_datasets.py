@@ -176,3 +176,8 @@ def test_a_folder_is_used_by_way_of_another_name() -> None:
     check_folders(DataConfig(train={"_target_": "mine.Photos", "where": "photos/training"}, root="photos"))
     with pytest.raises(DataError, match="data=imagefolder"):
         build_datasets(typed(compose_config(["data.root=photos"])))
+
+
+def test_a_set_that_cannot_say_how_long_it_is() -> None:
+    with pytest.raises(ConfigError, match="the validation set cannot say how long it is"):
+        build_datasets(settings("data=fakedata", "data.val.size=none"))

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.config import ModelConfig, RungConfig
-from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.errors import ConfigError, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
@@ -630,3 +630,8 @@ def test_what_an_earlier_proof_has_not_shown_is_proven(
     monkeypatch.setattr(Forecast, "proven", lambda self, config: Measurement(MiB, None, 5 * MiB, 6 * MiB))
     result, _ = fit(tmp_path, "trainer.micro_batch_size=7", data=Seen(samples))
     assert [entry.reason for entry in result.attempts] == [expected]
+
+
+def test_a_network_is_no_function_that_makes_one() -> None:
+    with pytest.raises(ConfigError, match=r"model is a Net; give a function of \(model settings, number of classes\)"):
+        Trainer(settings(steps={}), model=Net(3, nothing))

@@ -80,3 +80,8 @@ def test_auto_augment_of_torchvision(name: str) -> None:
         for chosen in (name, name, name, None)
     ]
     assert any(not torch.equal(out, outs[-1]) for out in outs[:-1])
+
+
+def test_grey_images_of_sixteen_bits_keep_their_shades() -> None:
+    shades = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    assert np.asarray(to_rgb(Image.fromarray(shades)))[0, :, 2].tolist() == [0, 1, 128, 255]
