@@ -143,6 +143,11 @@ class Stage:
         for note in found.rung.notes:
             if note not in [change.why for change in changed] and note not in self.record.events:
                 log.info("rung %s: %s", found.rung.name, note)
+        asked = recipe(found.rung.settings).eval_batch_size
+        if found.value < asked:
+            self.record.event(
+                f"evaluation takes batches of {found.value}: {asked} at a time do not fit; training keeps its own"
+            )
         log.info("rung %s holds: %s", found.rung.name, recipe(found.rung.settings))
         return found.rung, found.value
 

@@ -618,7 +618,9 @@ def test_a_proof_that_halved_its_evaluation_is_not_remembered(tmp_path: Path, mo
         def appetite(training: bool, samples: int, most: int = most) -> int:
             return 64 * MiB if not training and samples > most else 1
 
-        fit(tmp_path / str(most), "memory.limit=32MiB", appetite=appetite)
+        result, _ = fit(tmp_path / str(most), "memory.limit=32MiB", appetite=appetite)
+        said = "evaluation takes batches of 2: 8 at a time do not fit; training keeps its own"
+        assert (said in result.events) == (most == 2)
     assert learned == ["fits"]
 
 
