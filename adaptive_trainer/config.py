@@ -261,7 +261,7 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     Raises:
         ConfigError: one message that lists every override that cannot be applied, and why.
     """
-    result: DictConfig = pickle.loads(pickle.dumps(cfg))  # the same as copy(), in less than half the time
+    result: DictConfig = pickle.loads(pickle.dumps(cfg))  # settings are plain values: less than half the time of copy()
     problems = []
     for text in overrides:
         try:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
-from adaptive_trainer.folders import check_folders, class_folders, split_folder
+from adaptive_trainer.folders import check_root, class_folders, split_folder
 from adaptive_trainer.position import key_seed
 from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform, read_as_rgb
@@ -148,7 +148,7 @@ def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Datas
     data = config.data
     build_transform(data, data.image_size, training=True)  # what is wrong with its settings is found now
     if train is None:
-        check_folders(data)
+        check_root(data)
         train = _instantiate(data.train, "train")
         val = val if val is not None or not data.val else _instantiate(data.val, "val")
     training = _map_style(train, "training")

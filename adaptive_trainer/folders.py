@@ -8,7 +8,7 @@ from pathlib import Path
 from adaptive_trainer.config import DataConfig
 from adaptive_trainer.errors import DataError
 
-__all__ = ["check_folders", "class_folders", "split_folder"]
+__all__ = ["check_folders", "check_root", "class_folders", "split_folder"]
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
 VAL_FOLDERS = ("val", "valid", "validation")
@@ -20,17 +20,26 @@ def check_folders(data: DataConfig) -> None:
     Raises:
         DataError: a folder is missing, has fewer than two classes, or is named where nothing uses it.
     """
-    if data.root is not None and data.root not in f"{data.train} {data.val}":
-        raise DataError(
-            f"data.root={data.root} is named, and these settings take no data from there; "
-            "add data=imagefolder for a folder of images"
-        )
+    check_root(data)
     for node in (data.train, data.val or {}):
         if node.get("_target_") == TARGET:
             with suppress(OSError):  # the data set explains what cannot be looked at
                 folder = split_folder(node.get("root"), node.get("split", "train"))
                 if folder is not None:
                     class_folders(folder)
+
+
+def check_root(data: DataConfig) -> None:
+    """Refuse a folder that is named where nothing uses it.
+
+    Raises:
+        DataError: it is.
+    """
+    if data.root is not None and data.root not in f"{data.train} {data.val}":
+        raise DataError(
+            f"data.root={data.root} is named, and these settings take no data from there; "
+            "add data=imagefolder for a folder of images"
+        )
 
 
 def split_folder(root: str | None, split: str) -> Path | None:

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -127,13 +128,8 @@ def ours(cap: int, batch: str, *, halving: bool = False) -> Answer:
 
 def first_run(cap: int, batch: str) -> Answer:
     """The same, with nothing known of earlier runs."""
-    known = os.environ.get("ADAPTIVE_TRAINER_CACHE", "")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["ADAPTIVE_TRAINER_CACHE"] = folder
-        try:
-            return ours(cap, batch)
-        finally:
-            os.environ["ADAPTIVE_TRAINER_CACHE"] = known
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, ADAPTIVE_TRAINER_CACHE=folder):
+        return ours(cap, batch)
 
 
 def accelerate(cap: int, start: int) -> Answer:

@@ -39,8 +39,8 @@ def test_where_it_is_left_open_card_precision_and_network_decide(
 
 
 def test_fp32_without_tf32_was_not_measured() -> None:
-    for precision, expected in (("fp32", False), ("bf16", True)):
-        config = Config(trainer=TrainerConfig(tf32=False, precision=precision))
+    for tf32, precision, expected in ((False, "fp32", False), (True, "fp32", True), (False, "bf16", True)):
+        config = Config(trainer=TrainerConfig(tf32=tf32, precision=precision))
         assert uses_channels_last(config, HOPPER, by_name=True) is expected
 
 
