@@ -62,7 +62,7 @@ class Forecast:
         prediction = self._planner.recalled(config)
         if prediction is None:
             weights = self._planner.weights_bytes(config)
-            if weights > room:  # said without a trace, which takes about a second
+            if weights > room:  # said without a trace, which takes about ten times as long
                 return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
             prediction = self._planner.predict(config)
         need, measured = prediction.min_capacity_bytes, self._measurement(config).verdict(room)

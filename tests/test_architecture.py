@@ -47,7 +47,7 @@ models optimizers
 position process randomness
 target
 memory.plan_cache
-memory.predict memory.trace memory.fake memory.scratch
+memory.predict memory.trace memory.fake memory.plain memory.scratch
 memory.capacity
 memory.card
 memory.usage memory.allocator

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptive_trainer.memory.plain import plain_result
+
 __all__ = ["Kind", "Recorder", "fake_device", "materialize"]
 
 aten = torch.ops.aten
@@ -88,7 +90,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotImplementedError("the memory that kernels of LSTMs take is not known")
         if func is aten._local_scalar_dense.default and self.in_step:  # .item(): a step count, which is not 0
             return 1.0 if args[0].dtype.is_floating_point else 1
-        out = func(*args, **(kwargs or {}))
+        out = plain_result(func, args)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         if self.cuda and (func is CONV or func is CONV_BACKWARD):
             self._convolution(func, args, out)
             return out

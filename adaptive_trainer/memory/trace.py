@@ -10,6 +10,7 @@ a network give its allocations at other batch and image sizes (`Tracer`).
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,11 +129,23 @@ def trace(spec: TraceSpec) -> Trace:
     reason = ""
     for on_meta in (True, False):  # a few networks look at values while they are built: those are built for real
         try:
-            with same_random_numbers(), torch.autograd.set_detect_anomaly(False):
+            with _no_collection(), same_random_numbers(), torch.autograd.set_detect_anomaly(False):
                 return _trace(spec, on_meta=on_meta)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     raise TraceError(reason)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection of garbage takes as long as a short trace, and would end lives at a moment that says nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
