@@ -27,6 +27,7 @@ WITH_AUXILIARY_HEAD = ("googlenet", "inception_v3")  # they return a tuple in tr
 NETWORK_PACKAGES = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 NETWORK_TIMEOUT = 20.0  # seconds of silence
 CONTAINERS = (nn.Sequential, nn.ModuleList)
+NEED_INPUT = (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)  # for their gradients, so in place they keep a copy of it
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -41,9 +42,8 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     problem = ""
     try:
         with _network_timeout():
-            if config.name.startswith(TORCHVISION):
-                return _from_torchvision(config, num_classes)
-            return _from_timm(config, num_classes)
+            make = _from_torchvision if config.name.startswith(TORCHVISION) else _from_timm
+            return _uncopied(make(config, num_classes))
     except Exception as error:
         problem = _explained(config, error)
         if not problem:
@@ -74,6 +74,14 @@ def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
         own = model.state_dict()
         fitting = {key: value for key, value in learned.items() if key in own and own[key].shape == value.shape}
         model.load_state_dict(fitting, strict=False)  # all but the head, whose shape follows the classes
+    return model
+
+
+def _uncopied(model: nn.Module) -> nn.Module:
+    """Activations that copy their input to work in place write their output elsewhere: as much memory, and no copy."""
+    for module in model.modules():
+        if isinstance(module, NEED_INPUT):
+            module.inplace = False
     return model
 
 

@@ -11,10 +11,11 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
+from adaptive_trainer.models import NEED_INPUT, build_model, check_image_size, checkpoint_activations, has_batch_norm
 
 
 class Block(nn.Module):
@@ -230,3 +231,44 @@ def test_image_sizes_that_are_taken_leave_the_random_numbers_alone() -> None:
 def test_has_batch_norm() -> None:
     assert has_batch_norm(build_model(ModelConfig("test_efficientnet"), 2))
     assert not has_batch_norm(build_model(ModelConfig("test_vit"), 2))
+
+
+class Counted(TorchDispatchMode):
+    """Counts the copies that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.copies += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", NEED_INPUT, ids=lambda kind: kind.__name__)
+def test_these_activations_copy_their_input_to_work_in_place(kind: Any) -> None:
+    for inplace in (True, False):
+        with Counted() as counted:
+            kind(inplace=inplace)(torch.ones(2, requires_grad=True) + 1)
+        assert counted.copies == inplace
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050", "torchvision/mobilenet_v3_small"])
+def test_no_activation_is_copied_and_no_bit_is_another(name: str) -> None:
+    torch.manual_seed(0)
+    mine = build_model(ModelConfig(name=name), 10)
+    torch.manual_seed(0)
+    theirs = (
+        torchvision.models.get_model(name.removeprefix("torchvision/"), num_classes=10)
+        if name.startswith("torchvision/")
+        else timm.create_model(name, num_classes=10)
+    )
+    images, found = torch.rand(2, 3, 64, 64), []
+    for model, copies in ((mine, False), (theirs, True)):
+        torch.manual_seed(1)
+        with Counted() as counted:
+            model(images).square().sum().backward()
+        assert (counted.copies > 0) == copies
+        found.append([parameter.grad for parameter in model.parameters()])
+    for ours, other in zip(*found, strict=True):
+        assert torch.equal(ours, other)
