@@ -106,7 +106,7 @@ class TrainerConfig:
     eval_batch_size: int | None = None  # null: the micro-batch size
     precision: str = "fp32"
     checkpoint_activations: bool = False
-    channels_last: bool | None = None  # null: on a CUDA card where it is expected to be faster
+    channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
     tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = None
     ema_decay: float | None = None

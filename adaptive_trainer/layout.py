@@ -1,4 +1,4 @@
-"""The memory format of weights and images; where the settings leave it open, channels_last where it should be faster.
+"""The memory format of weights and images: channels_last, and where it makes a run faster.
 
 It changes which kernels run and not what they compute. docs/benchmarks.md has the measurements.
 """
@@ -6,15 +6,15 @@ It changes which kernels run and not what they compute. docs/benchmarks.md has t
 from __future__ import annotations
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from adaptive_trainer.config import Config, apply_overrides, typed
+from adaptive_trainer.config import Config
 
-__all__ = ["to_channels_last", "uses_channels_last", "with_layout"]
+__all__ = ["channels_last_pays", "to_channels_last"]
 
 HALF_FROM, TF32_FROM = (7, 0), (9, 0)  # compute capabilities: tensor cores; where fp32 was measured
 LEAST_PIXELS = 8 * 160 * 160  # in a forward pass: the smallest that was measured to be faster
+LEAST_IN_RUN = 50_000 * 224 * 224  # pixels: what is faster in fewer does not make up for loading the kernels
 
 
 def to_channels_last(model: nn.Module) -> None:
@@ -26,36 +26,22 @@ def to_channels_last(model: nn.Module) -> None:
     model._apply(convert)  # type: ignore[no-untyped-call]
 
 
-def uses_channels_last(config: Config, capability: tuple[int, int], *, by_name: bool) -> bool:
-    """Whether weights and images are in channels_last.
+def channels_last_pays(config: Config, capability: tuple[int, int], *, images: int) -> bool:
+    """Whether a network of timm or torchvision is expected to train a run faster in channels_last.
 
     Args:
-        config: the settings; `trainer.channels_last` may be left open.
+        config: what is asked for.
         capability: of the CUDA card; (0, 0) where there is none.
-        by_name: the network is one of timm or torchvision. Another may take for granted that its activations are
-            contiguous (`view`), so it is left as it is.
+        images: that the run trains on, each as often as it comes.
     """
-    trainer = config.trainer
-    if trainer.channels_last is not None:
-        return trainer.channels_last
-    if not by_name or _is_small(config):
+    if _pixels_at_a_time(config) < LEAST_PIXELS or images * config.data.image_size**2 < LEAST_IN_RUN:
         return False
-    if trainer.precision == "fp32":
-        return trainer.tf32 is not False and capability >= TF32_FROM
+    if config.trainer.precision == "fp32":
+        return config.trainer.tf32 is not False and capability >= TF32_FROM
     return capability >= HALF_FROM
 
 
-def _is_small(config: Config) -> bool:
+def _pixels_at_a_time(config: Config) -> float:
     batch, micro = config.trainer.batch_size, config.trainer.micro_batch_size
-    if not isinstance(batch, int):  # max
-        return False
-    return min(micro or batch, batch) * config.data.image_size**2 < LEAST_PIXELS
-
-
-def with_layout(cfg: DictConfig, capability: tuple[int, int], *, by_name: bool) -> DictConfig:
-    """The settings with this decided for the whole run, whatever its stages and rungs set; arguments as above."""
-    config = typed(cfg)
-    if config.trainer.channels_last is not None:
-        return cfg
-    decided = uses_channels_last(config, capability, by_name=by_name)
-    return apply_overrides(cfg, [f"trainer.channels_last={str(decided).lower()}"])
+    samples = min(micro or batch, batch) if isinstance(batch, int) else float("inf")  # max
+    return samples * config.data.image_size**2

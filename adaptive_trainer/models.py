@@ -161,9 +161,8 @@ def _refusal(name: str, kwargs: str, image_size: int) -> tuple[int, str]:
             model = build_model(config, num_classes=2).eval()
     except (NotImplementedError, RuntimeError):  # it looks at values while it is built
         return made_for, ""
-    if _failure(model, made_for):
-        return made_for, ""
-    return made_for, _failure(model, image_size)
+    failure = _failure(model, image_size)
+    return made_for, "" if failure and _failure(model, made_for) else failure
 
 
 def _made_for(config: ModelConfig) -> int:

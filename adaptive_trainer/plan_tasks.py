@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from adaptive_trainer.config import LARGEST, Config, check, typed
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
-from adaptive_trainer.layout import with_layout
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
@@ -52,7 +51,7 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
     planner = _planner(cfg, stored_size(typed(settings) for _, settings in stages(cfg)))
-    asked, made = stages(with_layout(cfg, planner.target.capability, by_name=True)), dict[str, Plan]()
+    asked, made = stages(cfg), dict[str, Plan]()
     for name, settings in asked:
         ladder, is_found = _ladder(settings, planner)
         made[name] = plan(ladder, planner, is_found=is_found)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
-from adaptive_trainer.layout import uses_channels_last
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
@@ -169,7 +168,7 @@ class Planner:
             "label_smoothing": config.trainer.label_smoothing > 0,
             "ema": config.trainer.ema_decay is not None,
             "clip_grad": config.trainer.clip_grad is not None,
-            "channels_last": self._is_channels_last(config),
+            "channels_last": bool(config.trainer.channels_last),
             "deterministic": config.trainer.deterministic,
             "tf32": config.trainer.tf32,
             "stored_size": self._stored_size(config),
@@ -181,9 +180,6 @@ class Planner:
     def classes(self, config: Config) -> int:
         """Width of the model's head under these settings."""
         return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
-
-    def _is_channels_last(self, config: Config) -> bool:
-        return uses_channels_last(config, self.target.capability, by_name=self.make_model is build_model)
 
     def _stored_size(self, config: Config) -> int:
         """As `ladder.stored_size`; what waits on a CPU is not counted."""
@@ -212,7 +208,7 @@ class Planner:
             used.eval_batch_size,
             loss=self.make_loss(config),
             precision=used.precision,
-            channels_last=self._is_channels_last(config),
+            channels_last=bool(config.trainer.channels_last),
             ema=config.trainer.ema_decay is not None,
             clip_grad=config.trainer.clip_grad is not None,
             undo=cuda,

@@ -14,12 +14,11 @@ from torch import nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config, ModelConfig
-from adaptive_trainer.device import capability_of
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe
-from adaptive_trainer.layout import to_channels_last, uses_channels_last
+from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import Capacity
-from adaptive_trainer.models import build_model, checkpoint_activations
+from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.optimizers import Schedule, build_ema, build_optimizer, build_scaler, build_schedule
 from adaptive_trainer.position import Position, updates_per_epoch
 from adaptive_trainer.transaction import TrainState
@@ -85,7 +84,7 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)
     model = parts.make_model(config.model, parts.num_classes).to(parts.device)
-    if _is_channels_last(config, parts):
+    if config.trainer.channels_last:
         to_channels_last(model)
     _own_memory(model)
     checkpoint_activations(model, config.trainer.checkpoint_activations)
@@ -97,11 +96,6 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
         Position(config.seed, 0, 0, parts.train_size),
         meters={name: torch.zeros((), device=parts.device) for name in METERS},
     )
-
-
-def _is_channels_last(config: Config, parts: Parts) -> bool:
-    capability = capability_of(parts.device)
-    return uses_channels_last(config, capability, by_name=parts.make_model is build_model)
 
 
 def _own_memory(model: nn.Module) -> None:
@@ -142,7 +136,7 @@ def _around(state: TrainState, config: Config, parts: Parts) -> Session:
         micro_batch_size=used.micro_batch_size,
         precision=used.precision,
         clip_grad=config.trainer.clip_grad,
-        channels_last=_is_channels_last(config, parts),
+        channels_last=bool(config.trainer.channels_last),
     )
     schedule = build_schedule(
         state.optimizer,

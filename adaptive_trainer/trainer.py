@@ -22,7 +22,7 @@ from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, L
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
-from adaptive_trainer.layout import with_layout
+from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
@@ -91,8 +91,7 @@ class Trainer:
             Exception: whatever is not about memory, unchanged.
         """
         device = device_of(self.cfg.device)
-        cfg = with_layout(self.cfg, capability_of(device), by_name=self._make_model is build_model)
-        ladders = [(name, settings, resolve(settings)) for name, settings in stages(cfg)]
+        ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         asked = ladders[0][2][0].settings
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
@@ -102,14 +101,12 @@ class Trainer:
                 seed_everything(asked.seed)
                 with limited(device, asked.memory.limit) as capacity:
                     log.info("%s", capacity.description)
-                    return self._run(cfg, ladders, device, capacity, record)
+                    return self._run(ladders, device, capacity, record)
         except (Exception, KeyboardInterrupt) as error:
             record.failure(_outcome(error), str(error))
             raise
 
-    def _run(
-        self, cfg: DictConfig, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record
-    ) -> Result:
+    def _run(self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""
         first = ladders[0][2][0].settings
         data = build_datasets(typed(ladders[0][1]), *self._data)
@@ -126,7 +123,9 @@ class Trainer:
             capacity=capacity,
         )
         path = resume.find(self.cfg.resume, self.output_dir)
-        self._tell(cfg, device, path, record)
+        self._tell(device, path, record)
+        if self._make_model is build_model:
+            ladders = _with_layout(self.cfg, ladders, len(data.train), device, record)
         if path is not None:
             log.info("going on from %s", path)
         saved = None if path is None else resume.load(path)
@@ -144,30 +143,25 @@ class Trainer:
                 if saved is not None and number < saved["stage"]:
                     continue
                 if len(ladders) > 1:
-                    record.event(f"stage {name}: {_differences(cfg, typed(settings))}")
+                    record.event(f"stage {name}: {_differences(self.cfg, typed(settings))}")
                 stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
                 rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned()
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
         return self._result(typed(settings), rung, stage, done, record)
 
-    def _tell(self, cfg: DictConfig, device: torch.device, path: Path | None, record: Record) -> None:
+    def _tell(self, device: torch.device, path: Path | None, record: Record) -> None:
         """Record what was decided before anything runs."""
-        trainer = typed(cfg).trainer
         if self.cfg.resume == "auto" and (text := resume.passed_over(path, self.output_dir)):
             record.event(text)
         if self.cfg.resume and path is None:
             record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
         if self._make_model is not build_model:
-            record.event(f"the network is made by the caller; model.name={cfg.model.name} stands for it in the record")
-        if trainer.tf32 and (refusal := tf32_refusal(device)):
-            record.event(f"trainer.tf32=true changes nothing: {refusal}")
-        if self.cfg.trainer.channels_last is None and trainer.channels_last:
-            major, minor = capability_of(device)
             record.event(
-                f"trainer.channels_last=true: at {trainer.precision} on a card of compute capability {major}.{minor} "
-                "convolutions are expected to be faster so; false keeps the contiguous memory format"
+                f"the network is made by the caller; model.name={self.cfg.model.name} stands for it in the record"
             )
+        if self.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
+            record.event(f"trainer.tf32=true changes nothing: {refusal}")
 
     def _train(self, stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:
         """One stage; what an exhausted ladder leaves to be said is added to its message."""
@@ -206,6 +200,25 @@ class Trainer:
         return result
 
 
+def _with_layout(cfg: DictConfig, ladders: Ladders, samples: int, device: torch.device, record: Record) -> Ladders:
+    """The ladders in channels_last where that is left open and makes the run faster: the same at all rungs."""
+    config, (major, minor) = typed(cfg), capability_of(device)
+    images = samples * sum(typed(settings).trainer.epochs for _, settings, _ in ladders)
+    if config.trainer.channels_last is not None or not channels_last_pays(config, (major, minor), images=images):
+        return ladders
+    record.event(
+        f"trainer.channels_last=true: at {config.trainer.precision} on a card of compute capability {major}.{minor} "
+        "convolutions are expected to be faster so; false keeps the contiguous memory format"
+    )
+    chosen = "trainer.channels_last=true"
+    return [entry if entry[1].trainer.channels_last is not None else _overridden(entry, chosen) for entry in ladders]
+
+
+def _overridden(entry: tuple[str, DictConfig, Ladder], override: str) -> tuple[str, DictConfig, Ladder]:
+    settings = apply_overrides(entry[1], [override])
+    return entry[0], settings, resolve(settings)
+
+
 def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataSets, Ladders]:
     """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the ladders say `none`.
 
@@ -229,8 +242,7 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
         poll()
     if data.stored is not None:
         return data, ladders
-    without = [(name, apply_overrides(settings, ["data.cache=none"])) for name, settings, _ in ladders]
-    return data, [(name, settings, resolve(settings)) for name, settings in without]
+    return data, [_overridden(entry, "data.cache=none") for entry in ladders]
 
 
 def _differences(cfg: DictConfig, stage: Config) -> str:

@@ -2,7 +2,8 @@
 
 speed: images per second against other trainers. finders-CAP: seconds until a batch size fits and trains. data: images
 per second from files. where: what one update spends its time on. undo, loop, compile: what transactions, the training
-loop and torch.compile cost and bring. layout: where channels_last pays. cpu: an update without a card.
+loop and torch.compile cost and bring. layout, start: where channels_last pays, and what it costs at first. cpu: an
+update without a card.
 
 Usage: python scripts/benchmark.py [PART ...] [--page FILE]
 
@@ -30,6 +31,7 @@ PARTS: dict[str, list[str]] = {
     "loop": ["scripts.benchmark_update", "loop"],
     "compile": ["scripts.benchmark_update", "compile"],
     "layout": ["scripts.benchmark_update", "layout"],
+    "start": ["scripts.benchmark_update", "start"],
     "cpu": ["scripts.benchmark_update", "cpu"],
 }
 

@@ -35,11 +35,9 @@ from adaptive_trainer import compose_config
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import Config
 from adaptive_trainer.data import Batch, DataSets, Loader, build_datasets
-from adaptive_trainer.device import capability_of
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.ladder import resolve, stored_size
-from adaptive_trainer.layout import uses_channels_last
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss
@@ -89,7 +87,6 @@ class Bench:
         """The loaders as the trainer uses them: workers go on over epochs, stored images are fed anew in each."""
         data, trainer = self.data(cache), self.config.trainer
         how: dict[str, Any] = {"batch_size": trainer.batch_size, "image_size": self.config.data.image_size}
-        is_last = uses_channels_last(self.config, capability_of(self.device), by_name=True)
         workers, pinned = self.config.data.num_workers, self.device.type == "cuda"
         loader = Loader(data, **how, num_workers=workers, pin_memory=pinned)
 
@@ -98,7 +95,7 @@ class Bench:
             batches: Iterable[Batch] = (
                 loader.train(position)
                 if data.stored is None
-                else train_feed(data, position, **how, device=self.device, channels_last=is_last)
+                else train_feed(data, position, **how, device=self.device, channels_last=False)
             )
             for batch in batches:
                 yield self.moved(batch.images, batch.labels)

@@ -70,12 +70,12 @@ class Case:
 
     @property
     def is_channels_last(self) -> bool:
-        """Whether every contender is told to use that memory format. Else this package does what it does by default."""
+        """Whether every contender uses that memory format."""
         return self.name.endswith("channels_last")
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of the batch, and of the weights of the others."""
+        """Of the batch and the weights."""
         return torch.channels_last if self.is_channels_last else torch.contiguous_format
 
 
@@ -226,7 +226,7 @@ def engine_of(case: Case, engine: str, *overrides: str) -> Engine:
         compose_config([
             f"model.name={MODEL}", f"trainer.batch_size={case.batch}", f"trainer.micro_batch_size={case.micro}",
             f"data.image_size={case.size}", f"trainer.precision={case.precision}",
-            f"trainer.channels_last={'true' if case.is_channels_last else 'null'}", *overrides,
+            f"trainer.channels_last={case.is_channels_last}", *overrides,
         ])
     )[0].settings  # fmt: skip
     cap: AbstractContextManager[Any] = limited(CUDA, None)

@@ -2,9 +2,9 @@
 
 undo: a transaction against the same update that keeps nothing to undo it. loop: the training loop against the same
 engine called directly. compile: eager, graph and compile, and how long compiling takes. layout: where channels_last
-pays. cpu: an eager update on the CPU against a bare loop.
+pays. start: how long its kernels take to load. cpu: an eager update on the CPU against a bare loop.
 
-Usage: python -m scripts.benchmark_update undo|loop|compile|layout|cpu
+Usage: python -m scripts.benchmark_update undo|loop|compile|layout|start|cpu
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -334,11 +336,40 @@ def _both_layouts(case: Case, model: str) -> tuple[float, float]:
     return statistics.median(found["False"]), statistics.median(found["True"])
 
 
+# ---- start: what the first update of a process waits for -------------------------------------------------------------
+
+
+STARTS = (
+    ("efficientnet_b0", "fp32"), ("efficientnet_b0", "bf16"), ("efficientnet_b0", "fp16"),
+    ("mobilenetv3_large_100", "fp32"), ("convnext_atto", "fp32"), ("resnet50", "fp32"), ("resnet50", "bf16"),
+)  # fmt: skip
+
+
+def start() -> Iterator[str]:
+    """A row for each model and precision: the first update of a new process, once with each memory format."""
+    need_cuda()
+    yield from table("model, 24@224", "first update, s", "with channels_last, s")
+    for model, precision in STARTS:
+        case, seconds = Case("", 24, 24, 224, precision), []
+        for is_last in (False, True):
+            with ProcessPoolExecutor(1, get_context("spawn")) as new_process:
+                seconds.append(new_process.submit(first_update, case, model, is_last).result())
+        yield row(f"{model} {precision}", *(f"{each:.1f}" for each in seconds))
+
+
+def first_update(case: Case, model: str, is_last: bool) -> float:
+    """Seconds of an eager update in a process that has made none, on the card or elsewhere."""
+    engine = engine_of(case, "eager", f"model.name={model}", f"trainer.channels_last={is_last}")
+    images, labels = (part.contiguous().pin_memory() for part in batch_of(case))
+    return per_update(partial(engine.run, images, labels, samples=0), 1)
+
+
 PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "undo": undo,
     "loop": loop,
     "compile": compiled,
     "layout": layout,
+    "start": start,
     "cpu": cpu,
 }
 

@@ -27,7 +27,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import Dataset
@@ -35,10 +34,9 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config import Config, RungConfig
 from adaptive_trainer.data import Loader, build_datasets
-from adaptive_trainer.device import capability_of
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve
-from adaptive_trainer.layout import to_channels_last, with_layout
+from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss, build_optimizer
@@ -52,11 +50,6 @@ CUDA = torch.device("cuda", 0)
 CAPS = (5600, 2600, 1300, 700, 550, 400, 240, 190, 140)
 FAKE = ["data=fakedata", "data.train.size=48", "data.val.size=24", "data.num_workers=0", "device=cuda"]
 SOAK_UPDATES = 200
-
-
-def laid_out(cfg: DictConfig) -> DictConfig:
-    """The settings with the memory format that training decides on."""
-    return with_layout(cfg, capability_of(CUDA), by_name=True)
 
 
 # ---- caps: the rung that the descent lands on, against brute force -------------------------------------------------
@@ -100,7 +93,7 @@ def _plain_training(config: Config) -> None:
 
 def brute_force(cap: int) -> str:
     """The first rung of the default ladder at which the plain loop trains under `cap` MiB; "none" where none does."""
-    ladder = resolve(laid_out(compose_config([*FAKE, "trainer.epochs=1"])))
+    ladder = resolve(compose_config([*FAKE, "trainer.epochs=1"]))
     with limited(CUDA, f"{cap}MiB"):
         return next((rung.name for rung in ladder if plain_training_fits(rung.settings)), "none")
 
@@ -343,7 +336,7 @@ def schedule_of(folder: Path) -> list[tuple[str, int]]:
 
 def replay(begins: list[tuple[str, int]], size: int) -> tuple[str, list[float], list[int]]:
     """The same rungs from the same updates on, with nobody disturbing."""
-    ladder = {rung.name: rung.settings for rung in resolve(laid_out(soak_config()))}
+    ladder = {rung.name: rung.settings for rung in resolve(soak_config())}
     first = ladder["requested"]
     losses: list[float] = []
     seen: list[int] = []

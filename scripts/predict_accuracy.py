@@ -20,9 +20,7 @@ import torch
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.config import Config, MemoryConfig
-from adaptive_trainer.device import capability_of, device_of
 from adaptive_trainer.ladder import recipe, resolve
-from adaptive_trainer.layout import with_layout
 from adaptive_trainer.measure import measure
 from adaptive_trainer.memory.predict import Prediction, verdict
 from adaptive_trainer.planning import Planner
@@ -63,7 +61,7 @@ class Case:
 
     def config(self) -> Config:
         cfg = compose_config(["data.num_workers=0", "device=cuda", *self.overrides])
-        ladder = resolve(with_layout(cfg, capability_of(device_of("cuda")), by_name=True))
+        ladder = resolve(cfg)
         return next(rung.settings for rung in ladder if rung.name == self.rung)
 
 

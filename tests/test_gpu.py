@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, descend, make_ladder, oom, predict
+from adaptive_trainer import Trainer, checkpoint, compose_config, descend, layout, make_ladder, oom, predict
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import DataConfig, OptimizerConfig, typed
 from adaptive_trainer.data import Batch, DataSets, Loader
@@ -622,8 +622,11 @@ def test_no_memory_for_loading_gives_up_the_graph_first(tmp_path: Path) -> None:
     assert any("its memory was wanted in loading data" in event for event in result.events), result.events
 
 
-def test_a_network_by_name_is_in_channels_last_where_that_was_measured_to_pay(tmp_path: Path) -> None:
+def test_a_network_by_name_is_in_channels_last_where_that_was_measured_to_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pays = torch.cuda.get_device_capability() >= (9, 0)
+    monkeypatch.setattr(layout, "LEAST_IN_RUN", 0)
     for name, make_model in (("timm", None), ("own", lambda config, classes: build_model(config, classes))):
         sizes = {"data__image_size": 160, "trainer__micro_batch_size": 8}
         trainer = Trainer(small(trainer__epochs=1, **sizes), model=make_model, output_dir=tmp_path / name)

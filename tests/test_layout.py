@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
-from adaptive_trainer import compose_config, predict
-from adaptive_trainer.config import Config, DataConfig, TrainerConfig, typed
-from adaptive_trainer.ladder import resolve
-from adaptive_trainer.layout import to_channels_last, uses_channels_last, with_layout
-from adaptive_trainer.planning import Planner
-from adaptive_trainer.target import target_of
+from adaptive_trainer import Trainer, compose_config, layout, predict
+from adaptive_trainer.config import Config, DataConfig, TrainerConfig
+from adaptive_trainer.layout import channels_last_pays, to_channels_last
+from adaptive_trainer.models import build_model
 
+SMALL = [
+    "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.num_workers=0",
+    "data.image_size=160", "trainer.batch_size=8", "trainer.epochs=1", "device=cpu", "memory.limit=none",
+]  # fmt: skip
 NONE, TURING, HOPPER = (0, 0), (7, 5), (9, 0)
 
 
+LONG = 50_000  # images of 224 x 224
+
+
 @pytest.mark.parametrize(
-    ("precision", "capability", "by_name", "expected"),
+    ("precision", "capability", "expected"),
     [
-        ("fp32", NONE, True, False), ("bf16", NONE, True, False),
-        ("fp32", (6, 1), True, False), ("fp16", (6, 1), True, False),
-        ("fp32", TURING, True, False), ("fp16", TURING, True, True),
-        ("fp32", HOPPER, True, True), ("bf16", (12, 0), True, True),
-        ("fp32", HOPPER, False, False), ("bf16", HOPPER, False, False),
+        ("fp32", NONE, False), ("bf16", NONE, False), ("fp32", (6, 1), False), ("fp16", (6, 1), False),
+        ("fp32", TURING, False), ("fp16", TURING, True), ("fp32", HOPPER, True), ("bf16", (12, 0), True),
     ],
 )  # fmt: skip
-def test_where_it_is_left_open_card_precision_and_network_decide(
-    precision: str, capability: tuple[int, int], by_name: bool, expected: bool
-) -> None:
-    assert (
-        uses_channels_last(Config(trainer=TrainerConfig(precision=precision)), capability, by_name=by_name) is expected
-    )
-    for asked in (True, False):
-        config = Config(trainer=TrainerConfig(precision=precision, channels_last=asked))
-        assert uses_channels_last(config, capability, by_name=by_name) is asked
+def test_card_and_precision_decide(precision: str, capability: tuple[int, int], expected: bool) -> None:
+    config = Config(trainer=TrainerConfig(precision=precision))
+    assert channels_last_pays(config, capability, images=LONG) is expected
 
 
 def test_fp32_without_tf32_was_not_measured() -> None:
     for tf32, precision, expected in ((False, "fp32", False), (True, "fp32", True), (False, "bf16", True)):
         config = Config(trainer=TrainerConfig(tf32=tf32, precision=precision))
-        assert uses_channels_last(config, HOPPER, by_name=True) is expected
+        assert channels_last_pays(config, HOPPER, images=LONG) is expected
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,14 @@ def test_where_little_is_computed_at_a_time_it_does_not_pay(
     batch: int | str, micro: int | None, size: int, expected: bool
 ) -> None:
     config = Config(trainer=TrainerConfig(batch_size=batch, micro_batch_size=micro), data=DataConfig(image_size=size))
-    assert uses_channels_last(config, HOPPER, by_name=True) is expected
+    assert channels_last_pays(config, HOPPER, images=LONG**2) is expected
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "expected"), [(LONG, 224, True), (LONG - 1, 224, False), (LONG, 223, False)]
+)
+def test_a_short_run_does_not_wait_for_its_kernels(images: int, size: int, expected: bool) -> None:
+    assert channels_last_pays(Config(data=DataConfig(image_size=size)), HOPPER, images=images) is expected
 
 
 def test_only_what_is_four_dimensional_is_laid_out_anew() -> None:
@@ -67,40 +71,44 @@ def test_only_what_is_four_dimensional_is_laid_out_anew() -> None:
 
 def test_a_network_with_other_convolutions_is_predicted() -> None:
     how = ["model.name=lambda_resnet26t", "trainer.precision=bf16", "trainer.batch_size=2", "data.image_size=128"]
-    prediction = predict(settings(*how), device="rtx2060")
+    prediction = predict(compose_config([*how, "trainer.channels_last=true"]), device="rtx2060")
     assert prediction.reason == ""
     assert prediction.allocated_bytes is not None
 
 
-def settings(*overrides: str) -> DictConfig:
-    return compose_config(["ladder=default", *overrides])
+def test_a_run_that_it_makes_faster_is_in_it_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("adaptive_trainer.trainer.capability_of", lambda _: HOPPER)
+    monkeypatch.setattr(layout, "LEAST_IN_RUN", 2 * 16 * 160**2)  # two epochs of 16 images
+    last = "trainer.channels_last"
+    for name, more, own, expected in [
+        ("long", ["trainer.epochs=2"], False, True),
+        ("short", [], False, False),
+        ("asked", ["trainer.epochs=2", f"{last}=false"], False, False),
+        ("own", ["trainer.epochs=2"], True, False),
+        ("stages", ["phases.stages=[{name: a, overrides: []}, {name: b, overrides: []}]"], False, True),
+        (
+            "kept",
+            [f"phases.stages=[{{name: a, overrides: []}}, {{name: b, overrides: ['{last}=false']}}]"],
+            False,
+            False,
+        ),
+    ]:
+        make = (lambda config, classes: build_model(config, classes)) if own else None
+        trainer = Trainer(compose_config([*SMALL, *more]), model=make, output_dir=tmp_path / name)
+        result = trainer.fit()
+        assert trainer.model is not None
+        kernel = trainer.model.get_parameter("conv_stem.weight")
+        assert kernel.is_contiguous(memory_format=torch.channels_last) is expected, name
+        told = any(f"{last}=true" in event for event in result.events)
+        assert told is (expected or name == "kept"), result.events
+        assert [change for change in result.changes if "channels_last" in change.key] == []
 
 
-@pytest.mark.parametrize(
-    ("asked", "capability", "expected"),
-    [
-        ("fp32", TURING, False), ("fp32", HOPPER, True), ("fp16", TURING, True),
-    ],
-)  # fmt: skip
-def test_it_is_the_same_at_all_rungs(asked: str, capability: tuple[int, int], expected: bool) -> None:
-    cfg = with_layout(settings(f"trainer.precision={asked}"), capability, by_name=True)
-    rungs = [rung.settings.trainer for rung in resolve(cfg)]
-    assert {trainer.channels_last for trainer in rungs} == {expected}
-    assert "fp16" in {trainer.precision for trainer in rungs}
-
-
-def test_what_is_asked_for_stays() -> None:
-    cfg = settings("trainer.channels_last=false")
-    assert with_layout(cfg, HOPPER, by_name=True) is cfg
-
-
-def test_predictions_decide_as_training_does() -> None:
-    on_card, on_cpu = (Planner(target_of(typed(settings(name)))) for name in ("device=auto", "device=cpu"))
-    half, full = (typed(settings(f"trainer.precision={precision}")) for precision in ("bf16", "fp32"))
-    for planner in (on_card, on_cpu):
-        for config in (half, full):
-            expected = uses_channels_last(config, planner.target.capability, by_name=True)
-            assert planner.key(config)["channels_last"] is expected
-    assert on_cpu.key(half)["channels_last"] is False
-    own = Planner(on_card.target, make_model=lambda *_: None)  # type: ignore[arg-type]
-    assert own.key(half)["channels_last"] is False
+def test_it_is_the_same_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("adaptive_trainer.trainer.capability_of", lambda _: HOPPER)
+    monkeypatch.setattr(layout, "LEAST_IN_RUN", 0)
+    limited = ["ladder=default", "memory.limit=80MiB", "trainer.batch_size=16"]
+    trainer = Trainer(compose_config([*SMALL[:-1], *limited]), output_dir=tmp_path)
+    assert trainer.fit().rung != "requested"
+    assert trainer.model is not None
+    assert trainer.model.get_parameter("conv_stem.weight").is_contiguous(memory_format=torch.channels_last)

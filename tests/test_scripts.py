@@ -117,11 +117,11 @@ def test_finders_of_the_peers_as_far_as_they_are_installed(
 def test_a_finder_that_fails_is_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(finders.CONTENDERS, "breaks", lambda cap: dict[int, finders.Answer]()[cap])
     broken = finders.round_of("breaks", 900)
-    good = [{"seconds": seconds, "batch": 12, "failed": 1} for seconds in (1.0, 3.0, 2.0)]
+    good = [{"seconds": seconds, "batch": 12, "failed": 1} for seconds in (9.0, 1.0, 3.0, 2.0)]
     assert finders.lines_of(900, {"breaks": [broken], "works": good}, "13")[2:-1] == [
-        "| breaks | failed: KeyError: 900 | - | - |",
-        "| works | 2.00 (1.00 to 3.00) | 12 | 1 |",
-        "| brute force | - | 13 | - |",
+        "| breaks | failed: KeyError: 900 | - | - | - |",
+        "| works | 2.00 (1.00 to 3.00) | 9.00 | 12 | 1 |",
+        "| brute force | - | - | 13 | - |",
     ]
 
 
