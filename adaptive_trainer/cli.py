@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import TASKS, check, config_dir, register, typed
+from adaptive_trainer.config import TASKS, at_home, check, config_dir, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
@@ -36,7 +36,7 @@ def main() -> None:
     """Entry of `python -m adaptive_trainer`; ends the process with the exit code."""
     register()
     is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
-    sys.argv[1:] = [as_list(argument, is_sweep) for argument in sys.argv[1:]]
+    sys.argv[1:] = [as_list(at_home(argument), is_sweep) for argument in sys.argv[1:]]
     whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands over what went wrong, and prints nothing itself
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
@@ -104,7 +104,7 @@ def as_list(argument: str, is_sweep: bool = False) -> str:
 def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
     """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
     hydra_config = HydraConfig.get()
-    folder = Path(cfg.output_dir or hydra_config.runtime.output_dir)
+    folder = Path(cfg.output_dir or hydra_config.runtime.output_dir).expanduser()
     failure: AdaptiveTrainerError | None = None
     try:
         value = _run(cfg, hydra_config.overrides.task, folder)

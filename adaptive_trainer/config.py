@@ -7,7 +7,9 @@ those dataclasses, and `check` gathers every problem in one `ConfigError`. Nothi
 
 from __future__ import annotations
 
+import os.path
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +29,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["LARGEST", "Config", "apply_overrides", "check", "compose_config", "config_dir", "register", "typed"]
+__all__ = [
+    "LARGEST",
+    "Config",
+    "apply_overrides",
+    "at_home",
+    "check",
+    "compose_config",
+    "config_dir",
+    "register",
+    "typed",
+]
 
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -221,10 +233,15 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
     message = ""
     with _own_hydra():
         try:
-            return compose("config", overrides=[*overrides, *extra])
+            return compose("config", overrides=[*map(at_home, overrides), *extra])
         except (HydraException, OmegaConfBaseException) as error:
             message = f"{error}" if error.__cause__ is None else f"{error} {error.__cause__}"
     raise ConfigError(message)
+
+
+def at_home(override: str) -> str:
+    """`data.root=~/photos` with the home folder in place of `~`, which Hydra cannot parse and a shell leaves there."""
+    return re.sub(r"(?<=[=,])~[\w.-]*(?=/|,|$)", lambda found: os.path.expanduser(found[0]), override)
 
 
 @cache

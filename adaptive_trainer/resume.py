@@ -30,7 +30,7 @@ def find(resume: str | None, output_dir: Path) -> Path | None:
     if resume is None:
         return None
     if resume != "auto":
-        return Path(resume)
+        return Path(resume).expanduser()
     own = output_dir / LAST
     if own.exists():
         return own

@@ -77,7 +77,7 @@ class Trainer:
         self._data = (train_data, val_data)
         self._loss = loss
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-        self.output_dir = Path(chosen)
+        self.output_dir = Path(chosen).expanduser()
         self.model: nn.Module | None = None
 
     def fit(self) -> Result:

@@ -235,6 +235,19 @@ def test_output_dir(cli: Any, tmp_path: Path) -> None:
     assert result(tmp_path / "elsewhere")["outcome"] == "trained"
 
 
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_folders_at_home(quote: str, cli: Any, tmp_path: Path) -> None:
+    images(tmp_path / "photos")
+    home = {"HOME": str(tmp_path)}
+    data = ("data=imagefolder", f"data.root={quote}~/photos{quote}", "trainer.batch_size=4", "ladder=none")
+    ended = cli(*MODEL, *data, f"output_dir={quote}~/mine{quote}", env=home)
+    assert ended.code == 0, ended.text
+    assert result(tmp_path / "mine")["outcome"] == "trained"
+    again = cli(f"resume={quote}~/mine/checkpoints/last.pt{quote}", "trainer.epochs=2", "hydra.run.dir=out", env=home)
+    assert again.code == 0, again.text
+    assert result(tmp_path / "out")["metrics"]["epoch"] == 2
+
+
 # -- bad input: exit code 2 and one clear message
 
 LADDER_WITH_MISTAKES = """

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from adaptive_trainer import cli
-from adaptive_trainer.config import Config, apply_overrides, check, compose_config, config_dir, typed
+from adaptive_trainer.config import Config, apply_overrides, at_home, check, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError
 
 GROUPS = sorted(p for p in Path(config_dir()).glob("*/*.yaml") if p.parent.name != "sweep")
@@ -161,6 +161,27 @@ def test_what_a_task_or_a_stage_sets_itself_is_not_judged_beforehand() -> None:
         cli._check(compose_config([*more, "trainer.micro_batch_size=32"]))
     with pytest.raises(ConfigError, match="micro_batch_size=32 is above"):
         cli._check(compose_config(["trainer.micro_batch_size=32"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("data.root=~/photos", "data.root=/home/me/photos"),
+        ("data.root=~", "data.root=/home/me"),
+        ("data.root=~/a,~/b", "data.root=/home/me/a,/home/me/b"),
+        ("resume=~/my-run_1/last.pt", "resume=/home/me/my-run_1/last.pt"),
+        ("~trainer.epochs", "~trainer.epochs"),
+        ("data.root=photos~/a", "data.root=photos~/a"),
+    ],
+)
+def test_the_home_folder(given: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert at_home(given) == meant
+
+
+def test_settings_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert compose_config(["data=imagefolder", "data.root=~/photos"]).data.train.root == "/home/me/photos"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
