@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, remedy
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
@@ -39,7 +39,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         CheckpointError: it cannot be written; the file that was there before is untouched.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    problem = ""
+    problem, advice = "", "Free some disk space"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -49,7 +49,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
         part.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
-        problem = str(error)
+        problem, advice = str(error), remedy(error)
     except RuntimeError as error:
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
@@ -59,10 +59,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
         with suppress(OSError):
             part.unlink()
     if problem:
-        kept = f"the last good one is kept in {path}" if path.exists() else "there is no earlier one"
-        raise CheckpointError(
-            f"cannot write checkpoint {path}: {problem}; {kept}. Free some disk space and use resume=auto"
-        )
+        kept = "there is no earlier one"
+        if path.exists():
+            kept, advice = f"the last good one is kept in {path}", f"{advice}; resume={path} goes on from it"
+        raise CheckpointError(f"cannot write checkpoint {path}: {problem}; {kept}. {advice}")
 
 
 def _flush_folder(folder: Path) -> None:

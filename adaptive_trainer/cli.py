@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from adaptive_trainer.config import TASKS, at_home, check, config_dir, register, typed
-from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError
+from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError, remedy
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
 
@@ -69,8 +69,9 @@ def _refusal(error: Exception) -> str:
     # a group that is not there is an OSError too
     if isinstance(error, HydraException | OmegaConfBaseException | UserError):
         return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
-    if isinstance(error, OSError):
-        return f"the output folder cannot be written: {error}; free some disk space, or choose another hydra.run.dir"
+    disk = error if isinstance(error, OSError) else error.__cause__  # of a log file that cannot be opened
+    if isinstance(disk, OSError):
+        return f"the output folder cannot be written: {disk}. {remedy(disk, 'hydra.run.dir')}"
     return ""
 
 
@@ -89,7 +90,7 @@ class OutputFolder(Callback):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            print(f"{key}={folder} cannot be made: {error}; choose a folder that can be written", file=sys.stderr)
+            print(f"{key}={folder} cannot be made: {error}. {remedy(error, key)}", file=sys.stderr)
             sys.exit(UserError.exit_code)
 
 

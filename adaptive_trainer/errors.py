@@ -5,7 +5,7 @@
     |  |- ConfigError                                 a key, value, rung or combination of them
     |  |- DataError                                   a missing, empty or broken data set
     |  |- ModelError                                  an unknown model, or one that refuses its input
-    |  |- CheckpointError                             a damaged or foreign checkpoint, a full disk
+    |  |- CheckpointError                             a damaged or foreign checkpoint, a folder that takes none
     |  `- DivergedError                               the loss is no longer a number
     |- OutOfMemory                           -        one attempt ran out of memory; the descent answers it
     |- LadderExhausted                       exit 3   no rung fits
@@ -17,6 +17,8 @@ whatever a failed step held must be free to go.
 """
 
 from __future__ import annotations
+
+import errno
 
 __all__ = [
     "AdaptiveTrainerError",
@@ -30,7 +32,20 @@ __all__ = [
     "ModelError",
     "OutOfMemory",
     "UserError",
+    "remedy",
 ]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+
+
+def remedy(error: OSError, folder: str = "output_dir") -> str:
+    """What to do where a file cannot be written; `folder` is the setting that names another place."""
+    if error.errno in FULL:
+        return f"Free some disk space, or choose another {folder}"
+    if error.errno in FORBIDDEN:
+        return f"Get the permission to write there, or choose another {folder}"
+    return f"Choose another {folder}, where files can be written"
 
 
 class AdaptiveTrainerError(Exception):

@@ -272,6 +272,4 @@ def _write(output_dir: str | Path, name: str, text: str) -> None:
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
-    return refused_by_disk(
-        lambda problem: ConfigError(f"cannot write in {folder}: {problem}; choose another output_dir")
-    )
+    return refused_by_disk(lambda problem: ConfigError(f"cannot write in {folder}: {problem}"))

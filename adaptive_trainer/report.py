@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.descent import Attempt
-from adaptive_trainer.errors import CheckpointError, UserError
+from adaptive_trainer.errors import CheckpointError, UserError, remedy
 from adaptive_trainer.ladder import Change, Recipe
 
 __all__ = ["Record", "Result", "refused_by_disk", "rung_table", "write_whole"]
@@ -116,10 +116,7 @@ class Record:
 
     def _writing(self) -> AbstractContextManager[None]:
         return refused_by_disk(
-            lambda problem: CheckpointError(
-                f"cannot write the record of this run in {self.folder}: {problem}. Free some disk space, or choose "
-                "another folder, and use resume=auto"
-            )
+            lambda problem: CheckpointError(f"cannot write the record of this run in {self.folder}: {problem}")
         )
 
 
@@ -132,12 +129,12 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def refused_by_disk(explain: Callable[[str], UserError]) -> Iterator[None]:
-    """An OSError of the block leaves as what `explain` makes of its text."""
+    """An OSError of the block leaves as what `explain` makes of its text, in which is said what to do."""
     problem = ""
     try:
         yield
     except OSError as error:
-        problem = str(error)
+        problem = f"{error}. {remedy(error)}"
     if problem:
         raise explain(problem)
 

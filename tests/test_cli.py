@@ -157,6 +157,15 @@ def test_a_group_that_is_not_there_is_no_full_disk(tmp_path: Path) -> None:
     assert "disk" not in ended.stderr
 
 
+def test_a_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "out" / "adaptive_trainer.log").mkdir(parents=True)
+    ended = python_m("-m", "adaptive_trainer", "hydra.run.dir=out", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "the output folder cannot be written: [Errno 21] Is a directory" in ended.stderr
+    assert "Choose another hydra.run.dir" in ended.stderr
+
+
 def test_the_main_job(tmp_path: Path) -> None:
     """Nothing asked for: the ladder is descended on the simulated card, and the digits are learned."""
     ended = python_m("-m", "adaptive_trainer", cwd=tmp_path)
@@ -277,6 +286,7 @@ BAD_INPUT = [
     ("device=gpu", ["device=gpu", "cuda:N"]),
     ("data.train._target_=nowhere.Images", ["nowhere.Images"]),
     ("data.crop_scale=[2,1]", ["data.crop_scale", "0 < least <= most <= 1"]),
+    ("output_dir=/dev/null", ["record of this run in /dev/null", "File exists", "Choose another output_dir"]),
     ("resume=nowhere.pt", ["no checkpoint nowhere.pt"]),
     ("optimizer.lr=1e30", ["loss is nan", "optimizer.lr"]),
 ]

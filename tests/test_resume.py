@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from adaptive_trainer import Trainer, checkpoint, compose_config, oom
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError
 from adaptive_trainer.memory.capacity import Capacity
-from adaptive_trainer.report import Result
+from adaptive_trainer.report import Record, Result
 from tests import runs
 from tests.faults import Fault
 from tests.forking import ROOT, Launcher, Started
@@ -394,6 +395,31 @@ def test_a_folder_of_checkpoints_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*last\.pt: .*File exists"):
         checkpoint.save(tmp_path / "checkpoints" / "last.pt", {})
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "Free some disk space, or choose another output_dir"),
+        (errno.EACCES, "Get the permission to write there, or choose another output_dir"),
+        (errno.EROFS, "Choose another output_dir, where files can be written"),
+    ],
+)
+def test_the_advice_fits_what_the_system_says(
+    number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **how: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    record = Record(tmp_path)
+    checkpoint.save(tmp_path / "last.pt", {})
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match=rf"there is no earlier one\. {said}"):
+        checkpoint.save(tmp_path / "best.pt", {})
+    with pytest.raises(CheckpointError, match=rf"is kept in .*last\.pt\. {said}; resume=.*last\.pt goes on from it"):
+        checkpoint.save(tmp_path / "last.pt", {})
+    with pytest.raises(CheckpointError, match=rf"cannot write the record of this run in .*\. {said}"):
+        record.metrics({"epoch": 1})
 
 
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path) -> None:
