@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import TASKS, at_home, check, config_dir, register, typed
+from adaptive_trainer.config import TASKS, at_home, check, check_no_card, config_dir, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError, remedy
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
@@ -166,6 +166,7 @@ def _check(cfg: DictConfig) -> None:
         asked = stages(cfg)
         for _, settings in asked:
             resolve(settings)
+        check_no_card(typed(cfg).card)
         check_folders(typed(asked[0][1]).data)
 
 

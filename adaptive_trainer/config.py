@@ -35,6 +35,7 @@ __all__ = [
     "apply_overrides",
     "at_home",
     "check",
+    "check_no_card",
     "compose_config",
     "config_dir",
     "register",
@@ -358,6 +359,20 @@ def check(config: Config) -> None:
     problems += _no_batch(config.trainer)
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def check_no_card(card: CardConfig) -> None:
+    """Refuse a card that is named for a training, which takes the memory that there is.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if card != CardConfig():
+        size = "6GiB" if card.memory_mib is None else f"{card.memory_mib}MiB"
+        raise ConfigError(
+            f"card=... ({card.name}) is for task=plan and task=memory; training uses the card of this machine, or a "
+            f"simulated one where there is none, of which memory.limit={size} sets the size"
+        )
 
 
 def _no_batch(trainer: TrainerConfig) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
+from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, check_no_card, typed
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
@@ -93,6 +93,7 @@ class Trainer:
         device = device_of(self.cfg.device)
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         asked = ladders[0][2][0].settings
+        check_no_card(asked.card)
         record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
         try:

@@ -133,6 +133,7 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
         (["ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
+        (["card=rtx2060"], 2, "memory.limit=6144MiB sets the size"),
         (["task=plann"], 2, "task=plann is none of train, plan, memory"),
         (["data=imagefolder"], 2, "data.root has no value"),
         (["data=imagefolder", "data.root=photos"], 2, "data.root=photos is no folder"),

@@ -634,6 +634,12 @@ def test_what_an_earlier_proof_has_not_shown_is_proven(
     assert [entry.reason for entry in result.attempts] == [expected]
 
 
+def test_a_card_is_for_plans(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\(NVIDIA GeForce RTX 2060\) is for task=plan and task=memory"):
+        fit(tmp_path / "run", "card=rtx2060")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_network_is_no_function_that_makes_one() -> None:
     with pytest.raises(ConfigError, match=r"model is a Net; give a function of \(model settings, number of classes\)"):
         Trainer(settings(steps={}), model=Net(3, nothing))
