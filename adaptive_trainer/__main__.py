@@ -1,6 +1,24 @@
-"""`python -m adaptive_trainer`."""
+"""`python -m adaptive_trainer`, quiet about Ctrl-C from the first import on."""
 
-from adaptive_trainer.cli import main
+import logging
+import sys
+
+__all__ = ["main"]
+
+STOPPED = 130  # as shells say it: 128 + SIGINT
+
+
+def main() -> None:
+    """The command line; ends the process with its exit code."""
+    try:
+        from adaptive_trainer import cli  # imports for seconds
+
+        cli.main()
+    except KeyboardInterrupt:
+        logging.disable()  # torch, imported by half, says at the end of the process how its caches did
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(STOPPED)
+
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """The command line: Hydra composes the settings, the Trainer runs, errors become one message and an exit code.
 
 Exit codes: 0 trained; 1 an unexpected error; 2 the user's mistake; 3 no rung of the ladder fits; 4 the device is
-unusable; 75 stopped by a signal with its state saved.
+unusable; 75 stopped by a signal with its state saved; 130 stopped by Ctrl-C before or after training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Entry of `python -m adaptive_trainer`; ends the process with the exit code."""
+    """What `python -m adaptive_trainer` does; ends the process with the exit code."""
     register()
     is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
     sys.argv[1:] = [as_list(at_home(argument), is_sweep) for argument in sys.argv[1:]]

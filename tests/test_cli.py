@@ -158,6 +158,13 @@ def test_a_group_that_is_not_there_is_no_full_disk(tmp_path: Path) -> None:
     assert "disk" not in ended.stderr
 
 
+@pytest.mark.parametrize("module", ["hydra", "torch"])
+def test_ctrl_c_while_packages_are_imported(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ended = python_m("-m", "adaptive_trainer", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (130, "stopped by Ctrl-C\n")
+
+
 def test_a_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "out" / "adaptive_trainer.log").mkdir(parents=True)
     ended = python_m("-m", "adaptive_trainer", "hydra.run.dir=out", cwd=tmp_path)
