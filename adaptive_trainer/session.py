@@ -7,7 +7,7 @@ optimizer starts anew on the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.ladder import recipe
+from adaptive_trainer.ladder import Recipe, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
@@ -40,6 +40,7 @@ class Parts:
         request: what was asked for, as YAML.
         num_classes: width of the model's head.
         train_size: samples in the training set.
+        made: by `model.name`, the class of the network that the caller's own `make_model` has made for it.
     """
 
     make_model: ModelFactory
@@ -49,6 +50,15 @@ class Parts:
     train_size: int
     device: torch.device
     capacity: Capacity
+    made: dict[str, str] = field(default_factory=dict)
+
+    def recipe(self, config: Config) -> Recipe:
+        """The recipe of complete settings for people: a network of the caller's own goes by the name of its class."""
+        used, name = recipe(config), config.model.name
+        kind = self.made.get(name)
+        if kind is None:
+            return used
+        return replace(used, model=kind if name == ModelConfig.name else f"{kind} ({name})")
 
 
 @dataclass

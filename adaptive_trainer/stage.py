@@ -148,7 +148,7 @@ class Stage:
             self.record.event(
                 f"evaluation takes batches of {found.value}: {asked} at a time do not fit; training keeps its own"
             )
-        log.info("rung %s holds: %s", found.rung.name, recipe(found.rung.settings))
+        log.info("rung %s holds: %s", found.rung.name, self.parts.recipe(found.rung.settings))
         return found.rung, found.value
 
     def _go_down(self, rungs: Sequence[Rung[Config]], judge: Judge) -> Found[Config, int]:
@@ -316,7 +316,7 @@ class Stage:
                 if saved["config"][key].get(name) != value:
                     self.record.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
         self.metrics = saved["metrics"]
-        self.record.forget_after(self.number, session.config.model.name, state.finished_epochs)
+        self.record.forget_after(self.number, self.parts.recipe(session.config).model, state.finished_epochs)
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
         hooks = Hooks(
@@ -349,7 +349,7 @@ class Stage:
 
     def _measured(self, row: dict[str, Any]) -> None:
         self.metrics = row
-        self.record.metrics({"stage": self.number, **row, "model": self._opened.config.model.name})
+        self.record.metrics({"stage": self.number, **row, "model": self.parts.recipe(self._opened.config).model})
 
     def _checkpoint(self, is_best: bool) -> None:
         content = self._content(self._rung_name(self._opened.config))

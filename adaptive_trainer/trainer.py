@@ -20,7 +20,7 @@ from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changed, changes, recipe, resolve, stages, stored_size
+from adaptive_trainer.ladder import Rung, changed, changes, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
@@ -73,7 +73,8 @@ class Trainer:
                 "it, since a rung may start anew"
             )
         self.cfg = cfg
-        self._make_model = model or build_model
+        self._made: dict[str, str] = {}
+        self._make_model = build_model if model is None else _noting(model, self._made)
         self._data = (train_data, val_data)
         self._loss = loss
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
@@ -122,6 +123,7 @@ class Trainer:
             train_size=len(data.train),
             device=device,
             capacity=capacity,
+            made=self._made,
         )
         path = resume.find(self.cfg.resume, self.output_dir)
         self._tell(device, path, record)
@@ -159,7 +161,7 @@ class Trainer:
             record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
         if self._make_model is not build_model:
             record.event(
-                f"the network is made by the caller; model.name={self.cfg.model.name} stands for it in the record"
+                f"the network is made by the caller; model.name={self.cfg.model.name} is handed to what makes it"
             )
         if self.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
             record.event(f"trainer.tf32=true changes nothing: {refusal}")
@@ -188,8 +190,8 @@ class Trainer:
         result = Result(
             outcome="trained",
             rung=rung.name,
-            requested=recipe(stage.ladder[0].settings),
-            used=recipe(rung.settings),
+            requested=stage.parts.recipe(stage.ladder[0].settings),
+            used=stage.parts.recipe(rung.settings),
             changes=changes(asked, rung),
             events=record.events,
             metrics={key: value for key, value in stage.metrics.items() if isinstance(value, int | float)},
@@ -218,6 +220,17 @@ def _with_layout(cfg: DictConfig, ladders: Ladders, samples: int, device: torch.
 def _overridden(entry: tuple[str, DictConfig, Ladder], override: str) -> tuple[str, DictConfig, Ladder]:
     settings = apply_overrides(entry[1], [override])
     return entry[0], settings, resolve(settings)
+
+
+def _noting(make: ModelFactory, made: dict[str, str]) -> ModelFactory:
+    """`make`, which notes the class of each network under the `model.name` that it was made for."""
+
+    def noting(config: ModelConfig, num_classes: int) -> nn.Module:
+        network = make(config, num_classes)
+        made[config.name] = type(network).__name__
+        return network
+
+    return noting
 
 
 def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataSets, Ladders]:

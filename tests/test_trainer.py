@@ -125,7 +125,8 @@ def outcomes(result: Result) -> list[tuple[str, str]]:
 # -- parts of one's own
 
 
-def test_a_model_data_and_loss_of_ones_own(tmp_path: Path) -> None:
+def test_a_model_data_and_loss_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="adaptive_trainer")
     calls: list[tuple[torch.Size, torch.Size]] = []
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -136,6 +137,9 @@ def test_a_model_data_and_loss_of_ones_own(tmp_path: Path) -> None:
     assert (torch.Size([8, 3]), torch.Size([8])) in calls
     assert outcomes(result) == [("requested", "fits")]
     assert len(nets) == 1
+    assert (result.requested.model, result.used.model) == ("Net", "Net")
+    assert "rung requested holds: Net, batch 8, image 8, fp32" in caplog.text
+    assert "efficientnet" not in (tmp_path / "metrics.csv").read_text()
     loaded = load_model(tmp_path / "checkpoints" / "best.pt", model=lambda config, classes: Net(classes, nothing))
     assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
@@ -267,11 +271,12 @@ def test_another_model_starts_anew(tmp_path: Path) -> None:
     kept = checkpoint.load(tmp_path / "checkpoints" / "before-mobilenetv3_small_050.pt")
     assert (kept["rung"], kept["updates"], kept["config"]["model"]["name"]) == ("requested", 5, "efficientnet_b0")
     assert (result.metrics["epoch"], result.metrics["updates"]) == (2, 10)
+    assert (result.requested.model, result.used.model) == ("Net", "Net (mobilenetv3_small_050)")
     best = checkpoint.load(tmp_path / "checkpoints" / "best-efficientnet_b0.pt")
     assert best["config"]["model"]["name"] == "efficientnet_b0"
     rows = [row.split(",") for row in (tmp_path / "metrics.csv").read_text().splitlines()[1:]]
     assert [(row[1], row[-1]) for row in rows] == [
-        ("1", "efficientnet_b0"), ("1", "mobilenetv3_small_050"), ("2", "mobilenetv3_small_050"),
+        ("1", "Net"), ("1", "Net (mobilenetv3_small_050)"), ("2", "Net (mobilenetv3_small_050)"),
     ]  # fmt: skip
 
 
