@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import TASKS, at_home, check, check_no_card, config_dir, register, typed
+from adaptive_trainer.config import TASKS, at_home, check, check_no_card, config_dir, explained, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError, remedy
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
@@ -68,7 +68,7 @@ def _refusal(error: Exception) -> str:
         return f"a YAML file cannot be read: {error}"
     # a group that is not there is an OSError too
     if isinstance(error, HydraException | OmegaConfBaseException | UserError):
-        return f"{error}" if error.__cause__ is None else f"{error}\n{error.__cause__}"
+        return explained(error)
     disk = error if isinstance(error, OSError) else error.__cause__  # of a log file that cannot be opened
     if isinstance(disk, OSError):
         return f"the output folder cannot be written: {disk}. {remedy(disk, 'hydra.run.dir')}"

@@ -7,12 +7,13 @@ those dataclasses, and `check` gathers every problem in one `ConfigError`. Nothi
 
 from __future__ import annotations
 
+import difflib
 import os.path
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from math import isfinite
 from pathlib import Path
@@ -25,7 +26,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from adaptive_trainer.errors import ConfigError
 
@@ -38,6 +39,7 @@ __all__ = [
     "check_no_card",
     "compose_config",
     "config_dir",
+    "explained",
     "register",
     "typed",
 ]
@@ -236,13 +238,42 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
         try:
             return compose("config", overrides=[*map(at_home, overrides), *extra])
         except (HydraException, OmegaConfBaseException) as error:
-            message = f"{error}" if error.__cause__ is None else f"{error} {error.__cause__}"
+            message = explained(error)
     raise ConfigError(message)
 
 
 def at_home(override: str) -> str:
     """`data.root=~/photos` with the home folder in place of `~`, which Hydra cannot parse and a shell leaves there."""
     return re.sub(r"(?<=[=,])~[\w.-]*(?=/|,|$)", lambda found: os.path.expanduser(found[0]), override)
+
+
+def explained(error: Exception) -> str:
+    """What Hydra has to say of settings, without its advice to append a key to settings that take no others."""
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
+        return _no_setting(str(cause.full_key))
+    return f"{error}" if cause is None else f"{error}\n{cause}"
+
+
+def _no_setting(key: str) -> str:
+    last = {known: known.rpartition(".")[2] for known in sorted(_known())}
+    alike = difflib.get_close_matches(key.rpartition(".")[2], set(last.values()))
+    near = difflib.get_close_matches(key, [known for known in last if last[known] in alike], cutoff=0)
+    return f"there is no setting {key}" + (f"; did you mean {', '.join(near)}?" if near else "; --help lists them all")
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(_keys(Config()))
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The full names of all settings."""
+    for name, part in vars(node).items():
+        if is_dataclass(part):
+            yield from _keys(part, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 @cache
@@ -255,7 +286,7 @@ def typed(cfg: DictConfig) -> Config:
     """`cfg` with interpolations resolved, as the dataclasses above.
 
     Raises:
-        ConfigError: a value is missing or does not resolve.
+        ConfigError: a value is missing or does not resolve, or there is no such setting.
     """
     message = ""
     try:
@@ -267,6 +298,8 @@ def typed(cfg: DictConfig) -> Config:
         raise ConfigError(message)
     if not isinstance(value, Config):
         raise TypeError(f"expected a Config, got {type(value).__name__}")
+    if added := set(_keys(value)) - _known():  # Hydra lets `+key=value` do so
+        raise ConfigError("; ".join(map(_no_setting, sorted(added))))
     return value
 
 

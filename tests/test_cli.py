@@ -127,7 +127,8 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
     [
         (["--help"], 0, "trainer"),
         (["--cfg", "job"], 0, "batch_size: 24"),
-        (["trainer.batchsize=3"], 2, "Key 'batchsize' not in 'TrainerConfig'"),
+        (["trainer.batchsize=3"], 2, "there is no setting trainer.batchsize; did you mean trainer.batch_size"),
+        (["+trainer.batchsize=3"], 2, "there is no setting trainer.batchsize; did you mean trainer.batch_size"),
         (["-m", "+sweep=lr", "ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["hydra.run.dir=/dev/null/x"], 2, "hydra.run.dir=/dev/null/x cannot be made"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
@@ -274,7 +275,9 @@ rungs:
 """
 BAD_INPUT = [
     ("optimized_metric=val_acc", ["optimized_metric=val_acc is none of val_accuracy, val_loss"]),
-    ("trainer.batchsize=3", ["batchsize", "TrainerConfig"]),
+    ("trainer.batchsize=3", ["there is no setting trainer.batchsize; did you mean trainer.batch_size"]),
+    ("+foo=1", ["there is no setting foo; --help lists them all"]),
+    ("optimizer.kwargs.speed=1", ["To append to your config use +optimizer.kwargs.speed=1"]),
     ("trainer.epochs=many", ["trainer.epochs=many", "Integer"]),
     ("trainer.epochs=0", ["trainer.epochs=0 is below 1"]),
     ("trainer.batch_size=maximum", ["trainer.batch_size=maximum is neither a whole number above 0 nor max"]),

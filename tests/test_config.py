@@ -164,6 +164,35 @@ def test_what_a_task_or_a_stage_sets_itself_is_not_judged_beforehand() -> None:
 
 
 @pytest.mark.parametrize(
+    ("added", "near"),
+    [
+        ("+trainer.batchsize=3", "trainer.batch_size"),
+        ("++trainer.batchsize=3", "trainer.batch_size"),
+        ("+epochs=3", "trainer.epochs"),
+        ("+memory.limits=6GiB", "memory.limit"),
+        ("+optimizer.kwarg={}", "optimizer.kwargs"),
+    ],
+)
+def test_what_nothing_uses_cannot_be_added(added: str, near: str) -> None:
+    key = added.lstrip("+").partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^there is no setting {key}; did you mean {near}"):
+        typed(compose_config([added]))
+    with pytest.raises(ConfigError, match=f"^there is no setting {key}; did you mean {near}"):
+        compose_config([added.lstrip("+")])
+
+
+def test_every_added_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no setting foo; --help lists them all; there is no setting trainer\.foo"):
+        typed(compose_config(["+foo=1", "+trainer.foo=1"]))
+
+
+def test_free_form_settings_take_any_key() -> None:
+    free = ("model.kwargs", "optimizer.kwargs", "schedule.kwargs", "data.train", "data.val")
+    config = typed(compose_config(["data=fakedata", *[f"+{node}.anything=1" for node in free]]))
+    assert config.model.kwargs == config.optimizer.kwargs == config.schedule.kwargs == {"anything": 1}
+
+
+@pytest.mark.parametrize(
     ("given", "meant"),
     [
         ("data.root=~/photos", "data.root=/home/me/photos"),
