@@ -84,6 +84,14 @@ class OutputFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a sweep."""
+        for text in config.hydra.overrides.task:
+            if text.startswith("output_dir=") and not {",", "$"} & set(text):
+                print(
+                    f"{text} would be the folder of all jobs of this sweep, which has to be one for each; "
+                    f"hydra.sweep.dir={text.partition('=')[2]} is a folder for the folders of all jobs",
+                    file=sys.stderr,
+                )
+                sys.exit(UserError.exit_code)
         self._make("hydra.sweep.dir", config.hydra.sweep.dir)
 
     def _make(self, key: str, folder: str) -> None:

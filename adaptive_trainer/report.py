@@ -52,14 +52,16 @@ class Result:
 
 
 class Record:
-    """Writes one run's files into its output folder, as things happen."""
+    """Writes one run's files into its output folder, as things happen; `goes_on` is a run that is resumed there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, goes_on: bool = False) -> None:
         self.folder = folder
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
+            if not goes_on:  # what is there is of a run that has learned nothing
+                (folder / "attempts.jsonl").unlink(missing_ok=True)
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl."""

@@ -16,7 +16,7 @@ from adaptive_trainer import checkpoint
 from adaptive_trainer.config import Config, apply_overrides
 from adaptive_trainer.errors import CheckpointError
 
-__all__ = ["find", "load", "passed_over", "saved_settings"]
+__all__ = ["check_free", "find", "is_within", "load", "passed_over", "saved_settings"]
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
@@ -51,6 +51,32 @@ def passed_over(taken: Path | None, output_dir: Path) -> str:
         return ""
     more = f", and {len(later) - 1} more before it" if len(later) > 1 else ""
     return f"resume=auto: {later[-1]} is passed over{more}: it has left no checkpoint ({_end(later[-1])})"
+
+
+def is_within(path: Path | None, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run in `output_dir`, which then goes on."""
+    return path is not None and path.resolve().parent == (output_dir / LAST).resolve().parent
+
+
+def check_free(output_dir: Path) -> None:
+    """Refuse a folder for a fresh start in which an earlier run has learned something: the two would be mixed.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    saved = (output_dir / LAST).parent.glob("*.pt")
+    has_epochs = (output_dir / "metrics.csv").exists()
+    if has_epochs or any(path.name != LAST.name or _has_learned(path) for path in saved):
+        raise CheckpointError(
+            f"{output_dir} holds an earlier run, whose record and checkpoints would be lost; go on with it by "
+            "resume=auto, name another output_dir, or remove that folder"
+        )
+
+
+def _has_learned(last: Path) -> bool:
+    with suppress(CheckpointError):
+        return bool(checkpoint.load(last).get("updates"))
+    return True  # damaged: that is not for a new run to decide
 
 
 def _runs(output_dir: Path) -> list[Path]:

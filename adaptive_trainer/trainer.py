@@ -77,7 +77,7 @@ class Trainer:
         self._make_model = build_model if model is None else _noting(model, self._made)
         self._data = (train_data, val_data)
         self._loss = loss
-        chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+        chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
         self.output_dir = Path(chosen).expanduser()
         self.model: nn.Module | None = None
 
@@ -95,7 +95,11 @@ class Trainer:
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         asked = ladders[0][2][0].settings
         check_no_card(asked.card)
-        record = Record(self.output_dir)
+        path = resume.find(self.cfg.resume, self.output_dir)
+        goes_on = resume.is_within(path, self.output_dir)
+        if not goes_on:
+            resume.check_free(self.output_dir)
+        record = Record(self.output_dir, goes_on=goes_on)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
         try:
             process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
@@ -103,13 +107,15 @@ class Trainer:
                 seed_everything(asked.seed)
                 with limited(device, asked.memory.limit) as capacity:
                     log.info("%s", capacity.description)
-                    return self._run(ladders, device, capacity, record)
+                    return self._run(ladders, device, capacity, record, path)
         except (Exception, KeyboardInterrupt) as error:
             record.failure(_outcome(error), str(error))
             raise
 
-    def _run(self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
-        """Train the stages one after another."""
+    def _run(
+        self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record, path: Path | None
+    ) -> Result:
+        """Train the stages one after another, from the checkpoint at `path` if there is one."""
         first = ladders[0][2][0].settings
         data = build_datasets(typed(ladders[0][1]), *self._data)
         if self._make_model is build_model:
@@ -125,7 +131,6 @@ class Trainer:
             capacity=capacity,
             made=self._made,
         )
-        path = resume.find(self.cfg.resume, self.output_dir)
         self._tell(device, path, record)
         if self._make_model is build_model:
             ladders = _with_layout(self.cfg, ladders, len(data.train), device, record)

@@ -166,7 +166,7 @@ def until_first_update(overrides: list[str], folder: Path) -> tuple[float, Resul
             torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
 
-    trainer = Trainer(compose_config([*FAKE, *overrides]), output_dir=folder)
+    trainer = Trainer(compose_config([*FAKE, *overrides]), output_dir=tempfile.mkdtemp(dir=folder))
     with patch.object(Update, "run", committed):
         started = time.perf_counter()
         result = trainer.fit()
@@ -183,15 +183,15 @@ def first(folder: Path) -> Iterator[str]:
     )
     for cap in (2600, 1300, 700, 550, 240):
         limit = f"memory.limit={cap}MiB"
-        _, learned = until_first_update([limit], folder / "first")
+        _, learned = until_first_update([limit], folder)
         ladder = resolve(compose_config([*FAKE, limit]))
         above = ladder[: next(n for n, rung in enumerate(ladder) if rung.name == learned.rung) + 1]
         there = ["ladder=none", limit, *(override for rung in above for override in rung.overrides)]
-        until_first_update(there, folder / "first")
+        until_first_update(there, folder)
         pairs, failed = [], []
         for _ in range(3):
-            seconds, result = until_first_update([limit], folder / "first")
-            pairs.append((seconds, until_first_update(there, folder / "first")[0]))
+            seconds, result = until_first_update([limit], folder)
+            pairs.append((seconds, until_first_update(there, folder)[0]))
             failed.append(sum(attempt.outcome == "oom" for attempt in result.attempts))
         once = sum(attempt.outcome == "oom" for attempt in learned.attempts)
         mine, direct = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -132,6 +132,7 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["-m", "+sweep=lr", "ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["hydra.run.dir=/dev/null/x"], 2, "hydra.run.dir=/dev/null/x cannot be made"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
+        (["-m", "seed=1,2", "output_dir=all"], 2, "hydra.sweep.dir=all is a folder for the folders of all jobs"),
         (["ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
         (["card=rtx2060"], 2, "memory.limit=6144MiB sets the size"),
@@ -584,6 +585,16 @@ def test_ready_sweeps(sweep: str, key: str, values: list[float], cli: Any, tmp_p
     assert ended.code == 0, ended.text
     jobs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert [result(job)["used"][key] for job in jobs] == values
+
+
+def test_a_sweep_with_an_output_dir_for_each_job(cli: Any, tmp_path: Path) -> None:
+    ended = cli("-m", *NO_LADDER, "hydra.sweep.dir=sweep", "seed=1,2", "output_dir='all/${hydra:job.num}'")
+    assert ended.code == 0, ended.text
+    assert [result(tmp_path / "all" / n)["outcome"] for n in "01"] == ["trained", "trained"]
+    ended = cli("-m", *NO_LADDER, "hydra.sweep.dir=sweep", "seed=1,2", "output_dir=one,two")
+    assert ended.code == 2
+    assert "one holds an earlier run" in message(ended)
+    assert len((tmp_path / "one" / "attempts.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_signal_ends_a_sweep(launcher: Launcher, tmp_path: Path) -> None:

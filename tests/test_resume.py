@@ -397,6 +397,48 @@ def test_a_folder_of_checkpoints_that_cannot_be_made(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "checkpoints" / "last.pt", {})
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", ["null", "other"])
+def test_an_earlier_run_is_not_written_over(resume: str, tmp_path: Path) -> None:
+    fit(tmp_path / "other")
+    fit(tmp_path / "mine")
+    before = contents(tmp_path / "mine")
+    from_where = "null" if resume == "null" else f"{tmp_path}/other/checkpoints/last.pt"
+    with pytest.raises(CheckpointError, match=r"mine holds an earlier run.*resume=auto, name another output_dir"):
+        fit(tmp_path / "mine", f"resume={from_where}")
+    assert contents(tmp_path / "mine") == before
+    assert fit(tmp_path / "mine", "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
+
+
+@pytest.mark.parametrize("left", ["metrics.csv", "checkpoints/before-x.pt", "checkpoints/last.pt"])
+def test_what_is_left_of_an_earlier_run_is_not_written_over(left: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / left).write_text("damaged, perhaps")
+    with pytest.raises(CheckpointError, match="holds an earlier run"):
+        fit(tmp_path)
+    assert [str(path) for path in contents(tmp_path)] == [str(tmp_path / left)]
+
+
+def test_a_run_that_has_learned_nothing_may_be_started_again(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError):
+        fit(tmp_path, "optimizer.lr=1e30")
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 0
+    result = fit(tmp_path)
+    assert result.metrics["epoch"] == 1
+    kept = (tmp_path / "attempts.jsonl").read_text().splitlines()
+    assert len(kept) == len(result.attempts), "those of the earlier one are gone"
+
+
+def test_two_trainers_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [Trainer(compose_config()).output_dir for _ in range(2)]
+    assert folders[0] != folders[1]
+    assert folders[0].parent.parent == Path("outputs")
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [
