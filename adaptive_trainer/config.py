@@ -307,14 +307,14 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     """A copy of `cfg` with Hydra overrides applied: `key=value`, `+key=value`, or `group=choice`.
 
     A choice of a group replaces that whole node (`optimizer=sgd`), or is laid over the settings where the group's file
-    says `@package _global_` (`preset=minimum`).
+    says `@package _global_` (`preset=minimum`). Choices come first, wherever they stand, as they do in Hydra.
 
     Raises:
         ConfigError: one message that lists every override that cannot be applied, and why.
     """
     result: DictConfig = pickle.loads(pickle.dumps(cfg))  # settings are plain values: less than half the time of copy()
     problems = []
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: not _is_group(text.partition("=")[0])):
         try:
             _apply(result, text)
         except (HydraException, OmegaConfBaseException, ConfigError) as error:
@@ -331,7 +331,7 @@ def _apply(cfg: DictConfig, text: str) -> None:
     if override.is_delete():
         raise ConfigError("removes a key; give it a value instead")
     key, value = override.key_or_group, override.value()
-    if isinstance(value, str) and (Path(config_dir()) / key).is_dir():
+    if isinstance(value, str) and _is_group(key):
         _choose(cfg, key, value)
     elif override.is_add() or override.is_force_add():
         with open_dict(cfg):
@@ -340,6 +340,10 @@ def _apply(cfg: DictConfig, text: str) -> None:
         if not _exists(cfg, key):
             raise ConfigError(f"there is no setting {key!r}; to add one to a free-form node write +{key}=...")
         OmegaConf.update(cfg, key, value)
+
+
+def _is_group(key: str) -> bool:
+    return (Path(config_dir()) / key).is_dir()
 
 
 def _exists(cfg: DictConfig, key: str) -> bool:

@@ -94,6 +94,15 @@ def test_a_group_choice_replaces_its_whole_node() -> None:
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.kwargs) == ("sgd", 0.05, {})
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_group_choice_comes_before_values_wherever_it_stands(turn: int) -> None:
+    """As on the command line, whose overrides a resumed run applies to its saved settings."""
+    overrides = ["optimizer=sgd", "optimizer.lr=0.3", "preset=minimum", "trainer.batch_size=2"][::turn]
+    config = typed(apply_overrides(compose_config(), overrides))
+    assert (config.optimizer.name, config.optimizer.lr, config.trainer.batch_size) == ("sgd", 0.3, 2)
+    assert config == typed(compose_config(overrides))
+
+
 def test_a_global_choice_is_laid_over_the_settings() -> None:
     config = typed(apply_overrides(compose_config(["trainer.epochs=7"]), ["preset=minimum"]))
     assert (config.trainer.batch_size, config.data.image_size, config.trainer.epochs) == (8, 192, 7)
