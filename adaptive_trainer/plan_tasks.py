@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config import LARGEST, Config, check, typed
+from adaptive_trainer.config import LARGEST, CardConfig, Config, check, typed
+from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
@@ -34,9 +35,8 @@ LARGEST_PLANNED = 2**20  # samples: a plan does not open the data, which bounds 
 Measure = Callable[[Config, int], tuple[int, int] | None]
 
 
-def _planner(cfg: DictConfig, stored: int | None = None) -> Planner:
+def _planner(config: Config, stored: int | None = None) -> Planner:
     cache = PlanCache(default_folder())
-    config = typed(cfg)
     return Planner(target_of(config, card_of(config.card), cache), cache=cache, stored_size=stored)
 
 
@@ -50,7 +50,11 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ConfigError: settings, card or limit make no sense, or the folder cannot be written.
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
-    planner = _planner(cfg, stored_size(typed(settings) for _, settings in stages(cfg)))
+    config = typed(cfg)
+    is_simulated = _is_simulated(config)
+    if is_simulated:
+        config.device = "cpu"
+    planner = _planner(config, stored_size(typed(settings) for _, settings in stages(cfg)))
     asked, made = stages(cfg), dict[str, Plan]()
     for name, settings in asked:
         ladder, is_found = _ladder(settings, planner)
@@ -59,12 +63,22 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
             raise ModelError(made[name].rows[0].reason)
     for name, each in made.items():
         log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
+    if is_simulated:
+        log.info(
+            "there is no CUDA here: this is the simulated card that training would take; card=rtx2060 names another"
+        )
     if cfg.model.num_classes is None:
         log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
     contents = [{"stage": name, **_content(each)} for name, each in made.items()]
     content = contents[0] if len(contents) == 1 else {"stages": contents}
     _write(output_dir, "plan.json", json.dumps(content, indent=2) + "\n")
     return each
+
+
+def _is_simulated(config: Config) -> bool:
+    """Whether the card that is asked about is the one that is simulated for a training where there is none."""
+    is_named = config.card != CardConfig() or config.memory.limit is not None or config.device != "auto"
+    return not is_named and device_of(config.device).type == "cpu"
 
 
 def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...], bool]:
@@ -162,7 +176,7 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
     Raises:
         ConfigError: a batch or image size that is no whole number above 0.
     """
-    planner = _planner(cfg)
+    planner = _planner(typed(cfg))
     cells = [
         _cell(typed(cfg), batch, size, planner, measure)
         for batch in _numbers(cfg, "batch")

@@ -89,7 +89,8 @@ def target_of(config: Config, card: Card | None = None, cache: PlanCache | None 
     limit = parse_limit(config.memory.limit)
     if card is None and config.device.split(":")[0] == "cpu":
         size = None if limit.lifted else limit.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
-        return Target(f"a simulated card of {format_bytes(size)} on the CPU", False, (0, 0), size, 0)
+        source = "the CPU, with no limit" if size is None else f"a simulated card of {format_bytes(size)} on the CPU"
+        return Target(source, False, (0, 0), size, 0)
     if card is not None:
         context = context_of(card.capability)
         room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"

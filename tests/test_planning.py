@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -21,6 +22,7 @@ from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stored_size
+from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder, versions
 from adaptive_trainer.memory.predict import Prediction
 from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, run_plan
@@ -225,6 +227,21 @@ def test_run_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "lands on rung requested" in caplog.text
     assert "10 classes are assumed" in caplog.text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+@NO_CUDA
+def test_a_plan_without_a_card_is_for_what_training_would_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="adaptive_trainer")
+    made = run_plan(settings(*SMALL, "ladder=none"), tmp_path)
+    with limited(torch.device("cpu"), None) as capacity:
+        assert (made.target.cuda, made.target.capacity) == (False, capacity.bytes)
+    on_cpu = run_plan(settings(*SMALL, "ladder=none", "device=cpu"), tmp_path)
+    assert made.rows[0].min_capacity_bytes == on_cpu.rows[0].min_capacity_bytes
+    assert made.lands_on == "requested"
+    assert caplog.text.count("the simulated card that training would take; card=rtx2060 names another") == 1
+    assert run_plan(settings(*SMALL, "ladder=none", "memory.limit=2GiB"), tmp_path).target.cuda
 
 
 def test_run_plan_refuses_a_size_that_the_network_refuses(tmp_path: Path) -> None:
