@@ -64,7 +64,7 @@ def main() -> None:
 
 def _refusal(error: Exception) -> str:
     """What Hydra, a YAML file or the disk has against a job before it begins; "" for an error of another kind."""
-    if isinstance(error, YAMLError):
+    if isinstance(error, YAMLError | UnicodeDecodeError):
         return f"a YAML file cannot be read: {error}"
     # a group that is not there is an OSError too
     if isinstance(error, HydraException | OmegaConfBaseException | UserError):
@@ -72,7 +72,7 @@ def _refusal(error: Exception) -> str:
     disk = error if isinstance(error, OSError) else error.__cause__  # of a log file that cannot be opened
     if isinstance(disk, OSError):
         return f"the output folder cannot be written: {disk}. {remedy(disk, 'hydra.run.dir')}"
-    return ""
+    return explained(error) if isinstance(error, ValueError) else ""
 
 
 class OutputFolder(Callback):

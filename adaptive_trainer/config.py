@@ -52,6 +52,7 @@ TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
 CACHES = ("none", "ram", "disk")
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
+LARGEST_SEED = 2**63 - 1  # that torch takes, above and below 0
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 TASKS = ("train", "plan", "memory")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
@@ -229,15 +230,19 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
         config_folder: a folder with YAML files of your own, as `--config-dir` on the command line.
 
     Raises:
-        ConfigError: an override names no setting, or gives it a value of the wrong type.
+        ConfigError: an override names no setting, or gives it a value of the wrong type; there is no such folder.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides are a list of texts, such as [{overrides!r}]")
+    if config_folder is not None and not Path(config_folder).is_dir():
+        raise ConfigError(f"config_folder={config_folder} is no folder")
     register()
     extra = [f"hydra.searchpath=[file://{Path(config_folder).resolve()}]"] if config_folder is not None else []
     message = ""
     with _own_hydra():
         try:
             return compose("config", overrides=[*map(at_home, overrides), *extra])
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             message = explained(error)
     raise ConfigError(message)
 
@@ -252,6 +257,8 @@ def explained(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
         return _no_setting(str(cause.full_key))
+    if type(error) is ValueError:  # a group that is given no text
+        return f"{error}; to choose nothing from a group (card, preset) leave it out"
     return f"{error}" if cause is None else f"{error}\n{cause}"
 
 
@@ -440,6 +447,8 @@ def _out_of_range(config: Config) -> list[str]:
         ("data.num_workers", d.num_workers, 0),
         ("optimizer.lr", o.lr, 0),
         ("optimizer.weight_decay", o.weight_decay, 0),
+        ("optimizer.momentum", o.momentum, 0),
+        ("schedule.min_lr", config.schedule.min_lr, 0),
         ("schedule.warmup_epochs", config.schedule.warmup_epochs, 0),
         ("model.num_classes", config.model.num_classes, 2),
     ]
@@ -452,6 +461,8 @@ def _out_of_range(config: Config) -> list[str]:
     problems += [f"{k}={v} is not between 0 and 1" for k, v in open_intervals if v is not None and not 0 < v < 1]
     if t.clip_grad is not None and not t.clip_grad > 0:
         problems.append(f"trainer.clip_grad={t.clip_grad} is not above 0; null turns clipping off")
+    if not -LARGEST_SEED <= config.seed <= LARGEST_SEED:
+        problems.append(f"seed={config.seed} is no whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
     if t.label_smoothing >= 1:
         problems.append(f"trainer.label_smoothing={t.label_smoothing} is not below 1")
     return problems
@@ -463,7 +474,8 @@ def _no_transform(data: DataConfig) -> list[str]:
         problems.append(f"data.crop_scale={data.crop_scale} is no pair of shares of the image, 0 < least <= most <= 1")
     if not 0 <= data.hflip <= 1:
         problems.append(f"data.hflip={data.hflip} is no probability from 0 to 1")
-    if len(data.mean) != 3 or len(data.std) != 3 or not min(data.std) > 0:
+    are_finite = all(map(isfinite, [*data.mean, *data.std]))
+    if len(data.mean) != 3 or len(data.std) != 3 or not are_finite or not min(data.std) > 0:
         problems.append(f"data.mean={data.mean}, data.std={data.std} are not three numbers each, data.std above 0")
     per_sample = "transforms=timm" if data.transforms == "timm" else f"auto_augment={data.auto_augment}"
     if data.cache != "none" and (data.transforms == "timm" or data.auto_augment):

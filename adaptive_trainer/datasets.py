@@ -116,9 +116,14 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
 
 def _images_in(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_raised, followlinks=True):
         folders.sort()
         yield from (os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(IMAGE_FILES))
+
+
+def _raised(error: OSError) -> None:
+    """What cannot be looked into is no folder without images."""
+    raise error
 
 
 def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:

@@ -24,6 +24,8 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
+    if not problem and device.type not in ("cpu", "cuda"):
+        problem = f"nothing is trained on {device.type} devices"
     if problem:
         raise ConfigError(f"device={name}: {problem}; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":

@@ -48,7 +48,7 @@ def split_folder(root: str | None, split: str) -> Path | None:
     Raises:
         DataError: the root is missing.
     """
-    if root is None:
+    if not root:
         raise DataError("data.root has no value; give the folder of your images: data.root=FOLDER")
     top = Path(root).expanduser()
     if not top.is_dir():

@@ -22,6 +22,7 @@ from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.models import check_name
 from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, image_refusal, plan
 from adaptive_trainer.report import refused_by_disk, write_whole
 from adaptive_trainer.target import Target, card_of, target_of
@@ -175,7 +176,9 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
 
     Raises:
         ConfigError: a batch or image size that is no whole number above 0.
+        ModelError: the network is unknown.
     """
+    check_name(cfg.model.name)
     planner = _planner(typed(cfg))
     cells = [
         _cell(typed(cfg), batch, size, planner, measure)

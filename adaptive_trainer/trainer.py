@@ -54,7 +54,7 @@ class Trainer:
             `outputs/DATE/TIME`.
 
     Raises:
-        ConfigError: the model is a network and not what makes one.
+        ConfigError: the model is not what makes one.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Trainer:
         loss: Loss | None = None,
         output_dir: str | Path | None = None,
     ) -> None:
-        if isinstance(model, nn.Module):
+        if isinstance(model, nn.Module) or not (model is None or callable(model)):
             raise ConfigError(
                 f"model is a {type(model).__name__}; give a function of (model settings, number of classes) that makes "
                 "it, since a rung may start anew"
@@ -232,6 +232,8 @@ def _noting(make: ModelFactory, made: dict[str, str]) -> ModelFactory:
 
     def noting(config: ModelConfig, num_classes: int) -> nn.Module:
         network = make(config, num_classes)
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"model is to make a torch.nn.Module, and has made a {type(network).__name__}")
         made[config.name] = type(network).__name__
         return network
 

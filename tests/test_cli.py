@@ -137,6 +137,7 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
         (["card=rtx2060"], 2, "memory.limit=6144MiB sets the size"),
         (["task=plann"], 2, "task=plann is none of train, plan, memory"),
+        (["data=imagefolder", "data.root=''"], 2, "data.root has no value"),
         (["data=imagefolder"], 2, "data.root has no value"),
         (["data=imagefolder", "data.root=photos"], 2, "data.root=photos is no folder"),
         (["data=imagefolder", "data.root=/dev/null"], 2, "data.root=/dev/null is no folder"),
@@ -296,6 +297,10 @@ BAD_INPUT = [
     ("memory.limit=big", ["memory.limit='big'", "5600MiB", "none"]),
     ("device=cuda:9", ["device=cuda:9", "CUDA cards", "device=auto"]),
     ("device=gpu", ["device=gpu", "cuda:N"]),
+    ("device=meta", ["device=meta: nothing is trained on meta devices", "use auto, cpu, cuda"]),
+    ("seed=99999999999999999999", ["seed=99999999999999999999 is no whole number from"]),
+    ("schedule.min_lr=-1", ["schedule.min_lr=-1.0 is below 0"]),
+    ("card=null", ["Config group override must be", "leave it out"]),
     ("data.train._target_=nowhere.Images", ["nowhere.Images"]),
     ("data.crop_scale=[2,1]", ["data.crop_scale", "0 < least <= most <= 1"]),
     ("output_dir=/dev/null", ["record of this run in /dev/null", "File exists", "Choose another output_dir"]),
@@ -619,6 +624,15 @@ def test_a_ladder_that_is_no_yaml(cli: Any, tmp_path: Path) -> None:
     ended = cli("--config-dir", own_ladder(tmp_path, "rungs: [{name: half, overrides: ["), *SMALL, "ladder=own")
     assert ended.code == 2
     assert "own.yaml" in ended.text
+    assert "Traceback" not in ended.text
+
+
+def test_a_ladder_that_is_no_text(cli: Any, tmp_path: Path) -> None:
+    own = own_ladder(tmp_path, "")
+    (tmp_path / own / "ladder" / "own.yaml").write_bytes(b"\xff\xfe\x00")
+    ended = cli("--config-dir", own, *SMALL, "ladder=own")
+    assert ended.code == 2
+    assert "a YAML file cannot be read: 'utf-8' codec can't decode" in ended.text
     assert "Traceback" not in ended.text
 
 

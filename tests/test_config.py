@@ -130,11 +130,31 @@ def test_a_global_choice_is_laid_over_the_settings() -> None:
         "optimizer.lr=-0.1",
         "optimizer.lr=nan",
         "model.num_classes=1",
+        "optimizer.momentum=-1",
+        "schedule.min_lr=-1",
+        "schedule.min_lr=nan",
+        "data.mean=[nan,0,0]",
+        "data.std=[inf,1,1]",
+        "seed=9223372036854775808",
+        "seed=-9223372036854775808",
     ],
 )
 def test_check_refuses_values_that_cannot_be_right(override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         check(typed(compose_config([override])))
+
+
+@pytest.mark.parametrize("override", ["card=null", "preset=null", "ladder=3"])
+def test_a_group_that_is_given_no_text(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"Config group override must be .*leave it out"):
+        compose_config([override])
+
+
+def test_what_cannot_be_composed_in_python(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a list of texts, such as \['trainer\.epochs=1'\]"):
+        compose_config("trainer.epochs=1")
+    with pytest.raises(ConfigError, match="nowhere is no folder"):
+        compose_config(config_folder=tmp_path / "nowhere")
 
 
 def test_check_gathers_every_problem() -> None:

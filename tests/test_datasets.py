@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,20 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "hollow" / "eel" / "notes.txt").write_text("none yet")
     with pytest.raises(DataError, match=r"has no images in eel; put some there .*\.jpg .*or remove the folder"):
         image_folder(str(tmp_path / "hollow"))
+
+
+def test_a_class_that_cannot_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images(tmp_path, "cat", "dog")
+    look = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot get its data: .*Permission denied: .*dog"):
+        build_datasets(settings("data=imagefolder", f"data.root={tmp_path}"))
 
 
 def test_classes_that_differ(tmp_path: Path) -> None:

@@ -270,6 +270,11 @@ def test_run_memory(tmp_path: Path) -> None:
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_run_memory_refuses_a_network_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"unknown model\.name=mobilenetv9"):
+        run_memory(settings(*SMALL, "model.name=mobilenetv9"), tmp_path)
+
+
 def test_run_memory_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

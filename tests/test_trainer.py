@@ -645,6 +645,14 @@ def test_a_card_is_for_plans(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_is_no_function_that_makes_one() -> None:
-    with pytest.raises(ConfigError, match=r"model is a Net; give a function of \(model settings, number of classes\)"):
-        Trainer(settings(steps={}), model=Net(3, nothing))
+@pytest.mark.parametrize(("model", "kind"), [(Net(3, nothing), "Net"), ("resnet18", "str")])
+def test_a_network_is_no_function_that_makes_one(model: Any, kind: str) -> None:
+    said = rf"model is a {kind}; give a function of \(model settings, number of classes\)"
+    with pytest.raises(ConfigError, match=said):
+        Trainer(settings(steps={}), model=model)
+
+
+def test_a_function_that_makes_no_network(tmp_path: Path) -> None:
+    makes_nothing: Any = lambda config, classes: None  # noqa: E731
+    with pytest.raises(ConfigError, match=r"model is to make a torch\.nn\.Module, and has made a NoneType"):
+        Trainer(settings(steps={}), model=makes_nothing, train_data=Seen(), output_dir=tmp_path).fit()
