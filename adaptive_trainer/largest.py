@@ -46,7 +46,7 @@ def _kept(found: int | None, used: int) -> tuple[int, str]:
     if found is None:
         raise ConfigError(
             f"trainer.batch_size={LARGEST} is for the start of a run, and the one that is resumed has batch size "
-            f"{used}; give trainer.batch_size a number, or start anew in another folder with resume=null"
+            f"{used}; give trainer.batch_size a number, or start anew with resume=null"
         )
     return found, "found when the run began; a resumed run keeps it"
 

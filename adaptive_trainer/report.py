@@ -52,16 +52,14 @@ class Result:
 
 
 class Record:
-    """Writes one run's files into its output folder, as things happen; `goes_on` is a run that is resumed there."""
+    """Writes one run's files into its output folder, as things happen."""
 
-    def __init__(self, folder: Path, *, goes_on: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            if not goes_on:  # what is there is of a run that has learned nothing
-                (folder / "attempts.jsonl").unlink(missing_ok=True)
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl."""

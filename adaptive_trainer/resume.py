@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer import checkpoint
 from adaptive_trainer.config import Config, apply_overrides
 from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.report import refused_by_disk
 
-__all__ = ["check_free", "find", "is_within", "load", "passed_over", "saved_settings"]
+__all__ = ["find", "is_within", "load", "passed_over", "saved_settings", "set_aside"]
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
+LEFT_BY_A_RUN = ("config.yaml", "attempts.jsonl", "metrics.csv", "result.json", LAST.parent)
 
 
 def find(resume: str | None, output_dir: Path) -> Path | None:
@@ -58,25 +61,24 @@ def is_within(path: Path | None, output_dir: Path) -> bool:
     return path is not None and path.resolve().parent == (output_dir / LAST).resolve().parent
 
 
-def check_free(output_dir: Path) -> None:
-    """Refuse a folder for a fresh start in which an earlier run has learned something: the two would be mixed.
+def set_aside(output_dir: Path) -> str:
+    """Move what an earlier run has left in the folder into one within, so that a fresh start mixes nothing with it.
+
+    Returns:
+        What was done, in words; empty where there was nothing.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: it cannot be moved.
     """
-    saved = (output_dir / LAST).parent.glob("*.pt")
-    has_epochs = (output_dir / "metrics.csv").exists()
-    if has_epochs or any(path.name != LAST.name or _has_learned(path) for path in saved):
-        raise CheckpointError(
-            f"{output_dir} holds an earlier run, whose record and checkpoints would be lost; go on with it by "
-            "resume=auto, name another output_dir, or remove that folder"
-        )
-
-
-def _has_learned(last: Path) -> bool:
-    with suppress(CheckpointError):
-        return bool(checkpoint.load(last).get("updates"))
-    return True  # damaged: that is not for a new run to decide
+    left = [output_dir / name for name in LEFT_BY_A_RUN if (output_dir / name).exists()]
+    if not left:
+        return ""
+    aside = next(folder for n in count(1) if not (folder := output_dir / f"earlier-{n}").exists())
+    with refused_by_disk(lambda problem: CheckpointError(f"cannot move an earlier run to {aside}: {problem}")):
+        aside.mkdir()
+        for path in left:
+            path.replace(aside / path.name)
+    return f"the earlier run in {output_dir} is kept in {aside.name}; resume=auto would have gone on with it"
 
 
 def _runs(output_dir: Path) -> list[Path]:

@@ -120,7 +120,7 @@ class Stage:
         if not possible:
             raise CheckpointError(
                 f"the checkpoint holds the model {saved['config']['model']} and no rung of the ladder trains it; "
-                "ask for that model, or start anew in another folder with resume=null"
+                "ask for that model, or start anew with resume=null"
             )
         grown = (self.parts.capacity.size or 0) > (saved["capacity"] or 0)
         if saved["requested"] == self._asked() and not grown:
@@ -295,7 +295,7 @@ class Stage:
         if saved["position"]["size"] != self.parts.train_size:
             raise CheckpointError(
                 f"the checkpoint was made with {saved['position']['size']} training samples and there are "
-                f"{self.parts.train_size} now; use the same data, or start anew in another folder with resume=null"
+                f"{self.parts.train_size} now; use the same data, or start anew with resume=null"
             )
         was, wanted = saved["config"]["optimizer"], asked["optimizer"]
         checkpoint.unpack(

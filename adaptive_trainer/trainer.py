@@ -96,11 +96,11 @@ class Trainer:
         asked = ladders[0][2][0].settings
         check_no_card(asked.card)
         path = resume.find(self.cfg.resume, self.output_dir)
-        goes_on = resume.is_within(path, self.output_dir)
-        if not goes_on:
-            resume.check_free(self.output_dir)
-        record = Record(self.output_dir, goes_on=goes_on)
+        kept = "" if resume.is_within(path, self.output_dir) else resume.set_aside(self.output_dir)
+        record = Record(self.output_dir)
         record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
+        if kept:
+            record.event(kept)
         try:
             process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
             with process, _current(device):
