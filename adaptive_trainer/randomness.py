@@ -21,25 +21,25 @@ class RandomStates:
     """
 
     def __init__(self, device: torch.device, generators: Iterable[random.Random | torch.Generator]) -> None:
-        self.device = device
-        self.generators = list(generators)
+        own = list(generators)
+        self.of_python = [g for g in own if isinstance(g, random.Random)]
+        self.of_torch = [torch.default_generator, *(g for g in own if isinstance(g, torch.Generator))]
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # makes the card's generators
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.of_torch.append(torch.cuda.default_generators[index])
 
     def read(self) -> tuple[Any, ...]:
         """All states as they are now, for `write`."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        own = [g.getstate() if isinstance(g, random.Random) else g.get_state() for g in self.generators]
-        return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(), own
+        of_torch, of_python = [g.get_state() for g in self.of_torch], [g.getstate() for g in self.of_python]
+        return of_torch, of_python, random.getstate(), np.random.get_state(legacy=False)
 
     def write(self, states: tuple[Any, ...]) -> None:
         """Put back what `read` gave."""
-        cpu, cuda, python, numpy, own = states
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, self.device)
+        of_torch, of_python, python, numpy = states
+        for generator, state in zip(self.of_torch, of_torch, strict=True):
+            generator.set_state(state)
+        for own, kept in zip(self.of_python, of_python, strict=True):
+            own.setstate(kept)
         random.setstate(python)
         np.random.set_state(numpy)
-        for generator, kept in zip(self.generators, own, strict=True):
-            if isinstance(generator, random.Random):
-                generator.setstate(kept)
-            else:
-                generator.set_state(kept)
