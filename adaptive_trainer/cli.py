@@ -1,7 +1,7 @@
 """The command line: Hydra composes the settings, the Trainer runs, errors become one message and an exit code.
 
 Exit codes: 0 trained; 1 an unexpected error; 2 the user's mistake; 3 no rung of the ladder fits; 4 the device is
-unusable; 75 stopped by a signal with its state saved; 130 stopped by Ctrl-C before or after training.
+unusable; 75 stopped by a signal with its state saved; 130 stopped by Ctrl-C before training.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class OutputFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a sweep."""
         for text in config.hydra.overrides.task:
-            if text.startswith("output_dir=") and not {",", "$"} & set(text):
+            if text.lstrip("+").startswith("output_dir=") and not {",", "$"} & set(text):
                 print(
                     f"{text} would be the folder of all jobs of this sweep, which has to be one for each; "
                     f"hydra.sweep.dir={text.partition('=')[2]} is a folder for the folders of all jobs",

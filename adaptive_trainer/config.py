@@ -52,7 +52,7 @@ TRANSFORMS = ("torchvision", "timm", "none")
 ON_ERROR = ("raise", "skip")
 CACHES = ("none", "ram", "disk")
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
-LARGEST_SEED = 2**63 - 1  # that torch takes, above and below 0
+LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 TASKS = ("train", "plan", "memory")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
@@ -321,7 +321,7 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     """
     result: DictConfig = pickle.loads(pickle.dumps(cfg))  # settings are plain values: less than half the time of copy()
     problems = []
-    for text in sorted(overrides, key=lambda text: not _is_group(text.partition("=")[0])):
+    for text in sorted(overrides, key=lambda text: not _is_group(text.lstrip("+").partition("=")[0])):
         try:
             _apply(result, text)
         except (HydraException, OmegaConfBaseException, ConfigError) as error:

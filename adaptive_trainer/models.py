@@ -78,7 +78,10 @@ def _from_torchvision(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def _uncopied(model: nn.Module) -> nn.Module:
-    """Activations that copy their input to work in place write their output elsewhere: as much memory, and no copy."""
+    """Activations that copy their input to work in place write their output elsewhere instead.
+
+    In training this takes as much memory. In evaluation, where nothing is copied, it takes one activation more.
+    """
     for module in model.modules():
         if isinstance(module, NEED_INPUT):
             module.inplace = False

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -17,6 +17,7 @@ from typing import Any
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import CheckpointError, UserError, remedy
 from adaptive_trainer.ladder import Change, Recipe
+from adaptive_trainer.store import alone
 
 __all__ = ["Record", "Result", "refused_by_disk", "rung_table", "write_whole"]
 
@@ -52,14 +53,41 @@ class Result:
 
 
 class Record:
-    """Writes one run's files into its output folder, as things happen."""
+    """Writes one run's files into its output folder, as things happen.
+
+    Attributes:
+        has_begun: what is in the folder is this run's, which until then leaves the record of an earlier one alone.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
+        self.has_begun = False
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other run works in the folder meanwhile, where the system and the disk have locks.
+
+        Raises:
+            CheckpointError: one does.
+        """
+        with ExitStack() as stack:
+            with self._writing():
+                stack.enter_context(alone(self.folder / ".run", self._refuse))
+            yield
+
+    def _refuse(self) -> None:
+        raise CheckpointError(
+            f"another run is at work in {self.folder}; wait for its end, or choose another output_dir"
+        )
+
+    def begin(self, settings: str) -> None:
+        """Write config.yaml."""
+        self.write("config.yaml", settings)
+        self.has_begun = True
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl."""
@@ -104,7 +132,9 @@ class Record:
         self.write("result.json", _json({**asdict(result), "accumulation": result.used.accumulation}, indent=2) + "\n")
 
     def failure(self, outcome: str, message: str) -> None:
-        """Write result.json for a run that did not end well."""
+        """Write result.json for a run that did not end well, if it has begun."""
+        if not self.has_begun:
+            return
         content = {"outcome": outcome, "message": message, "attempts": [asdict(a) for a in self.attempts]}
         with suppress(CheckpointError):  # the disk may be full, and the first error is the one to show
             self.write("result.json", _json({**content, "events": self.events}, indent=2) + "\n")

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -14,29 +14,31 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer import checkpoint
-from adaptive_trainer.config import Config, apply_overrides
+from adaptive_trainer.config import CardConfig, Config, apply_overrides
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.report import refused_by_disk
 
-__all__ = ["find", "is_within", "load", "passed_over", "saved_settings", "set_aside"]
+__all__ = ["find", "is_within", "left_by_earlier", "load", "passed_over", "saved_settings", "set_aside"]
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
-LEFT_BY_A_RUN = ("config.yaml", "attempts.jsonl", "metrics.csv", "result.json", LAST.parent)
+SETTINGS = "config.yaml"
+OF_A_RUN = (LAST.parent, "attempts.jsonl", "metrics.csv", "result.json", SETTINGS)
 
 
 def find(resume: str | None, output_dir: Path) -> Path | None:
     """The checkpoint that `resume` means; None for a fresh start.
 
-    `auto` is the one in `output_dir`; else, where `output_dir` is `ROOT/DATE/TIME`, the newest of all runs in ROOT.
+    `auto` is the one in `output_dir`, or of the last run that was set aside there; else, where `output_dir` is
+    `ROOT/DATE/TIME`, the newest of all runs in ROOT.
     """
     if resume is None:
         return None
     if resume != "auto":
         return Path(resume).expanduser()
-    own = output_dir / LAST
-    if own.exists():
-        return own
+    for folder in (output_dir, *reversed(_set_aside(output_dir))):
+        if (own := folder / LAST).exists():
+            return own
     saved = [path for path in (run / LAST for run in _runs(output_dir)) if path.exists()]
     return max(saved, key=_modified, default=None)
 
@@ -58,11 +60,18 @@ def passed_over(taken: Path | None, output_dir: Path) -> str:
 
 def is_within(path: Path | None, output_dir: Path) -> bool:
     """Whether a checkpoint is one of the run in `output_dir`, which then goes on."""
-    return path is not None and path.resolve().parent == (output_dir / LAST).resolve().parent
+    return path is not None and path.resolve().is_relative_to((output_dir / LAST).resolve().parent)
+
+
+def left_by_earlier(output_dir: Path) -> list[Path]:
+    """The files and folders of an earlier run in this folder."""
+    return [path for name in OF_A_RUN if (path := output_dir / name).exists()]
 
 
 def set_aside(output_dir: Path) -> str:
     """Move what an earlier run has left in the folder into one within, so that a fresh start mixes nothing with it.
+
+    A move that was cut short is gone on with: the settings are moved last.
 
     Returns:
         What was done, in words; empty where there was nothing.
@@ -70,15 +79,22 @@ def set_aside(output_dir: Path) -> str:
     Raises:
         CheckpointError: it cannot be moved.
     """
-    left = [output_dir / name for name in LEFT_BY_A_RUN if (output_dir / name).exists()]
+    left, earlier = left_by_earlier(output_dir), _set_aside(output_dir)
     if not left:
         return ""
-    aside = next(folder for n in count(1) if not (folder := output_dir / f"earlier-{n}").exists())
+    aside = output_dir / f"earlier-{len(earlier) + 1}"
+    if earlier and not any((earlier[-1] / path.name).exists() for path in (output_dir / SETTINGS, *left)):
+        aside = earlier[-1]
     with refused_by_disk(lambda problem: CheckpointError(f"cannot move an earlier run to {aside}: {problem}")):
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)
         for path in left:
             path.replace(aside / path.name)
-    return f"the earlier run in {output_dir} is kept in {aside.name}; resume=auto would have gone on with it"
+    return f"the earlier run in {output_dir} is kept in {aside.name}"
+
+
+def _set_aside(output_dir: Path) -> list[Path]:
+    """The folders of earlier runs within, the oldest first."""
+    return list(takewhile(Path.exists, (output_dir / f"earlier-{number}" for number in count(1))))
 
 
 def _runs(output_dir: Path) -> list[Path]:
@@ -124,6 +140,7 @@ def saved_settings(cfg: DictConfig, overrides: Sequence[str], output_dir: Path) 
     if path is None:
         return cfg
     saved = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(load(path)["request"]))
+    saved.card = CardConfig()  # a training has none
     result = apply_overrides(DictConfig(saved), overrides)
     result.resume = cfg.resume
     return result

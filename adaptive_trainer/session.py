@@ -55,9 +55,9 @@ class Parts:
     def recipe(self, config: Config) -> Recipe:
         """The recipe of complete settings for people: a network of the caller's own goes by the name of its class."""
         used, name = recipe(config), config.model.name
-        kind = self.made.get(name)
-        if kind is None:
+        if not self.made:
             return used
+        kind = self.made.get(name) or next(iter(self.made.values()))  # a resumed run may not make this one
         return replace(used, model=kind if name == ModelConfig.name else f"{kind} ({name})")
 
 

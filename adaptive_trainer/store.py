@@ -144,10 +144,10 @@ def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 is_held = True
             except BlockingIOError:
+                poll()
                 if not has_waited:
                     log.info("another process makes %s: waiting for it", folder)
                 has_waited = True
-                poll()
                 time.sleep(POLL_SECONDS)
             except OSError:
                 break

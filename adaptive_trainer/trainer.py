@@ -74,7 +74,7 @@ class Trainer:
             )
         self.cfg = cfg
         self._made: dict[str, str] = {}
-        self._make_model = build_model if model is None else _noting(model, self._made)
+        self._make_model = build_model if model in (None, build_model) else _noting(model, self._made)
         self._data = (train_data, val_data)
         self._loss = loss
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
@@ -93,14 +93,17 @@ class Trainer:
         """
         device = device_of(self.cfg.device)
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
-        asked = ladders[0][2][0].settings
-        check_no_card(asked.card)
+        check_no_card(typed(self.cfg).card)
         path = resume.find(self.cfg.resume, self.output_dir)
-        kept = "" if resume.is_within(path, self.output_dir) else resume.set_aside(self.output_dir)
         record = Record(self.output_dir)
-        record.write("config.yaml", OmegaConf.to_yaml(self.cfg, resolve=False))
-        if kept:
-            record.event(kept)
+        with record.held():
+            return self._recorded(ladders, device, record, path)
+
+    def _recorded(self, ladders: Ladders, device: torch.device, record: Record, path: Path | None) -> Result:
+        """Train, from the checkpoint at `path` if there is one, and record how it ends."""
+        asked = ladders[0][2][0].settings
+        if resume.is_within(path, self.output_dir) or not resume.left_by_earlier(self.output_dir):
+            record.begin(OmegaConf.to_yaml(self.cfg))
         try:
             process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
             with process, _current(device):
@@ -115,7 +118,7 @@ class Trainer:
     def _run(
         self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record, path: Path | None
     ) -> Result:
-        """Train the stages one after another, from the checkpoint at `path` if there is one."""
+        """Train the stages one after another."""
         first = ladders[0][2][0].settings
         data = build_datasets(typed(ladders[0][1]), *self._data)
         if self._make_model is build_model:
@@ -131,12 +134,13 @@ class Trainer:
             capacity=capacity,
             made=self._made,
         )
+        saved = None if path is None else resume.load(path)
+        if not record.has_begun:  # nothing is refused any more
+            record.event(resume.set_aside(self.output_dir))
+            record.begin(OmegaConf.to_yaml(self.cfg))
         self._tell(device, path, record)
         if self._make_model is build_model:
-            ladders = _with_layout(self.cfg, ladders, len(data.train), device, record)
-        if path is not None:
-            log.info("going on from %s", path)
-        saved = None if path is None else resume.load(path)
+            ladders = _with_layout(self.cfg, ladders, len(data.train), device, record, saved)
         data, ladders = _with_cache(data, ladders, record)
         forecast = Forecast(
             capacity,
@@ -160,6 +164,8 @@ class Trainer:
 
     def _tell(self, device: torch.device, path: Path | None, record: Record) -> None:
         """Record what was decided before anything runs."""
+        if path is not None:
+            log.info("going on from %s", path)
         if self.cfg.resume == "auto" and (text := resume.passed_over(path, self.output_dir)):
             record.event(text)
         if self.cfg.resume and path is None:
@@ -208,11 +214,24 @@ class Trainer:
         return result
 
 
-def _with_layout(cfg: DictConfig, ladders: Ladders, samples: int, device: torch.device, record: Record) -> Ladders:
-    """The ladders in channels_last where that is left open and makes the run faster: the same at all rungs."""
+def _with_layout(
+    cfg: DictConfig,
+    ladders: Ladders,
+    samples: int,
+    device: torch.device,
+    record: Record,
+    saved: dict[str, Any] | None,
+) -> Ladders:
+    """The ladders in channels_last where that is left open and makes the run faster: the same at all rungs.
+
+    A run that is resumed, from `saved`, keeps its own.
+    """
     config, (major, minor) = typed(cfg), capability_of(device)
     images = samples * sum(typed(settings).trainer.epochs for _, settings, _ in ladders)
-    if config.trainer.channels_last is not None or not channels_last_pays(config, (major, minor), images=images):
+    pays = channels_last_pays(config, (major, minor), images=images)
+    if saved is not None:
+        pays = bool(saved["config"]["trainer"]["channels_last"])
+    if config.trainer.channels_last is not None or not pays:
         return ladders
     record.event(
         f"trainer.channels_last=true: at {config.trainer.precision} on a card of compute capability {major}.{minor} "
@@ -270,6 +289,8 @@ def _differences(cfg: DictConfig, stage: Config) -> str:
     """What a stage sets otherwise than the settings."""
     asked = typed(cfg)
     asked.phases = stage.phases
+    if asked.trainer.channels_last is None and stage.trainer.channels_last:  # as decided for the run
+        asked.trainer.channels_last = True
     return ", ".join(f"{key}={value}" for key, value in changed(asked, stage).items()) or "the settings as they are"
 
 

@@ -133,6 +133,7 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["hydra.run.dir=/dev/null/x"], 2, "hydra.run.dir=/dev/null/x cannot be made"),
         (["-m", "seed=1,2", "hydra.sweep.dir=/dev/null/x"], 2, "hydra.sweep.dir=/dev/null/x cannot be made"),
         (["-m", "seed=1,2", "output_dir=all"], 2, "hydra.sweep.dir=all is a folder for the folders of all jobs"),
+        (["-m", "seed=1,2", "++output_dir=all"], 2, "hydra.sweep.dir=all is a folder for the folders of all jobs"),
         (["ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
         (["card=rtx2060"], 2, "memory.limit=6144MiB sets the size"),

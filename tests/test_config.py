@@ -101,6 +101,8 @@ def test_a_group_choice_comes_before_values_wherever_it_stands(turn: int) -> Non
     config = typed(apply_overrides(compose_config(), overrides))
     assert (config.optimizer.name, config.optimizer.lr, config.trainer.batch_size) == ("sgd", 0.3, 2)
     assert config == typed(compose_config(overrides))
+    added = [text.replace("preset", "+preset") for text in overrides]
+    assert typed(apply_overrides(compose_config(), added)) == config
 
 
 def test_a_global_choice_is_laid_over_the_settings() -> None:

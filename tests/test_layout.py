@@ -102,6 +102,7 @@ def test_a_run_that_it_makes_faster_is_in_it_at_all_rungs(monkeypatch: pytest.Mo
         told = any(f"{last}=true" in event for event in result.events)
         assert told is (expected or name == "kept"), result.events
         assert [change for change in result.changes if "channels_last" in change.key] == []
+        assert any(f"stage b: {last}=False" in event for event in result.events) is (name == "kept")
 
 
 def test_it_is_the_same_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,3 +113,18 @@ def test_it_is_the_same_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert trainer.fit().rung != "requested"
     assert trainer.model is not None
     assert trainer.model.get_parameter("conv_stem.weight").is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_resumed_run_keeps_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("adaptive_trainer.trainer.capability_of", lambda _: HOPPER)
+    for least, expected in ((0, True), (3 * 16 * 160**2, False)):  # in any run, and in one of three epochs
+        monkeypatch.setattr(layout, "LEAST_IN_RUN", least)
+        for epochs in (1, 3):
+            more = [f"trainer.epochs={epochs}", "resume=auto"]
+            trainer = Trainer(compose_config([*SMALL, *more]), output_dir=tmp_path / str(least))
+            result = trainer.fit()
+            assert result.metrics["epoch"] == epochs
+            assert not any("another trainer.channels_last" in event for event in result.events), result.events
+            assert trainer.model is not None
+            kernel = trainer.model.get_parameter("conv_stem.weight")
+            assert kernel.is_contiguous(memory_format=torch.channels_last) is expected

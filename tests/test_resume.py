@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, oom
-from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError
+from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Record, Result
 from tests import runs
@@ -398,7 +398,8 @@ def test_a_folder_of_checkpoints_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("resume", ["null", "other"])
@@ -420,17 +421,52 @@ def test_an_earlier_run_is_not_written_over(resume: str, tmp_path: Path) -> None
     assert not (tmp_path / "mine" / "earlier-3").exists()
 
 
-def test_an_earlier_run_that_cannot_be_moved_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moved", range(5))
+def test_a_move_that_is_cut_short_is_gone_on_with(moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tmp_path)
-    before = contents(tmp_path)
+    before, replace_file, calls = contents(tmp_path), Path.replace, iter(range(10))
 
     def refused(self: Path, target: Path) -> Path:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        if "earlier-1" in str(target) and next(calls) == moved:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return replace_file(self, target)
 
     monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(CheckpointError, match=r"cannot move an earlier run to .*earlier-1"):
         fit(tmp_path)
+    if moved % 2:
+        assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
+    else:
+        fit(tmp_path)
+        assert contents(tmp_path / "earlier-1") == before
+    assert not (tmp_path / "earlier-2").exists()
+
+
+@pytest.mark.parametrize(
+    "refused", ["model.name=nosuch", "data.image_size=1", "resume=nowhere/last.pt", "data=cifar10"]
+)
+def test_a_start_that_is_refused_moves_nothing(refused: str, tmp_path: Path) -> None:
+    first = fit(tmp_path, "trainer.epochs=2")
+    before = contents(tmp_path)
+    with pytest.raises(UserError):
+        fit(tmp_path, refused, f"data.root={tmp_path}/nowhere", *(["data.train.download=false"] * ("cifar" in refused)))
     assert contents(tmp_path) == before
+    assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == first.metrics["epoch"] + 1
+
+
+def test_a_run_that_was_moved_is_gone_on_with_when_the_new_one_has_learned_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, "trainer.epochs=2")
+    with pytest.raises(ZeroDivisionError):
+        Trainer(compose_config(SETTINGS), model=lambda *_: 1 / 0, output_dir=tmp_path).fit()  # type: ignore[arg-type]
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()
+    assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
+
+
+def test_two_runs_at_a_time_in_one_folder_are_refused(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    with record.held(), pytest.raises(CheckpointError, match="another run is at work in"):
+        fit(tmp_path)
+    assert fit(tmp_path).outcome == "trained"
 
 
 def test_two_trainers_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,3 +595,20 @@ def test_a_checkpoint_of_another_implementation_of_sgd(tmp_path: Path) -> None:
     found = checkpoint.load(tmp_path / "b" / "checkpoints" / "last.pt")["optimizer"]
     assert {group["fused"] for group in found["param_groups"]} == {True}
     assert len(found["state"]) == 2
+
+
+def test_a_network_of_ones_own_goes_by_its_class_after_a_resume_below_the_first_rung(tmp_path: Path) -> None:
+    class Small(nn.Sequential):
+        """For any `model.name`."""
+
+        def __init__(self, classes: int) -> None:
+            super().__init__(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Flatten(), nn.LazyLinear(classes))
+            self(torch.zeros(2, 3, 32, 32))
+
+    ladder = ["ladder.rungs=[{name: other, overrides: ['trainer.batch_size=2', 'model.name=resnet18']}]"]
+    settings = [*SETTINGS[2:], "data=fakedata", "trainer.batch_size=24", "memory.limit=24MiB", *ladder]
+    for epochs in (1, 2):
+        cfg = compose_config([*settings, f"trainer.epochs={epochs}", "resume=auto"])
+        result = Trainer(cfg, model=lambda _, classes: Small(classes), output_dir=tmp_path).fit()
+        assert (result.rung, result.metrics["epoch"]) == ("other", epochs)
+        assert (result.requested.model, result.used.model) == ("Small", "Small (resnet18)")
