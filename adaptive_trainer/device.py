@@ -22,8 +22,8 @@ def device_of(name: str) -> torch.device:
     problem = ""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0]
+    except RuntimeError:
+        problem = "there is no such device"
     if not problem and device.type not in ("cpu", "cuda"):
         problem = f"nothing is trained on {device.type} devices"
     if problem:

@@ -19,7 +19,7 @@ def train(batch_size: int, width: int) -> float:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 def main() -> None:
