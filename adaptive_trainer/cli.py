@@ -22,7 +22,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import TASKS, at_home, check, check_no_card, config_dir, explained, register, typed
+from adaptive_trainer.checks import TASKS, check, check_no_card
+from adaptive_trainer.config import at_home, config_dir, explained, register, typed
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError, remedy
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages

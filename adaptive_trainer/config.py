@@ -1,8 +1,7 @@
-"""The settings: their schema, where `configs/` lies, how overrides are applied, and what combinations make no sense.
+"""The settings: their schema, where `configs/` lies, and how overrides are applied.
 
 Hydra composes YAML files and overrides into a `DictConfig` checked against the dataclasses below; `typed` turns it into
-those dataclasses, and `check` gathers every problem in one `ConfigError`. Nothing here imports torch, so `--help`,
-`--cfg job` and a mistyped key answer at once.
+those dataclasses. Nothing here imports torch, so `--help`, `--cfg job` and a mistyped key answer at once.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
-from math import isfinite
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -35,8 +33,6 @@ __all__ = [
     "Config",
     "apply_overrides",
     "at_home",
-    "check",
-    "check_no_card",
     "compose_config",
     "config_dir",
     "explained",
@@ -45,17 +41,8 @@ __all__ = [
 ]
 
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
-PRECISIONS = ("fp32", "bf16", "fp16")
-ENGINES = ("auto", "eager", "graph", "compile")
-LR_POLICIES = ("none", "linear", "sqrt", "auto")
-TRANSFORMS = ("torchvision", "timm", "none")
-ON_ERROR = ("raise", "skip")
-CACHES = ("none", "ram", "disk")
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
-LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
-TASKS = ("train", "plan", "memory")
-METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 
 
 @dataclass
@@ -395,106 +382,3 @@ def _own_hydra() -> Iterator[None]:
                 yield
         finally:
             GlobalHydra.instance().hydra = around
-
-
-def check(config: Config) -> None:
-    """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
-    problems = [*_out_of_range(config), *_no_transform(config.data), *_not_a_choice(config)]
-    problems += _no_batch(config.trainer)
-    if problems:
-        raise ConfigError("; ".join(problems))
-
-
-def check_no_card(card: CardConfig) -> None:
-    """Refuse a card that is named for a training, which takes the memory that there is.
-
-    Raises:
-        ConfigError: it is.
-    """
-    if card != CardConfig():
-        size = "6GiB" if card.memory_mib is None else f"{card.memory_mib}MiB"
-        raise ConfigError(
-            f"card=... ({card.name}) is for task=plan and task=memory; training uses the card of this machine, or a "
-            f"simulated one where there is none, of which memory.limit={size} sets the size"
-        )
-
-
-def _no_batch(trainer: TrainerConfig) -> list[str]:
-    batch, micro = trainer.batch_size, trainer.micro_batch_size
-    if batch == LARGEST:
-        text = (
-            f"trainer.batch_size={LARGEST} with trainer.micro_batch_size={micro}: in micro-batches a batch of any size "
-            "fits; give trainer.batch_size a number, or leave trainer.micro_batch_size null"
-        )
-        return [] if micro is None else [text]
-    if type(batch) is not int or batch < 1:
-        return [f"trainer.batch_size={batch} is neither a whole number above 0 nor {LARGEST}, the largest that fits"]
-    if micro is not None and micro > batch:
-        return [f"trainer.micro_batch_size={micro} is above trainer.batch_size={batch}; make it at most {batch}"]
-    return []
-
-
-def _out_of_range(config: Config) -> list[str]:
-    t, d, o = config.trainer, config.data, config.optimizer
-    least: list[tuple[str, float | None, float]] = [
-        ("trainer.epochs", t.epochs, 1),
-        ("trainer.micro_batch_size", t.micro_batch_size, 1),
-        ("trainer.eval_batch_size", t.eval_batch_size, 1),
-        ("trainer.checkpoint_every", t.checkpoint_every, 1),
-        ("trainer.log_every", t.log_every, 1),
-        ("trainer.label_smoothing", t.label_smoothing, 0),
-        ("data.image_size", d.image_size, 1),
-        ("data.num_workers", d.num_workers, 0),
-        ("optimizer.lr", o.lr, 0),
-        ("optimizer.weight_decay", o.weight_decay, 0),
-        ("optimizer.momentum", o.momentum, 0),
-        ("schedule.min_lr", config.schedule.min_lr, 0),
-        ("schedule.warmup_epochs", config.schedule.warmup_epochs, 0),
-        ("model.num_classes", config.model.num_classes, 2),
-    ]
-    problems = [f"{key}={value} is below {low:g}" for key, value, low in least if value is not None and value < low]
-    problems += [f"{key}={value} is no number" for key, value, _ in least if value is not None and not isfinite(value)]
-    open_intervals = [
-        ("data.val_fraction", d.val_fraction),
-        ("trainer.ema_decay", t.ema_decay),
-    ]
-    problems += [f"{k}={v} is not between 0 and 1" for k, v in open_intervals if v is not None and not 0 < v < 1]
-    if t.clip_grad is not None and not t.clip_grad > 0:
-        problems.append(f"trainer.clip_grad={t.clip_grad} is not above 0; null turns clipping off")
-    if not -LARGEST_SEED <= config.seed <= LARGEST_SEED:
-        problems.append(f"seed={config.seed} is no whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
-    if t.label_smoothing >= 1:
-        problems.append(f"trainer.label_smoothing={t.label_smoothing} is not below 1")
-    return problems
-
-
-def _no_transform(data: DataConfig) -> list[str]:
-    problems = []
-    if len(data.crop_scale) != 2 or not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        problems.append(f"data.crop_scale={data.crop_scale} is no pair of shares of the image, 0 < least <= most <= 1")
-    if not 0 <= data.hflip <= 1:
-        problems.append(f"data.hflip={data.hflip} is no probability from 0 to 1")
-    are_finite = all(map(isfinite, [*data.mean, *data.std]))
-    if len(data.mean) != 3 or len(data.std) != 3 or not are_finite or not min(data.std) > 0:
-        problems.append(f"data.mean={data.mean}, data.std={data.std} are not three numbers each, data.std above 0")
-    per_sample = "transforms=timm" if data.transforms == "timm" else f"auto_augment={data.auto_augment}"
-    if data.cache != "none" and (data.transforms == "timm" or data.auto_augment):
-        problems.append(
-            f"data.cache={data.cache} augments whole batches, and data.{per_sample} works on single images; use "
-            "data.cache=none, or data.transforms=torchvision (or none) with data.auto_augment=null"
-        )
-    return problems
-
-
-def _not_a_choice(config: Config) -> list[str]:
-    choices = [
-        ("task", config.task, TASKS),
-        ("optimized_metric", config.optimized_metric, METRICS),
-        ("trainer.precision", config.trainer.precision, PRECISIONS),
-        ("trainer.engine", config.trainer.engine, ENGINES),
-        ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
-        ("data.transforms", config.data.transforms, TRANSFORMS),
-        ("data.on_error", config.data.on_error, ON_ERROR),
-        ("data.cache", config.data.cache, CACHES),
-    ]
-    return [f"{key}={value} is none of {', '.join(allowed)}" for key, value, allowed in choices if value not in allowed]

@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, TrainerConfig, apply_overrides, check, typed
+from adaptive_trainer.checks import check
+from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, TrainerConfig, apply_overrides, typed
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [

@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config import LARGEST, CardConfig, Config, check, typed
+from adaptive_trainer.checks import check
+from adaptive_trainer.config import LARGEST, CardConfig, Config, typed
 from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from adaptive_trainer.config import PRECISIONS, Config, check, compose_config, typed
+from adaptive_trainer.checks import PRECISIONS, check
+from adaptive_trainer.config import Config, compose_config, typed
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import Prediction

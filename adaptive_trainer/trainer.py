@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, check_no_card, typed
+from adaptive_trainer.checks import check_no_card
+from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted

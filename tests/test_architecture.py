@@ -54,12 +54,13 @@ memory.usage memory.allocator
 oom device
 ladder layout
 folders
+checks
 config
 search
 errors
 """
 ORDER = {name: rank for rank, name in enumerate(LAYERS.split())}
-WITHOUT_TORCH = ("__init__", "__main__", "cli", "config", "errors", "folders", "ladder")
+WITHOUT_TORCH = ("__init__", "__main__", "cli", "checks", "config", "errors", "folders", "ladder")
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 
 

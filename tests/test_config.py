@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from adaptive_trainer import cli
-from adaptive_trainer.config import Config, apply_overrides, at_home, check, compose_config, config_dir, typed
+from adaptive_trainer.checks import check
+from adaptive_trainer.config import Config, apply_overrides, at_home, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError
 
 GROUPS = sorted(p for p in Path(config_dir()).glob("*/*.yaml") if p.parent.name != "sweep")
