@@ -71,12 +71,16 @@ class Record:
     def held(self) -> Iterator[None]:
         """No other run works in the folder meanwhile, where the system and the disk have locks.
 
+        Half of a checkpoint, which a killed run leaves, goes.
+
         Raises:
             CheckpointError: one does.
         """
         with ExitStack() as stack:
             with self._writing():
-                stack.enter_context(alone(self.folder / ".run", self._refuse))
+                is_alone = stack.enter_context(alone(self.folder / ".run", self._refuse))
+                for part in self.folder.glob("checkpoints/*.pt.*.part") if is_alone else ():
+                    part.unlink(missing_ok=True)
             yield
 
     def _refuse(self) -> None:

@@ -462,6 +462,15 @@ def test_a_run_that_was_moved_is_gone_on_with_when_the_new_one_has_learned_nothi
     assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
 
 
+def test_half_a_checkpoint_of_a_killed_run_goes(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "checkpoints" / "last.pt.123.part", tmp_path / "film.mkv.part"
+    mine.parent.mkdir()
+    for part in (mine, theirs):
+        part.write_text("half a")
+    fit(tmp_path)
+    assert list(tmp_path.rglob("*.part")) == [theirs]
+
+
 def test_two_runs_at_a_time_in_one_folder_are_refused(tmp_path: Path) -> None:
     record = Record(tmp_path)
     with record.held(), pytest.raises(CheckpointError, match="another run is at work in"):
