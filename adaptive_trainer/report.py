@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ from adaptive_trainer.store import alone
 __all__ = ["Record", "Result", "refused_by_disk", "rung_table", "write_whole"]
 
 log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Record:
     def held(self) -> Iterator[None]:
         """No other run works in the folder meanwhile, where the system and the disk have locks.
 
+        One that is there is waited for: the data workers of a killed run live, and hold its lock, for seconds after it.
+
         Half of a checkpoint, which a killed run leaves, goes.
 
         Raises:
@@ -78,15 +83,17 @@ class Record:
         """
         with ExitStack() as stack:
             with self._writing():
-                is_alone = stack.enter_context(alone(self.folder / ".run", self._refuse))
+                refused_at = time.monotonic() + WAIT_SECONDS
+                is_alone = stack.enter_context(alone(self.folder / ".run", lambda: self._refuse(refused_at)))
                 for part in self.folder.glob("checkpoints/*.pt.*.part") if is_alone else ():
                     part.unlink(missing_ok=True)
             yield
 
-    def _refuse(self) -> None:
-        raise CheckpointError(
-            f"another run is at work in {self.folder}; wait for its end, or choose another output_dir"
-        )
+    def _refuse(self, at: float) -> None:
+        if time.monotonic() > at:
+            raise CheckpointError(
+                f"another run is at work in {self.folder}; wait for its end, or choose another output_dir"
+            )
 
     def begin(self, settings: str) -> None:
         """Write config.yaml."""

@@ -146,12 +146,16 @@ def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
             except BlockingIOError:
                 poll()
                 if not has_waited:
-                    log.info("another process makes %s: waiting for it", folder)
+                    log.info("another process is at work on %s: waiting for it", folder)
                 has_waited = True
                 time.sleep(POLL_SECONDS)
             except OSError:
                 break
-        yield is_held
+        try:
+            yield is_held
+        finally:
+            if is_held:  # processes that were forked meanwhile hold the file too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _opened(lock: Path) -> TextIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
 import random
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, oom
+from adaptive_trainer import Trainer, checkpoint, compose_config, oom, report
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Record, Result
@@ -65,6 +66,21 @@ if __name__ == "__main__":
     except AdaptiveTrainerError as error:
         print(error)
         sys.exit(error.exit_code)
+"""
+HOLDS_AND_FORKS = """
+import os, sys, time
+from pathlib import Path
+from adaptive_trainer.report import Record
+
+with Record(Path(sys.argv[1])).held():
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    if sys.argv[2] == "stays":
+        print("stays", flush=True)
+        time.sleep(60)
+print("left", flush=True)
+time.sleep(60)
 """
 TIMES = {"seconds", "peak_allocated_bytes", "peak_reserved_bytes"}
 
@@ -471,11 +487,38 @@ def test_half_a_checkpoint_of_a_killed_run_goes(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.part")) == [theirs]
 
 
-def test_two_runs_at_a_time_in_one_folder_are_refused(tmp_path: Path) -> None:
-    record = Record(tmp_path)
-    with record.held(), pytest.raises(CheckpointError, match="another run is at work in"):
+def test_two_runs_at_a_time_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "WAIT_SECONDS", 0.0)
+    with Record(tmp_path).held(), pytest.raises(CheckpointError, match="another run is at work in"):
         fit(tmp_path)
     assert fit(tmp_path).outcome == "trained"
+
+
+def test_workers_that_outlive_a_killed_run_are_waited_for(tmp_path: Path) -> None:
+    """They have its lock from the fork on."""
+    holds_and_forks(tmp_path, "stays")
+    with pytest.raises(BlockingIOError):
+        lock(tmp_path)
+    assert fit(tmp_path).outcome == "trained"
+
+
+def test_a_lock_is_given_back_before_forked_processes_end(tmp_path: Path) -> None:
+    holds_and_forks(tmp_path, "left")
+    lock(tmp_path)
+
+
+def holds_and_forks(folder: Path, how: str) -> None:
+    """A process holds the folder and forks; it is killed when it stays within, or has left, and the other lives on."""
+    command = [sys.executable, "-c", HOLDS_AND_FORKS, str(folder), how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"{how}\n"
+        process.kill()
+
+
+def lock(folder: Path) -> None:
+    with (folder / ".run.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_two_trainers_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
