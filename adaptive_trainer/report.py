@@ -74,12 +74,11 @@ class Record:
     def held(self) -> Iterator[None]:
         """No other run works in the folder meanwhile, where the system and the disk have locks.
 
-        One that is there is waited for: the data workers of a killed run live, and hold its lock, for seconds after it.
-
-        Half of a checkpoint, which a killed run leaves, goes.
+        It is waited for: the data workers of a killed run live, and hold its lock, for seconds after it. Half of a
+        checkpoint, which such a run leaves, goes.
 
         Raises:
-            CheckpointError: one does.
+            CheckpointError: another run goes on working there.
         """
         with ExitStack() as stack:
             with self._writing():

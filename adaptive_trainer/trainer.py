@@ -95,14 +95,13 @@ class Trainer:
         device = device_of(self.cfg.device)
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         check_no_card(typed(self.cfg).card)
-        path = resume.find(self.cfg.resume, self.output_dir)
         record = Record(self.output_dir)
         with record.held():
-            return self._recorded(ladders, device, record, path)
+            return self._recorded(ladders, device, record)
 
-    def _recorded(self, ladders: Ladders, device: torch.device, record: Record, path: Path | None) -> Result:
-        """Train, from the checkpoint at `path` if there is one, and record how it ends."""
-        asked = ladders[0][2][0].settings
+    def _recorded(self, ladders: Ladders, device: torch.device, record: Record) -> Result:
+        """Train, and record how it ends; the folder is this run's alone."""
+        asked, path = ladders[0][2][0].settings, resume.find(self.cfg.resume, self.output_dir)
         if resume.is_within(path, self.output_dir) or not resume.left_by_earlier(self.output_dir):
             record.begin(OmegaConf.to_yaml(self.cfg))
         try:

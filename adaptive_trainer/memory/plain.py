@@ -1,7 +1,7 @@
 """What a few operators give on fake tensors, known at once.
 
-PyTorch finds the results of BatchNorm and of SiLU's gradient by running dozens of small operators on fake tensors: half
-of the time of a trace. They are plain: one tensor like the input, and a value or none for each channel.
+PyTorch finds the results of BatchNorm and of SiLU's gradient by running dozens of small operators on fake tensors, and
+that takes much of a process's first trace. They are plain: one tensor like the input, and a value for each channel.
 """
 
 from __future__ import annotations
