@@ -164,7 +164,12 @@ def test_a_group_that_is_not_there_is_no_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["hydra", "torch"])
 def test_ctrl_c_while_packages_are_imported(module: str, tmp_path: Path) -> None:
-    (tmp_path / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    lines = [
+        "import signal",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+        "signal.raise_signal(signal.SIGINT)",
+    ]
+    (tmp_path / f"{module}.py").write_text("\n".join(lines))  # a process started in the background ignores it
     ended = python_m("-m", "adaptive_trainer", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (130, "stopped by Ctrl-C\n")
 

@@ -90,8 +90,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotImplementedError("the memory that kernels of LSTMs take is not known")
         if func is aten._local_scalar_dense.default and self.in_step:  # .item(): a step count, which is not 0
             return 1.0 if args[0].dtype.is_floating_point else 1
-        out = plain_result(func, args)
-        if out is None:
+        out = plain_result(func, args, kwargs or {})
+        if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
         if self.cuda and (func is CONV or func is CONV_BACKWARD):
             self._convolution(func, args, out)
