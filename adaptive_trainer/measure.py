@@ -15,8 +15,8 @@ from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.process import private_process_state
+from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter
-from adaptive_trainer.update import Shapes, prove
 
 __all__ = ["measure"]
 

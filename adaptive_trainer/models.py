@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
 
-__all__ = ["build_model", "check_image_size", "check_name", "checkpoint_activations", "has_batch_norm"]
+__all__ = ["build_model", "check_image_size", "check_name", "checkpoint_activations", "has_batch_norm", "outline"]
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,25 @@ def _network_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def check_image_size(config: ModelConfig, image_size: int) -> None:
+def outline(config: ModelConfig, num_classes: int) -> nn.Module | None:
+    """The network on meta, in evaluation mode, made once; None where it cannot be made without memory.
+
+    Raises:
+        ModelError: as `build_model`.
+    """
+    return _outline(config.name, json.dumps(config.kwargs, sort_keys=True), num_classes)
+
+
+@functools.lru_cache(maxsize=16)
+def _outline(name: str, kwargs: str, num_classes: int) -> nn.Module | None:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return build_model(ModelConfig(name=name, kwargs=json.loads(kwargs)), num_classes).eval()
+    except (NotImplementedError, RuntimeError):  # it looks at values while it is built
+        return None
+
+
+def check_image_size(config: ModelConfig, image_size: int, num_classes: int = 2) -> None:
     """Refuse an image size that the network cannot take, found out by running shapes alone (no memory, about 0.1 s).
 
     A network that cannot be run on shapes alone even at the size it was made for is let through.
@@ -145,7 +163,7 @@ def check_image_size(config: ModelConfig, image_size: int) -> None:
     Raises:
         ModelError: the network refuses the size; also everything that `build_model` raises it for.
     """
-    made_for, refusal = _refusal(config.name, json.dumps(config.kwargs, sort_keys=True), image_size)
+    made_for, refusal = _refusal(config.name, json.dumps(config.kwargs, sort_keys=True), image_size, num_classes)
     if refusal:
         advice = "" if config.name.startswith(TORCHVISION) else f", or +model.kwargs.img_size={image_size} if it has it"
         raise ModelError(
@@ -155,14 +173,11 @@ def check_image_size(config: ModelConfig, image_size: int) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _refusal(name: str, kwargs: str, image_size: int) -> tuple[int, str]:
+def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple[int, str]:
     """The size the network was made for, and why it refuses `image_size` (empty: it does not)."""
-    config = ModelConfig(name=name, kwargs=json.loads(kwargs))
-    made_for = _made_for(config)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = build_model(config, num_classes=2).eval()
-    except (NotImplementedError, RuntimeError):  # it looks at values while it is built
+    made_for = _made_for(ModelConfig(name=name, kwargs=json.loads(kwargs)))
+    model = _outline(name, kwargs, num_classes)
+    if model is None:
         return made_for, ""
     failure = _failure(model, image_size)
     return made_for, "" if failure and _failure(model, made_for) else failure

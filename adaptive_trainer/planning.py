@@ -21,7 +21,7 @@ from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
-from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm
+from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm, outline
 from adaptive_trainer.optimizers import build_loss, build_optimizer
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.search import largest
@@ -127,8 +127,9 @@ class Planner:
         key = repr(self.key(config)["model"])
         if key not in self._weights:
             self._weights[key] = 0
-            with suppress(Exception), same_random_numbers(), torch.device("meta"):  # it may look at values
-                self._weights[key] = sum(parameter.nbytes for parameter in self._model(config).parameters())
+            with suppress(Exception):
+                model = self._outline(config)
+                self._weights[key] = 0 if model is None else sum(p.nbytes for p in model.parameters())
         return self._weights[key]
 
     def largest_batch(self, config: Config, capacity: int, most: int) -> tuple[int | None, str]:
@@ -217,14 +218,23 @@ class Planner:
             key=repr((model_key, key["optimizer"], key["label_smoothing"])),
         )
 
+    def _outline(self, config: Config) -> nn.Module | None:
+        """The network without memory; None where it cannot be made so."""
+        if self.make_model is build_model:
+            return outline(config.model, self.classes(config))
+        try:
+            with same_random_numbers(), torch.device("meta"):
+                return self._model(config)
+        except (NotImplementedError, RuntimeError):  # it looks at values while it is built
+            return None
+
     def _needs_pairs(self, model_key: str, config: Config) -> bool:
         if model_key not in self._norms:
-            try:
-                with same_random_numbers(), torch.device("meta"):
-                    self._norms[model_key] = has_batch_norm(self._model(config))
-            except (NotImplementedError, RuntimeError):  # it looks at values while it is built
+            model = self._outline(config)
+            if model is None:
                 with same_random_numbers():
-                    self._norms[model_key] = has_batch_norm(self._model(config))
+                    model = self._model(config)
+            self._norms[model_key] = has_batch_norm(model)
         return self._norms[model_key]
 
 

@@ -22,9 +22,9 @@ from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
 from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.position import last_update
+from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.session import Parts, Session, enter
-from adaptive_trainer.update import Shapes, prove
 
 __all__ = ["Stage"]
 

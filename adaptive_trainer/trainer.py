@@ -121,14 +121,15 @@ class Trainer:
         """Train the stages one after another."""
         first = ladders[0][2][0].settings
         data = build_datasets(typed(ladders[0][1]), *self._data)
+        num_classes = first.model.num_classes or data.num_classes
         if self._make_model is build_model:
             for _, _, ladder in ladders:
-                check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size)
+                check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size, num_classes)
         parts = Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
             request=OmegaConf.to_yaml(self.cfg),
-            num_classes=first.model.num_classes or data.num_classes,
+            num_classes=num_classes,
             train_size=len(data.train),
             device=device,
             capacity=capacity,

@@ -3,7 +3,7 @@
 `Update.run` copies what the update will change, runs the micro-batches, the clipping and the step, and commits position
 and counters last. On an out-of-memory everything is rolled back, what the failed update held is freed, and the same
 samples are tried once more (an out-of-memory can be spurious); a second failure is raised as `OutOfMemory` for the
-descent to answer. `prove` runs whole updates and one evaluation batch on made-up images and undoes them all.
+descent to answer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,38 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.augment import DeviceBatch, fitting
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.transaction import TrainState, Undo, layout
 
-__all__ = ["Loss", "Shapes", "Update", "prove"]
+__all__ = ["Loss", "Update"]
 
 log = logging.getLogger(__name__)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Accumulate = Callable[[Tensor, Tensor], None]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PROVEN_UPDATES = 2  # the optimizer makes its state in the first; the second meets the full peak
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """Sizes of the tensors that training will meet: square RGB images, integer labels.
-
-    Attributes:
-        last: samples in the last update of an epoch; 0 where it is a whole batch.
-        stored_size: height and width of stored images (`data.cache`), of which a batch waits on the device; 0: none.
-    """
-
-    batch_size: int
-    eval_batch_size: int
-    image_size: int
-    num_classes: int
-    last: int = 0
-    stored_size: int = 0
 
 
 class Update:
@@ -95,7 +75,7 @@ class Update:
         self.keeps_gradients = False  # whether the optimizer was seen to hold on to a gradient
         self.is_warm = False  # whether the last step found all of the optimizer's state made
         self.held: int | None = None  # bytes, before the updates of a proof
-        self.is_proving = False  # a proof counts all of its memory
+        self.is_proving = False
         self._token = object()  # tells the work of this update from that of another with the same shapes
         self._modules = list(state.model.modules())
         self._undo = Undo(state, device)
@@ -147,6 +127,16 @@ class Update:
             self._accumulation = None
 
     @contextmanager
+    def proving(self) -> Iterator[None]:
+        """Updates inside count all of their memory; who asks for them undoes their steps, and the optimizer's state."""
+        self.is_proving = True
+        try:
+            yield
+        finally:
+            self.held, self.is_proving, self.is_warm = None, False, False
+            self._undo.let_go()
+
+    @contextmanager
     def undone(self) -> Iterator[None]:
         """What is changed inside, but for weights and optimizer state, is as before afterwards."""
         self.phase = "begin"
@@ -194,7 +184,7 @@ class Update:
         return self._token, id(evaluated), self.micro_batch_size, layout(images), layout(labels)
 
     def _recover(self, failure: oom.Failure) -> None:
-        if self.phase == "optimizer step" and not self._undo.stepping:
+        if self.phase == "optimizer step" and not self._undo.stepping and not self.is_proving:
             raise DeviceUnusable(
                 "out of memory in an optimizer step that had been measured to allocate nothing, so no copy was kept: "
                 f"{failure.text}. The weights may be half updated; go on from the last checkpoint with resume=auto"
@@ -261,8 +251,11 @@ class Update:
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
         warm = self.is_warm = self._has_state()
-        if undoable and (not warm or self.step_allocates is not False):
-            self._undo.before_step(on_host=not (warm and self.step_allocates))
+        allocates = self.step_allocates if warm else None
+        if undoable and allocates:
+            self._undo.before_step()
+        elif undoable and allocates is None and not self.is_proving:
+            self._undo.before_step(on_host=True)
         if warm and self.step_allocates is None:
             self._change_counted()
         else:
@@ -363,107 +356,3 @@ class _Allocations(TorchDispatchMode):
 
 def _storages(values: Any) -> set[int]:
     return {leaf.untyped_storage()._cdata for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
-
-
-def prove(update: Update, shapes: Shapes) -> int:
-    """Show that a recipe fits: whole updates and one evaluation batch at real shapes, then undo them all.
-
-    Returns:
-        The evaluation batch size that fits: the one asked for, halved until it does.
-
-    Raises:
-        OutOfMemory: it does not fit; the state is as before.
-        DeviceUnusable: the device answers nothing any more.
-        RuntimeError: nothing ran.
-    """
-    state = update.state
-    trace = Undo(state, update.device, on_host=True)
-    trace.begin()
-    trace.before_step()
-    update.is_proving = True
-    try:
-        proven, eval_batch = _prove(update, shapes)
-    except BaseException as error:
-        if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
-            trace.roll_back()
-        raise
-    finally:
-        update.held, update.is_proving = None, False
-        update._undo.let_go()
-    proven -= trace.updates
-    trace.roll_back()
-    update.is_warm = False  # most optimizers' state is gone again
-    if proven < PROVEN_UPDATES:
-        raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
-    return eval_batch
-
-
-def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
-    """Count of updates afterwards, and the evaluation batch size that fits."""
-    scaler = update.state.scaler
-    if scaler.is_enabled():  # a step that overflows is left out, and would prove nothing
-        scaler.scale(torch.zeros((), device=update.device))  # makes its tensors where there are none
-        scaler.update(1.0)
-    _prove_updates(update, shapes)
-    return update.state.updates, _prove_evaluation(update, shapes)
-
-
-def _prove_updates(update: Update, shapes: Shapes) -> None:
-    made_up = _batches(update, shapes, max(shapes.batch_size, shapes.last))
-    update.held = oom.held(update.device)
-    for _ in range(PROVEN_UPDATES):
-        update.run(*made_up(shapes.batch_size), samples=0)
-    makes_copies = update.step_allocates and update.device.type == "cuda"
-    for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
-        update.run(*made_up(shapes.batch_size), samples=0)
-    if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
-        update.run(*made_up(shapes.last), samples=0)
-
-
-def _prove_evaluation(update: Update, shapes: Shapes) -> int:
-    size = shapes.eval_batch_size
-    while True:
-        try:
-            _evaluate_made_up(update, shapes, size)
-        except OutOfMemory:
-            if size == 1:
-                raise
-        else:
-            return size
-        size //= 2
-
-
-def _evaluate_made_up(update: Update, shapes: Shapes, size: int) -> None:
-    model = update.state.model if update.state.ema is None else update.state.ema.module
-    made_up = _batches(update, shapes, size)  # it holds what waits on the device
-    update.evaluate(model, *made_up(size))
-
-
-def _batches(update: Update, shapes: Shapes, most: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """What gives made-up batches of up to `most` samples: each anew, and held where the loader of training holds them.
-
-    Raises:
-        OutOfMemory: what stored images need on the device does not fit; so does what it gives.
-    """
-    made_up = _made_up(most, shapes)
-    if not shapes.stored_size:
-        fresh = Tensor.clone if update.device.type == "cpu" else Tensor.detach  # a card copies what it is given
-        return lambda size: (fresh(made_up[0][:size]), fresh(made_up[1][:size]))
-    is_channels_last = update.memory_format == torch.channels_last
-    sizes = (most, shapes.image_size, shapes.stored_size)
-    buffers = fitting(update.device, lambda: DeviceBatch(*sizes, update.device, channels_last=is_channels_last))
-
-    def batch(size: int) -> tuple[Tensor, Tensor]:
-        images, labels = fitting(update.device, lambda: buffers.resample(size))
-        for there, here in zip((images, labels), made_up, strict=True):
-            there.copy_(here[:size])
-        return images, labels
-
-    return batch
-
-
-def _made_up(size: int, shapes: Shapes) -> tuple[Tensor, Tensor]:
-    """Random images (size, 3, S, S) and labels (size,) that draw nothing from the run's own random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(size, 3, shapes.image_size, shapes.image_size, generator=generator)
-    return images, torch.randint(shapes.num_classes, (size,), generator=generator)

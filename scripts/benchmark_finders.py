@@ -50,8 +50,8 @@ from adaptive_trainer.ladder import resolve
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_loss
+from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter
-from adaptive_trainer.update import Shapes, prove
 from scripts.timing import Contender, answers_to, heading, need_cuda, row, synchronize, table
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

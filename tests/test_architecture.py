@@ -30,6 +30,7 @@ checkpoint
 forecast
 engine
 graph compiling
+proof
 update
 transaction
 plan_tasks

@@ -23,8 +23,9 @@ from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, 
 from adaptive_trainer.models import build_model, checkpoint_activations, has_batch_norm
 from adaptive_trainer.optimizers import build_ema, build_optimizer, build_scaler
 from adaptive_trainer.position import Position, micro_batches
+from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.transaction import TrainState
-from adaptive_trainer.update import Shapes, Update, prove
+from adaptive_trainer.update import Update
 
 CPU = torch.device("cpu")
 MiB = 2**20

@@ -22,9 +22,10 @@ from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.position import Position
+from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import Undo
-from adaptive_trainer.update import PROVEN_UPDATES, Shapes, Update, prove
+from adaptive_trainer.update import Update
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start
 

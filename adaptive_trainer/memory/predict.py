@@ -27,7 +27,7 @@ from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec
 __all__ = ["Prediction", "predict", "verdict"]
 
 MiB = 1 << 20
-# As `adaptive_trainer.update.prove`: the first makes the optimizer's state, the second meets the full peak and shows
+# As `adaptive_trainer.proof.prove`: the first makes the optimizer's state, the second meets the full peak and shows
 # whether a step allocates. Only then are copies made beside the weights, and these stay: two more updates.
 UPDATES = COPYING_UPDATES = 2
 CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in between
