@@ -59,6 +59,7 @@ class Graph:
             with update.undone(), _unchanged_host(update):
                 self.images = torch.zeros_like(images, device=update.device)
                 self.labels = torch.zeros_like(labels, device=update.device)
+                self._lane = None if images.is_cuda else _Lane(self.images, self.labels)
                 self.rates = [torch.tensor(float(group["lr"]), device=update.device) for group in self.groups]
                 self._record(update)
                 if not with_step:
@@ -86,8 +87,12 @@ class Graph:
 
         Without the step: the gradients, which stay the graph's own and are overwritten by the next replay.
         """
+        if self._lane is not None and not images.is_cuda:
+            images, labels = self._lane.carry(images, labels)
         self.images.copy_(images, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
+        if self._lane is not None:
+            self._lane.clear()
         for rate, group in zip(self.rates, self.groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
@@ -111,6 +116,34 @@ class Graph:
         finally:
             if not has_ended:
                 _abandon(update.device, pool)
+
+
+class _Lane:
+    """Takes a batch from the host to the device while the replay before it still runs.
+
+    Args:
+        images, labels: the graph's own, which that replay reads.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.there = torch.empty_like(images), torch.empty_like(labels)
+        self.device = images.device
+        self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self.cleared = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.clear()
+
+    def carry(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch on the device; what the current stream is given from now on comes after its arrival."""
+        self.side.wait_event(self.cleared)
+        with torch.cuda.stream(self.side):
+            for there, here in zip(self.there, (images, labels), strict=True):
+                there.copy_(here, non_blocking=True)
+        torch.cuda.current_stream(self.device).wait_stream(self.side)
+        return self.there
+
+    def clear(self) -> None:
+        """The next batch may come once the current stream has done what it was given so far."""
+        self.cleared.record(torch.cuda.current_stream(self.device))
 
 
 def _abandon(device: torch.device, pool: Any) -> None:
