@@ -47,7 +47,7 @@ from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_up
 
 CPU = torch.device("cpu")
 NETWORKS = 9
-PAIRS, IN_PAIR = 50, 5  # of the same updates with and without undo: many short ones, since the host is unsteady
+PAIRS, IN_PAIR = 120, 2  # of one network's updates with and without undo: many short ones, the host being unsteady
 MiB = 1 << 20
 
 
@@ -82,23 +82,33 @@ def undo() -> Iterator[str]:
 
 def _undone(case: Case, kind: str, *overrides: str) -> tuple[str, ...]:
     images, labels = batch_of(case)
-    steps: dict[str, Callable[[], float]] = {}
-    peaks: list[int] = []
-    for name in ("with", "without"):
-        oom.release(CUDA)
-        base = torch.cuda.memory_allocated(CUDA)
-        engine = engine_of(case, kind, *overrides)
-        if name == "without":
-            engine.update._undo = NoUndo(engine.update.state, CUDA)
-        step = partial(engine.run, images, labels, samples=0)
-        steps[name] = partial(per_update, step, IN_PAIR)
-        per_update(step, WARM_UP)  # a graph is recorded on the way
-        torch.cuda.reset_peak_memory_stats(CUDA)
-        steps[name]()
-        peaks.append(torch.cuda.max_memory_allocated(CUDA) - base)
-    found = alternating(steps, PAIRS)
-    ms = (f"{1e3 * statistics.median(found[name]):.2f}" for name in ("with", "without"))
-    return (*ms, f"{ratio(found['with'], found['without']):.4f}", f"{(peaks[0] - peaks[1]) / MiB:.1f}")
+    _, without = _with_peak(case, kind, overrides, NoUndo)
+    engine, peak = _with_peak(case, kind, overrides, Undo)
+    undos = {"with": engine.update._undo, "without": NoUndo(engine.update.state, CUDA)}
+    run = partial(engine.run, images, labels, samples=0)
+
+    def block(name: str) -> float:
+        engine.update._undo = undos[name]
+        return per_update(run, IN_PAIR)
+
+    found = alternating({name: partial(block, name) for name in undos}, PAIRS)
+    ms = (f"{1e3 * statistics.median(found[name]):.2f}" for name in undos)
+    return (*ms, f"{ratio(found['with'], found['without']):.4f}", f"{(peak - without) / MiB:.1f}")
+
+
+def _with_peak(case: Case, kind: str, overrides: tuple[str, ...], undo: type[Undo]) -> tuple[Engine, int]:
+    """A warm engine that keeps such an undo, and the peak of its memory in one update, in bytes."""
+    images, labels = batch_of(case)
+    oom.release(CUDA)
+    base = torch.cuda.memory_allocated(CUDA)
+    engine = engine_of(case, kind, *overrides)
+    engine.update.free_copies()
+    engine.update._undo = undo(engine.update.state, CUDA)
+    step = partial(engine.run, images, labels, samples=0)
+    per_update(step, WARM_UP)  # a graph is recorded on the way
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    step()
+    return engine, torch.cuda.max_memory_allocated(CUDA) - base
 
 
 # ---- loop: the whole harness against its engine ----------------------------------------------------------------------
