@@ -172,6 +172,16 @@ def test_what_is_not_plain_is_left_to_pytorch(other: str) -> None:
     assert plain_result(aten.cumsum.default, (x, 0), {}) is NotImplemented
 
 
+@pytest.mark.parametrize("weight", [(4, 3, 7, 7), (4, 2, 3, 3)], ids=["too large", "other channels"])
+def test_a_convolution_that_cannot_be_is_left_to_pytorch(weight: tuple[int, ...]) -> None:
+    with FakeTensorMode():
+        x, how = torch.empty(2, 3, 6, 6), ([2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+        assert plain_result(aten.convolution.default, (x, torch.empty(weight), None, *how), {}) is NotImplemented
+        assert (
+            plain_result(aten.convolution.default, (x, torch.empty(4, 3, 3, 3), None, *how), {}) is not NotImplemented
+        )
+
+
 def test_a_value_that_is_known_is_left_to_pytorch() -> None:
     with FakeTensorMode():
         count = torch.tensor(3.0)

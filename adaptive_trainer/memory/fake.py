@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer.memory.plain import plain_result
 
-__all__ = ["Kind", "Recorder", "fake_device", "materialize"]
+__all__ = ["Kind", "NotFollowed", "Recorder", "fake_device", "materialize"]
 
 aten = torch.ops.aten
 
@@ -60,6 +60,10 @@ class Kind:
     SUMMED = 9  # the number of values in a row, right after it
 
 
+class NotFollowed(Exception):
+    """The network does what is not known here; the message says what."""
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down storages as they are born and die, and marks.
 
@@ -87,7 +91,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and note what its outputs bring."""
         if func is aten.mkldnn_rnn_layer.default:
-            raise NotImplementedError("the memory that kernels of LSTMs take is not known")
+            raise NotFollowed("the memory that kernels of LSTMs take is not known")
         if func is aten._local_scalar_dense.default and self.in_step:  # .item(): a step count, which is not 0
             return 1.0 if args[0].dtype.is_floating_point else 1
         out = plain_result(func, args, kwargs or {})

@@ -89,15 +89,17 @@ def _mean(_: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return _new(x, shape)
 
 
-def _convolution(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    x, weight, bias, stride, padding, dilation, transposed = args[:7]
+def _convolution(func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = args
     layout = _layout_convolved(x, weight, bias)
-    if transposed or layout is None:
+    if transposed or layout is None or x.shape[1] != groups * weight.shape[1]:
         return NotImplemented
     sides = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
+    if min(sides) < 1:
+        return NotImplemented
     return _new(x, (x.shape[0], weight.shape[0], *sides), layout)
 
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer.layout import to_channels_last
-from adaptive_trainer.memory.fake import Recorder, fake_device, materialize
+from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
 
 __all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "same_random_numbers", "trace"]
 
@@ -131,6 +131,8 @@ def trace(spec: TraceSpec) -> Trace:
         try:
             with _no_collection(), same_random_numbers(), torch.autograd.set_detect_anomaly(False):
                 return _trace(spec, on_meta=on_meta)
+        except NotFollowed as error:
+            reason = str(error)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     raise TraceError(reason)
