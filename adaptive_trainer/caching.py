@@ -114,7 +114,9 @@ class _Builder:
     def _in_memory(self, bases: list[_Base]) -> list[Decoded]:
         need, free = sum(map(self._nbytes, bases)), available_memory()
         if free is not None and need > SHARE * free:
-            raise _NoRoom(f"the images take {format_bytes(need)}, and {format_bytes(free)} of memory are free")
+            raise _NoRoom(
+                f"the images take {format_bytes(need)}, above {SHARE:.0%} of the {format_bytes(free)} of free memory"
+            )
         found = []
         for base in bases:
             images = self._empty(base)
@@ -166,7 +168,10 @@ class _Builder:
         folder.mkdir(parents=True, exist_ok=True)
         need, free = self._nbytes(base), shutil.disk_usage(folder).free
         if need > SHARE * free:
-            raise _NoRoom(f"the images take {format_bytes(need)}, and {format_bytes(free)} are free in {folder}")
+            raise _NoRoom(
+                f"the images take {format_bytes(need)}, above {SHARE:.0%} of the {format_bytes(free)} that are free in "
+                f"{folder}"
+            )
 
     def _key(self, base: _Base) -> str:
         """A digest of everything that the stored images depend on."""

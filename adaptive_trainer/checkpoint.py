@@ -82,7 +82,9 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is damaged, or something else.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; give resume the path of a .pt file, or auto")
+        raise CheckpointError(
+            f"there is no checkpoint {path}; give the path of a .pt file, or resume=auto for a run's own"
+        )
     problem = ""
     content: Any = None
     try:

@@ -89,8 +89,8 @@ def _out_of_range(config: Config) -> list[str]:
         problems.append(f"trainer.clip_grad={t.clip_grad} is not above 0; null turns clipping off")
     if not -LARGEST_SEED <= config.seed <= LARGEST_SEED:
         problems.append(f"seed={config.seed} is no whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
-    if t.label_smoothing >= 1:
-        problems.append(f"trainer.label_smoothing={t.label_smoothing} is not below 1")
+    below_one = [("trainer.label_smoothing", t.label_smoothing), ("optimizer.momentum", o.momentum)]
+    problems += [f"{key}={value} is not below 1" for key, value in below_one if value >= 1]
     return problems
 
 

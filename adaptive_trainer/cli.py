@@ -18,13 +18,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from adaptive_trainer.checks import TASKS, check, check_no_card
 from adaptive_trainer.config import at_home, config_dir, explained, register, typed
-from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, Interrupted, UserError, remedy
+from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, DeviceUnusable, Interrupted, UserError, remedy
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
 
@@ -143,6 +144,10 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
 
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN and hydra_config.sweeper.params:
+        values = ", ".join(f"{key}={text}" for key, text in hydra_config.sweeper.params.items())
+        raise ConfigError(f"a sweep ({values}) runs with -m in front of the overrides; without it, leave +sweep out")
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
     if cfg.task == "plan":

@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -242,11 +242,23 @@ def at_home(override: str) -> str:
 def explained(error: Exception) -> str:
     """What Hydra has to say of settings, without its advice to append a key to settings that take no others."""
     cause = error.__cause__
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and is_dataclass(cause.object_type):
-        return _no_setting(str(cause.full_key))
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _no_key(cause)
     if type(error) is ValueError:  # a group that is given no text
         return f"{error}; to choose nothing from a group (card, preset) leave it out"
     return f"{error}" if cause is None else f"{error}\n{cause}"
+
+
+def _no_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+    key, kind = str(error.full_key), error.object_type
+    if not is_dataclass(kind):
+        return _to_be_added(key)
+    allowed = ", ".join(field.name for field in fields(kind))
+    return _no_setting(key) if "[" not in key else f"there is no setting {key}; allowed are {allowed}"
+
+
+def _to_be_added(key: str) -> str:
+    return f"there is no setting {key!r}; to add one to a free-form node write +{key}=..."
 
 
 def _no_setting(key: str) -> str:
@@ -287,7 +299,7 @@ def typed(cfg: DictConfig) -> Config:
         is_typed = OmegaConf.get_type(cfg) is Config  # what Hydra composed is; a merge takes most of the time
         value = OmegaConf.to_object(cfg if is_typed else OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
-        message = str(error)
+        message = _no_key(error) if isinstance(error, ConfigKeyError | ConfigAttributeError) else str(error)
     if message:
         raise ConfigError(message)
     if not isinstance(value, Config):
@@ -332,7 +344,7 @@ def _apply(cfg: DictConfig, text: str) -> None:
             OmegaConf.update(cfg, key, value)
     else:
         if not _exists(cfg, key):
-            raise ConfigError(f"there is no setting {key!r}; to add one to a free-form node write +{key}=...")
+            raise ConfigError(_to_be_added(key))
         OmegaConf.update(cfg, key, value)
 
 

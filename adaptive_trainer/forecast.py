@@ -74,6 +74,13 @@ class Forecast:
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
         return self._doubt(config.model, need), need
 
+    def grown(self, config: Config, above: Config) -> str:
+        """As `Planner.grown`; empty where nothing limits a descent, and where it is hopeless in any case."""
+        room = self.capacity.room()
+        if room is None or self._planner.weights_bytes(config) > room:
+            return ""
+        return self._planner.grown(config, above)
+
     def _doubt(self, model: ModelConfig, need: int) -> str:
         """Why a failure in this descent speaks against these settings; "" where none does.
 

@@ -59,11 +59,11 @@ class Graph:
             with update.undone(), _unchanged_host(update):
                 self.images = torch.zeros_like(images, device=update.device)
                 self.labels = torch.zeros_like(labels, device=update.device)
-                self._lane = None if images.is_cuda else _Lane(self.images, self.labels)
                 self.rates = [torch.tensor(float(group["lr"]), device=update.device) for group in self.groups]
                 self._record(update)
                 if not with_step:
                     self.gradients = [(p, p.grad) for p in update.state.model.parameters() if p.grad is not None]
+                self._lane = _Lane.beside(self.images, self.labels) if images.is_pinned() else None
         except GraphRefused as error:
             problem = str(error)
         except Exception as error:
@@ -87,7 +87,7 @@ class Graph:
 
         Without the step: the gradients, which stay the graph's own and are overwritten by the next replay.
         """
-        if self._lane is not None and not images.is_cuda:
+        if self._lane is not None and self._lane.suits(images, labels):
             images, labels = self._lane.carry(images, labels)
         self.images.copy_(images, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
@@ -132,13 +132,27 @@ class _Lane:
         self.cleared = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.clear()
 
+    @classmethod
+    def beside(cls, images: Tensor, labels: Tensor) -> _Lane | None:
+        """One for this batch of a graph; None where there is no memory for it, which a graph can do without."""
+        try:
+            return cls(images, labels)
+        except torch.OutOfMemoryError:
+            return None
+
+    def suits(self, images: Tensor, labels: Tensor) -> bool:
+        """Whether all of the batch is on the host, and lies there as on the device: else a copy takes more memory."""
+        return not (images.is_cuda or labels.is_cuda) and images.stride() == self.there[0].stride()
+
     def carry(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The batch on the device; what the current stream is given from now on comes after its arrival."""
         self.side.wait_event(self.cleared)
-        with torch.cuda.stream(self.side):
-            for there, here in zip(self.there, (images, labels), strict=True):
-                there.copy_(here, non_blocking=True)
-        torch.cuda.current_stream(self.device).wait_stream(self.side)
+        try:
+            with torch.cuda.stream(self.side):
+                for there, here in zip(self.there, (images, labels), strict=True):
+                    there.copy_(here, non_blocking=True)
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
         return self.there
 
     def clear(self) -> None:

@@ -20,6 +20,7 @@ from adaptive_trainer.errors import ConfigError
 __all__ = [
     "DEFAULT_BATCH",
     "REQUESTED",
+    "WHOLE",
     "Change",
     "Recipe",
     "Rung",
@@ -36,6 +37,7 @@ __all__ = [
 
 T = TypeVar("T")
 REQUESTED = "requested"
+WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Decided once for a run: what is trained on, where, and what becomes of it.
@@ -212,14 +214,14 @@ def resolve(cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "") -> 
 
 
 def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
-    """The names and settings of the configured stages; one named `train` where there are none.
+    """The names and settings of the configured stages; one with the name `WHOLE` where there are none.
 
     Raises:
         ConfigError: a stage sets what cannot be set.
     """
     phases = list(cfg.phases.stages)
     if not phases:
-        return [("train", cfg)]
+        return [(WHOLE, cfg)]
     return [(phase.name, apply_overrides(cfg, phase.overrides)) for phase in phases]
 
 
@@ -267,7 +269,12 @@ def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictCo
 def changed(before: Config, after: Config) -> dict[str, Any]:
     """The settings of `after` that differ, by their full names; None for one that is gone."""
     old, new = _flat(asdict(before)), _flat(asdict(after))
-    return {key: new.get(key) for key in {**old, **new} if old.get(key) != new.get(key)}
+    return {key: new.get(key) for key in {**old, **new} if _differ(old.get(key), new.get(key))}
+
+
+def _differ(before: Any, after: Any) -> bool:
+    """Whether two settings do; a value that is no number is what it is."""
+    return bool(before != after) and not (before != before and after != after)
 
 
 def _clamped(cfg: DictConfig) -> DictConfig:
@@ -280,8 +287,8 @@ def _clamped(cfg: DictConfig) -> DictConfig:
 
 def _refusal(before: Config, after: Config) -> str:
     """Why a change is not a step down; empty when it is one."""
-    if before == after:
-        return "it is so already"
+    if not changed(before, after):
+        return "it is so already, or comes to the same"
     old, new = recipe(before), recipe(after)
     sizes = ("batch_size", "micro_batch_size", "image_size")
     raised = [
@@ -325,7 +332,7 @@ def scaled_lr(asked: Config, batch_size: int) -> tuple[float, str]:
 def changes(asked: Config, rung: Rung[Config]) -> list[Change]:
     """Every setting of `rung` that differs from the request, with the reason."""
     old, new = _flat(asdict(asked)), _flat(asdict(rung.settings))
-    differing = [key for key, value in new.items() if old.get(key) != value]
+    differing = [key for key, value in new.items() if _differ(old.get(key), value)]
     return [Change(key, old.get(key), new[key], _reason(key, rung)) for key in differing]
 
 

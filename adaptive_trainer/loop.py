@@ -92,12 +92,14 @@ class Hooks:
         metrics: one row an epoch.
         event: something was decided, in words, for the record.
         leave: asked after each epoch: is it time to try a rung above?
+        way_on: the overrides with which a run that is stopped goes on.
     """
 
     checkpoint: Callable[[bool], None]
     metrics: Callable[[dict[str, Any]], None]
     event: Callable[[str], None]
     leave: Callable[[], bool]
+    way_on: str
 
 
 @dataclass
@@ -141,7 +143,8 @@ class Loop:
     def _run(self) -> bool:
         state = self.session.state
         if state.finished_epochs >= self.session.config.trainer.epochs:
-            self.hooks.event(f"all {state.finished_epochs} epochs are trained: ask for more with trainer.epochs")
+            asked = self.session.config.trainer.epochs
+            self.hooks.event(f"{state.finished_epochs} epochs are trained, and trainer.epochs={asked} asks for no more")
         while state.finished_epochs < self.session.config.trainer.epochs:
             if state.position.epoch == state.finished_epochs:
                 self._train_epoch()
@@ -231,7 +234,7 @@ class Loop:
             self._save()
             updates = self.session.state.updates
             raise Interrupted(
-                f"stopped by {self.stop.name} after update {updates}, state saved; go on with resume=auto"
+                f"stopped by {self.stop.name} after update {updates}, state saved; go on with {self.hooks.way_on}"
             )
 
     def _finish_epoch(self) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
+from adaptive_trainer.memory.trace import same_random_numbers
 
 __all__ = ["build_model", "check_image_size", "check_name", "checkpoint_activations", "has_batch_norm", "outline"]
 
@@ -100,11 +101,14 @@ def check_name(name: str) -> None:
         known = [TORCHVISION + each for each in torchvision.models.list_models(module=torchvision.models)]
         is_known, plain = name in known, name
     else:
-        plain = name.split(".")[0]
+        plain, _, tag = name.partition(".")
         is_known, known = timm.is_model(plain), timm.list_models()
+        if is_known and tag:
+            plain, known = name, timm.list_models(f"{plain}.*", pretrained=True)
+            is_known = name in known
     if is_known:
         return
-    near = difflib.get_close_matches(plain, known, n=3) or [n for n in known if plain.lower() in n][:3]
+    near = difflib.get_close_matches(plain, known, n=3) or [n for n in known if plain and plain.lower() in n][:3]
     hint = f"did you mean {', '.join(near)}?" if near else f"there are {len(known)}, such as {', '.join(known[:3])}"
     raise ModelError(f"unknown model.name={name}: {hint} (a timm name, or torchvision/NAME)")
 
@@ -138,24 +142,26 @@ def _network_timeout() -> Iterator[None]:
 
 
 def outline(config: ModelConfig, num_classes: int) -> nn.Module | None:
-    """The network on meta, in evaluation mode, made once; None where it cannot be made without memory.
+    """The network on meta, in evaluation mode; None where it cannot be made without memory.
+
+    It is made once for all who ask, and not to be changed.
 
     Raises:
         ModelError: as `build_model`.
     """
-    return _outline(config.name, json.dumps(config.kwargs, sort_keys=True), num_classes)
+    return _outline(config.name, json.dumps(config.kwargs, sort_keys=True), num_classes, torch.get_default_dtype())
 
 
 @functools.lru_cache(maxsize=16)
-def _outline(name: str, kwargs: str, num_classes: int) -> nn.Module | None:
+def _outline(name: str, kwargs: str, num_classes: int, dtype: torch.dtype) -> nn.Module | None:
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with same_random_numbers(), torch.device("meta"):
             return build_model(ModelConfig(name=name, kwargs=json.loads(kwargs)), num_classes).eval()
     except (NotImplementedError, RuntimeError):  # it looks at values while it is built
         return None
 
 
-def check_image_size(config: ModelConfig, image_size: int, num_classes: int = 2) -> None:
+def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> None:
     """Refuse an image size that the network cannot take, found out by running shapes alone (no memory, about 0.1 s).
 
     A network that cannot be run on shapes alone even at the size it was made for is let through.
@@ -176,7 +182,7 @@ def check_image_size(config: ModelConfig, image_size: int, num_classes: int = 2)
 def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple[int, str]:
     """The size the network was made for, and why it refuses `image_size` (empty: it does not)."""
     made_for = _made_for(ModelConfig(name=name, kwargs=json.loads(kwargs)))
-    model = _outline(name, kwargs, num_classes)
+    model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
     if model is None:
         return made_for, ""
     failure = _failure(model, image_size)

@@ -17,7 +17,16 @@ from torch.optim import Optimizer
 from adaptive_trainer.config import Config, OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["Schedule", "build_ema", "build_loss", "build_optimizer", "build_scaler", "build_schedule", "make_momentum"]
+__all__ = [
+    "Schedule",
+    "build_ema",
+    "build_loss",
+    "build_optimizer",
+    "build_scaler",
+    "build_schedule",
+    "check_optimizer",
+    "make_momentum",
+]
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
 CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
@@ -37,7 +46,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device
     Raises:
         ConfigError: the name is unknown, needs what this trainer does not do, or `config.kwargs` do not suit it.
     """
-    _check_optimizer(config)
+    check_optimizer(config)
     problem = ""
     try:
         kwargs = {**_fused(config, device), **config.kwargs}
@@ -52,7 +61,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device
     raise ConfigError(f"optimizer.name={config.name}{given} cannot be built: {problem}")
 
 
-def _check_optimizer(config: OptimizerConfig) -> None:
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Refuse an optimizer that is none of timm's, or needs what this trainer does not do.
+
+    Raises:
+        ConfigError: it is so.
+    """
     name, known = config.name.lower(), [str(each) for each in list_optimizers()]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["adamw", "sgd", "lion"]

@@ -24,7 +24,7 @@ from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name
-from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, image_refusal, plan
+from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
 from adaptive_trainer.report import refused_by_disk, write_whole
 from adaptive_trainer.target import Target, card_of, target_of
 
@@ -58,6 +58,8 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         config.device = "cpu"
     planner = _planner(config, stored_size(typed(settings) for _, settings in stages(cfg)))
     asked, made = stages(cfg), dict[str, Plan]()
+    for _, settings in asked:
+        check_names(resolve(settings))
     for name, settings in asked:
         ladder, is_found = _ladder(settings, planner)
         made[name] = plan(ladder, planner, is_found=is_found)
@@ -213,7 +215,7 @@ def _cell(asked: Config, batch: int, size: int, planner: Planner, measure: Measu
     found = planner.predict(config)
     capacity = planner.target.capacity
     answer = "unknown" if capacity is None or found.reason else verdict(found, capacity)
-    reason = (image_refusal(config) or found.reason) if found.reason else ""
+    reason = (image_refusal(config, planner.classes(config)) or found.reason) if found.reason else ""
     seen = measure(config, planner.classes(config)) if measure is not None and not reason else None
     allocated, reserved = (None, None) if seen is None else seen
     return Cell(

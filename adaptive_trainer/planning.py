@@ -16,13 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer.config import Config, ModelConfig
-from adaptive_trainer.errors import ModelError
+from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
-from adaptive_trainer.models import build_model, check_image_size, checkpoint_activations, has_batch_norm, outline
-from adaptive_trainer.optimizers import build_loss, build_optimizer
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.models import (
+    build_model,
+    check_image_size,
+    check_name,
+    checkpoint_activations,
+    has_batch_norm,
+    outline,
+)
+from adaptive_trainer.optimizers import build_loss, build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.search import largest
 from adaptive_trainer.target import Target
@@ -34,9 +42,11 @@ __all__ = [
     "Plan",
     "Planner",
     "Row",
+    "check_names",
     "image_refusal",
     "other_allocator",
     "plan",
+    "rung_above",
 ]
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -121,6 +131,16 @@ class Planner:
         if found is not None:
             self._known[_text(key)] = found
         return found
+
+    def grown(self, config: Config, above: Config) -> str:
+        """Why another network than that of the rung above is no step down; empty where it is one, or nobody knows."""
+        if config.model == above.model:
+            return ""
+        need, was = (self.predict(each).min_capacity_bytes for each in (config, above))
+        if need is None or was is None or need < was:
+            return ""
+        more = f"it is predicted to need {format_bytes(need)}, no less than the rung above ({format_bytes(was)})"
+        return f"{config.model.name} is no step down from {above.model.name}: {more}"
 
     def weights_bytes(self, config: Config) -> int:
         """What the network's weights alone take, known at once; 0 where they cannot be counted without memory."""
@@ -288,20 +308,25 @@ def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = F
         is_found: rung 0 has the largest batch size that is predicted to fit. It is too near the limit to be sure of,
             but training looks for the one that holds: it lands there, whatever the number turns out to be.
     """
-    rows = tuple(_row(rung, planner) for rung in ladder)
+    rows = tuple(_row(rung, planner, rung_above(ladder, number)) for number, rung in enumerate(ladder))
     landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
     above = rows if landed is None else rows[:landed]
     perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
     return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)
 
 
-def _row(rung: Rung[Config], planner: Planner) -> Row:
+def rung_above(ladder: Sequence[Rung[Config]], number: int) -> Rung[Config]:
+    """The nearest rung above this one that is not passed over; of the first, itself."""
+    return next((rung for rung in reversed(ladder[:number]) if not rung.passed_over), ladder[0])
+
+
+def _row(rung: Rung[Config], planner: Planner, higher: Rung[Config]) -> Row:
     used = str(recipe(rung.settings))
-    if rung.passed_over:
-        return Row(rung.name, "skipped", used, reason=rung.passed_over)
+    if passed_over := rung.passed_over or planner.grown(rung.settings, higher.settings):
+        return Row(rung.name, "skipped", used, reason=passed_over)
     found = planner.predict(rung.settings)
     if found.reason:
-        refusal = image_refusal(rung.settings)
+        refusal = image_refusal(rung.settings, planner.classes(rung.settings))
         answer = "skipped" if refusal else "unknown"
         return Row(rung.name, answer, used, seconds=found.seconds, reason=refusal or found.reason)
     capacity, least = planner.target.capacity, found.min_capacity_bytes
@@ -318,10 +343,32 @@ def _row(rung: Rung[Config], planner: Planner) -> Row:
     )
 
 
-def image_refusal(config: Config) -> str:
+def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> None:
+    """Refuse networks, unless the caller makes his own, and optimizers that nobody knows, on any rung.
+
+    Raises:
+        ConfigError: there are some; all problems of the rungs at once.
+        ModelError: it is the network that was asked for.
+    """
+    problems: list[str] = []
+    for rung in ladder:
+        try:
+            if not own_model:
+                check_name(rung.settings.model.name)
+            check_optimizer(rung.settings.optimizer)
+        except UserError as error:
+            if rung is ladder[0]:
+                raise
+            if all(str(error) not in text for text in problems):  # the rungs below inherit it
+                problems.append(f"rung {rung.name!r}: {error}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def image_refusal(config: Config, num_classes: int) -> str:
     """Why the network refuses the image size; empty where it does not."""
     try:
-        check_image_size(config.model, config.data.image_size)
+        check_image_size(config.model, config.data.image_size, num_classes)
     except ModelError as error:
         return str(error)
     return ""

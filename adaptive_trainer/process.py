@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["private_process_state", "seed_everything"]
+from adaptive_trainer.errors import ConfigError
+
+__all__ = ["alone_in_process", "private_process_state", "seed_everything"]
+
+
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def alone_in_process() -> Iterator[None]:
+    """Refuse a second training in this process meanwhile: both would draw from, and seed, the same random numbers.
+
+    Raises:
+        ConfigError: there is one already.
+    """
+    if not _LOCK.acquire(blocking=False):
+        raise ConfigError("another training runs in this process, with the same random numbers; use a process for each")
+    try:
+        yield
+    finally:
+        _LOCK.release()
 
 
 @contextmanager

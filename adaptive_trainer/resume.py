@@ -16,9 +16,20 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer import checkpoint
 from adaptive_trainer.config import CardConfig, Config, apply_overrides
 from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.ladder import WHOLE
 from adaptive_trainer.report import refused_by_disk
 
-__all__ = ["find", "is_within", "left_by_earlier", "load", "passed_over", "saved_settings", "set_aside"]
+__all__ = [
+    "check_stages",
+    "find",
+    "is_within",
+    "left_by_earlier",
+    "load",
+    "passed_over",
+    "saved_settings",
+    "set_aside",
+    "way_on",
+]
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
@@ -127,6 +138,27 @@ def load(path: Path) -> dict[str, Any]:
     if "optimizer" not in content:
         raise CheckpointError(f"{path} holds a model only and cannot be trained on; resume from last.pt beside it")
     return content
+
+
+def check_stages(saved: dict[str, Any], names: Sequence[str]) -> None:
+    """Refuse a checkpoint whose stage, or one before it, is none of those with these names.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    phases = OmegaConf.create(saved["request"]).phases.stages
+    before = [phase.name for phase in phases] or [WHOLE]
+    done = saved["stage"] + 1
+    if before[:done] != list(names[:done]):
+        raise CheckpointError(
+            f"the checkpoint is of stage {before[done - 1]}, number {done} of {', '.join(before)}, and the stages are "
+            f"{', '.join(names)} now; keep the phases up to there, or start anew with resume=null"
+        )
+
+
+def way_on(output_dir: Path) -> str:
+    """The overrides with which the run in this folder goes on."""
+    return "resume=auto" if DAY.fullmatch(output_dir.absolute().parent.name) else f"resume=auto output_dir={output_dir}"
 
 
 def saved_settings(cfg: DictConfig, overrides: Sequence[str], output_dir: Path) -> DictConfig:

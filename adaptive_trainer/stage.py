@@ -20,10 +20,11 @@ from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
-from adaptive_trainer.planning import image_refusal
+from adaptive_trainer.planning import image_refusal, rung_above
 from adaptive_trainer.position import last_update
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
+from adaptive_trainer.resume import way_on
 from adaptive_trainer.session import Parts, Session, enter
 
 __all__ = ["Stage"]
@@ -190,11 +191,11 @@ class Stage:
         return all(other.passed_over or self._refusal(other) for other in below)
 
     def _refusal(self, rung: Rung[Config]) -> str:
-        """Why the network does not train at this rung, whatever the memory; empty where it does."""
+        """Why this rung is not to be tried, whatever the room; empty where it may be."""
         reason = self._single_sample(rung.settings)
         if not reason and rung is not self.ladder[0] and self.parts.make_model is build_model:
-            reason = image_refusal(rung.settings)
-        return reason
+            reason = image_refusal(rung.settings, self.parts.num_classes)
+        return reason or self.forecast.grown(rung.settings, rung_above(self.ladder, self.ladder.index(rung)).settings)
 
     def _single_sample(self, config: Config) -> str:
         """Why a batch or micro-batch of one is not trained; empty where it may be."""
@@ -324,6 +325,7 @@ class Stage:
             metrics=self._measured,
             event=self.record.event,
             leave=lambda: self._may_climb(rung),
+            way_on=way_on(self.record.folder),
         )
         may_step_down = rung.settings.ladder.avoid_thrashing and not self._is_last(rung)
         return Loop(self._opened, self.data, self.parts.device, rung.name, eval_batch, hooks, self.stop, may_step_down)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
@@ -28,7 +29,8 @@ from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
 from adaptive_trainer.optimizers import build_loss
-from adaptive_trainer.process import private_process_state, seed_everything
+from adaptive_trainer.planning import check_names
+from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.report import Record, Result, rung_table
 from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
@@ -55,7 +57,7 @@ class Trainer:
             `outputs/DATE/TIME`.
 
     Raises:
-        ConfigError: the model is not what makes one.
+        ConfigError: the settings, the model or the loss is something else.
     """
 
     def __init__(
@@ -68,11 +70,7 @@ class Trainer:
         loss: Loss | None = None,
         output_dir: str | Path | None = None,
     ) -> None:
-        if isinstance(model, nn.Module) or not (model is None or callable(model)):
-            raise ConfigError(
-                f"model is a {type(model).__name__}; give a function of (model settings, number of classes) that makes "
-                "it, since a rung may start anew"
-            )
+        _check_arguments(cfg, model, loss)
         self.cfg = cfg
         self._made: dict[str, str] = {}
         self._make_model = build_model if model in (None, build_model) else _noting(model, self._made)
@@ -96,13 +94,13 @@ class Trainer:
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         check_no_card(typed(self.cfg).card)
         record = Record(self.output_dir)
-        with record.held():
+        with alone_in_process(), record.held():
             return self._recorded(ladders, device, record)
 
     def _recorded(self, ladders: Ladders, device: torch.device, record: Record) -> Result:
         """Train, and record how it ends; the folder is this run's alone."""
         asked, path = ladders[0][2][0].settings, resume.find(self.cfg.resume, self.output_dir)
-        if resume.is_within(path, self.output_dir) or not resume.left_by_earlier(self.output_dir):
+        if not resume.left_by_earlier(self.output_dir):
             record.begin(OmegaConf.to_yaml(self.cfg))
         try:
             process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
@@ -120,6 +118,8 @@ class Trainer:
     ) -> Result:
         """Train the stages one after another."""
         first = ladders[0][2][0].settings
+        for _, _, ladder in ladders:
+            check_names(ladder, own_model=self._make_model is not build_model)
         data = build_datasets(typed(ladders[0][1]), *self._data)
         num_classes = first.model.num_classes or data.num_classes
         if self._make_model is build_model:
@@ -136,8 +136,11 @@ class Trainer:
             made=self._made,
         )
         saved = None if path is None else resume.load(path)
+        if saved is not None:
+            resume.check_stages(saved, [name for name, _, _ in ladders])
         if not record.has_begun:  # nothing is refused any more
-            record.event(resume.set_aside(self.output_dir))
+            if not resume.is_within(path, self.output_dir):
+                record.event(resume.set_aside(self.output_dir))
             record.begin(OmegaConf.to_yaml(self.cfg))
         self._tell(device, path, record)
         if self._make_model is build_model:
@@ -213,6 +216,35 @@ class Trainer:
         )
         record.result(result)
         return result
+
+
+def _check_arguments(cfg: Any, model: Any, loss: Any) -> None:
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"the settings are a {type(cfg).__name__}; compose_config([...]) makes what a Trainer takes")
+    if isinstance(model, nn.Module) or not (model is None or _takes_two(model)):
+        raise ConfigError(
+            f"model is {_named(model)}; give a function of (model settings, number of classes) that makes it, since a "
+            "rung may start anew"
+        )
+    if isinstance(loss, type) or not (loss is None or _takes_two(loss)):
+        raise ConfigError(f"loss is {_named(loss)}; give a function of (output, labels), such as nn.CrossEntropyLoss()")
+
+
+def _takes_two(function: Any) -> bool:
+    """Whether it can be called with two arguments, as far as it says."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # it does not say
+        return True
+    return True
+
+
+def _named(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _with_layout(

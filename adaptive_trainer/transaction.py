@@ -171,9 +171,14 @@ class Undo:
         self.begun = True
 
     @_unseen
-    def before_step(self, *, on_host: bool = False) -> None:
-        """Keep what the optimizer step and the moving average change: parameters, optimizer state, average."""
-        self.large = self.host if on_host or self.on_host else self.beside
+    def before_step(self, *, on_host: bool = False, copies: bool = True) -> None:
+        """Keep what the optimizer step and the moving average change: parameters, optimizer state, average.
+
+        Args:
+            on_host: keep the copies in host memory.
+            copies: keep what the tensors hold; otherwise only which of them are the optimizer's state.
+        """
+        self.large = _Shadow() if not copies else self.host if on_host or self.on_host else self.beside
         leaves: list[Any] = []
         self.optimizer_state = []
         for parameter, values in self.state.optimizer.state.items():
@@ -184,7 +189,8 @@ class Undo:
             self.optimizer_state.append((parameter, kept))
             leaves += tree_leaves(kept) if containers else kept.values()
         leaves += [value for group in self.groups for value in group.values()]
-        self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
+        if copies:
+            self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
         self.stepping = True
 
     @_unseen

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.errors import ConfigError, DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.position import micro_batches
@@ -128,7 +128,9 @@ class Update:
 
     @contextmanager
     def proving(self) -> Iterator[None]:
-        """Updates inside count all of their memory; who asks for them undoes their steps, and the optimizer's state."""
+        """Updates inside count all of their memory. What their steps do to the values of weights and optimizer state is
+        the caller's to undo, until the step is known to allocate.
+        """
         self.is_proving = True
         try:
             yield
@@ -184,7 +186,7 @@ class Update:
         return self._token, id(evaluated), self.micro_batch_size, layout(images), layout(labels)
 
     def _recover(self, failure: oom.Failure) -> None:
-        if self.phase == "optimizer step" and not self._undo.stepping and not self.is_proving:
+        if self.phase == "optimizer step" and not self._undo.stepping:
             raise DeviceUnusable(
                 "out of memory in an optimizer step that had been measured to allocate nothing, so no copy was kept: "
                 f"{failure.text}. The weights may be half updated; go on from the last checkpoint with resume=auto"
@@ -214,6 +216,10 @@ class Update:
             output = self._forward(x)
             with self._autocast():
                 loss = self.loss(output, y)
+            if loss.ndim:
+                raise ConfigError(
+                    f"the loss of a batch is a tensor of shape {tuple(loss.shape)}, and is to be one number"
+                )
             self._measure(output, y, loss)
             self.phase = "backward"
             share = loss if len(sizes) == 1 else loss * (len(target) / total)
@@ -252,10 +258,8 @@ class Update:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
         warm = self.is_warm = self._has_state()
         allocates = self.step_allocates if warm else None
-        if undoable and allocates:
-            self._undo.before_step()
-        elif undoable and allocates is None and not self.is_proving:
-            self._undo.before_step(on_host=True)
+        if undoable and allocates is not False:
+            self._undo.before_step(on_host=not allocates, copies=bool(allocates) or not self.is_proving)
         if warm and self.step_allocates is None:
             self._change_counted()
         else:

@@ -194,7 +194,9 @@ def test_where_a_disk_has_no_room_training_goes_on_without(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 9000))
     data, events = built(ImageFiles(photos))
     assert data.stored is None
-    assert events[0].startswith("data.cache=disk is not used: the images take 7680 bytes, and 9000 bytes are free in")
+    assert events[0].startswith(
+        "data.cache=disk is not used: the images take 7680 bytes, above 80% of the 9000 bytes that are free in"
+    )
     assert events[0].endswith("images are decoded anew in every epoch")
     assert not [path for path in top.iterdir() if path.is_dir()]
 
@@ -207,7 +209,9 @@ def test_where_memory_has_no_room_training_goes_on_without(
     more = ["model.name=mobilenetv3_small_050", "trainer.batch_size=4", "data.num_workers=0", "device=cpu"]
     result = Trainer(compose_config([*settings, *more]), output_dir=tmp_path / "out").fit()
     assert result.outcome == "trained"
-    assert result.events[0].startswith("data.cache=ram is not used: the images take 40 KiB, and 9000 bytes of memory")
+    assert result.events[0].startswith(
+        "data.cache=ram is not used: the images take 40 KiB, above 80% of the 9000 bytes of"
+    )
 
 
 def test_available_memory_is_known_here() -> None:

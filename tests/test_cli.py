@@ -285,7 +285,7 @@ BAD_INPUT = [
     ("optimized_metric=val_acc", ["optimized_metric=val_acc is none of val_accuracy, val_loss"]),
     ("trainer.batchsize=3", ["there is no setting trainer.batchsize; did you mean trainer.batch_size"]),
     ("+foo=1", ["there is no setting foo; --help lists them all"]),
-    ("optimizer.kwargs.speed=1", ["To append to your config use +optimizer.kwargs.speed=1"]),
+    ("optimizer.kwargs.speed=1", ["write +optimizer.kwargs.speed="]),
     ("trainer.epochs=many", ["trainer.epochs=many", "Integer"]),
     ("trainer.epochs=0", ["trainer.epochs=0 is below 1"]),
     ("trainer.batch_size=maximum", ["trainer.batch_size=maximum is neither a whole number above 0 nor max"]),

@@ -218,13 +218,13 @@ def test_pretrained_weights_of_torchvision_are_kept_under_another_head(
 )
 def test_refused_image_sizes(name: str, size: int, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        check_image_size(ModelConfig(name), size)
+        check_image_size(ModelConfig(name), size, 10)
 
 
 def test_image_sizes_that_are_taken_leave_the_random_numbers_alone() -> None:
     before = torch.get_rng_state()
-    check_image_size(ModelConfig("test_efficientnet"), 160)
-    check_image_size(ModelConfig("vit_tiny_patch16_224", kwargs={"img_size": 192}), 192)
+    check_image_size(ModelConfig("test_efficientnet"), 160, 10)
+    check_image_size(ModelConfig("vit_tiny_patch16_224", kwargs={"img_size": 192}), 192, 10)
     assert torch.equal(torch.get_rng_state(), before)
 
 

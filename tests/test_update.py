@@ -490,6 +490,48 @@ def test_a_proof_that_fails_leaves_no_trace(capacity: Capacity) -> None:
         assert differences(dump(run.state), before) == []
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_proof_goes_on_after_one_failure_in_its_first_step(
+    optimizer: str, precision: str, capacity: Capacity
+) -> None:
+    """Wherever memory runs out for once, the same is proven and learned as without."""
+    case, whole = Case(optimizer, precision, warm=False, accumulate=False), Fault()
+    update = start(case, capacity).update()
+    whole.phase = lambda: f"{update.phase} {update.state.updates}"
+    with whole:
+        prove(update, SHAPES)
+    first = [at for at, phase in enumerate(whole.phases) if phase == f"optimizer step {update.state.updates}"]
+    learned = update.step_allocates, update.keeps_gradients
+    assert first
+    for at in first[:: 1 + len(first) // 40]:
+        run = start(case, capacity)
+        before, update = dump(run.state), run.update()
+        with Fault(at) as fault:
+            assert prove(update, SHAPES) == SHAPES.eval_batch_size
+        assert fault.raised == 1
+        assert (update.step_allocates, update.keeps_gradients) == learned, at
+        assert differences(dump(run.state), before) == []
+
+
+def test_a_proof_keeps_weights_once_and_training_in_each_update(
+    capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, before_step = list[bool](), Undo.before_step
+
+    def watched(undo: Undo, *, on_host: bool = False, copies: bool = True) -> None:
+        kept.append(copies)
+        before_step(undo, on_host=on_host, copies=copies)
+
+    monkeypatch.setattr(Undo, "before_step", watched)
+    run = start(Case("adamw-fused", "fp32", warm=False, accumulate=False), capacity)
+    update = run.update()
+    prove(update, SHAPES)
+    assert kept == [True] + [False] * PROVEN_UPDATES
+    run.advance(update)
+    assert kept[-1], "nobody else has copies"
+
+
 def test_a_proof_that_ran_nothing_is_none(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(Case("sgd", "fp32", warm=False), capacity)
     monkeypatch.setattr(Update, "run", lambda *args, **kwargs: None)

@@ -24,6 +24,8 @@ from adaptive_trainer.memory.usage import Usage, format_bytes
 
 __all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limited", "parse_limit"]
 
+COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
+
 DEFAULT_SIMULATED = 512 * 2**20
 SMALLEST_LIMIT = 2**20
 SHORT = 0.8  # share of the capacity above which memory counts as really short
@@ -125,18 +127,31 @@ class Capacity:
         Args:
             kind: names work whose operators and shapes are always the same: a simulated card need not count each
                 repetition of it. None: it counts.
+
+        Raises:
+            ConfigError: a simulated card meets compiled code, such as the step of some optimizers.
         """
         if self.card is None or self._working:
             yield
             return
         self._forget_failure()
         self._failed = self._working = True
+        is_compiled = False
         try:
             with self.card.work(kind):
                 yield
             self._failed = False
+        except RuntimeError as error:
+            is_compiled = COMPILED in str(error)
+            if not is_compiled:
+                raise
         finally:
             self._working = False
+        if is_compiled:
+            raise ConfigError(
+                "a simulated card counts operators, and this network, loss or optimizer runs code of torch.compile, "
+                "which is not made of them; memory.limit=none trains without the simulated card"
+            )
 
     def _forget_failure(self) -> None:
         """Empty the simulated card's cache after a failure, as `oom.release` empties a real card's."""

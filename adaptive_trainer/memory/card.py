@@ -150,9 +150,10 @@ class SimulatedCard(TorchDispatchMode):
 
     def _message(self, error: AllocatorFull) -> str:
         free, cached = self.capacity - error.reserved, error.reserved - error.allocated
+        size, segment = format_bytes(error.requested), format_bytes(error.segment)
         return (
-            f"Simulated card out of memory. Tried to allocate {format_bytes(error.requested)}. The card has a total "
-            f"capacity of {format_bytes(self.capacity)} of which {format_bytes(free)} is free; "
+            f"Simulated card out of memory. Tried to allocate {size} (in a new segment of {segment}). The card has a "
+            f"total capacity of {format_bytes(self.capacity)} of which {format_bytes(free)} is free; "
             f"{format_bytes(error.allocated)} is allocated, and {format_bytes(cached)} is reserved but unallocated."
         )
 

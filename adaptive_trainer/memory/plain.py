@@ -66,25 +66,30 @@ def _elementwise(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
 
 
 def _broadcast(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    """Of a tensor and a number, or two of which the second is repeated along the first."""
+    return _like(args[0]) if _is_broadcast(args) else NotImplemented
+
+
+def _is_broadcast(args: Sequence[Any]) -> bool:
+    """Whether it is of a tensor and a number, or of two of which the second is repeated along the first."""
     x, y = args[:2]
-    if isinstance(y, Tensor) and not (isinstance(x, Tensor) and (_are_alike(x, y) or _are_repeated(x, y))):
-        return NotImplemented
-    is_plain = isinstance(x, Tensor) and x.is_floating_point() and not isinstance(y, complex) and _are_alike(x)
-    return _like(x) if is_plain else NotImplemented
+    if not isinstance(x, Tensor) or isinstance(y, complex) or not x.is_floating_point() or not _are_alike(x):
+        return False
+    return not isinstance(y, Tensor) or _are_alike(x, y) or _are_repeated(x, y)
 
 
-def _changed(func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+def _changed(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """A tensor that was changed in place."""
-    known = _broadcast if len(args) > 1 else _elementwise
-    return NotImplemented if known(func, args, kwargs) is NotImplemented else args[0]
+    is_plain = _is_broadcast(args) if len(args) > 1 else args[0].is_floating_point() and _are_alike(args[0])
+    return args[0] if is_plain else NotImplemented
 
 
 def _mean(_: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     x, dims, keep = args[0], args[1], len(args) > 2 and args[2]
     if kwargs or not dims or not _is_fake(x) or _layout(x) != torch.contiguous_format or not x.is_floating_point():
         return NotImplemented
-    gone = {d % x.ndim for d in dims}
+    gone = {d % x.ndim for d in dims if -x.ndim <= d < x.ndim}
+    if len(gone) != len(dims):
+        return NotImplemented
     shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keep or d not in gone]
     return _new(x, shape)
 
@@ -92,15 +97,17 @@ def _mean(_: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def _convolution(func: Any, args: Sequence[Any], kwargs: Any) -> Any:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = args
     layout = _layout_convolved(x, weight, bias)
-    if transposed or layout is None or x.shape[1] != groups * weight.shape[1]:
+    if transposed or layout is None or not len(stride) == len(padding) == len(dilation) == 2:
         return NotImplemented
+    out, inner = weight.shape[:2]
     sides = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    if min(sides) < 1:
+    is_sound = x.shape[1] == groups * inner and out % groups == 0 and (bias is None or bias.shape == (out,))
+    if not is_sound or min(sides) < 1:
         return NotImplemented
-    return _new(x, (x.shape[0], weight.shape[0], *sides), layout)
+    return _new(x, (x.shape[0], out, *sides), layout)
 
 
 def _convolution_backward(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
@@ -159,7 +166,7 @@ def _are_alike(x: Any, *others: Any) -> bool:
     """Whether all have no data, one type and one layout without gaps, which an elementwise result has too."""
     dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     same = all(t.dtype == x.dtype and t.shape == x.shape and t.stride() == x.stride() for t in others)
-    return dense and same and all(map(_is_fake, (x, *others)))
+    return bool(dense and same and x.numel()) and all(map(_is_fake, (x, *others)))
 
 
 def _are_repeated(x: Any, y: Any) -> bool:
