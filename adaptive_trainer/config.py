@@ -244,6 +244,9 @@ def explained(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _no_key(cause)
+    in_file = re.match(r"(In '.+'): ConfigKeyError .*\nKey '(.+)' not in '(\w+)'", str(error))
+    if in_file and is_dataclass(kind := globals().get(in_file[3])):
+        return f"{in_file[1]}: there is no {in_file[2]!r}; allowed are {_names(kind)}"
     if type(error) is ValueError:  # a group that is given no text
         return f"{error}; to choose nothing from a group (card, preset) leave it out"
     return f"{error}" if cause is None else f"{error}\n{cause}"
@@ -253,8 +256,11 @@ def _no_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     key, kind = str(error.full_key), error.object_type
     if not is_dataclass(kind):
         return _to_be_added(key)
-    allowed = ", ".join(field.name for field in fields(kind))
-    return _no_setting(key) if "[" not in key else f"there is no setting {key}; allowed are {allowed}"
+    return _no_setting(key) if "[" not in key else f"there is no setting {key}; allowed are {_names(kind)}"
+
+
+def _names(kind: Any) -> str:
+    return ", ".join(field.name for field in fields(kind))
 
 
 def _to_be_added(key: str) -> str:

@@ -5,10 +5,13 @@ Only the hopeless is skipped: a prediction never takes the place of the proof. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
+from adaptive_trainer.ladder import Rung
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
@@ -74,12 +77,12 @@ class Forecast:
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
         return self._doubt(config.model, need), need
 
-    def grown(self, config: Config, above: Config) -> str:
-        """As `Planner.grown`; empty where nothing limits a descent, and where it is hopeless in any case."""
+    def grown(self, ladder: Sequence[Rung[Config]], number: int) -> str:
+        """As `Planner.grown`; empty where nothing limits a descent, and where the rung is hopeless in any case."""
         room = self.capacity.room()
-        if room is None or self._planner.weights_bytes(config) > room:
+        if room is None or self._planner.weights_bytes(ladder[number].settings) > room:
             return ""
-        return self._planner.grown(config, above)
+        return self._planner.grown(ladder, number)
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
         """Why a failure in this descent speaks against these settings; "" where none does.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +47,6 @@ __all__ = [
     "image_refusal",
     "other_allocator",
     "plan",
-    "rung_above",
 ]
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -132,11 +132,18 @@ class Planner:
             self._known[_text(key)] = found
         return found
 
-    def grown(self, config: Config, above: Config) -> str:
-        """Why another network than that of the rung above is no step down; empty where it is one, or nobody knows."""
+    def grown(self, ladder: Sequence[Rung[Config]], number: int) -> str:
+        """Why this rung, with another network than the one above, is no step down; empty where it may be one."""
+        held = ladder[0].settings
+        for rung in ladder[1:number]:
+            if not rung.passed_over and not self._is_no_step(held, rung.settings):
+                held = rung.settings
+        return self._is_no_step(held, ladder[number].settings)
+
+    def _is_no_step(self, above: Config, config: Config) -> str:
         if config.model == above.model:
             return ""
-        need, was = (self.predict(each).min_capacity_bytes for each in (config, above))
+        was, need = (self.predict(each).min_capacity_bytes for each in (above, config))
         if need is None or was is None or need < was:
             return ""
         more = f"it is predicted to need {format_bytes(need)}, no less than the rung above ({format_bytes(was)})"
@@ -308,21 +315,16 @@ def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = F
         is_found: rung 0 has the largest batch size that is predicted to fit. It is too near the limit to be sure of,
             but training looks for the one that holds: it lands there, whatever the number turns out to be.
     """
-    rows = tuple(_row(rung, planner, rung_above(ladder, number)) for number, rung in enumerate(ladder))
+    rows = tuple(_row(ladder, number, planner) for number in range(len(ladder)))
     landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
     above = rows if landed is None else rows[:landed]
     perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
     return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)
 
 
-def rung_above(ladder: Sequence[Rung[Config]], number: int) -> Rung[Config]:
-    """The nearest rung above this one that is not passed over; of the first, itself."""
-    return next((rung for rung in reversed(ladder[:number]) if not rung.passed_over), ladder[0])
-
-
-def _row(rung: Rung[Config], planner: Planner, higher: Rung[Config]) -> Row:
-    used = str(recipe(rung.settings))
-    if passed_over := rung.passed_over or planner.grown(rung.settings, higher.settings):
+def _row(ladder: Sequence[Rung[Config]], number: int, planner: Planner) -> Row:
+    rung, used = ladder[number], str(recipe(ladder[number].settings))
+    if passed_over := rung.passed_over or planner.grown(ladder, number):
         return Row(rung.name, "skipped", used, reason=passed_over)
     found = planner.predict(rung.settings)
     if found.reason:
@@ -350,19 +352,19 @@ def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> N
         ConfigError: there are some; all problems of the rungs at once.
         ModelError: it is the network that was asked for.
     """
-    problems: list[str] = []
-    for rung in ladder:
+    checks: list[Callable[[Config], None]] = [lambda config: check_optimizer(config.optimizer)]
+    if not own_model:
+        checks.insert(0, lambda config: check_name(config.model.name))
+    problems: dict[str, str] = {}  # what is wrong, and the first rung of which it is: those below inherit it
+    for rung, check in itertools.product(ladder, checks):
         try:
-            if not own_model:
-                check_name(rung.settings.model.name)
-            check_optimizer(rung.settings.optimizer)
+            check(rung.settings)
         except UserError as error:
             if rung is ladder[0]:
                 raise
-            if all(str(error) not in text for text in problems):  # the rungs below inherit it
-                problems.append(f"rung {rung.name!r}: {error}")
+            problems.setdefault(str(error), rung.name)
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError("; ".join(f"rung {name!r}: {text}" for text, name in problems.items()))
 
 
 def image_refusal(config: Config, num_classes: int) -> str:

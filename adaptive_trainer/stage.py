@@ -20,7 +20,7 @@ from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
-from adaptive_trainer.planning import image_refusal, rung_above
+from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.position import last_update
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
@@ -195,7 +195,7 @@ class Stage:
         reason = self._single_sample(rung.settings)
         if not reason and rung is not self.ladder[0] and self.parts.make_model is build_model:
             reason = image_refusal(rung.settings, self.parts.num_classes)
-        return reason or self.forecast.grown(rung.settings, rung_above(self.ladder, self.ladder.index(rung)).settings)
+        return reason or self.forecast.grown(self.ladder, self.ladder.index(rung))
 
     def _single_sample(self, config: Config) -> str:
         """Why a batch or micro-batch of one is not trained; empty where it may be."""

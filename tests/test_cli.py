@@ -292,6 +292,10 @@ BAD_INPUT = [
     ("ladder=nowhere", ["ladder/nowhere", "default", "faithful", "none"]),
     ("model.name=efficientnet_bo", ["model.name=efficientnet_bo", "did you mean efficientnet_b"]),
     ("model.name=torchvision/resnet19", ["torchvision/resnet18"]),
+    ("model.name=resnet18.foo", ["unknown model.name=resnet18.foo", "did you mean resnet18."]),
+    ("model.name=", ["unknown model.name=: there are", "such as"]),
+    ("optimizer.momentum=2", ["optimizer.momentum=2.0 is not below 1"]),
+    ("+sweep=lr", ["a sweep (optimizer.lr=", "runs with -m"]),
     ("+model.kwargs.speed=3", ["model.kwargs={'speed': 3}"]),
     ("model.name=vit_tiny_patch16_224", ["refuses data.image_size=32", "224"]),
     ("optimizer.name=adamm", ["optimizer.name=adamm", "did you mean adam"]),
@@ -322,6 +326,28 @@ def test_bad_input(override: str, said: list[str], cli: Any) -> None:
     assert all(text in message(ended) for text in said), ended.text
     assert "Traceback" not in ended.text
     assert ended.out.count("[ERROR]") + bool(ended.err) == 1  # one message
+
+
+def test_names_on_rungs_are_known_before_training_begins(cli: Any, tmp_path: Path) -> None:
+    rungs = [
+        ("one", "model.name=mobilnetv3_small_050"),
+        ("two", "trainer.batch_size=4"),
+        ("three", "optimizer.name=sgdd"),
+    ]
+    text = "".join(f"  - {{name: {name}, overrides: [{override}]}}\n" for name, override in rungs)
+    ended = cli("--config-dir", own_ladder(tmp_path, f"rungs:\n{text}"), *SMALL, "ladder=own")
+    assert ended.code == 2
+    said = message(ended)
+    assert "rung 'one': unknown model.name=mobilnetv3_small_050: did you mean mobilenetv3_small_050" in said
+    assert "rung 'three': unknown optimizer.name=sgdd: did you mean sgd" in said
+    assert "rung 'two'" not in said
+    assert not (tmp_path / "out" / "attempts.jsonl").exists()
+
+
+def test_a_key_that_rungs_do_not_have(cli: Any, tmp_path: Path) -> None:
+    ended = cli("--config-dir", own_ladder(tmp_path, "rungs: [{name: one, override: [seed=1]}]"), *SMALL, "ladder=own")
+    assert ended.code == 2
+    assert "In 'ladder/own': there is no 'override'; allowed are name, overrides" in ended.text
 
 
 def test_a_limit_too_small_for_the_weights(cli: Any) -> None:

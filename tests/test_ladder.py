@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_trainer.config import Config, RungConfig, compose_config
+from adaptive_trainer.config import Config, RungConfig, compose_config, typed
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
 
@@ -191,3 +191,13 @@ def test_what_no_rung_may_change(override: str, said: str) -> None:
 def test_a_step_is_not_named_like_the_request() -> None:
     with pytest.raises(ConfigError, match="cannot be named 'requested'"):
         make_ladder({"batch": 2}, {"requested": {"batch": 1}})
+
+
+def test_what_is_no_number_is_no_change() -> None:
+    cfg = compose_config(["+model.kwargs.drop_rate=nan", "ladder=none"])
+    (rung,) = resolve(cfg)
+    assert changes(typed(cfg), rung) == []
+
+
+def test_a_limit_that_is_no_number_is_no_matter_of_rungs() -> None:
+    assert len(resolve(compose_config(["memory.limit=nan"]))) > 5

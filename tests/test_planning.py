@@ -160,6 +160,16 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
     assert "refuses data.image_size=160" in made.rows[2].reason
 
 
+def test_a_larger_network_is_no_step_down() -> None:
+    ladder = resolve(compose_config([*SMALL, "model.name=mobilenetv3_small_050"]))
+    rows = {row.rung: row for row in plan(ladder, Planner(card(GiB))).rows}
+    for rung, name in (("mobilenetv3-large", "mobilenetv3_large_100"), ("mobilenetv3-small", "mobilenetv3_small_100")):
+        said = f"{name} is no step down from mobilenetv3_small_050: it is predicted to need"
+        assert (rows[rung].verdict, rows[rung].reason[: len(said)]) == ("skipped", said)
+    usual = resolve(compose_config(["model.name=efficientnet_b0"]))
+    assert plan(usual, Planner(card(GiB))).rows[-1].verdict != "skipped"
+
+
 class DataDependent(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, oom, report
+from adaptive_trainer import Trainer, checkpoint, compose_config, oom, report, resume
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Record, Result
@@ -664,3 +664,23 @@ def test_a_network_of_ones_own_goes_by_its_class_after_a_resume_below_the_first_
         result = Trainer(cfg, model=lambda _, classes: Small(classes), output_dir=tmp_path).fit()
         assert (result.rung, result.metrics["epoch"]) == ("other", epochs)
         assert (result.requested.model, result.used.model) == ("Small", "Small (resnet18)")
+
+
+def two_stages(first: str = "a") -> str:
+    return f"phases.stages=[{{name: {first}}}, {{name: b, overrides: ['data.image_size=48']}}]"
+
+
+def test_a_checkpoint_of_a_stage_that_is_not_there_any_more(tmp_path: Path) -> None:
+    """It is refused, and the record of the finished run stays."""
+    assert fit(tmp_path, two_stages(), "memory.limit=none").outcome == "trained"
+    record = (tmp_path / "result.json").read_bytes()
+    for now in ("phases=single", two_stages("c")):
+        with pytest.raises(CheckpointError, match=r"is of stage b, number 2 of a, b, and the stages are .* now; keep"):
+            fit(tmp_path, "memory.limit=none", "resume=auto", now)
+        assert (tmp_path / "result.json").read_bytes() == record
+    assert fit(tmp_path, "memory.limit=none", "resume=auto", two_stages(), "trainer.epochs=2").metrics["epoch"] == 2
+
+
+def test_the_way_on_names_the_folder_that_was_chosen() -> None:
+    assert resume.way_on(Path("outputs/2026-11-26/10-00-00")) == "resume=auto"
+    assert resume.way_on(Path("mine")) == "resume=auto output_dir=mine"

@@ -645,11 +645,49 @@ def test_a_card_is_for_plans(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("model", "kind"), [(Net(3, nothing), "Net"), ("resnet18", "str")])
+@pytest.mark.parametrize(
+    ("model", "kind"), [(Net(3, nothing), "a Net"), ("resnet18", "a str"), (lambda: None, "a function")]
+)
 def test_a_network_is_no_function_that_makes_one(model: Any, kind: str) -> None:
-    said = rf"model is a {kind}; give a function of \(model settings, number of classes\)"
+    said = rf"model is {kind}; give a function of \(model settings, number of classes\)"
     with pytest.raises(ConfigError, match=said):
         Trainer(settings(steps={}), model=model)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [("ce", "a str"), (nn.CrossEntropyLoss, "the class CrossEntropyLoss"), (lambda output: output, "a function")],
+)
+def test_what_is_no_loss(loss: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"loss is {said}; give a function of \(output, labels\)"):
+        Trainer(settings(steps={}), loss=loss)
+
+
+def test_a_loss_of_each_sample_is_none_of_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a tensor of shape \(8,\), and is to be one number"):
+        fit(tmp_path, loss=nn.CrossEntropyLoss(reduction="none"))
+
+
+def test_settings_of_another_kind() -> None:
+    plain: Any = {"trainer": {"epochs": 1}}
+    with pytest.raises(ConfigError, match=r"the settings are a dict; compose_config\(\[...\]\) makes what"):
+        Trainer(plain)
+
+
+def test_one_training_at_a_time_in_a_process(tmp_path: Path) -> None:
+    """Both would seed, and draw from, the same random numbers."""
+    refused: list[ConfigError] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if not refused:
+            with pytest.raises(ConfigError, match="another training runs in this process") as caught:
+                fit(tmp_path / "inner")
+            refused.append(caught.value)
+        return nn.functional.cross_entropy(output, target)
+
+    result, _ = fit(tmp_path / "outer", loss=loss)
+    assert (result.outcome, len(refused)) == ("trained", 1)
+    assert fit(tmp_path / "inner")[0].outcome == "trained"
 
 
 def test_a_function_that_makes_no_network(tmp_path: Path) -> None:

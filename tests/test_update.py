@@ -581,9 +581,9 @@ def test_a_step_that_allocates_nothing_is_known_and_not_copied(
     update = run.update()
     before_step = Undo.before_step
 
-    def watched(undo: Undo, *, on_host: bool = False) -> None:
+    def watched(undo: Undo, **how: bool) -> None:
         copied.append(True)
-        before_step(undo, on_host=on_host)
+        before_step(undo, **how)
 
     monkeypatch.setattr(Undo, "before_step", watched)
     run.advance(update)
