@@ -145,8 +145,9 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode == RunMode.RUN and hydra_config.sweeper.params:
-        values = ", ".join(f"{key}={text}" for key, text in hydra_config.sweeper.params.items())
+    swept = getattr(hydra_config.sweeper, "params", None)  # which not every sweeper has
+    if hydra_config.mode == RunMode.RUN and swept:
+        values = ", ".join(f"{key}={text}" for key, text in swept.items())
         raise ConfigError(f"a sweep ({values}) runs with -m in front of the overrides; without it, leave +sweep out")
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
