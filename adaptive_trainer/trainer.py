@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import checkpoint, resume
+from adaptive_trainer.arguments import check_arguments, noting
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
@@ -70,10 +70,10 @@ class Trainer:
         loss: Loss | None = None,
         output_dir: str | Path | None = None,
     ) -> None:
-        _check_arguments(cfg, model, loss)
+        check_arguments(cfg, model, loss)
         self.cfg = cfg
         self._made: dict[str, str] = {}
-        self._make_model = build_model if model in (None, build_model) else _noting(model, self._made)
+        self._make_model = build_model if model in (None, build_model) else noting(model, self._made)
         self._data = (train_data, val_data)
         self._loss = loss
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
@@ -218,35 +218,6 @@ class Trainer:
         return result
 
 
-def _check_arguments(cfg: Any, model: Any, loss: Any) -> None:
-    if not isinstance(cfg, DictConfig):
-        raise ConfigError(f"the settings are a {type(cfg).__name__}; compose_config([...]) makes what a Trainer takes")
-    if isinstance(model, nn.Module) or not (model is None or _takes_two(model)):
-        raise ConfigError(
-            f"model is {_named(model)}; give a function of (model settings, number of classes) that makes it, since a "
-            "rung may start anew"
-        )
-    if isinstance(loss, type) or not (loss is None or _takes_two(loss)):
-        raise ConfigError(f"loss is {_named(loss)}; give a function of (output, labels), such as nn.CrossEntropyLoss()")
-
-
-def _takes_two(function: Any) -> bool:
-    """Whether it can be called with two arguments, as far as it says."""
-    if not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # it does not say
-        return True
-    return True
-
-
-def _named(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
 def _with_layout(
     cfg: DictConfig,
     ladders: Ladders,
@@ -277,19 +248,6 @@ def _with_layout(
 def _overridden(entry: tuple[str, DictConfig, Ladder], override: str) -> tuple[str, DictConfig, Ladder]:
     settings = apply_overrides(entry[1], [override])
     return entry[0], settings, resolve(settings)
-
-
-def _noting(make: ModelFactory, made: dict[str, str]) -> ModelFactory:
-    """`make`, which notes the class of each network under the `model.name` that it was made for."""
-
-    def noting(config: ModelConfig, num_classes: int) -> nn.Module:
-        network = make(config, num_classes)
-        if not isinstance(network, nn.Module):
-            raise ConfigError(f"model is to make a torch.nn.Module, and has made a {type(network).__name__}")
-        made[config.name] = type(network).__name__
-        return network
-
-    return noting
 
 
 def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataSets, Ladders]:

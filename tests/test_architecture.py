@@ -17,6 +17,7 @@ LAYERS = """
 __main__
 cli
 trainer
+arguments
 largest
 stage
 loop
