@@ -91,6 +91,8 @@ def _out_of_range(config: Config) -> list[str]:
         problems.append(f"seed={config.seed} is no whole number from {-LARGEST_SEED} to {LARGEST_SEED}")
     below_one = [("trainer.label_smoothing", t.label_smoothing), ("optimizer.momentum", o.momentum)]
     problems += [f"{key}={value} is not below 1" for key, value in below_one if value >= 1]
+    if config.schedule.min_lr > o.lr > 0:
+        problems.append(f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={o.lr}")
     return problems
 
 

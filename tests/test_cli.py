@@ -310,6 +310,7 @@ BAD_INPUT = [
     ("device=meta", ["device=meta: nothing is trained on meta devices", "use auto, cpu, cuda"]),
     ("seed=99999999999999999999", ["seed=99999999999999999999 is no whole number from"]),
     ("schedule.min_lr=-1", ["schedule.min_lr=-1.0 is below 0"]),
+    ("schedule.min_lr=1", ["schedule.min_lr=1.0 is above optimizer.lr=0.001"]),
     ("card=null", ["Config group override must be", "leave it out"]),
     ("data.train._target_=nowhere.Images", ["nowhere.Images"]),
     ("data.crop_scale=[2,1]", ["data.crop_scale", "0 < least <= most <= 1"]),
