@@ -144,11 +144,7 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
 
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
-    hydra_config = HydraConfig.get()
-    swept = getattr(hydra_config.sweeper, "params", None)  # which not every sweeper has
-    if hydra_config.mode == RunMode.RUN and swept:
-        values = ", ".join(f"{key}={text}" for key, text in swept.items())
-        raise ConfigError(f"a sweep ({values}) runs with -m in front of the overrides; without it, leave +sweep out")
+    _check_mode()
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
     if cfg.task == "plan":
@@ -171,6 +167,15 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         cfg = saved_settings(cfg, overrides, folder)
         return float(Trainer(cfg, output_dir=folder).fit().metrics.get(cfg.optimized_metric, float("nan")))
     return float("nan")
+
+
+def _check_mode() -> None:
+    """Refuse a sweep that is asked for without the switch that makes Hydra run it."""
+    hydra_config = HydraConfig.get()
+    swept = getattr(hydra_config.sweeper, "params", None)  # which not every sweeper has
+    if hydra_config.mode == RunMode.RUN and swept:
+        values = ", ".join(f"{key}={text}" for key, text in swept.items())
+        raise ConfigError(f"a sweep ({values}) runs with -m in front of the overrides; without it, leave +sweep out")
 
 
 def _check(cfg: DictConfig) -> None:

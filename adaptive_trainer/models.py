@@ -19,7 +19,15 @@ from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.memory.trace import same_random_numbers
 
-__all__ = ["build_model", "check_image_size", "check_name", "checkpoint_activations", "has_batch_norm", "outline"]
+__all__ = [
+    "build_model",
+    "check_image_size",
+    "check_name",
+    "checkpoint_activations",
+    "has_batch_norm",
+    "outline",
+    "without_memory",
+]
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +162,15 @@ def outline(config: ModelConfig, num_classes: int) -> nn.Module | None:
 
 @functools.lru_cache(maxsize=16)
 def _outline(name: str, kwargs: str, num_classes: int, dtype: torch.dtype) -> nn.Module | None:
+    return without_memory(lambda: build_model(ModelConfig(name=name, kwargs=json.loads(kwargs)), num_classes).eval())
+
+
+def without_memory(make: Callable[[], nn.Module]) -> nn.Module | None:
+    """The network that `make` makes, on meta; None where it looks at values while it is built."""
     try:
         with same_random_numbers(), torch.device("meta"):
-            return build_model(ModelConfig(name=name, kwargs=json.loads(kwargs)), num_classes).eval()
-    except (NotImplementedError, RuntimeError):  # it looks at values while it is built
+            return make()
+    except (NotImplementedError, RuntimeError):
         return None
 
 

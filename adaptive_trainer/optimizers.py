@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
     Raises:
         ConfigError: it is so.
     """
-    name, known = config.name.lower(), [str(each) for each in list_optimizers()]
+    name, known = config.name.lower(), _known()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["adamw", "sgd", "lion"]
         raise ConfigError(f"unknown optimizer.name={config.name}: did you mean {', '.join(near)}? (a timm optimizer)")
@@ -80,6 +81,11 @@ def check_optimizer(config: OptimizerConfig) -> None:
     ignored = [key for key in config.kwargs if not takes.get(key, True)]
     if ignored:
         raise ConfigError(f"optimizer.name={config.name} does not take optimizer.kwargs {', '.join(ignored)}")
+
+
+@functools.cache
+def _known() -> list[str]:
+    return [str(each) for each in list_optimizers()]
 
 
 def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:

@@ -58,8 +58,6 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         config.device = "cpu"
     planner = _planner(config, stored_size(typed(settings) for _, settings in stages(cfg)))
     asked, made = stages(cfg), dict[str, Plan]()
-    for _, settings in asked:
-        check_names(resolve(settings))
     for name, settings in asked:
         ladder, is_found = _ladder(settings, planner)
         made[name] = plan(ladder, planner, is_found=is_found)
@@ -88,6 +86,7 @@ def _is_simulated(config: Config) -> bool:
 def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...], bool]:
     """The rungs of the settings, and whether rung 0 has the largest batch size that is predicted to fit."""
     ladder, capacity = resolve(cfg), planner.target.capacity
+    check_names(ladder)
     if cfg.trainer.batch_size != LARGEST:
         return ladder, False
     asked = f"trainer.batch_size={LARGEST}"

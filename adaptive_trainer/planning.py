@@ -30,6 +30,7 @@ from adaptive_trainer.models import (
     checkpoint_activations,
     has_batch_norm,
     outline,
+    without_memory,
 )
 from adaptive_trainer.optimizers import build_loss, build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
@@ -249,11 +250,7 @@ class Planner:
         """The network without memory; None where it cannot be made so."""
         if self.make_model is build_model:
             return outline(config.model, self.classes(config))
-        try:
-            with same_random_numbers(), torch.device("meta"):
-                return self._model(config)
-        except (NotImplementedError, RuntimeError):  # it looks at values while it is built
-            return None
+        return without_memory(lambda: self._model(config))
 
     def _needs_pairs(self, model_key: str, config: Config) -> bool:
         if model_key not in self._norms:

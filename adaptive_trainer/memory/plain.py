@@ -1,7 +1,7 @@
 """What common operators give on fake tensors, known at once.
 
-PyTorch finds the result of an operator on fake tensors in 0.1 to 1 ms, by other operators or by looking up whether it
-has seen the like; a trace has thousands of them. Most are plain: a tensor like the input, a new one, a convolution.
+PyTorch finds the result of an operator on fake tensors by other operators, or by looking up whether it has seen the
+like; a trace has thousands of them. Most are plain: a tensor like the input, a new one, a convolution.
 What is not plain, by operator or by layout, is left to PyTorch.
 """
 
