@@ -110,8 +110,10 @@ def check_name(name: str) -> None:
         is_known, plain = name in known, name
     else:
         plain, _, tag = name.partition(".")
-        is_known, known = timm.is_model(plain), timm.list_models()
-        if is_known and tag:
+        if timm.is_model(plain) and not tag:
+            return
+        is_known, known = False, timm.list_models()
+        if timm.is_model(plain):
             plain, known = name, timm.list_models(f"{plain}.*", pretrained=True)
             is_known = name in known
     if is_known:
