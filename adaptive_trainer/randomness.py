@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 __all__ = ["RandomStates"]
+
+MT19937_BYTES = 625 * 4  # 624 words and how many of them are used up
 
 
 class RandomStates:
@@ -24,6 +27,7 @@ class RandomStates:
         own = list(generators)
         self.of_python = [g for g in own if isinstance(g, random.Random)]
         self.of_torch = [torch.default_generator, *(g for g in own if isinstance(g, torch.Generator))]
+        self._numpy = _NumPyState()
         if device.type == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]  # makes the card's generators
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -32,7 +36,7 @@ class RandomStates:
     def read(self) -> tuple[Any, ...]:
         """All states as they are now, for `write`."""
         of_torch, of_python = [g.get_state() for g in self.of_torch], [g.getstate() for g in self.of_python]
-        return of_torch, of_python, random.getstate(), np.random.get_state(legacy=False)
+        return of_torch, of_python, random.getstate(), self._numpy.read()
 
     def write(self, states: tuple[Any, ...]) -> None:
         """Put back what `read` gave."""
@@ -43,3 +47,23 @@ class RandomStates:
             own.setstate(kept)
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+class _NumPyState:
+    """The state of NumPy's global random numbers, read anew only where something may have drawn.
+
+    NumPy gives it word by word, slower than everything else that is kept of an update. That it is the one read last
+    shows in its memory, unless half a pair of normal numbers waited to be drawn, which is no part of that memory.
+    """
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._state: dict[str, Any] = {"has_gauss": 1}
+
+    def read(self) -> dict[str, Any]:
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # of 1.24, not in its stubs
+        is_usual = type(generator) is np.random.MT19937
+        memory = ctypes.string_at(generator.ctypes.state_address, MT19937_BYTES) if is_usual else b""
+        if not memory or memory != self._memory or self._state["has_gauss"]:
+            self._memory, self._state = memory, np.random.get_state(legacy=False)
+        return self._state

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ParamSpec
 
 import torch
@@ -179,19 +180,22 @@ class Undo:
             copies: keep what the tensors hold; otherwise only which of them are the optimizer's state.
         """
         self.large = _Shadow() if not copies else self.host if on_host or self.on_host else self.beside
-        leaves: list[Any] = []
-        self.optimizer_state = []
-        for parameter, values in self.state.optimizer.state.items():
-            kept = dict(values)
-            containers = [key for key, value in values.items() if not isinstance(value, PLAIN)]
-            for key in containers:
-                kept[key] = tree_map(lambda leaf: leaf, values[key])
-            self.optimizer_state.append((parameter, kept))
-            leaves += tree_leaves(kept) if containers else kept.values()
+        self.optimizer_state = [(p, dict(values)) for p, values in self.state.optimizer.state.items()]
+        leaves = list(chain.from_iterable(kept.values() for _, kept in self.optimizer_state))
+        if not all(issubclass(kind, PLAIN) for kind in set(map(type, leaves))):
+            leaves = self._copy_containers()
         leaves += [value for group in self.groups for value in group.values()]
         if copies:
             self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
         self.stepping = True
+
+    def _copy_containers(self) -> list[Any]:
+        """Keep lists and the like of the optimizer's state as they are filled now; returns what is in them and beside
+        them."""
+        for _, kept in self.optimizer_state:
+            for key in [key for key, value in kept.items() if not isinstance(value, PLAIN)]:
+                kept[key] = tree_map(lambda leaf: leaf, kept[key])
+        return tree_leaves([kept for _, kept in self.optimizer_state])
 
     @_unseen
     def roll_back(self) -> None:

@@ -47,7 +47,7 @@ from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_up
 
 CPU = torch.device("cpu")
 NETWORKS = 9
-PAIRS, IN_PAIR = 120, 2  # of one network's updates with and without undo: many short ones, the host being unsteady
+PAIRS, IN_PAIR = 240, 2  # of one network's updates with and without undo: many short ones, the host being unsteady
 MiB = 1 << 20
 
 
