@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -217,7 +218,12 @@ class Planner:
         return stored_size([config]) if self.stored_size is None else self.stored_size
 
     def _model(self, config: Config) -> nn.Module:
-        model = self.make_model(replace(config.model, pretrained=False), self.classes(config))
+        on_meta = torch.get_default_device().type == "meta"
+        outlined = outline(config.model, self.classes(config)) if on_meta and self.make_model is build_model else None
+        if outlined is not None:
+            model = copy.deepcopy(outlined)  # three times as fast as making it
+        else:
+            model = self.make_model(replace(config.model, pretrained=False), self.classes(config))
         checkpoint_activations(model, config.trainer.checkpoint_activations)
         return model
 

@@ -311,6 +311,7 @@ BAD_INPUT = [
     ("seed=99999999999999999999", ["seed=99999999999999999999 is no whole number from"]),
     ("schedule.min_lr=-1", ["schedule.min_lr=-1.0 is below 0"]),
     ("schedule.min_lr=1", ["schedule.min_lr=1.0 is above optimizer.lr=0.001"]),
+    ("schedule.warmup_epochs=40", ["schedule.warmup_epochs=40.0 is above trainer.epochs="]),
     ("card=null", ["Config group override must be", "leave it out"]),
     ("data.train._target_=nowhere.Images", ["nowhere.Images"]),
     ("data.crop_scale=[2,1]", ["data.crop_scale", "0 < least <= most <= 1"]),

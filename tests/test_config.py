@@ -136,6 +136,7 @@ def test_a_global_choice_is_laid_over_the_settings() -> None:
         "optimizer.momentum=-1",
         "schedule.min_lr=-1",
         "schedule.min_lr=nan",
+        "schedule.warmup_epochs=1e3",
         "data.mean=[nan,0,0]",
         "data.std=[inf,1,1]",
         "seed=9223372036854775808",
