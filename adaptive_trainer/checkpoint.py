@@ -149,22 +149,24 @@ def unpack(
     problem = ""
     try:
         state.model.load_state_dict(content["model"])
-        if state.ema is not None and content["ema"] is not None:
-            state.ema.module.load_state_dict(content["ema"])
+        if state.ema is not None:  # one that the run did not have before begins with the weights
+            state.ema.module.load_state_dict(content["ema"] or content["model"])
         if with_optimizer:
             _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
+        buffers = dict(state.model.named_buffers())
+        with torch.no_grad():
+            for name, value in content["buffers"].items():
+                buffers[name].copy_(value)
     except (RuntimeError, ValueError, KeyError) as error:
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
         problem = str(error).splitlines()[0]
+        if isinstance(error, KeyError):
+            problem = f"there is no {problem}"
     if problem:
         raise CheckpointError(f"the checkpoint does not fit this run's model or optimizer: {problem}")
-    buffers = dict(state.model.named_buffers())
-    with torch.no_grad():
-        for name, value in content["buffers"].items():
-            buffers[name].copy_(value)
-        for name, value in content["meters"].items():
-            state.meters[name].copy_(value)
+    for name, value in content["meters"].items():
+        state.meters[name].copy_(value)
     if state.scaler.is_enabled() and content["scaler"]:
         state.scaler.load_state_dict(content["scaler"])
     state.position = Position.from_dict(content["position"])

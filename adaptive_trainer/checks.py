@@ -95,8 +95,8 @@ def _out_of_range(config: Config) -> list[str]:
         problems.append(f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={o.lr}")
     if t.epochs >= 1 and config.schedule.warmup_epochs > t.epochs:
         problems.append(
-            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is above trainer.epochs={t.epochs}: training would "
-            "end before its learning rate is reached"
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs} is above trainer.epochs={t.epochs}: training "
+            "would end before its learning rate is reached"
         )
     return problems
 

@@ -8,6 +8,7 @@ batch (`data.on_error`).
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import operator
 import random
 import signal
@@ -102,7 +103,13 @@ class Loader:
 
     def _start(self, batches: Iterable[list[Key]]) -> Iterator[Batch]:
         self._keys.batches = batches
-        self._running = iter(self._loader)  # with workers it is the same object each time
+        others = set(multiprocessing.active_children())
+        try:
+            self._running = iter(self._loader)  # with workers it is the same object each time
+        except BaseException:  # a fork that failed: torch asks the workers before it to end, which they put off
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
         return self._running
 
     def close(self) -> None:

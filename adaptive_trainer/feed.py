@@ -169,6 +169,16 @@ class _Lane:
         if self.side is not None:
             self.copied[number % 2].record(self.side)
 
+    def end(self, error: BaseException | None) -> None:
+        """Say that no more batches come, and why, once no copy is on its way: the buffers may go with the thread."""
+        try:
+            if self.side is not None:
+                self.side.synchronize()
+        except RuntimeError as unusable:  # the device answers nothing any more
+            error = error or unusable
+        finally:
+            self.sent.put(error)
+
     def await_copy(self, number: int) -> None:
         """What the current stream is given from now on comes after the copy of a batch."""
         if self.side is not None:
@@ -237,10 +247,9 @@ def _work(loader: FeedLoader, lane: _Lane) -> None:
                 lane.sent.put(batch)
     except BaseException as error:
         end = error
-    if lane.side is not None:
-        lane.side.synchronize()  # the buffers may go with the thread
-    lane.sent.put(end)
-    del end  # it knows this frame, and the frame the buffers
+    finally:
+        lane.end(end)
+        del end  # it knows this frame, and the frame the buffers
 
 
 def _with_windows(loader: FeedLoader) -> Iterator[tuple[Array, Array]]:

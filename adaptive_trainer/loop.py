@@ -64,7 +64,7 @@ class _Loss:
         on_cuda = device.type == "cuda"
         self.is_asked = False
         self.asked_after = 0
-        self._sums = torch.zeros(2, pin_memory=on_cuda)
+        self._sums = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
     def ask(self, meters: dict[str, Tensor], updates: int) -> None:
@@ -122,7 +122,7 @@ class Loop:
         """Put together what it uses; no worker is started yet."""
         config = self.session.config
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
-        self._has_warned = False
+        self._has_warned = self._has_left_one = False
         self._broken: set[str] = set()  # images that were named
         self._loss = _Loss(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
@@ -173,6 +173,8 @@ class Loop:
         """One update, and what is due after it."""
         state, trainer = self.session.state, self.session.config.trainer
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
+        if batch.skipped and len(batch.labels) == 1 and self.session.update.avoid_single:
+            batch = self._without_the_last(batch)
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
         bar.update(batch.samples)
         self._tell_broken(batch)
@@ -188,6 +190,15 @@ class Loop:
         if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
             self._save()
         self._stop_if_asked()
+
+    def _without_the_last(self, batch: Batch) -> Batch:
+        """The batch with no sample, where broken ones have left BatchNorm a single one."""
+        if not self._has_left_one:
+            self._has_left_one = True
+            self.hooks.event(
+                f"of a batch of {batch.samples}, broken images have left one, and BatchNorm cannot train on one"
+            )
+        return batch._replace(images=batch.images[:0], labels=batch.labels[:0])
 
     def _tell_broken(self, batch: Batch) -> None:
         """Name the images of a batch that were left out, each once, three at a time."""
@@ -224,9 +235,9 @@ class Loop:
         return loss
 
     def _save(self) -> None:
-        """A checkpoint within an epoch, of weights whose loss is a number as far as it was asked for."""
-        if self._loss.is_asked:
-            self._read_loss()
+        """A checkpoint within an epoch, of weights whose loss was a number up to now."""
+        self._loss.ask(self.session.state.meters, self.session.state.updates)
+        self._read_loss()
         self.hooks.checkpoint(False)
 
     def _stop_if_asked(self) -> None:

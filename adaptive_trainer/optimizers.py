@@ -35,14 +35,11 @@ SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", 
 WARMUP_LR = 1e-5
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device: torch.device) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
     """The timm optimizer that `config.name` names, over the model's parameters.
 
     Biases and parameters of one dimension have no weight decay. The fused implementation is used where torch has one
     for the device and `config.kwargs` do not choose another.
-
-    Args:
-        lr: the learning rate to begin with; it may differ from `config.lr` after a change of the batch size.
 
     Raises:
         ConfigError: the name is unknown, needs what this trainer does not do, or `config.kwargs` do not suit it.
@@ -52,7 +49,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, lr: float, device
     try:
         kwargs = {**_fused(config, device), **config.kwargs}
         optimizer: Optimizer = create_optimizer_v2(
-            model, config.name, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
+            model, config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
         )
         make_momentum(optimizer)
         return optimizer

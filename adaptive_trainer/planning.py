@@ -237,7 +237,7 @@ class Planner:
             parts = micro_batches(used.batch_size, used.micro_batch_size, True)
         return TraceSpec(
             lambda: self._model(config),
-            lambda model: build_optimizer(model, config.optimizer, config.optimizer.lr, device),
+            lambda model: build_optimizer(model, config.optimizer, device),
             (3, used.image_size, used.image_size),
             tuple(parts),
             used.eval_batch_size,

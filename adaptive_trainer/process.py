@@ -37,7 +37,7 @@ def alone_in_process() -> Iterator[None]:
 
 @contextmanager
 def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> Iterator[None]:
-    """Run the block with deterministic algorithms or not, and undo every process-wide change afterwards.
+    """Run the block, with deterministic algorithms if asked, and undo every process-wide change afterwards.
 
     Args:
         tf32: whether a card may round the inputs of fp32 convolutions and matrix products to TF32 (10 bits after the

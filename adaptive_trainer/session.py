@@ -100,11 +100,11 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
     checkpoint_activations(model, config.trainer.checkpoint_activations)
     return TrainState(
         model,
-        build_optimizer(model, config.optimizer, config.optimizer.lr, parts.device),
+        build_optimizer(model, config.optimizer, parts.device),
         build_scaler(config.trainer.precision, parts.device),
         build_ema(model, config.trainer.ema_decay),
         Position(config.seed, 0, 0, parts.train_size),
-        meters={name: torch.zeros((), device=parts.device) for name in METERS},
+        meters={name: torch.zeros((), dtype=torch.float64, device=parts.device) for name in METERS},
     )
 
 
@@ -129,7 +129,10 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
         state.ema = build_ema(state.model, config.trainer.ema_decay)
     same_rate = {**vars(config.optimizer), "lr": None} == {**vars(old.optimizer), "lr": None}
     if not same_rate:
-        state.optimizer = build_optimizer(state.model, config.optimizer, config.optimizer.lr, parts.device)
+        state.optimizer = build_optimizer(state.model, config.optimizer, parts.device)
+    for group in state.optimizer.param_groups:
+        if "max_lr_snapshot" in group:  # to which timm relates a corrected weight decay
+            group["max_lr_snapshot"] = config.optimizer.lr
     return state
 
 

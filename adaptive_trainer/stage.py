@@ -269,7 +269,7 @@ class Stage:
         old = self._opened
         learned = self._content(self._rung_name(old.config)) if old.state.updates else None
         self._start_anew(old.config.model.name, config.model.name, learned)
-        del old
+        del old, learned
         self.session = None
         oom.release(self.parts.device)  # a network may hold itself in a circle of references
 
@@ -299,13 +299,16 @@ class Stage:
                 f"{self.parts.train_size} now; use the same data, or start anew with resume=null"
             )
         was, wanted = saved["config"]["optimizer"], asked["optimizer"]
+        with_optimizer = _kind_of_state(was) == _kind_of_state(wanted)
         checkpoint.unpack(
             saved,
             session.state,
             self.parts.device,
             keep_groups=was != wanted,
-            with_optimizer=(was["name"], was["kwargs"]) == (wanted["name"], wanted["kwargs"]),
+            with_optimizer=with_optimizer,
         )
+        if not with_optimizer:
+            self.record.event("the optimizer starts anew: what the checkpoint has of it is of another kind")
         state = session.state
         self.record.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
         if saved["config"]["seed"] != asked["seed"]:
@@ -383,8 +386,9 @@ class Stage:
         return state.model if state.ema is None else state.ema.module
 
     def weights_learned(self) -> tuple[Any, dict[str, Any]]:
-        """What the next stage starts from: the model settings and the model's `state_dict`."""
-        return self._opened.config.model, self._opened.state.model.state_dict()
+        """What the next stage starts from: the model settings and the model's `state_dict`, copied to the host."""
+        weights = self._opened.state.model.state_dict()
+        return self._opened.config.model, {key: value.to("cpu", copy=True) for key, value in weights.items()}
 
     @property
     def folder(self) -> Path:
@@ -399,3 +403,9 @@ class Stage:
 
     def _rung_name(self, config: Config) -> str:
         return next(rung.name for rung in self.ladder if rung.settings is config)
+
+
+def _kind_of_state(optimizer: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides which state, and which groups of parameters, an optimizer of these settings has."""
+    has_decay, has_momentum = optimizer["weight_decay"] > 0, optimizer["momentum"] > 0
+    return optimizer["name"], optimizer["kwargs"], has_decay, has_momentum

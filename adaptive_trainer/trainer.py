@@ -90,6 +90,7 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Exception: whatever is not about memory, unchanged.
         """
+        self.model = None  # one of an earlier call would take its memory from this one
         device = device_of(self.cfg.device)
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
         check_no_card(typed(self.cfg).card)
@@ -164,6 +165,7 @@ class Trainer:
                 rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned()
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
+        self.model = stage.model
         return self._result(typed(settings), rung, stage, done, record)
 
     def _tell(self, device: torch.device, path: Path | None, record: Record) -> None:
@@ -192,7 +194,6 @@ class Trainer:
             message = str(error)
         if message:
             raise LadderExhausted(f"{message}\n{_advice(capacity)}")
-        self.model = stage.model
         log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
         return rung
 

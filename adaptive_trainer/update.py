@@ -80,7 +80,7 @@ class Update:
         self._modules = list(state.model.modules())
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
-        self._avoid_single = has_batch_norm(state.model)
+        self.avoid_single = has_batch_norm(state.model)
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
         """One update on images (N, C, H, W) and labels (N,), after which `samples` more count as done.
@@ -150,7 +150,7 @@ class Update:
 
     def largest_part(self, samples: int) -> int:
         """Samples in the largest forward pass of an update."""
-        return max(micro_batches(samples, self.micro_batch_size, self._avoid_single), default=0)
+        return max(micro_batches(samples, self.micro_batch_size, self.avoid_single), default=0)
 
     def free_copies(self) -> None:
         """Give back the memory of the copies, which the next update makes anew."""
@@ -201,11 +201,12 @@ class Update:
 
     def accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Forward and backward of every micro-batch, each weighted by its share of the samples."""
+        torch.clear_autocast_cache()  # within autocast of the caller's it holds weights as they were an update ago
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
         total = len(labels)
-        sizes = micro_batches(total, self.micro_batch_size, self._avoid_single)
+        sizes = micro_batches(total, self.micro_batch_size, self.avoid_single)
         parts = [(images, labels)]
         if len(sizes) > 1:
             parts = list(zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True))
@@ -310,10 +311,19 @@ class Update:
         """Sum of the loss and number of right answers of one evaluation batch.
 
         Raises:
-            OutOfMemory: it does not fit; what it held is freed.
+            OutOfMemory: it failed twice; what it held is freed.
         """
-        failure = None
         self.phase = "evaluation"
+        found = self._attempt_evaluation(model, images, labels)
+        if isinstance(found, oom.Failure) and not found.exact:
+            log.warning("out of memory in %s (%s): the same samples once more", self.phase, found.text)
+            found = self._attempt_evaluation(model, images, labels)
+        if isinstance(found, oom.Failure):
+            raise OutOfMemory(found.text, phase=self.phase)
+        return found
+
+    def _attempt_evaluation(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int] | oom.Failure:
+        failure = None
         try:
             with self.capacity.device_work(self._kind(images, labels, evaluated=model)):
                 return self._evaluate(model.eval(), images, labels)
@@ -322,9 +332,10 @@ class Update:
             if not failure.fills(self.device):
                 raise
         self._release_after(failure)
-        raise OutOfMemory(failure.text, phase=self.phase)
+        return failure
 
     def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        torch.clear_autocast_cache()
         y = labels.to(self.device, non_blocking=True)
         with self._autocast():
             output = model(self._to_device(images))
@@ -344,6 +355,11 @@ class _Allocations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self._operators = 1
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It only looks on, so torch may go on to compile what optimizers ask it to."""
+        return True
 
     def total(self) -> int:
         """The number so far, above 0; 0 where nobody counts (`cudaMallocAsync`)."""

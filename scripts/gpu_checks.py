@@ -73,7 +73,7 @@ def _plain_training(config: Config) -> None:
     model = build_model(config.model, 10).to(CUDA)
     if config.trainer.channels_last:
         to_channels_last(model)
-    optimizer = build_optimizer(model, config.optimizer, used.lr, CUDA)
+    optimizer = build_optimizer(model, config.optimizer, CUDA)
     scaler = GradScaler("cuda", enabled=used.precision == "fp16")
     half = torch.bfloat16 if used.precision == "bf16" else torch.float16
     images = torch.rand(used.batch_size, 3, used.image_size, used.image_size)

@@ -101,7 +101,7 @@ def start(case: Case, capacity: Capacity) -> Run:
         GradScaler("cpu", init_scale=case.scale, growth_interval=2, enabled=case.precision == "fp16"),
         ModelEmaV3(model, decay=0.9) if case.ema else None,
         Position(0, 0, 0, 70),
-        meters={name: torch.zeros(()) for name in METERS},
+        meters={name: torch.zeros((), dtype=torch.float64) for name in METERS},
     )
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(70, 3, case.image_size, case.image_size, generator=generator)

@@ -174,7 +174,7 @@ def start(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def started(name: str, precision: str = "fp32") -> runs.Run:
         monkeypatch.setitem(
-            runs.OPTIMIZERS, name, lambda model: build_optimizer(model, OptimizerConfig(name), 0.01, runs.CPU)
+            runs.OPTIMIZERS, name, lambda model: build_optimizer(model, OptimizerConfig(name, lr=0.01), runs.CPU)
         )
         return runs.start(runs.Case(name, precision, warm=True), capacity)
 

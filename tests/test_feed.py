@@ -19,7 +19,7 @@ from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import DataConfig
 from adaptive_trainer.data import Batch, DataSets, Loader
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
-from adaptive_trainer.feed import FeedLoader, eval_feed, train_feed
+from adaptive_trainer.feed import FeedLoader, _Lane, eval_feed, train_feed
 from adaptive_trainer.position import Position
 from adaptive_trainer.store import Decoded, Stored
 
@@ -141,6 +141,24 @@ def test_an_error_of_the_thread_is_the_loaders() -> None:
     with pytest.raises(IndexError, match="out of bounds"):
         train(replace(data, stored=(stored, stored)), Position(0, 0, 0, SIZE))
     assert not feeding()
+
+
+class Unusable:
+    """The stream of a card that answers nothing any more."""
+
+    def synchronize(self) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("earlier", [None, IndexError("earlier")])
+def test_a_thread_says_that_it_ends_whatever_the_device_says(earlier: Exception | None) -> None:
+    lane = _Lane(
+        train_feed(kept(), Position(0, 0, 0, SIZE), batch_size=2, image_size=8, device=CPU, channels_last=False)
+    )
+    lane.side = Unusable()
+    lane.end(earlier)
+    found = lane.sent.get(timeout=10)
+    assert found is earlier if earlier else "illegal memory access" in str(found)
 
 
 def test_after_an_out_of_memory_the_same_batch_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,7 +403,7 @@ def made(name: str, capacity: Capacity, *, precision: str = "fp32", net: nn.Modu
     model = (net or Net()).to(gpu_checks.CUDA)
     state = TrainState(
         model,
-        build_optimizer(model, OptimizerConfig(name), 2**-10, gpu_checks.CUDA),
+        build_optimizer(model, OptimizerConfig(name, lr=2**-10), gpu_checks.CUDA),
         build_scaler(precision, gpu_checks.CUDA),
         build_ema(model, 0.9),
         Position(0, 0, 0, 1000),

@@ -35,7 +35,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum", "lion"])
 def test_an_overflow_in_the_first_step_is_survived(name: str) -> None:
     model, images = network(), torch.randn(4, 3, 8, 8)
-    optimizer = build_optimizer(model, OptimizerConfig(name), 0.1, CPU)
+    optimizer = build_optimizer(model, OptimizerConfig(name, lr=0.1), CPU)
     scaler = build_scaler("fp16", CPU)
     for factor in (float("inf"), 1.0, 1.0):
         optimizer.zero_grad()
@@ -47,7 +47,7 @@ def test_an_overflow_in_the_first_step_is_survived(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "momentum"])
 def test_fused_by_default(name: str) -> None:
-    assert build_optimizer(network(), OptimizerConfig(name), 0.1, CPU).defaults["fused"] is True
+    assert build_optimizer(network(), OptimizerConfig(name, lr=0.1), CPU).defaults["fused"] is True
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"dampening": 0.5}, {"nesterov": False}, {"fused": False}])
@@ -57,8 +57,8 @@ def test_sgd_steps_as_torch_does(kwargs: dict[str, Any]) -> None:
     for reference in (False, True):
         torch.manual_seed(0)
         model, images = network(), torch.randn(4, 3, 8, 8)
-        config = OptimizerConfig("momentum", kwargs=kwargs, weight_decay=0.1)
-        optimizer = build_optimizer(model, config, 0.1, CPU)
+        config = OptimizerConfig("momentum", lr=0.1, kwargs=kwargs, weight_decay=0.1)
+        optimizer = build_optimizer(model, config, CPU)
         if reference:
             groups = [{**group, "fused": False, "foreach": False} for group in optimizer.param_groups]
             optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -73,7 +73,7 @@ def test_sgd_steps_as_torch_does(kwargs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kwargs", [{"fused": False}, {"foreach": True}, {"capturable": False}])
 def test_a_chosen_implementation_is_kept(kwargs: dict[str, Any]) -> None:
-    defaults = build_optimizer(network(), OptimizerConfig("adamw", kwargs=kwargs), 0.1, CPU).defaults
+    defaults = build_optimizer(network(), OptimizerConfig("adamw", lr=0.1, kwargs=kwargs), CPU).defaults
     assert not defaults["fused"]
     assert {key: defaults[key] for key in kwargs} == kwargs
 
@@ -82,7 +82,7 @@ def test_a_chosen_implementation_is_kept(kwargs: dict[str, Any]) -> None:
 def test_built_optimizer_learns(name: str) -> None:
     torch.manual_seed(0)
     model, images, labels = network(), torch.randn(8, 3, 8, 8), torch.arange(8) % 3
-    optimizer = build_optimizer(model, OptimizerConfig(name, weight_decay=0.1), 1e-3, CPU)
+    optimizer = build_optimizer(model, OptimizerConfig(name, lr=1e-3, weight_decay=0.1), CPU)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def test_built_optimizer_learns(name: str) -> None:
 )
 def test_what_cannot_be_built_is_explained(config: OptimizerConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_optimizer(network(), config, 0.1, CPU)
+        build_optimizer(network(), config, CPU)
 
 
 def sgd(lr: float = 0.1) -> torch.optim.SGD:
@@ -197,6 +197,6 @@ def test_only_fp16_scales_the_loss(precision: str, enabled: bool) -> None:
 
 
 def test_sgd_without_momentum_keeps_no_state() -> None:
-    optimizer = build_optimizer(network(), OptimizerConfig("sgd", momentum=0.0, kwargs={"nesterov": False}), 0.1, CPU)
+    optimizer = build_optimizer(network(), OptimizerConfig("sgd", momentum=0.0, kwargs={"nesterov": False}), CPU)
     assert optimizer.defaults["fused"] is True
     assert not optimizer.state

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,9 @@ def test_out_of_memory_while_a_state_is_taken_over_is_another_rungs_to_answer(ca
         with Fault(at), pytest.raises(RuntimeError, match="out of memory") as caught:
             take_over()
         assert oom.describe(caught.value).kind is oom.Kind.DEVICE
+    content["buffers"]["gone"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match="does not fit this run's model or optimizer: there is no 'gone'"):
+        take_over()
     content["model"]["stem.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="does not fit"):
         take_over()
@@ -629,6 +633,38 @@ def test_weights_whose_loss_is_no_number_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="after update 4"):
         Trainer(compose_config(settings), model=flat, train_data=Pixels(), output_dir=tmp_path).fit()
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 0
+
+
+class NoNumber(nn.Module):
+    """Cross entropy; of the twelfth batch no number, though the gradients are."""
+
+    batches = 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.batches += 1
+        loss = nn.functional.cross_entropy(output, target)
+        return loss + (float("inf") if self.batches == 12 else 0)
+
+
+def test_a_loss_between_those_that_are_told_is_looked_at_before_a_checkpoint(tmp_path: Path) -> None:
+    settings = ["trainer.log_every=100", "trainer.checkpoint_every=4", "trainer.batch_size=4", "data.image_size=16"]
+    cfg = compose_config([*settings, "data.num_workers=0", "ladder=none"])
+    with pytest.raises(DivergedError, match="inf after update") as caught:
+        Trainer(cfg, model=flat, train_data=Pixels(), loss=NoNumber(), output_dir=tmp_path).fit()
+    content = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    assert f"after update {content['updates'] + 4}. " in str(caught.value)
+    assert content["updates"] > 0
+    assert content["meters"]["loss"].isfinite()
+
+
+def test_an_average_that_a_run_did_not_have_begins_with_its_weights(capacity: Capacity) -> None:
+    with_average = runs.Case("sgd", "fp32", warm=False)
+    content = checkpoint.pack(runs.start(replace(with_average, warm=True, ema=False), capacity).state, runs.CPU)
+    state = runs.start(with_average, capacity).state
+    checkpoint.unpack(content, state, runs.CPU, keep_groups=False, with_optimizer=True)
+    assert state.ema is not None
+    averaged = state.ema.module.state_dict()
+    assert [name for name, value in state.model.state_dict().items() if not torch.equal(value, averaged[name])] == []
 
 
 def test_a_checkpoint_of_another_implementation_of_sgd(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class Case:
         return model
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
-        return build_optimizer(model, OptimizerConfig(name=self.optimizer), 1e-3, CPU)
+        return build_optimizer(model, OptimizerConfig(name=self.optimizer), CPU)
 
     def predicted(self) -> Prediction:
         parts = tuple(micro_batches(self.batch, self.micro, has_batch_norm(self.model())))

@@ -27,6 +27,7 @@ from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.memory.plan_cache import Measurement
+from adaptive_trainer.position import Position
 from adaptive_trainer.report import Result
 
 MiB = 2**20
@@ -553,6 +554,50 @@ def test_resumed_with_another_optimizer_it_starts_anew(before: str, after: str, 
     assert f"resumed with another optimizer.name: {before} -> {after}" in result.events
     saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["optimizer"]["state"]
     assert {len(values) for values in saved.values()} == {keys}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before", "after"),
+    [("adamw", "weight_decay=0", "weight_decay=0.1"), ("rmsprop", "momentum=0", "momentum=0.9")],
+)
+def test_resumed_with_settings_that_need_other_state_the_optimizer_starts_anew(
+    optimizer: str, before: str, after: str, tmp_path: Path
+) -> None:
+    fit(tmp_path, f"optimizer.name={optimizer}", f"optimizer.{before}", "trainer.epochs=1")
+    result, _ = fit(tmp_path, f"optimizer.name={optimizer}", f"optimizer.{after}", "resume=auto")
+    assert result.metrics["updates"] == 10
+    assert "the optimizer starts anew: what the checkpoint has of it is of another kind" in result.events
+
+
+def norm(*_: Any) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 3))
+
+
+def test_what_a_stage_leaves_takes_no_memory_of_the_next(tmp_path: Path) -> None:
+    stages = ",".join(f"{{name: {name}, overrides: ['optimizer.lr=0.00{name}']}}" for name in "123")
+    cfg = settings(f"phases.stages=[{stages}]", "trainer.epochs=1", "trainer.ema_decay=0.9", steps={})
+    result = Trainer(cfg, model=norm, train_data=Seen(), val_data=Seen(6), output_dir=tmp_path).fit()
+    assert outcomes(result) == [("requested", "fits")] * 3
+    assert len({attempt.peak_allocated_bytes for attempt in result.attempts}) == 1
+
+
+class OneLeft(Seen):
+    """Of the first batch of eight all but one cannot be read."""
+
+    broken = frozenset(Position(0, 0, 0, 40).permutation()[:7])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index in self.broken:
+            raise OSError("broken")
+        return super().__getitem__(index)
+
+
+def test_a_single_sample_that_broken_ones_leave_is_not_trained(tmp_path: Path) -> None:
+    cfg = settings("data.on_error=skip", "trainer.batch_size=8", "trainer.epochs=1", steps={})
+    result = Trainer(cfg, model=norm, train_data=OneLeft(), val_data=Seen(6), output_dir=tmp_path).fit()
+    assert result.metrics["updates"] == 5
+    left = "of a batch of 8, broken images have left one, and BatchNorm cannot train on one"
+    assert [event for event in result.events if event.startswith("of a batch")] == [left]
 
 
 def test_the_best_model_is_saved_before_the_state_that_knows_of_it(

@@ -119,8 +119,9 @@ def pictures(count: int) -> TensorDataset:
     return TensorDataset(torch.rand(count, 3, 8, 8, generator=generator), torch.arange(count) % 3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_trainer_is_a_plain_loop(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_the_trainer_is_a_plain_loop(precision: str, inside: bool, tmp_path: Path) -> None:
+    """Also inside the caller's autocast, which keeps weights that it has cast until it ends."""
     overrides = ["trainer.epochs=2", "trainer.batch_size=8", "trainer.micro_batch_size=5", "data.image_size=8"]
     overrides += ["data.transforms=none", "data.num_workers=0", "optimizer=sgd", "optimizer.lr=0.05", "ladder=none"]
     overrides += [f"trainer.precision={precision}", "seed=3", "device=cpu", "optimizer.weight_decay=0"]
@@ -128,7 +129,8 @@ def test_the_trainer_is_a_plain_loop(precision: str, tmp_path: Path) -> None:
     trainer = Trainer(
         compose_config(overrides), model=tiny, train_data=pictures(21), val_data=pictures(6), output_dir=tmp_path
     )
-    trainer.fit()
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        result = trainer.fit()
     torch.manual_seed(3)
     model = tiny(ModelConfig(), 3).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=False)
@@ -146,6 +148,10 @@ def test_the_trainer_is_a_plain_loop(precision: str, tmp_path: Path) -> None:
     assert trainer.model is not None
     trained = trainer.model.state_dict()
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, trained[name])] == []
+    images, labels = pictures(6).tensors
+    with torch.no_grad(), torch.autocast("cpu", AUTOCAST[precision], enabled=precision != "fp32"):
+        output = model.eval()(images)
+        assert result.metrics["val_loss"] == pytest.approx(float(nn.functional.cross_entropy(output, labels)))
 
 
 def test_fp32_is_fp32_inside_the_callers_autocast(capacity: Capacity) -> None:
@@ -224,6 +230,38 @@ def test_one_failure_is_retried_and_two_are_refused(capacity: Capacity, caplog: 
     assert caught.value.__context__ is None
     assert run.state.updates == 1
     assert set(differences(dump(run.state), before)) <= {"groups"}  # the schedule was applied before the update
+
+
+def test_an_evaluation_is_retried_as_an_update_is(capacity: Capacity, caplog: pytest.LogCaptureFixture) -> None:
+    run = start(Case("sgd", "fp32", warm=True), capacity)
+    update, images, labels = run.update(), run.images[:3], run.labels[:3]
+    expected = update.evaluate(run.state.model, images, labels)
+    with Fault(5):
+        assert update.evaluate(run.state.model, images, labels) == expected
+    assert "out of memory in evaluation" in caplog.text
+    with (
+        Fault(5, keeps_failing=True),
+        pytest.raises(OutOfMemory, match=r"^out of memory in evaluation: CUDA out of memory\."),
+    ):
+        update.evaluate(run.state.model, images, labels)
+
+
+class Compiling(torch.optim.SGD):
+    """Its step runs compiled code."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"gradient": torch.compile(torch.abs, backend="eager")(parameter.grad)}
+        super().step(closure)
+
+
+def test_an_optimizer_may_compile_its_step(capacity: Capacity) -> None:
+    run = start(Case("sgd", "fp32", warm=False), capacity)
+    run.state.optimizer = Compiling(run.state.model.parameters(), lr=0.1)
+    update = run.update()
+    for _ in range(3):
+        run.advance(update)
+    assert update.step_allocates is True
 
 
 class Broken(nn.Module):
