@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Generator
@@ -30,6 +29,7 @@ from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.fingerprint import fingerprint, refuse_own_transforms
 from adaptive_trainer.memory.plan_cache import default_folder
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.report import is_watched
 from adaptive_trainer.store import Decoded, Stored, alone, available_memory, open_decoded, removed_leftovers, written
 
 __all__ = ["with_cache"]
@@ -200,7 +200,7 @@ class _Builder:
         started, count = time.perf_counter(), len(base.used)
         parts: list[dict[str, Array]] = []
         with (
-            tqdm(total=count, desc="decoding", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar,
+            tqdm(total=count, desc="decoding", unit="img", disable=not is_watched(), leave=False) as bar,
             closing(self._batches(base)) as batches,
         ):
             for images, rows in batches:

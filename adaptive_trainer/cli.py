@@ -52,6 +52,8 @@ def main() -> None:
     except SystemExit:
         if not codes:
             raise
+    except BrokenPipeError:  # whoever read along has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         said = "" if codes or whole_traceback else _refusal(error)
         if said:

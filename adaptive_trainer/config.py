@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -219,8 +219,9 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
     Raises:
         ConfigError: an override names no setting, or gives it a value of the wrong type; there is no such folder.
     """
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides are a list of texts, such as [{overrides!r}]")
+    are_texts = isinstance(overrides, Sequence) and all(isinstance(text, str) for text in overrides)
+    if isinstance(overrides, str) or not are_texts:
+        raise ConfigError(f"overrides are a list of texts, such as ['trainer.epochs=3'], and not {overrides!r}")
     if config_folder is not None and not Path(config_folder).is_dir():
         raise ConfigError(f"config_folder={config_folder} is no folder")
     register()
@@ -247,6 +248,8 @@ def explained(error: Exception) -> str:
     in_file = re.match(r"(In '.+'): ConfigKeyError .*\nKey '(.+)' not in '(\w+)'", str(error))
     if in_file and is_dataclass(kind := globals().get(in_file[3])):
         return f"{in_file[1]}: there is no {in_file[2]!r}; allowed are {_names(kind)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error}\nA value with = or brackets, or with other letters than a to z, takes quotes: 'KEY=\"VALUE\"'"
     if type(error) is ValueError:  # a group that is given no text
         return f"{error}; to choose nothing from a group (card, preset) leave it out"
     return f"{error}" if cause is None else f"{error}\n{cause}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +13,14 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
-from adaptive_trainer.folders import check_root, class_folders, split_folder
+from adaptive_trainer.folders import check_root
+from adaptive_trainer.image_files import image_folder
 from adaptive_trainer.position import key_seed
 from adaptive_trainer.store import Stored
-from adaptive_trainer.transforms import build_transform, read_as_rgb
+from adaptive_trainer.transforms import build_transform
 
-__all__ = ["DataSets", "MapDataset", "build_datasets", "digits", "image_folder", "sample_name"]
+__all__ = ["DataSets", "MapDataset", "build_datasets", "described", "digits", "image_folder", "sample_name"]
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SCAN_LIMIT = 4096  # samples whose labels are read one by one where there is no list of them
 
 
@@ -80,67 +78,6 @@ def digits() -> Digits:
     return Digits((data.images * (255 / 16)).astype(np.uint8), [int(label) for label in data.target])
 
 
-class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Image files in one folder a class: FOLDER/CLASS/.../image.jpg.
-
-    Attributes:
-        classes: names of the folders, sorted; hidden ones are left out.
-        samples: (path, label) of every image.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Find the files.
-
-        Raises:
-            DataError: fewer than two classes, or a class without an image.
-        """
-        self.classes = class_folders(folder)
-        files = [list(_images_in(folder / name)) for name in self.classes]
-        if empty := [name for name, paths in zip(self.classes, files, strict=True) if not paths]:
-            raise DataError(
-                f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(IMAGE_FILES)}) "
-                "or remove the folder"
-            )
-        self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
-        self.targets = [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An RGB image and its label."""
-        path, label = self.samples[index]
-        with Image.open(path) as image:
-            return read_as_rgb(image), label
-
-
-def _images_in(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder, onerror=_raised, followlinks=True):
-        folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(IMAGE_FILES))
-
-
-def _raised(error: OSError) -> None:
-    """What cannot be looked into is no folder without images."""
-    raise error
-
-
-def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:
-    """Images sorted into folders, one a class: ROOT/CLASS/image.jpg, or ROOT/train/CLASS/... and ROOT/val/CLASS/...
-
-    Args:
-        root: the folder.
-        split: `train` or `val` (also found as `valid` or `validation`). None comes back for `val` where there is no
-            such folder: it is then split from the training images.
-
-    Raises:
-        DataError: a folder is missing, has fewer than two classes, or a class without an image.
-    """
-    folder = split_folder(root, split)
-    return None if folder is None else ImageFiles(folder)
-
-
 def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Dataset[Any] | None = None) -> DataSets:
     """The data sets of the configuration, or the given ones, checked, and with a validation set in any case.
 
@@ -169,6 +106,16 @@ def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Datas
     names = _common_names(training, validation)
     count = _class_count(training, names, config.model.num_classes)
     return DataSets(training, validation, count, names or tuple(str(n) for n in range(count)), data)
+
+
+def described(data: DataSets) -> tuple[str, str]:
+    """How much there is of what, and which files are not used ("" where there are none), in words."""
+    is_split = isinstance(data.val, Subset) and _source(data.val, 0)[0] is _source(data.train, 0)[0]
+    source = "held out of the training set" if is_split else "of a set of their own"
+    names = shorten(", ".join(data.classes), 200, placeholder="...")
+    counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
+    parts = [_source(part, 0)[0] for part in (data.train, *(() if is_split else (data.val,)))]
+    return f"{counts}: {names}", "; ".join(filter(None, (getattr(part, "not_used", "") for part in parts)))
 
 
 def _common_names(training: MapDataset, validation: MapDataset) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from adaptive_trainer.errors import DataError
 __all__ = ["check_folders", "check_root", "class_folders", "split_folder"]
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
-VAL_FOLDERS = ("val", "valid", "validation")
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}  # in whatever case
 
 
 def check_folders(data: DataConfig) -> None:
@@ -46,17 +46,20 @@ def split_folder(root: str | None, split: str) -> Path | None:
     """The folder of a split, `train` or `val`; None for `val` where there is none.
 
     Raises:
-        DataError: the root is missing.
+        DataError: the root is missing, or the split is another.
     """
+    if split not in SPLITS:
+        raise DataError(f"split={split} of a folder of images is neither {' nor '.join(SPLITS)}")
     if not root:
         raise DataError("data.root has no value; give the folder of your images: data.root=FOLDER")
     top = Path(root).expanduser()
     if not top.is_dir():
         raise DataError(f"data.root={root} is no folder; give one with ROOT/CLASS/image.jpg")
-    if not (top / "train").is_dir():
+    folders = {path.name.lower(): path for path in sorted(top.iterdir(), reverse=True) if path.is_dir()}
+    found = {name: next((folders[n] for n in names if n in folders), None) for name, names in SPLITS.items()}
+    if found["train"] is None:
         return top if split == "train" else None
-    names = ("train",) if split == "train" else VAL_FOLDERS
-    return next((top / name for name in names if (top / name).is_dir()), None)
+    return found[split]
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from adaptive_trainer.data import Batch, DataSets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemory
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.report import is_watched
 from adaptive_trainer.session import Session
 from adaptive_trainer.supply import Supply, told_by_the_loader
 
@@ -162,7 +162,7 @@ class Loop:
             initial=state.position.cursor,
             desc=f"epoch {epoch + 1}/{trainer.epochs}",
             unit="img",
-            disable=not sys.stderr.isatty(),
+            disable=not is_watched(),
             leave=False,
         )
         with bar, closing(self.supply.train(state.position)) as batches:
@@ -314,7 +314,7 @@ class Loop:
         """
         total = len(self.data.val)
         loss, correct, done, seen = 0.0, 0, 0, 0
-        with tqdm(total=total, desc="evaluation", unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+        with tqdm(total=total, desc="evaluation", unit="img", disable=not is_watched(), leave=False) as bar:
             while done < total:
                 batch, size = None, min(self.eval_batch_size, total - done)
                 try:

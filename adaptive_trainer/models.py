@@ -126,7 +126,7 @@ def check_name(name: str) -> None:
 
 def _explained(config: ModelConfig, error: Exception) -> str:
     """What the user can do about a failure to build; empty where it is none of the user's doing."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(". ")
     package = type(error).__module__.split(".")[0]
     is_missing = isinstance(error, OSError) or package in NETWORK_PACKAGES or "No pretrained weights" in text
     if config.pretrained and is_missing:

@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -19,6 +19,7 @@ from adaptive_trainer.config import Config, OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [
+    "CrossEntropy",
     "Schedule",
     "build_ema",
     "build_loss",
@@ -173,9 +174,37 @@ def build_schedule(
     raise ConfigError(f"schedule.name={config.name}{given} cannot be built: {problem or 'unknown'}{known}")
 
 
+class CrossEntropy(nn.CrossEntropyLoss):
+    """Cross entropy that refuses scores of another shape: on a card, a missing one would end the whole process.
+
+    Attributes:
+        num_classes: the least number of scores.
+    """
+
+    num_classes = 1
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of scores (N, classes) and labels (N,).
+
+        Raises:
+            ConfigError: these are no scores, or too few.
+        """
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"the network gives a {type(output).__name__}, and cross entropy takes a tensor of scores; give the "
+                "Trainer a loss that takes it"
+            )
+        if output.ndim < 2 or output.shape[1] < self.num_classes:
+            raise ConfigError(
+                f"the network gives scores of shape {tuple(output.shape)}, and there are {self.num_classes} classes; "
+                "(images, classes) is needed"
+            )
+        return super().forward(output, labels)
+
+
 def build_loss(config: Config) -> nn.Module:
     """Mean cross entropy of (output, labels), with `trainer.label_smoothing`."""
-    return nn.CrossEntropyLoss(label_smoothing=config.trainer.label_smoothing)
+    return CrossEntropy(label_smoothing=config.trainer.label_smoothing)
 
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:

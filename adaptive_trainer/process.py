@@ -39,6 +39,8 @@ def alone_in_process() -> Iterator[None]:
 def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> Iterator[None]:
     """Run the block, with deterministic algorithms if asked, and undo every process-wide change afterwards.
 
+    Whatever the caller has chosen, gradients are on, and new tensors are float32, as images are.
+
     Args:
         tf32: whether a card may round the inputs of fp32 convolutions and matrix products to TF32 (10 bits after the
             point); None leaves that as it is.
@@ -54,7 +56,8 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
         torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     try:
-        with _tf32(tf32):
+        torch.set_default_dtype(torch.float32)
+        with _tf32(tf32), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])

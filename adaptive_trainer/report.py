@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -20,11 +21,16 @@ from adaptive_trainer.errors import CheckpointError, UserError, remedy
 from adaptive_trainer.ladder import Change, Recipe
 from adaptive_trainer.store import alone
 
-__all__ = ["Record", "Result", "refused_by_disk", "rung_table", "write_whole"]
+__all__ = ["Record", "Result", "is_watched", "refused_by_disk", "rung_table", "write_whole"]
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
+
+
+def is_watched() -> bool:
+    """Whether progress bars are for somebody: standard error is a terminal. Where it is closed it is None."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from adaptive_trainer.ladder import WHOLE
 from adaptive_trainer.report import refused_by_disk
 
 __all__ = [
+    "check_data",
     "check_stages",
     "find",
     "is_within",
@@ -154,6 +155,23 @@ def check_stages(saved: dict[str, Any], names: Sequence[str]) -> None:
             f"the checkpoint is of stage {before[done - 1]}, number {done} of {', '.join(before)}, and the stages are "
             f"{', '.join(names)} now; keep the phases up to there, or start anew with resume=null"
         )
+
+
+def check_data(saved: dict[str, Any], samples: int, classes: Sequence[str]) -> None:
+    """Refuse a checkpoint that was made with another number of training samples, or with other classes.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    advice = "use the same data, or start anew with resume=null"
+    if saved["position"]["size"] != samples:
+        raise CheckpointError(
+            f"the checkpoint was made with {saved['position']['size']} training samples and there are {samples} now; "
+            f"{advice}"
+        )
+    if saved["classes"] != list(classes):
+        before, now = (shorten(", ".join(names), 200, placeholder="...") for names in (saved["classes"], classes))
+        raise CheckpointError(f"the checkpoint was made with the classes {before}, and they are {now} now; {advice}")
 
 
 def way_on(output_dir: Path) -> str:

@@ -144,7 +144,7 @@ class Stage:
         for note in found.rung.notes:
             if note not in [change.why for change in changed] and note not in self.record.events:
                 log.info("rung %s: %s", found.rung.name, note)
-        asked = recipe(found.rung.settings).eval_batch_size
+        asked = self._eval_batch(found.rung.settings)
         if found.value < asked:
             self.record.event(
                 f"evaluation takes batches of {found.value}: {asked} at a time do not fit; training keeps its own"
@@ -168,7 +168,7 @@ class Stage:
         self.forecast.begin()
         capacity, device = self.parts.capacity, self.parts.device
         found = descend(rungs, self._prove, judge=judge, meter=capacity, on_attempt=attempted, device=device)
-        is_whole = found.value == recipe(found.rung.settings).eval_batch_size  # evaluation was not halved
+        is_whole = found.value == self._eval_batch(found.rung.settings)  # evaluation was not halved
         if self._earlier is None and is_whole:
             self.forecast.learn(found.rung.settings, found.attempts[-1])
         return found
@@ -251,7 +251,11 @@ class Stage:
         used = recipe(config)
         last = last_update(self.parts.train_size, used.batch_size)
         stored = 0 if self.data.stored is None else self.data.stored[0].size
-        return Shapes(used.batch_size, used.eval_batch_size, used.image_size, self.parts.num_classes, last, stored)
+        evaluated = self._eval_batch(config)
+        return Shapes(used.batch_size, evaluated, used.image_size, self.parts.num_classes, last, stored)
+
+    def _eval_batch(self, config: Config) -> int:
+        return min(recipe(config).eval_batch_size, len(self.data.val))
 
     def _fill(self, session: Session) -> None:
         """Put what was learned earlier into a new session."""
@@ -293,11 +297,6 @@ class Stage:
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
         asked = asdict(session.config)
-        if saved["position"]["size"] != self.parts.train_size:
-            raise CheckpointError(
-                f"the checkpoint was made with {saved['position']['size']} training samples and there are "
-                f"{self.parts.train_size} now; use the same data, or start anew with resume=null"
-            )
         was, wanted = saved["config"]["optimizer"], asked["optimizer"]
         with_optimizer = _kind_of_state(was) == _kind_of_state(wanted)
         checkpoint.unpack(

@@ -19,6 +19,7 @@ from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
+from adaptive_trainer.datasets import described
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
@@ -123,6 +124,8 @@ class Trainer:
             check_names(ladder, own_model=self._make_model is not build_model)
         data = build_datasets(typed(ladders[0][1]), *self._data)
         num_classes = first.model.num_classes or data.num_classes
+        counts, not_used = described(data)
+        log.info("%s", counts)
         if self._make_model is build_model:
             for _, _, ladder in ladders:
                 check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size, num_classes)
@@ -139,10 +142,13 @@ class Trainer:
         saved = None if path is None else resume.load(path)
         if saved is not None:
             resume.check_stages(saved, [name for name, _, _ in ladders])
+            resume.check_data(saved, len(data.train), data.classes)
         if not record.has_begun:  # nothing is refused any more
             if not resume.is_within(path, self.output_dir):
                 record.event(resume.set_aside(self.output_dir))
             record.begin(OmegaConf.to_yaml(self.cfg))
+        if not_used:
+            record.event(not_used)
         self._tell(device, path, record)
         if self._make_model is build_model:
             ladders = _with_layout(self.cfg, ladders, len(data.train), device, record, saved)

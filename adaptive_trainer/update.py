@@ -217,10 +217,9 @@ class Update:
             output = self._forward(x)
             with self._autocast():
                 loss = self.loss(output, y)
-            if loss.ndim:
-                raise ConfigError(
-                    f"the loss of a batch is a tensor of shape {tuple(loss.shape)}, and is to be one number"
-                )
+            if not isinstance(loss, Tensor) or loss.ndim:
+                what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ConfigError(f"the loss of a batch is a {what}, and is to be a tensor of one number")
             self._measure(output, y, loss)
             self.phase = "backward"
             share = loss if len(sizes) == 1 else loss * (len(target) / total)

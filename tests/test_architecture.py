@@ -39,6 +39,7 @@ report
 descent
 data
 datasets
+image_files
 transforms
 store
 fingerprint

@@ -27,9 +27,10 @@ from adaptive_trainer import Trainer, caching, compose_config
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import DataConfig, typed
 from adaptive_trainer.data import DataSets, SampleError, build_datasets
-from adaptive_trainer.datasets import ImageFiles, digits
+from adaptive_trainer.datasets import digits
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted
 from adaptive_trainer.fingerprint import fingerprint
+from adaptive_trainer.image_files import ImageFiles
 from adaptive_trainer.store import available_memory
 from tests.forking import ROOT, Launcher
 

@@ -162,6 +162,16 @@ def test_a_group_that_is_not_there_is_no_full_disk(tmp_path: Path) -> None:
     assert "disk" not in ended.stderr
 
 
+def test_nobody_reads_on(tmp_path: Path) -> None:
+    """As in `... --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "adaptive_trainer", "--help"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("module", ["hydra", "torch"])
 def test_ctrl_c_while_packages_are_imported(module: str, tmp_path: Path) -> None:
     lines = [

@@ -155,8 +155,16 @@ def test_a_group_that_is_given_no_text(override: str) -> None:
 
 
 def test_what_cannot_be_composed_in_python(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a list of texts, such as \['trainer\.epochs=1'\]"):
+    with pytest.raises(
+        ConfigError, match=r"a list of texts, such as \['trainer\.epochs=3'\], and not 'trainer\.epochs=1'"
+    ):
         compose_config("trainer.epochs=1")
+    for wrong in (None, [1], 3):
+        with pytest.raises(ConfigError, match="a list of texts"):
+            compose_config(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes quotes: 'KEY=\"VALUE\"'"):
+        compose_config(["data.root=photos (1)"])
+    assert compose_config(['data.root="bröken (1)=x"']).data.root == "bröken (1)=x"
     with pytest.raises(ConfigError, match="nowhere is no folder"):
         compose_config(config_folder=tmp_path / "nowhere")
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from adaptive_trainer.config import Config, DataConfig, compose_config, typed
-from adaptive_trainer.datasets import build_datasets, digits, image_folder, sample_name
+from adaptive_trainer.datasets import build_datasets, described, digits, image_folder, sample_name
 from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.folders import check_folders
 
@@ -79,14 +79,18 @@ def test_splitting_draws_no_global_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
-def test_folder_with_train_and_val(tmp_path: Path, val: str) -> None:
-    images(tmp_path / "train", "cat", "dog", ".cache")
+@pytest.mark.parametrize(
+    ("train", "val"), [("train", "val"), ("train", "valid"), ("train", "validation"), ("Training", "Validation")]
+)
+def test_folder_with_train_and_val(tmp_path: Path, train: str, val: str) -> None:
+    images(tmp_path / train, "cat", "dog", ".cache")
     images(tmp_path / val, "cat", "dog", count=2)
     data = build_datasets(settings("data=imagefolder", f"data.root={tmp_path}"))
     assert (len(data.train), len(data.val), data.num_classes, data.classes) == (6, 4, 2, ("cat", "dog"))
     assert data.train[5][1] == 1
     assert sample_name(data.val, 3) == str(tmp_path / val / "dog" / "1.png")
+    text = "6 training and 4 validation images, of a set of their own; 2 classes: cat, dog"
+    assert described(data) == (text, "")
 
 
 def test_folder_of_classes_is_split(tmp_path: Path) -> None:
@@ -95,6 +99,19 @@ def test_folder_of_classes_is_split(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), data.classes) == (8, 2, ("cat", "dog"))
     names = {sample_name(data.train, n) for n in range(8)} | {sample_name(data.val, n) for n in range(2)}
     assert names == {str(p) for p in tmp_path.glob("*/*.png")}
+
+
+def test_files_that_are_not_used_are_told(tmp_path: Path) -> None:
+    images(tmp_path, "cat", "dog", count=5)
+    for name in ("a.gif", "b.GIF", "c.heic", "README", ".DS_Store"):
+        (tmp_path / "cat" / name).touch()
+    (tmp_path / "dog" / "loop").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog" / "gone.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    data = build_datasets(settings("data=imagefolder", f"data.root={tmp_path}"))
+    counts, not_used = described(data)
+    assert counts == "9 training and 2 validation images, held out of the training set; 2 classes: cat, dog"
+    assert not_used.startswith(f"{tmp_path} has files that are not used: 2 .gif, 1 readme, 1 .heic; images are .jpg")
 
 
 def test_train_without_val_is_split(tmp_path: Path) -> None:

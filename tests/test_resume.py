@@ -373,6 +373,11 @@ def test_another_model_or_data_set_is_refused(batch_16: Path, tmp_path: Path) ->
         fit(tmp_path, f"resume={batch_16}", "model.name=resnet10t", "ladder=none")
     with pytest.raises(CheckpointError, match="24 training samples and there are 30 now"):
         fit(tmp_path, f"resume={batch_16}", "data.train.size=30")
+    content = checkpoint.load(batch_16)
+    content["classes"][:2] = ["cat", "dog"]
+    checkpoint.save(tmp_path / "other.pt", content)
+    with pytest.raises(CheckpointError, match=r"with the classes cat, dog, .*, and they are "):
+        fit(tmp_path / "run", f"resume={tmp_path / 'other.pt'}")
     with pytest.raises(CheckpointError, match=r"holds a model only.*last\.pt"):
         fit(tmp_path, f"resume={batch_16.with_name('best.pt')}")
 

@@ -7,6 +7,7 @@ import gc
 import logging
 import random
 import signal
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -145,6 +146,11 @@ def test_a_model_data_and_loss_of_ones_own(tmp_path: Path, caplog: pytest.LogCap
     assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 
+def test_fits_where_standard_error_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert outcomes(fit(tmp_path)[0]) == [("requested", "fits")]
+
+
 def test_fits_outside_the_main_thread(tmp_path: Path) -> None:
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(fit(tmp_path)[0]))
@@ -246,7 +252,7 @@ def test_evaluation_that_grows_later(tmp_path: Path) -> None:
     result, _ = fit(tmp_path, "memory.limit=32MiB", appetite=appetite)
     assert outcomes(result) == [("requested", "fits")]
     events = [event for event in result.events if "evaluation" in event]
-    assert events[0] == "out of memory in evaluation: its batch 8 -> 3; training keeps its own"
+    assert events[0] == "out of memory in evaluation: its batch 6 -> 3; training keeps its own"
     assert "its batch 3 -> 1" in events[1]
 
 
@@ -669,7 +675,7 @@ def test_a_proof_that_halved_its_evaluation_is_not_remembered(tmp_path: Path, mo
             return 64 * MiB if not training and samples > most else 1
 
         result, _ = fit(tmp_path / str(most), "memory.limit=32MiB", appetite=appetite)
-        said = "evaluation takes batches of 2: 8 at a time do not fit; training keeps its own"
+        said = "evaluation takes batches of 1: 6 at a time do not fit; training keeps its own"
         assert (said in result.events) == (most == 2)
     assert learned == ["fits"]
 
@@ -708,9 +714,52 @@ def test_what_is_no_loss(loss: Any, said: str) -> None:
         Trainer(settings(steps={}), loss=loss)
 
 
-def test_a_loss_of_each_sample_is_none_of_a_batch(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a tensor of shape \(8,\), and is to be one number"):
-        fit(tmp_path, loss=nn.CrossEntropyLoss(reduction="none"))
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [(nn.CrossEntropyLoss(reduction="none"), r"tensor of shape \(8,\)"), (lambda output, labels: 1.0, "float")],
+)
+def test_what_a_loss_gives_that_is_none_of_a_batch(loss: Any, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"the loss of a batch is a {kind}, and is to be a tensor of one number"):
+        fit(tmp_path, loss=loss)
+
+
+class Pair(nn.Linear):
+    """Gives two tensors."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input.flatten(1)), input
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(192, 2)),
+            r"scores of shape \(8, 2\), and there are 3 classes",
+        ),
+        (lambda *_: Pair(192, 3), "the network gives a tuple, and cross entropy takes a tensor of scores"),
+    ],
+)
+def test_what_is_no_score_for_each_class(make: Any, said: str, tmp_path: Path) -> None:
+    cfg = settings(steps={})
+    with pytest.raises(ConfigError, match=said):
+        Trainer(cfg, model=make, train_data=Seen(), val_data=Seen(6), output_dir=tmp_path).fit()
+
+
+def test_what_the_caller_has_chosen_for_tensors_changes_nothing(tmp_path: Path) -> None:
+    expected, _ = fit(tmp_path / "a")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            found, _ = fit(tmp_path / "b")
+        with torch.inference_mode():
+            again, _ = fit(tmp_path / "c")
+            assert torch.is_inference_mode_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    losses = [result.metrics["val_loss"] for result in (expected, found, again)]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_settings_of_another_kind() -> None:
