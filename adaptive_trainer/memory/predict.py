@@ -22,7 +22,7 @@ import torch
 from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
 from adaptive_trainer.memory.fake import Kind
 from adaptive_trainer.memory.scratch import MULTIPROCESSORS, Scratch
-from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec
+from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, no_collection
 
 __all__ = ["Prediction", "predict", "verdict"]
 
@@ -88,11 +88,12 @@ def predict(
         return Prediction(None, None, None, None, time.perf_counter() - start, reason)
     major, minor = version.split(".")[:2]
     scratch = Scratch.of(capability, multiprocessors, (int(major), int(minor)))
-    free = _Replay(trace, scratch)
-    free.run()
-    free.evaluate()
-    peaks = free.allocator
-    least = _min_capacity(trace, scratch, peaks.peak_reserved, retried=spec.undo)
+    with no_collection():
+        free = _Replay(trace, scratch)
+        free.run()
+        free.evaluate()
+        peaks = free.allocator
+        least = _min_capacity(trace, scratch, peaks.peak_reserved, retried=spec.undo)
     return Prediction(
         peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, least, time.perf_counter() - start
     )

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
 
-__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "same_random_numbers", "trace"]
+__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "no_collection", "same_random_numbers", "trace"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion
@@ -129,7 +129,7 @@ def trace(spec: TraceSpec) -> Trace:
     reason = ""
     for on_meta in (True, False):  # a few networks look at values while they are built: those are built for real
         try:
-            with _no_collection(), same_random_numbers(), torch.autograd.set_detect_anomaly(False):
+            with no_collection(), same_random_numbers(), torch.autograd.set_detect_anomaly(False):
                 return _trace(spec, on_meta=on_meta)
         except NotFollowed as error:
             reason = str(error)
@@ -139,8 +139,10 @@ def trace(spec: TraceSpec) -> Trace:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """A collection of garbage takes as long as a short trace, and would end lives at a moment that says nothing."""
+def no_collection() -> Iterator[None]:
+    """A collection of garbage takes as long as a short trace, or as all of its replays, and would end lives at a moment
+    that says nothing.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
