@@ -93,7 +93,8 @@ def _out_of_range(config: Config) -> list[str]:
     problems += [f"{key}={value} is not below 1" for key, value in below_one if value >= 1]
     if config.schedule.min_lr > o.lr > 0:
         problems.append(f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={o.lr}")
-    if t.epochs >= 1 and config.schedule.warmup_epochs > t.epochs:
+    has_warmup = config.schedule.name != "none" and not config.phases.stages  # a stage may be cut short
+    if has_warmup and 1 <= t.epochs < config.schedule.warmup_epochs:
         problems.append(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is above trainer.epochs={t.epochs}: training "
             "would end before its learning rate is reached"

@@ -52,9 +52,10 @@ def main() -> None:
     except SystemExit:
         if not codes:
             raise
-    except BrokenPipeError:  # whoever read along has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not codes:  # whoever read what was printed has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return
         said = "" if codes or whole_traceback else _refusal(error)
         if said:
             print(f"{said}\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a stack trace.", file=sys.stderr)

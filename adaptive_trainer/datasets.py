@@ -43,6 +43,7 @@ class DataSets:
         classes: their names, in order.
         config: how images are transformed and what happens to broken ones.
         stored: the training and the validation set decoded, where `data.cache` keeps them.
+        is_held_out: whether the validation set was taken from the training set here.
     """
 
     train: MapDataset
@@ -51,6 +52,7 @@ class DataSets:
     classes: tuple[str, ...]
     config: DataConfig
     stored: tuple[Stored, Stored] | None = None
+    is_held_out: bool = False
 
 
 class Digits(Dataset[tuple[Image.Image, int]]):
@@ -105,16 +107,16 @@ def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Datas
         )
     names = _common_names(training, validation)
     count = _class_count(training, names, config.model.num_classes)
-    return DataSets(training, validation, count, names or tuple(str(n) for n in range(count)), data)
+    classes = names or tuple(str(n) for n in range(count))
+    return DataSets(training, validation, count, classes, data, is_held_out=val is None)
 
 
 def described(data: DataSets) -> tuple[str, str]:
     """How much there is of what, and which files are not used ("" where there are none), in words."""
-    is_split = isinstance(data.val, Subset) and _source(data.val, 0)[0] is _source(data.train, 0)[0]
-    source = "held out of the training set" if is_split else "of a set of their own"
+    source = "held out of the training set" if data.is_held_out else "of a set of their own"
     names = shorten(", ".join(data.classes), 200, placeholder="...")
     counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
-    parts = [_source(part, 0)[0] for part in (data.train, *(() if is_split else (data.val,)))]
+    parts = [_source(part, 0)[0] for part in (data.train, *(() if data.is_held_out else (data.val,)))]
     return f"{counts}: {names}", "; ".join(filter(None, (getattr(part, "not_used", "") for part in parts)))
 
 

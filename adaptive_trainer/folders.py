@@ -11,7 +11,8 @@ from adaptive_trainer.errors import DataError
 __all__ = ["check_folders", "check_root", "class_folders", "split_folder"]
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}  # in whatever case
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
+ALIKE = {**SPLITS, "train": ("train", "training")}  # in whatever case, where they have folders: a class may be a Train
 
 
 def check_folders(data: DataConfig) -> None:
@@ -55,11 +56,19 @@ def split_folder(root: str | None, split: str) -> Path | None:
     top = Path(root).expanduser()
     if not top.is_dir():
         raise DataError(f"data.root={root} is no folder; give one with ROOT/CLASS/image.jpg")
-    folders = {path.name.lower(): path for path in sorted(top.iterdir(), reverse=True) if path.is_dir()}
-    found = {name: next((folders[n] for n in names if n in folders), None) for name, names in SPLITS.items()}
-    if found["train"] is None:
+    if _split_in(top, "train") is None:
         return top if split == "train" else None
-    return found[split]
+    return _split_in(top, split)
+
+
+def _split_in(top: Path, split: str) -> Path | None:
+    for name in SPLITS[split]:
+        if (top / name).is_dir():
+            return top / name
+    for path in sorted(top.iterdir()):
+        if path.name.lower() in ALIKE[split] and path.is_dir() and any(child.is_dir() for child in path.iterdir()):
+            return path
+    return None
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ class Forecast:
         capacity: the memory that training may use.
         make_model, make_loss: as the Trainer was given them; None where it uses its own.
         stored_size: height and width of stored images (`data.cache`); 0 where there are none.
+        val_size: samples of the validation set, above which no evaluation batch is; None where that is not known.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Forecast:
         make_model: ModelFactory | None = None,
         make_loss: LossFactory | None = None,
         stored_size: int = 0,
+        val_size: int | None = None,
     ) -> None:
         self.capacity = capacity
         self._card, self._is_cuda = "simulated", capacity.device.type == "cuda"
@@ -55,6 +57,7 @@ class Forecast:
             make_loss=make_loss,
             cache=PlanCache(default_folder()),
             stored_size=stored_size,
+            val_size=val_size,
         )
 
     def judge(self, config: Config) -> tuple[str, int | None]:

@@ -25,7 +25,6 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     Attributes:
         classes: names of the folders, sorted; hidden ones are left out.
         samples: (path, label) of every image.
-        not_used: what else is there, hidden files aside, in words; empty where there is nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,16 +34,24 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             DataError: fewer than two classes, or a class without an image.
         """
         self.classes = class_folders(folder)
-        found = [list(_files_in(str(folder / name))) for name in self.classes]
+        top = frozenset([_identity(str(folder))])
+        found = [list(_files_in(str(folder / name), top)) for name in self.classes]
         files = [[path for path in paths if path.lower().endswith(IMAGE_FILES)] for paths in found]
         if empty := [name for name, paths in zip(self.classes, files, strict=True) if not paths]:
             raise DataError(
                 f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(IMAGE_FILES)}) "
                 "or remove the folder"
             )
-        self.not_used = _not_used(folder, found)
+        self._others = _others(found)
         self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
         self.targets = [label for _, label in self.samples]
+
+    @property
+    def not_used(self) -> str:
+        """What else is there, hidden files aside, in words; empty where there is nothing."""
+        counts = ", ".join(f"{count} {kind}" for kind, count in self._others.most_common(5))
+        more = f" and {len(self._others) - 5} other kinds" if len(self._others) > 5 else ""
+        return f"{counts}{more} are not used: images are {' '.join(IMAGE_FILES)}" if counts else ""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -57,40 +64,45 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             return read_as_rgb(image), label
 
 
-def _files_in(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _files_in(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     """Files below a folder, and links that lead nowhere; no pipes or sockets, which would be waited for.
 
     What cannot be looked into is no folder without images.
     """
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
+    here = _identity(folder)
     if here in above:  # a link to a folder that it is in
         return
     with os.scandir(folder) as entries:
         every = sorted(entries, key=lambda entry: entry.name)
     folders = []
     for entry in every:
-        if _is_folder(entry):
+        is_folder, is_file = _kind(entry)
+        if is_folder:
             folders.append(entry.path)
-        elif os.path.isfile(entry.path) or not os.path.exists(entry.path):
+        elif is_file or not os.path.exists(entry.path):
             yield entry.path
     for path in folders:
         yield from _files_in(path, above | {here})
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether it is a folder, and whether it is a file, which takes no look at the file itself but for links."""
     try:
-        return entry.is_dir()
+        return entry.is_dir(), entry.is_file()
     except OSError:  # a circle of links
-        return False
+        return False, False
 
 
-def _not_used(folder: Path, found: list[list[str]]) -> str:
-    names = [os.path.basename(path).lower() for paths in found for path in paths if not path.endswith(IMAGE_FILES)]
-    kinds = Counter(os.path.splitext(n)[1] or n for n in names if not n.startswith(".") and not n.endswith(IMAGE_FILES))
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-    more = f" and {len(kinds) - 5} other kinds" if len(kinds) > 5 else ""
-    return f"{folder} has files that are not used: {counts}{more}; images are {' '.join(IMAGE_FILES)}" if counts else ""
+def _others(found: list[list[str]]) -> Counter[str]:
+    """How many files of which suffix, or name, are no images."""
+    paths = [path for paths in found for path in paths if not path.lower().endswith(IMAGE_FILES)]
+    names = [os.path.basename(path).lower() for path in paths]
+    return Counter(os.path.splitext(name)[1] or name for name in names if not name.startswith("."))
 
 
 def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:

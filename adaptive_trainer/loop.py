@@ -236,8 +236,10 @@ class Loop:
 
     def _save(self) -> None:
         """A checkpoint within an epoch, of weights whose loss was a number up to now."""
+        is_to_be_told = self._loss.is_asked
         self._loss.ask(self.session.state.meters, self.session.state.updates)
         self._read_loss()
+        self._loss.is_asked = is_to_be_told
         self.hooks.checkpoint(False)
 
     def _stop_if_asked(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import json
@@ -201,6 +202,7 @@ def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple
     model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
     if model is None:
         return made_for, ""
+    model = copy.deepcopy(model)  # some networks keep tensors of the size that they have seen
     failure = _failure(model, image_size)
     return made_for, "" if failure and _failure(model, made_for) else failure
 

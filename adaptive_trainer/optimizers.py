@@ -95,6 +95,12 @@ def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
     return {"fused": True} if is_fused else {}
 
 
+def kind_of_state(config: OptimizerConfig) -> tuple[Any, ...]:
+    """What decides which state, and which groups of parameters, an optimizer of these settings has."""
+    has_momentum = get_optimizer_info(config.name.lower()).has_momentum and config.momentum > 0
+    return config.name, config.kwargs, config.weight_decay > 0, has_momentum
+
+
 def make_momentum(optimizer: Optimizer) -> None:
     """The momentum of a fused SGD, where it is missing: as zeros, so that the first step is like any other.
 

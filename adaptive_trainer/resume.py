@@ -170,8 +170,9 @@ def check_data(saved: dict[str, Any], samples: int, classes: Sequence[str]) -> N
             f"{advice}"
         )
     if saved["classes"] != list(classes):
-        before, now = (shorten(", ".join(names), 200, placeholder="...") for names in (saved["classes"], classes))
-        raise CheckpointError(f"the checkpoint was made with the classes {before}, and they are {now} now; {advice}")
+        gone, new = sorted(set(saved["classes"]) - set(classes)), sorted(set(classes) - set(saved["classes"]))
+        what = f"gone {gone}, new {new}" if gone or new else "their order"
+        raise CheckpointError(f"the classes are others than those of the checkpoint: {what}; {advice}")
 
 
 def way_on(output_dir: Path) -> str:

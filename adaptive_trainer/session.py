@@ -130,8 +130,10 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
     same_rate = {**vars(config.optimizer), "lr": None} == {**vars(old.optimizer), "lr": None}
     if not same_rate:
         state.optimizer = build_optimizer(state.model, config.optimizer, parts.device)
+    # timm relates a corrected weight decay to the rate that the optimizer was made with, kept here or there
+    state.optimizer.defaults["lr"] = config.optimizer.lr
     for group in state.optimizer.param_groups:
-        if "max_lr_snapshot" in group:  # to which timm relates a corrected weight decay
+        if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = config.optimizer.lr
     return state
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adaptive_trainer import checkpoint, oom
-from adaptive_trainer.config import LARGEST, Config
+from adaptive_trainer.config import LARGEST, Config, OptimizerConfig
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
@@ -20,6 +22,7 @@ from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
+from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.position import last_update
 from adaptive_trainer.proof import Shapes, prove
@@ -271,7 +274,7 @@ class Stage:
     def _leave_model(self, config: Config) -> None:
         """Keep what the larger model has learned, and let it go."""
         old = self._opened
-        learned = self._content(self._rung_name(old.config)) if old.state.updates else None
+        learned = self._content(self._rung_name(old.config)) if old.state.updates and self._is_sound else None
         self._start_anew(old.config.model.name, config.model.name, learned)
         del old, learned
         self.session = None
@@ -298,7 +301,7 @@ class Stage:
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
         asked = asdict(session.config)
         was, wanted = saved["config"]["optimizer"], asked["optimizer"]
-        with_optimizer = _kind_of_state(was) == _kind_of_state(wanted)
+        with_optimizer = kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
         checkpoint.unpack(
             saved,
             session.state,
@@ -355,7 +358,14 @@ class Stage:
         self.metrics = row
         self.record.metrics({"stage": self.number, **row, "model": self.parts.recipe(self._opened.config).model})
 
+    @property
+    def _is_sound(self) -> bool:
+        """Whether the training loss is a number; else the loop will end the run, and the last good state stays."""
+        return math.isfinite(float(self._opened.state.meters["loss"]))
+
     def _checkpoint(self, is_best: bool) -> None:
+        if not self._is_sound:
+            return
         content = self._content(self._rung_name(self._opened.config))
         if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
             about = {key: content[key] for key in ("config", "rung", "stage", "num_classes", "classes", "best")}
@@ -387,7 +397,9 @@ class Stage:
     def weights_learned(self) -> tuple[Any, dict[str, Any]]:
         """What the next stage starts from: the model settings and the model's `state_dict`, copied to the host."""
         weights = self._opened.state.model.state_dict()
-        return self._opened.config.model, {key: value.to("cpu", copy=True) for key, value in weights.items()}
+        for key, value in weights.items():  # in place: the versions of its parts stay with it
+            weights[key] = value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        return self._opened.config.model, weights
 
     @property
     def folder(self) -> Path:
@@ -402,9 +414,3 @@ class Stage:
 
     def _rung_name(self, config: Config) -> str:
         return next(rung.name for rung in self.ladder if rung.settings is config)
-
-
-def _kind_of_state(optimizer: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides which state, and which groups of parameters, an optimizer of these settings has."""
-    has_decay, has_momentum = optimizer["weight_decay"] > 0, optimizer["momentum"] > 0
-    return optimizer["name"], optimizer["kwargs"], has_decay, has_momentum

@@ -159,6 +159,7 @@ class Trainer:
             None if self._make_model is build_model else self._make_model,
             None if self._loss is None else self._build_loss,
             0 if data.stored is None else data.stored[0].size,
+            len(data.val),
         )
         done, weights = [], None
         with StopSignal().listening() as stop:
@@ -169,7 +170,7 @@ class Trainer:
                     record.event(f"stage {name}: {_differences(self.cfg, typed(settings))}")
                 stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
                 rung = self._train(stage, name, settings, capacity, record)
-                saved, weights = None, stage.weights_learned()
+                saved, weights = None, stage.weights_learned() if number + 1 < len(ladders) else None
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
         self.model = stage.model
         return self._result(typed(settings), rung, stage, done, record)

@@ -124,6 +124,8 @@ def touch(path: Path) -> None:
 def test_a_disk_cache_is_used_until_a_file_changes(change: Callable[[Path], Any], photos: Path, top: Path) -> None:
     tally = Tally(photos)
     assert [tally.decoded(), tally.decoded(), tally.decoded(size=8), tally.decoded(size=16)] == [10, 0, 10, 0]
+    (photos / "cat" / "notes.txt").touch()
+    assert tally.decoded() == 0
     change(photos / "cat" / "4.png")
     assert [tally.decoded(), tally.decoded()] == [10, 0]
 

@@ -101,6 +101,11 @@ def test_folder_of_classes_is_split(tmp_path: Path) -> None:
     assert names == {str(p) for p in tmp_path.glob("*/*.png")}
 
 
+def test_a_class_may_be_a_train(tmp_path: Path) -> None:
+    data = build_datasets(settings("data=imagefolder", f"data.root={images(tmp_path, 'Bus', 'Train', count=5)}"))
+    assert data.classes == ("Bus", "Train")
+
+
 def test_files_that_are_not_used_are_told(tmp_path: Path) -> None:
     images(tmp_path, "cat", "dog", count=5)
     for name in ("a.gif", "b.GIF", "c.heic", "README", ".DS_Store"):
@@ -111,7 +116,7 @@ def test_files_that_are_not_used_are_told(tmp_path: Path) -> None:
     data = build_datasets(settings("data=imagefolder", f"data.root={tmp_path}"))
     counts, not_used = described(data)
     assert counts == "9 training and 2 validation images, held out of the training set; 2 classes: cat, dog"
-    assert not_used.startswith(f"{tmp_path} has files that are not used: 2 .gif, 1 readme, 1 .heic; images are .jpg")
+    assert not_used.startswith("2 .gif, 1 readme, 1 .heic are not used: images are .jpg")
 
 
 def test_train_without_val_is_split(tmp_path: Path) -> None:

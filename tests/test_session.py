@@ -25,7 +25,13 @@ def test_corrected_weight_decay_follows_the_base_rate_of_the_rung(capacity: Capa
     above = enter(ladder[0].settings, parts(capacity))
     below = enter(ladder[1].settings, parts(capacity), above)
     assert below.state.optimizer is above.state.optimizer
-    assert [group["max_lr_snapshot"] for group in below.state.optimizer.param_groups] == [0.01] * 2
+    weight = next(p for p in below.state.model.parameters() if p.ndim > 1)
+    before = weight.detach().clone()
+    for parameter in below.state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    below.schedule.apply(0)
+    below.state.optimizer.step()
+    assert torch.allclose(weight, before * (1 - 0.01 * 0.05))
 
 
 def test_samples_are_counted_beyond_what_single_precision_holds(capacity: Capacity) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import json
 import logging
 import random
 import signal
@@ -13,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ from torch.utils.data import Dataset, TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.config import ModelConfig, RungConfig
-from adaptive_trainer.errors import ConfigError, LadderExhausted
+from adaptive_trainer.errors import ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.position import Position
+from adaptive_trainer.proof import PROVEN_UPDATES
 from adaptive_trainer.report import Result
 
 MiB = 2**20
@@ -585,6 +587,67 @@ def test_what_a_stage_leaves_takes_no_memory_of_the_next(tmp_path: Path) -> None
     result = Trainer(cfg, model=norm, train_data=Seen(), val_data=Seen(6), output_dir=tmp_path).fit()
     assert outcomes(result) == [("requested", "fits")] * 3
     assert len({attempt.peak_allocated_bytes for attempt in result.attempts}) == 1
+
+
+class Counting(nn.Flatten):
+    """Its state is no tensor, and of a version of its own."""
+
+    _version = 2
+    versions: ClassVar[list[Any]] = []
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"count": 3}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        self.versions.append(local_metadata.get("version"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_all_that_a_network_keeps_goes_to_the_next_stage(tmp_path: Path) -> None:
+    cfg = settings("phases.stages=[{name: a}, {name: b}]", "trainer.epochs=1", steps={})
+    trainer = Trainer(
+        cfg,
+        model=lambda *_: nn.Sequential(Counting(), nn.Linear(192, 3)),
+        train_data=Seen(),
+        val_data=Seen(6),
+        output_dir=tmp_path,
+    )
+    result = trainer.fit()
+    assert outcomes(result) == [("requested", "fits")] * 2
+    assert Counting.versions == [2]
+
+
+class Spoiled(nn.CrossEntropyLoss):
+    """No number from the second update of training on."""
+
+    def __init__(self, nets: list[Net]) -> None:
+        super().__init__()
+        self.nets = nets
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        loss = super().forward(output, labels)
+        return loss * float("nan") if self.nets and len(self.nets[-1].trained) > PROVEN_UPDATES + 1 else loss
+
+
+def test_a_step_down_keeps_no_weights_whose_loss_is_no_number(tmp_path: Path) -> None:
+    nets: list[Net] = []
+
+    def appetite(training: bool, samples: int) -> int:
+        return 64 * MiB if len(nets[-1].trained) == PROVEN_UPDATES + 4 else 1
+
+    def make(config: ModelConfig, classes: int) -> nn.Module:
+        nets.append(Net(classes, appetite))
+        return nets[-1]
+
+    cfg = settings("memory.limit=32MiB", "trainer.log_every=100", steps=STEPS)
+    with pytest.raises(DivergedError, match="training loss is nan"):
+        Trainer(cfg, model=make, loss=Spoiled(nets), train_data=Seen(), val_data=Seen(6), output_dir=tmp_path).fit()
+    said = [json.loads(line)["outcome"] for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert said[:2] == ["fits", "oom"]
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 0
 
 
 class OneLeft(Seen):
