@@ -56,9 +56,10 @@ def split_folder(root: str | None, split: str) -> Path | None:
     top = Path(root).expanduser()
     if not top.is_dir():
         raise DataError(f"data.root={root} is no folder; give one with ROOT/CLASS/image.jpg")
-    if _split_in(top, "train") is None:
-        return top if split == "train" else None
-    return _split_in(top, split)
+    train = _split_in(top, "train")
+    if split == "train":
+        return train or top
+    return None if train is None else _split_in(top, split)
 
 
 def _split_in(top: Path, split: str) -> Path | None:

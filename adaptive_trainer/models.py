@@ -202,7 +202,6 @@ def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple
     model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
     if model is None:
         return made_for, ""
-    model = copy.deepcopy(model)  # some networks keep tensors of the size that they have seen
     failure = _failure(model, image_size)
     return made_for, "" if failure and _failure(model, made_for) else failure
 
@@ -223,8 +222,9 @@ def _made_for(config: ModelConfig) -> int:
 def _failure(model: nn.Module, image_size: int) -> str:
     """The first line of what a forward pass on shapes alone fails with; empty when it passes."""
     try:
+        unused = copy.deepcopy(model)  # some networks keep tensors of the size that they have seen
         with _PlainBatchNorm():  # type: ignore[no-untyped-call]
-            model(torch.empty(2, 3, image_size, image_size, device="meta"))
+            unused(torch.empty(2, 3, image_size, image_size, device="meta"))
     except Exception as error:  # models refuse sizes with every kind of error
         return str(error).splitlines()[0].rstrip(".! ") if str(error) else type(error).__name__
     return ""

@@ -227,7 +227,7 @@ class Planner:
         on_meta = torch.get_default_device().type == "meta"
         outlined = outline(config.model, self.classes(config)) if on_meta and self.make_model is build_model else None
         if outlined is not None:
-            model = copy.deepcopy(outlined)  # three times as fast as making it
+            model = copy.deepcopy(outlined)  # faster than making it
         else:
             model = self.make_model(replace(config.model, pretrained=False), self.classes(config))
         checkpoint_activations(model, config.trainer.checkpoint_activations)

@@ -52,9 +52,9 @@ class RandomStates:
 class _NumPyState:
     """The state of NumPy's global random numbers, read anew only where something may have drawn.
 
-    NumPy gives it word by word, slower than everything else that is kept of an update. That it is the one read last
-    shows in its memory, unless half a pair of normal numbers waits to be drawn, which is no part of that memory. (It
-    would not show that somebody has put back a state in which such a half waits, when it alone was drawn in between.)
+    NumPy gives it word by word, slower than all other generators give theirs. That it is the one read last shows in its
+    memory, unless half a pair of normal numbers waits to be drawn, which is no part of that memory. (It would not show
+    that somebody has put back a state in which such a half waits, when it alone was drawn in between.)
     """
 
     def __init__(self) -> None:

@@ -140,7 +140,8 @@ class Stage:
         if start == len(self.ladder):
             raise LadderExhausted(exhausted_message(self.record.attempts))
         found = self._go_down(self.ladder[start:], self._judge)
-        self._checkpoint(False)
+        if self._is_sound:
+            self._checkpoint(False)
         changed = changes(self.ladder[0].settings, found.rung)
         for change in changed:
             log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
@@ -364,8 +365,6 @@ class Stage:
         return math.isfinite(float(self._opened.state.meters["loss"]))
 
     def _checkpoint(self, is_best: bool) -> None:
-        if not self._is_sound:
-            return
         content = self._content(self._rung_name(self._opened.config))
         if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
             about = {key: content[key] for key in ("config", "rung", "stage", "num_classes", "classes", "best")}
