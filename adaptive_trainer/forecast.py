@@ -82,10 +82,10 @@ class Forecast:
 
     def grown(self, ladder: Sequence[Rung[Config]], number: int) -> str:
         """As `Planner.grown`; empty where nothing limits a descent, and where the rung is hopeless in any case."""
-        room = self.capacity.room()
-        if room is None or self._planner.weights_bytes(ladder[number].settings) > room:
+        room, config = self.capacity.room(), ladder[number].settings
+        if room is None or all(rung.settings.model == config.model for rung in ladder[:number]):
             return ""
-        return self._planner.grown(ladder, number)
+        return "" if self._planner.weights_bytes(config) > room else self._planner.grown(ladder, number)
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
         """Why a failure in this descent speaks against these settings; "" where none does.

@@ -87,6 +87,10 @@ class Recipe:
         """Micro-batches in one update."""
         return math.ceil(self.batch_size / self.micro_batch_size)
 
+    def eval_batch(self, val_size: int | None) -> int:
+        """Samples of an evaluation batch where there are `val_size` to evaluate, or nobody knows how many."""
+        return self.eval_batch_size if val_size is None else min(self.eval_batch_size, val_size)
+
     def __str__(self) -> str:
         """One line for people."""
         micro = f" in micro-batches of {self.micro_batch_size}" if self.accumulation > 1 else ""
@@ -255,9 +259,10 @@ def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictCo
         settings = typed(candidate)
         if not isinstance(settings.trainer.batch_size, int):
             raise ConfigError(f"{text!r}: the batch size of a rung is a whole number above 0")
-        if fixed := [key for key in changed(config, settings) if key.startswith(FIXED)]:
+        differing = changed(config, settings)
+        if fixed := [key for key in differing if key.startswith(FIXED)]:
             raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
-        reason = _refusal(config, settings)
+        reason = _refusal(config, settings) if differing else "it is so already, or comes to the same"
         if reason:
             notes.append(f"{text} is left out: {reason}")
         else:
@@ -287,8 +292,6 @@ def _clamped(cfg: DictConfig) -> DictConfig:
 
 def _refusal(before: Config, after: Config) -> str:
     """Why a change is not a step down; empty when it is one."""
-    if not changed(before, after):
-        return "it is so already, or comes to the same"
     old, new = recipe(before), recipe(after)
     sizes = ("batch_size", "micro_batch_size", "image_size")
     raised = [

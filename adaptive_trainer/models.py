@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
+from adaptive_trainer.memory.plan_cache import PlanCache, default_folder, versions
 from adaptive_trainer.memory.trace import same_random_numbers
 
 __all__ = [
@@ -181,7 +182,8 @@ def without_memory(make: Callable[[], nn.Module]) -> nn.Module | None:
 def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> None:
     """Refuse an image size that the network cannot take, found out by running shapes alone (no memory, about 0.1 s).
 
-    A network that cannot be run on shapes alone even at the size it was made for is let through.
+    A network that cannot be run on shapes alone even at the size it was made for is let through. What an earlier
+    process has seen to be taken is not tried again.
 
     Raises:
         ModelError: the network refuses the size; also everything that `build_model` raises it for.
@@ -199,11 +201,17 @@ def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> 
 def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple[int, str]:
     """The size the network was made for, and why it refuses `image_size` (empty: it does not)."""
     made_for = _made_for(ModelConfig(name=name, kwargs=json.loads(kwargs)))
-    model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
-    if model is None:
+    cache = PlanCache(None if ":" in name else default_folder())  # a hub's and a folder's networks change
+    key = {"versions": versions(), "name": name, "kwargs": kwargs, "size": image_size, "classes": num_classes}
+    if cache.takes_images(key):
         return made_for, ""
-    failure = _failure(model, image_size)
-    return made_for, "" if failure and _failure(model, made_for) else failure
+    model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
+    failure = "" if model is None else _failure(model, image_size)
+    if model is None or (failure and _failure(model, made_for)):
+        return made_for, ""
+    if not failure:
+        cache.keep_takes_images(key)
+    return made_for, failure
 
 
 def _made_for(config: ModelConfig) -> int:

@@ -183,11 +183,14 @@ def build_schedule(
 class CrossEntropy(nn.CrossEntropyLoss):
     """Cross entropy that refuses scores of another shape: on a card, a missing one would end the whole process.
 
-    Attributes:
+    Args:
         num_classes: the least number of scores.
+        label_smoothing: as `nn.CrossEntropyLoss` has it.
     """
 
-    num_classes = 1
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
+        super().__init__(label_smoothing=label_smoothing)
+        self.num_classes = num_classes
 
     def forward(self, output: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of scores (N, classes) and labels (N,).
@@ -208,9 +211,9 @@ class CrossEntropy(nn.CrossEntropyLoss):
         return super().forward(output, labels)
 
 
-def build_loss(config: Config) -> nn.Module:
+def build_loss(config: Config, num_classes: int) -> nn.Module:
     """Mean cross entropy of (output, labels), with `trainer.label_smoothing`."""
-    return CrossEntropy(label_smoothing=config.trainer.label_smoothing)
+    return CrossEntropy(num_classes, config.trainer.label_smoothing)
 
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
-from adaptive_trainer.ladder import Recipe, Rung, recipe, stored_size, with_batch_size
+from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
@@ -63,7 +63,7 @@ ATTENTION: tuple[Callable[[], bool], ...] = (
 )
 
 ModelFactory = Callable[[ModelConfig, int], nn.Module]
-LossFactory = Callable[[Config], Callable[[Tensor, Tensor], Tensor]]
+LossFactory = Callable[[Config, int], Callable[[Tensor, Tensor], Tensor]]
 
 
 def other_allocator() -> bool:
@@ -195,7 +195,7 @@ class Planner:
             "attention": [switch() for switch in ATTENTION],
             "model": {**asdict(config.model), "pretrained": False, "num_classes": self.classes(config)},
             "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
-            "sizes": [used.batch_size, used.micro_batch_size, self._eval_batch(used), used.image_size],
+            "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch(self.val_size), used.image_size],
             "precision": used.precision,
             "checkpoint_activations": used.checkpoint_activations,
             "label_smoothing": config.trainer.label_smoothing > 0,
@@ -213,9 +213,6 @@ class Planner:
     def classes(self, config: Config) -> int:
         """Width of the model's head under these settings."""
         return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
-
-    def _eval_batch(self, used: Recipe) -> int:
-        return used.eval_batch_size if self.val_size is None else min(used.eval_batch_size, self.val_size)
 
     def _stored_size(self, config: Config) -> int:
         """As `ladder.stored_size`; what waits on a CPU is not counted."""
@@ -246,8 +243,8 @@ class Planner:
             lambda model: build_optimizer(model, config.optimizer, device),
             (3, used.image_size, used.image_size),
             tuple(parts),
-            self._eval_batch(used),
-            loss=self.make_loss(config),
+            used.eval_batch(self.val_size),
+            loss=self.make_loss(config, self.classes(config)),
             precision=used.precision,
             channels_last=bool(config.trainer.channels_last),
             ema=config.trainer.ema_decay is not None,

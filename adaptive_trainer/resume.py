@@ -6,18 +6,22 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import count, takewhile
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer import checkpoint
-from adaptive_trainer.config import CardConfig, Config, apply_overrides
+from adaptive_trainer.config import CardConfig, Config, OptimizerConfig, apply_overrides
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder import WHOLE
+from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.report import refused_by_disk
+from adaptive_trainer.transaction import TrainState
 
 __all__ = [
     "check_data",
@@ -29,6 +33,7 @@ __all__ = [
     "passed_over",
     "saved_settings",
     "set_aside",
+    "take_up",
     "way_on",
 ]
 
@@ -173,6 +178,32 @@ def check_data(saved: dict[str, Any], samples: int, classes: Sequence[str]) -> N
         gone, new = sorted(set(saved["classes"]) - set(classes)), sorted(set(classes) - set(saved["classes"]))
         what = f"gone {gone}, new {new}" if gone or new else "their order"
         raise CheckpointError(f"the classes are others than those of the checkpoint: {what}; {advice}")
+
+
+def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: torch.device) -> list[str]:
+    """Put a checkpoint into the state of a session under `config`.
+
+    Returns:
+        What is to be told: where it goes on, and what is otherwise than before.
+
+    Raises:
+        CheckpointError: it belongs to another model or optimizer.
+    """
+    asked, before = asdict(config), saved["config"]
+    was, wanted = before["optimizer"], asked["optimizer"]
+    with_optimizer = kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
+    checkpoint.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
+    told = []
+    if not with_optimizer:
+        told.append("the optimizer starts anew: what the checkpoint has of it is of another kind")
+    told.append(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
+    if before["seed"] != asked["seed"]:
+        told.append(f"seed={asked['seed']} is left out: a resumed run goes on with seed {before['seed']}")
+    for group in ("model", "data", "optimizer", "schedule", "trainer"):
+        for key, value in asked[group].items():
+            if before[group].get(key) != value:
+                told.append(f"resumed with another {group}.{key}: {before[group].get(key)} -> {value}")
+    return told
 
 
 def way_on(output_dir: Path) -> str:

@@ -19,7 +19,7 @@ from adaptive_trainer.ladder import Recipe, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
-from adaptive_trainer.optimizers import CrossEntropy, Schedule, build_ema, build_optimizer, build_scaler, build_schedule
+from adaptive_trainer.optimizers import Schedule, build_ema, build_optimizer, build_scaler, build_schedule
 from adaptive_trainer.position import Position, updates_per_epoch
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Loss, Update
@@ -36,7 +36,7 @@ class Parts:
 
     Attributes:
         make_model: builds a network from the model settings and the number of classes.
-        make_loss: builds the mean loss of (output, labels) from the settings.
+        make_loss: builds the mean loss of (output, labels) from (settings, number of classes).
         request: what was asked for, as YAML.
         num_classes: width of the model's head.
         train_size: samples in the training set.
@@ -44,7 +44,7 @@ class Parts:
     """
 
     make_model: ModelFactory
-    make_loss: Callable[[Config], Loss]
+    make_loss: Callable[[Config, int], Loss]
     request: str
     num_classes: int
     train_size: int
@@ -140,9 +140,7 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
 
 def _around(state: TrainState, config: Config, parts: Parts) -> Session:
     used = recipe(config)
-    loss = parts.make_loss(config)
-    if isinstance(loss, CrossEntropy):
-        loss.num_classes = parts.num_classes
+    loss = parts.make_loss(config, parts.num_classes)
     if isinstance(loss, nn.Module):
         loss.to(parts.device)
     update = Update(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptive_trainer import checkpoint, oom
-from adaptive_trainer.config import LARGEST, Config, OptimizerConfig
+from adaptive_trainer.config import LARGEST, Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
@@ -22,12 +22,11 @@ from adaptive_trainer.ladder import Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
-from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.position import last_update
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
-from adaptive_trainer.resume import way_on
+from adaptive_trainer.resume import take_up, way_on
 from adaptive_trainer.session import Parts, Session, enter
 
 __all__ = ["Stage"]
@@ -259,7 +258,7 @@ class Stage:
         return Shapes(used.batch_size, evaluated, used.image_size, self.parts.num_classes, last, stored)
 
     def _eval_batch(self, config: Config) -> int:
-        return min(recipe(config).eval_batch_size, len(self.data.val))
+        return recipe(config).eval_batch(len(self.data.val))
 
     def _fill(self, session: Session) -> None:
         """Put what was learned earlier into a new session."""
@@ -300,30 +299,10 @@ class Stage:
         self.metrics = {}
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
-        asked = asdict(session.config)
-        was, wanted = saved["config"]["optimizer"], asked["optimizer"]
-        with_optimizer = kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
-        checkpoint.unpack(
-            saved,
-            session.state,
-            self.parts.device,
-            keep_groups=was != wanted,
-            with_optimizer=with_optimizer,
-        )
-        if not with_optimizer:
-            self.record.event("the optimizer starts anew: what the checkpoint has of it is of another kind")
-        state = session.state
-        self.record.event(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
-        if saved["config"]["seed"] != asked["seed"]:
-            self.record.event(
-                f"seed={asked['seed']} is left out: a resumed run goes on with seed {saved['config']['seed']}"
-            )
-        for key in ("model", "data", "optimizer", "schedule", "trainer"):
-            for name, value in asked[key].items():
-                if saved["config"][key].get(name) != value:
-                    self.record.event(f"resumed with another {key}.{name}: {saved['config'][key].get(name)} -> {value}")
-        self.metrics = saved["metrics"]
-        self.record.forget_after(self.number, self.parts.recipe(session.config).model, state.finished_epochs)
+        for text in take_up(saved, session.config, session.state, self.parts.device):
+            self.record.event(text)
+        self.metrics, epochs = saved["metrics"], session.state.finished_epochs
+        self.record.forget_after(self.number, self.parts.recipe(session.config).model, epochs)
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
         hooks = Hooks(

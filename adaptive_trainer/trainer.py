@@ -143,6 +143,9 @@ class Trainer:
         if saved is not None:
             resume.check_stages(saved, [name for name, _, _ in ladders])
             resume.check_data(saved, len(data.train), data.classes)
+        if self._make_model is build_model:
+            ladders = _with_layout(self.cfg, ladders, len(data.train), device, record, saved)
+        data, ladders = _with_cache(data, ladders, record)
         if not record.has_begun:  # nothing is refused any more
             if not resume.is_within(path, self.output_dir):
                 record.event(resume.set_aside(self.output_dir))
@@ -150,9 +153,6 @@ class Trainer:
         if not_used:
             record.event(not_used)
         self._tell(device, path, record)
-        if self._make_model is build_model:
-            ladders = _with_layout(self.cfg, ladders, len(data.train), device, record, saved)
-        data, ladders = _with_cache(data, ladders, record)
         forecast = Forecast(
             capacity,
             parts.num_classes,
@@ -204,8 +204,8 @@ class Trainer:
         log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
         return rung
 
-    def _build_loss(self, config: Config) -> Loss:
-        return self._loss or build_loss(config)
+    def _build_loss(self, config: Config, num_classes: int) -> Loss:
+        return self._loss or build_loss(config, num_classes)
 
     def _result(
         self, asked: Config, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record

@@ -12,7 +12,7 @@ import functools
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -108,6 +108,10 @@ def _alike(live: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor],
     return list(groups.values())
 
 
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 def layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     """What decides the memory that a tensor takes on a device."""
     return tensor.shape, tensor.stride(), tensor.dtype
@@ -128,9 +132,9 @@ class Undo:
         self.device = device
         self.buffers = [(m._buffers, name) for m in state.model.modules() for name in m._buffers]
         self.parameters = list(state.model.parameters())
-        self.average = []
+        self.average: list[Tensor] = []
         if state.ema is not None:
-            self.average = list(state.ema.module.state_dict().values())
+            self.average = _tensors(state.ema.module.state_dict().values())
             averaged = state.ema.module.modules()
             self.buffers += [(m._buffers, name) for m in averaged for name in m._non_persistent_buffers_set]
         owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
@@ -182,11 +186,13 @@ class Undo:
         self.large = _Shadow() if not copies else self.host if on_host or self.on_host else self.beside
         self.optimizer_state = [(p, dict(values)) for p, values in self.state.optimizer.state.items()]
         leaves = list(chain.from_iterable(kept.values() for _, kept in self.optimizer_state))
-        if not all(issubclass(kind, PLAIN) for kind in set(map(type, leaves))):
+        kinds = set(map(type, leaves))
+        if not all(issubclass(kind, PLAIN) for kind in kinds):
             leaves = self._copy_containers()
-        leaves += [value for group in self.groups for value in group.values()]
         if copies:
-            self.large.save([t for t in [*self.parameters, *leaves, *self.average] if isinstance(t, Tensor)])
+            changing = leaves if kinds == {Tensor} else _tensors(leaves)  # often hundreds
+            settings = _tensors(value for group in self.groups for value in group.values())
+            self.large.save([*self.parameters, *changing, *settings, *self.average])
         self.stepping = True
 
     def _copy_containers(self) -> list[Any]:

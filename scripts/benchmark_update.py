@@ -21,11 +21,12 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_trainer import compose_config, oom
 from adaptive_trainer.config import Config, ModelConfig
@@ -133,24 +134,33 @@ class Timed(Loop):
         prepared: what it trains on.
         unmeasured: updates at the start of an epoch, in which a loader starts.
         started_at: the clock after these.
+        in_engine: seconds in the engine since then.
     """
 
     prepared: Prepared
     unmeasured: int = 1
     updates_done: int = 0
     started_at: float = 0.0
+    in_engine: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.supply
+        given, run = self.supply, self.engine.run
         self.supply = self.prepared = Prepared(given.data, given.config, self.device, self.engine, given.event)
+
+        def clocked(images: Tensor, labels: Tensor, *, samples: int) -> None:
+            entered = time.perf_counter()
+            run(images, labels, samples=samples)
+            self.in_engine += time.perf_counter() - entered
+
+        self.engine.run = clocked  # type: ignore[method-assign]
 
     def _stop_if_asked(self) -> None:
         super()._stop_if_asked()
         self.updates_done += 1
         if self.updates_done == self.unmeasured:
             synchronize(self.device)  # or what the card has still to do of these would count
-            self.started_at = time.perf_counter()
+            self.started_at, self.in_engine = time.perf_counter(), 0.0
 
 
 def loop_of(config: Config, device: torch.device, updates: int, capacity: Capacity) -> Timed:
@@ -163,8 +173,12 @@ def loop_of(config: Config, device: torch.device, updates: int, capacity: Capaci
     return Timed(enter(config, parts), sets, device, "requested", 8, hooks, StopSignal())
 
 
-def epoch(loop: Timed, batch: Batch | None) -> float:
-    """Seconds of an update in one epoch of the loop, without its first tenth, in which a loader starts."""
+def epoch(loop: Timed, batch: Batch | None, outside: list[float] | None = None) -> float:
+    """Seconds of an update in one epoch of the loop, without its first tenth, in which a loader starts.
+
+    Args:
+        outside: takes the seconds of an update that the loop spent outside of the engine.
+    """
     state, loop.prepared.batch, loop.updates_done = loop.session.state, batch, 0
     updates: int = state.position.size // loop.session.config.trainer.batch_size
     loop.unmeasured = updates // 10
@@ -173,15 +187,28 @@ def epoch(loop: Timed, batch: Batch | None) -> float:
     loop._train_epoch()
     synchronize(loop.device)
     seconds: float = time.perf_counter() - loop.started_at
-    return seconds / (updates - loop.unmeasured)
+    measured = updates - loop.unmeasured
+    if outside is not None:
+        outside.append((seconds - loop.in_engine) / measured)
+    return seconds / measured
 
 
-def direct(loop: Timed, batch: Batch) -> Callable[[], None]:
+def direct(loop: Timed) -> Callable[[Tensor, Tensor], None]:
     """The same engine without a loop around it: the graph replayed, or the update run."""
     graph, update = loop.engine._graph, loop.session.update
-    if graph is None:
-        return lambda: update.run(batch.images, batch.labels, samples=0)
-    return lambda: graph.replay(batch.images, batch.labels)
+    return graph.replay if graph is not None else partial(update.run, samples=0)
+
+
+def bare_epoch(loop: Timed, loader: DataLoader[list[Tensor]]) -> float:
+    """Seconds of an update in one epoch of a bare loop with the same engine, without its first tenth."""
+    run = direct(loop)
+    for number, (images, labels) in enumerate(loader, start=1):
+        run(images, labels)
+        if number == loop.unmeasured:
+            synchronize(loop.device)
+            started = time.perf_counter()
+    synchronize(loop.device)
+    return (time.perf_counter() - started) / (len(loader) - loop.unmeasured)
 
 
 def loop() -> Iterator[str]:
@@ -192,8 +219,9 @@ def loop() -> Iterator[str]:
     if device == CPU:
         recipes, workers = [(replace(CASES[0], name="8@64 fp32 on the CPU", size=64), "eager", 30)], 1
     yield from table(
-        "recipe", "engine", "engine alone, ms", "loop, one batch, ms", "ratio", f"loop, {workers} workers, ms", "ratio"
-    )
+        "recipe", "engine", "engine alone, ms", "loop, one batch, ms", "ratio", "outside the engine, ms",
+        f"bare loop, {workers} workers, ms", f"loop, {workers} workers, ms", "ratio",
+    )  # fmt: skip
     for case, name, updates in recipes:
         config = resolve(compose_config([
             "model.name=efficientnet_b0", f"trainer.batch_size={case.batch}", f"data.image_size={case.size}",
@@ -202,26 +230,39 @@ def loop() -> Iterator[str]:
         ]))[0].settings  # fmt: skip
         with limited(device, "none") as capacity:
             found = looped(loop_of(config, device, updates, capacity), updates)
+        outside = f"{1e3 * statistics.median(found['outside']):.3f}" if name == "eager" else "-"
         ms = {key: f"{1e3 * statistics.median(values):.3f}" for key, values in found.items()}
-        one, loaded = (f"{ratio(found[key], found['alone']):.4f}" for key in ("one batch", "loader"))
-        yield row(case.name, name, ms["alone"], ms["one batch"], one, ms["loader"], loaded)
+        one = f"{ratio(found['one batch'], found['alone']):.4f}"
+        loaded = f"{ratio(found['loader'], found['bare loader']):.4f}"
+        yield row(case.name, name, ms["alone"], ms["one batch"], one, outside, ms["bare loader"], ms["loader"], loaded)
 
 
 def looped(mine: Timed, updates: int) -> dict[str, list[float]]:
-    """Seconds of an update, the engine called directly and by the loop."""
+    """Seconds of an update, the engine called directly and by the loop, on one batch and on a loader's.
+
+    "outside" is what the loop spends outside of the engine. A graph is waited for there, so of it that says nothing.
+    """
     trainer, size = mine.session.config.trainer, mine.session.config.data.image_size
     images, labels = torch.rand(trainer.batch_size, 3, size, size), torch.arange(trainer.batch_size) % 10
     if mine.device.type == "cuda":
         images, labels = images.pin_memory(), labels.pin_memory()
     batch = Batch(images, labels, trainer.batch_size, [])
     epoch(mine, batch)  # records the graph
-    bare = direct(mine, batch)
+    bare = partial(direct(mine), images, labels)
+    data: Any = mine.data.train
+    loader: DataLoader[list[Tensor]] = DataLoader(
+        data, trainer.batch_size, shuffle=True, num_workers=mine.session.config.data.num_workers,
+        pin_memory=mine.device.type == "cuda", persistent_workers=True,
+    )  # fmt: skip
+    outside: list[float] = []
     with closing(mine.supply):
-        return alternating({
+        found = alternating({
             "alone": lambda: per_update(bare, updates, mine.device),
-            "one batch": lambda: epoch(mine, batch),
+            "one batch": lambda: epoch(mine, batch, outside),
+            "bare loader": lambda: bare_epoch(mine, loader),
             "loader": lambda: epoch(mine, None),
         })  # fmt: skip
+    return {**found, "outside": outside}
 
 
 # ---- cpu: an eager update on the CPU against a bare loop -------------------------------------------------------------

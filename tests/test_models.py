@@ -13,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptive_trainer import models
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.models import NEED_INPUT, build_model, check_image_size, checkpoint_activations, has_batch_norm
@@ -226,6 +227,27 @@ def test_image_sizes_that_are_taken_leave_the_random_numbers_alone() -> None:
     check_image_size(ModelConfig("test_efficientnet"), 160, 10)
     check_image_size(ModelConfig("vit_tiny_patch16_224", kwargs={"img_size": 192}), 192, 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_an_earlier_process_has_seen_to_be_taken_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[int] = []
+
+    def failure(model: nn.Module, size: int) -> str:
+        tried.append(size)
+        return "it is too small" if size < 64 else ""
+
+    monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "_failure", failure)
+    for _ in range(2):
+        models._refusal.cache_clear()  # as in a new process
+        check_image_size(ModelConfig("test_efficientnet"), 96, 10)
+        with pytest.raises(ModelError, match="too small"):
+            check_image_size(ModelConfig("test_efficientnet"), 48, 10)
+    assert tried.count(96) == 1
+    assert tried.count(48) == 2
+    models._refusal.cache_clear()
 
 
 def test_has_batch_norm() -> None:

@@ -329,7 +329,7 @@ def test_networks_and_losses_of_ones_own_are_not_kept(tmp_path: Path) -> None:
 
     cache = PlanCache(tmp_path)
     assert not Planner(card(GiB), make_model=own, cache=cache).predict(first(*SMALL)).reason
-    assert not Planner(card(GiB), make_loss=lambda _: nn.CrossEntropyLoss(), cache=cache).predict(first(*SMALL)).reason
+    assert not Planner(card(GiB), make_loss=lambda *_: nn.CrossEntropyLoss(), cache=cache).predict(first(*SMALL)).reason
     assert list(tmp_path.iterdir()) == []
 
 

@@ -468,7 +468,8 @@ def test_a_move_that_is_cut_short_is_gone_on_with(moved: int, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "refused", ["model.name=nosuch", "data.image_size=1", "resume=nowhere/last.pt", "data=cifar10"]
+    "refused",
+    ["model.name=nosuch", "data.image_size=1", "resume=nowhere/last.pt", "data=cifar10", "data.cache=disk"],
 )
 def test_a_start_that_is_refused_moves_nothing(refused: str, tmp_path: Path) -> None:
     first = fit(tmp_path, "trainer.epochs=2")

@@ -1,4 +1,4 @@
-"""Predictions and measurements on disk, so that the second run of a recipe knows at once what the first found out.
+"""Predictions, measurements and the like on disk: the second run of a recipe knows at once what the first found out.
 
 Every entry is a small JSON file of its own, named by a digest of its key and put in place whole: two processes never
 see half an entry, and a damaged or foreign file counts as absent and is written anew. Where nothing can be written
@@ -87,6 +87,14 @@ class PlanCache:
     def keep_measurement(self, key: Key, card: str, measurement: Measurement) -> None:
         """Replace what is known of the recipe on the card. Of two processes at once, the later is believed."""
         self._write("measurement", {**key, "card": card}, asdict(measurement))
+
+    def takes_images(self, key: Key) -> bool:
+        """Whether the network of the key has been seen to take images of the key's size."""
+        return self._read("size", key) is not None
+
+    def keep_takes_images(self, key: Key) -> None:
+        """Keep that it does."""
+        self._write("size", key, {})
 
     def context_bytes(self, card: str) -> int | None:
         """The least that was seen to be taken of the card outside the allocator: the CUDA context and its modules."""
