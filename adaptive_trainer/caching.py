@@ -262,9 +262,9 @@ def _filler(images: Array) -> Callable[[Array], None]:
 
 
 def _source(data: Any) -> tuple[Any, Array]:
-    """The data set below all subsets, and the index there of every sample."""
+    """The data set below all subsets that give its samples as they are, and the index there of every sample."""
     index = np.arange(len(data))
-    while isinstance(data, Subset):
+    while isinstance(data, Subset) and type(data).__getitem__ is Subset.__getitem__:
         data, index = data.dataset, np.asarray(data.indices)[index]
     return data, index
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
@@ -118,7 +118,7 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
         "model": persistent,
         "buffers": {k: v for k, v in state.model.named_buffers() if k not in persistent},
         "optimizer": state.optimizer.state_dict(),
-        "scaler": state.scaler.state_dict() if getattr(state.scaler, "_scale", None) is not None else {},
+        "scaler": state.scaler.state_dict(),
         "ema": None if state.ema is None else state.ema.module.state_dict(),
         "position": state.position.to_dict(),
         "updates": state.updates,
@@ -153,11 +153,9 @@ def unpack(
             state.ema.module.load_state_dict(content["ema"] or content["model"])
         if with_optimizer:
             _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
-        buffers = dict(state.model.named_buffers())
-        with torch.no_grad():
-            for name, value in content["buffers"].items():
-                buffers[name].copy_(value)
-    except (RuntimeError, ValueError, KeyError) as error:
+        for name, value in content["buffers"].items():
+            _put_buffer(state.model, name, value, device)
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
         problem = str(error).splitlines()[0]
@@ -172,6 +170,18 @@ def unpack(
     state.position = Position.from_dict(content["position"])
     state.updates, state.finished_epochs, state.best = content["updates"], content["finished_epochs"], content["best"]
     _restore_random(content["random"], device)
+
+
+@torch.no_grad()
+def _put_buffer(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+    """Put what a buffer held that is no part of the `state_dict`; some are made, or made anew, by a forward pass."""
+    path, _, own_name = name.rpartition(".")
+    module = model.get_submodule(path)
+    there = module._buffers.get(own_name)
+    if there is not None and there.shape == value.shape:
+        there.copy_(value)
+    else:
+        module.register_buffer(own_name, value.to(device), persistent=False)
 
 
 def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bool) -> None:

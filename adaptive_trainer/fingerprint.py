@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,13 +46,14 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
     Raises:
         ConfigError: that cannot be known.
     """
-    kind = type(data)
+    kind, loader = type(data), getattr(data, "loader", None)
     yield f"{kind.__module__}.{kind.__qualname__}".encode()
-    for code in (*kind.__mro__[:-1], getattr(data, "loader", None)):
+    for code in (*kind.__mro__[:-1], loader):
         yield _source_of(code)
+    yield from _what_can_be_read(vars(loader) if hasattr(loader, "__dict__") else {})
     listed = getattr(data, "samples", None)
     if isinstance(listed, list) and len(listed) == len(data) and isinstance(listed[0], tuple):
-        yield repr(sorted((k, v) for k, v in vars(data).items() if isinstance(v, PLAIN))).encode()
+        yield from _what_can_be_read({k: v for k, v in vars(data).items() if v is not listed})
         for index in used:
             path, label = listed[index]
             yield repr((os.path.abspath(path), *_state_of(path), int(label))).encode()
@@ -63,6 +67,14 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
         )
 
 
+def _what_can_be_read(settings: dict[str, Any]) -> Iterator[bytes]:
+    """The content of attributes, without tallies and what is no plain data: functions, say."""
+    for name, value in sorted(settings.items()):
+        if not isinstance(value, Counter):
+            with suppress(ConfigError):
+                yield from (name.encode(), *_content(value, ""))
+
+
 def _state_of(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)
@@ -72,9 +84,12 @@ def _state_of(path: str) -> tuple[int, int]:
 
 
 def _source_of(code: Any) -> bytes:
-    """The text of a class or function where Python can find it, else its name."""
+    """The text of a class or function where Python can find it, else its name; of an object, of its class."""
+    if isinstance(code, partial):
+        return _source_of(code.func) + repr((code.args, code.keywords)).encode()
+    is_code = inspect.isroutine(code) or isinstance(code, type)
     try:
-        return inspect.getsource(code).encode()
+        return inspect.getsource(code if is_code else type(code)).encode()
     except (OSError, TypeError):
         return str(getattr(code, "__qualname__", type(code))).encode()
 
@@ -85,13 +100,18 @@ def _has_pixels(data: Any) -> bool:
     return isinstance(data, TensorDataset) or any(a.ndim > 2 and len(a) == len(data) for a in arrays)
 
 
+def _is_plain_list(value: Any) -> bool:
+    """Of labels, say, which can be many."""
+    return isinstance(value, list | tuple) and set(map(type, value)) <= set(PLAIN)
+
+
 def _content(value: Any, owner: str) -> Iterator[bytes]:
     if isinstance(value, Tensor):
         value = value.numpy(force=True)
     if isinstance(value, np.ndarray) and value.dtype != object:
         yield repr((value.dtype.str, value.shape)).encode()
         yield np.ascontiguousarray(value).tobytes()
-    elif isinstance(value, PLAIN):
+    elif isinstance(value, PLAIN) or _is_plain_list(value):
         yield repr(value).encode() + b";"
     elif isinstance(value, list | tuple | dict):
         yield repr((type(value).__name__, len(value))).encode()

@@ -6,8 +6,6 @@ memory is its own, a replay allocates nothing: it cannot run out of memory.
 
 from __future__ import annotations
 
-import pickle
-import random
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -15,19 +13,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
+from adaptive_trainer.host_state import HostState
 from adaptive_trainer.update import Update
 
 __all__ = ["Graph", "GraphRefused", "refusal", "step_refusal", "synchronizing_refused"]
 
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
-PLAIN = (int, float, str, type(None))
-OF_A_MODULE = ("_parameters", "_buffers", "_modules")  # compared otherwise, or of modules of their own
 
 
 class GraphRefused(Exception):
@@ -192,44 +188,18 @@ def _changing_values(groups: list[dict[str, Any]], rates: list[Tensor]) -> Itera
 
 @contextmanager
 def _unchanged_host(update: Update) -> Iterator[None]:
-    """Refuse an update that changes something on the host, which a replay would not repeat."""
-    update.state.model.train()  # as any update does; after an evaluation that would be a change
-    before = _host_side(update)
-    yield
-    after = _host_side(update)
-    changed = [name for name, value in before.items() if after[name] != value]
+    """Put back what is changed on the host, and refuse an update that does so, which a replay would not repeat."""
+    model, loss = update.state.model, update.loss
+    model.train()  # as any update does; after an evaluation that would be a change
+    host = HostState([model, loss] if isinstance(loss, nn.Module) else [model])
+    try:
+        yield
+        changed = host.changes()
+    finally:
+        host.put_back()
     if changed:
         update.phase = "forward"  # the step has run since, and is not to be blamed
         raise GraphRefused(f"its forward pass changes {', '.join(changed)} on the host, which a graph does not repeat")
-
-
-def _host_side(update: Update) -> dict[str, bytes]:
-    modules = [*update.state.model.modules(), *(update.loss.modules() if isinstance(update.loss, nn.Module) else ())]
-    plain = [{k: _seen(v) for k, v in vars(m).items() if k not in OF_A_MODULE} for m in modules]
-    return {
-        "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
-        "Python's random numbers": pickle.dumps(random.getstate()),
-        "numpy's random numbers": pickle.dumps(np.random.get_state()),
-        "attributes of its modules": pickle.dumps(plain),
-        "which tensors are its buffers": pickle.dumps([id(b) for m in modules for b in m._buffers.values()]),
-    }
-
-
-def _seen(value: Any) -> Any:
-    """What can be compared of an attribute: its content where it is plain, else whether it is the same object."""
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, torch.Generator):
-        return value.get_state().numpy().tobytes()
-    if isinstance(value, dict):
-        return [(_seen(key), _seen(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [_seen(item) for item in value]
-    return id(value)
 
 
 def refusal(update: Update) -> str:
@@ -258,8 +228,6 @@ def step_refusal(update: Update) -> str:
         has_fused = any("fused" in group for group in optimizer.param_groups)
         advice = "; its fused implementation does not" if has_fused else ""
         return f"{name} keeps a part of its state on the host{advice}"
-    if update.state.ema is not None and update.state.ema.use_warmup:
-        return "the moving average's decay changes with the count of updates"
     return ""
 
 

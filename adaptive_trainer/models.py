@@ -264,9 +264,7 @@ def checkpoint_activations(model: nn.Module, enable: bool) -> None:
         if enable and not blocks:
             log.warning("%s has no blocks to recompute: trainer.checkpoint_activations saves nothing", _name(model))
         for block in blocks:
-            block.__dict__.pop("forward", None)
-            if enable:
-                block.__dict__["forward"] = functools.partial(_recomputed_later, type(block).forward, block)
+            _recompute(block, enable)
     if enable:
         _keep_buffers_when_recomputing(model)
 
@@ -294,17 +292,29 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def _recomputed_later(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _recompute(block: nn.Module, enable: bool) -> None:
+    """Take another forward for the block's, or its own again: its class's, or one that somebody has given it alone."""
+    found = block.__dict__.pop("forward", None)
+    is_enabled = isinstance(found, functools.partial) and found.func is _recomputed_later
+    own = found.args[1] if is_enabled else found
+    if enable:
+        block.__dict__["forward"] = functools.partial(_recomputed_later, block, own)
+    elif own is not None:
+        block.__dict__["forward"] = own
+
+
+def _recomputed_later(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    forward = own or functools.partial(type(module).forward, module)
     if not (module.training and torch.is_grad_enabled()):
-        return forward(module, *args, **kwargs)
-    return checkpoint(functools.partial(_on_lent_buffers, forward, module), *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+    return checkpoint(functools.partial(_on_lent_buffers, module, forward), *args, use_reentrant=False, **kwargs)
 
 
-def _on_lent_buffers(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _on_lent_buffers(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The block's own forward, which is run again without the block's hooks."""
     _lend_buffers(module, args)
     try:
-        return forward(module, *args, **kwargs)
+        return forward(*args, **kwargs)
     finally:
         _take_buffers_back(module, args, None)
 

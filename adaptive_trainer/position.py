@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Key", "Position", "key_seed", "last_update", "micro_batches", "updates_per_epoch"]
+__all__ = ["Key", "Position", "key_seed", "micro_batches", "updates_per_epoch"]
 
 Key = tuple[int, int, int]  # (seed, epoch, index of the sample in the data set)
 
@@ -73,6 +73,15 @@ class Position:
             return batch_size - 1 if batch_size > 2 else 3
         return min(batch_size, remaining)
 
+    def sizes(self, batch_size: int) -> set[int]:
+        """Samples in the updates that are left of this epoch, each number once."""
+        whole = max(0, (self.size - self.cursor) // batch_size - 2)  # that many at least, before the end
+        position, found = self.advance(whole * batch_size), {batch_size} if whole else set()
+        while position.epoch == self.epoch:
+            found.add(size := position.next_size(batch_size))
+            position = position.advance(size)
+        return found
+
     def batches(self, batch_size: int) -> Iterator[list[Key]]:
         """The remaining updates of this epoch, each as the keys of its samples."""
         for part in self.indices(batch_size):
@@ -126,11 +135,6 @@ def updates_per_epoch(size: int, batch_size: int) -> int:
     full, rest = divmod(size, batch_size)
     joined = batch_size == 2 and rest == 1 and full > 0
     return full + (rest > 0) - joined
-
-
-def last_update(size: int, batch_size: int) -> int:
-    """Samples in the last update of an epoch of `size` samples."""
-    return size - (updates_per_epoch(size, batch_size) - 1) * batch_size
 
 
 def micro_batches(samples: int, micro_batch_size: int, avoid_single: bool) -> list[int]:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.augment import DeviceBatch, fitting
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.host_state import HostState
 from adaptive_trainer.transaction import Undo
 from adaptive_trainer.update import Update
 
@@ -25,7 +26,8 @@ class Shapes:
     """Sizes of the tensors that training will meet: square RGB images, integer labels.
 
     Attributes:
-        last: samples in the last update of an epoch; 0 where it is a whole batch.
+        odd: samples in the update, of those that training will meet, whose largest part is the largest: the last ones
+            of an epoch are split otherwise.
         stored_size: height and width of stored images (`data.cache`), of which a batch waits on the device; 0: none.
     """
 
@@ -33,7 +35,7 @@ class Shapes:
     eval_batch_size: int
     image_size: int
     num_classes: int
-    last: int = 0
+    odd: int = 0
     stored_size: int = 0
 
 
@@ -52,6 +54,8 @@ def prove(update: Update, shapes: Shapes) -> int:
     trace = Undo(state, update.device, on_host=True)
     trace.begin()
     trace.before_step()
+    modules = (state.model, update.loss, None if state.ema is None else state.ema.module)
+    host = HostState(module for module in modules if isinstance(module, nn.Module))
     try:
         with update.proving():
             proven, eval_batch = _prove(update, shapes)
@@ -59,6 +63,8 @@ def prove(update: Update, shapes: Shapes) -> int:
         if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
             trace.roll_back()
         raise
+    finally:
+        host.put_back()
     proven -= trace.updates
     trace.roll_back()
     if proven < PROVEN_UPDATES:
@@ -72,21 +78,21 @@ def _prove(update: Update, shapes: Shapes) -> tuple[int, int]:
     if scaler.is_enabled():  # a step that overflows is left out, and would prove nothing
         scaler.scale(torch.zeros((), device=update.device))  # makes its tensors where there are none
         scaler.update(1.0)
-    made_up = _made_up(max(shapes.batch_size, shapes.last), shapes)
+    made_up = _made_up(max(shapes.batch_size, shapes.odd), shapes)
     _prove_updates(update, shapes, made_up)
     return update.state.updates, _prove_evaluation(update, shapes, made_up)
 
 
 def _prove_updates(update: Update, shapes: Shapes, made_up: Batch) -> None:
-    batch = _batches(update, shapes, made_up, max(shapes.batch_size, shapes.last))
+    batch = _batches(update, shapes, made_up, max(shapes.batch_size, shapes.odd))
     update.held = oom.held(update.device)
     for _ in range(PROVEN_UPDATES):
         update.run(*batch(shapes.batch_size), samples=0)
     makes_copies = update.step_allocates and update.device.type == "cuda"
     for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
         update.run(*batch(shapes.batch_size), samples=0)
-    if update.largest_part(shapes.last) > update.largest_part(shapes.batch_size):
-        update.run(*batch(shapes.last), samples=0)
+    if update.largest_part(shapes.odd) > update.largest_part(shapes.batch_size):
+        update.run(*batch(shapes.odd), samples=0)
 
 
 def _prove_evaluation(update: Update, shapes: Shapes, made_up: Batch) -> int:

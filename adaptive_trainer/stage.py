@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
 from adaptive_trainer.planning import image_refusal
-from adaptive_trainer.position import last_update
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.resume import take_up, way_on
@@ -239,7 +238,7 @@ class Stage:
             if is_new:
                 self._fill(self.session)
             update, shapes = self.session.update, self._shapes(config)
-            is_usual = update.largest_part(shapes.last) <= update.largest_part(shapes.batch_size)
+            is_usual = update.largest_part(shapes.odd) <= update.largest_part(shapes.batch_size)
             if back is None and is_usual:
                 self._earlier = self.forecast.proven(config)
             eval_batch = shapes.eval_batch_size if self._earlier else prove(update, shapes)
@@ -252,10 +251,12 @@ class Stage:
 
     def _shapes(self, config: Config) -> Shapes:
         used = recipe(config)
-        last = last_update(self.parts.train_size, used.batch_size)
+        here, update = self._opened.state.position, self._opened.update
+        sizes = here.sizes(used.batch_size) | replace(here, cursor=0).sizes(used.batch_size)
+        odd = max(sorted(sizes), key=update.largest_part)
         stored = 0 if self.data.stored is None else self.data.stored[0].size
         evaluated = self._eval_batch(config)
-        return Shapes(used.batch_size, evaluated, used.image_size, self.parts.num_classes, last, stored)
+        return Shapes(used.batch_size, evaluated, used.image_size, self.parts.num_classes, odd, stored)
 
     def _eval_batch(self, config: Config) -> int:
         return recipe(config).eval_batch(len(self.data.val))

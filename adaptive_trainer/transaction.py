@@ -130,13 +130,12 @@ class Undo:
     def __init__(self, state: TrainState, device: torch.device, *, on_host: bool = False) -> None:
         self.state = state
         self.device = device
-        self.buffers = [(m._buffers, name) for m in state.model.modules() for name in m._buffers]
+        self.buffers = [module._buffers for module in state.model.modules()]
         self.parameters = list(state.model.parameters())
         self.average: list[Tensor] = []
         if state.ema is not None:
             self.average = _tensors(state.ema.module.state_dict().values())
-            averaged = state.ema.module.modules()
-            self.buffers += [(m._buffers, name) for m in averaged for name in m._non_persistent_buffers_set]
+            self.buffers += [m._buffers for m in state.ema.module.modules() if m._non_persistent_buffers_set]
         owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
         self.random_states = RandomStates(
             device, [v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)]
@@ -165,10 +164,11 @@ class Undo:
         """Keep what forward, backward and clipping change: buffers, scaler, meters, random numbers, plain values."""
         state = self.state
         self.begun = self.stepping = False
-        self.bound = [owner[name] for owner, name in self.buffers]
+        self.bound = [(owner, dict(owner)) for owner in self.buffers if owner]
         self.scaler_tensors = {name: getattr(state.scaler, name, None) for name in SCALER_TENSORS}
         self.meters = dict(state.meters)
-        kept = [*self.bound, *self.scaler_tensors.values(), *self.meters.values()]
+        buffers = chain.from_iterable(tensors.values() for _, tensors in self.bound)
+        kept = [*buffers, *self.scaler_tensors.values(), *self.meters.values()]
         self.small.save([t for t in kept if t is not None])
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
         self.random = self.random_states.read()
@@ -213,8 +213,10 @@ class Undo:
         if self.stepping:
             self.large.restore()
         self.small.restore()
-        for (owner, name), tensor in zip(self.buffers, self.bound, strict=True):
-            owner[name] = tensor
+        for owner in self.buffers:
+            owner.clear()  # of what the first forward pass may have made
+        for owner, tensors in self.bound:
+            owner.update(tensors)
         if self.stepping:
             self._restore_optimizer_state()
         self._restore_plain()

@@ -47,7 +47,7 @@ augment
 predicting
 planning
 models optimizers
-position process randomness
+position process randomness host_state
 target
 memory.plan_cache
 memory.predict memory.trace memory.fake memory.plain memory.scratch

@@ -12,13 +12,15 @@ import tempfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
@@ -355,6 +357,36 @@ def test_data_sets_that_transform_are_refused(cache: str, photos: Path, top: Pat
     assert built(ImageFolder(str(photos)), cache=cache)[0].stored is not None
 
 
+class Inverted(Subset[Any]):
+    """A part whose samples are others than those below."""
+
+    def __getitem__(self, index: Any) -> Any:
+        image, label = self.dataset[self.indices[index]]
+        return ImageOps.invert(image), 1 - label
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+class Named(Subset[Any]):
+    """A part with something of its own, and the samples below."""
+
+    note = "mine"
+
+
+def test_a_part_with_samples_of_its_own_is_not_the_data_set_below(photos: Path, top: Path) -> None:
+    below = ImageFiles(photos)
+    part = Inverted(below, list(range(len(below))))
+    plain, found = built(below, cache="ram")[0], built(part, cache="ram")[0]
+    assert found.stored is not None
+    assert plain.stored is not None
+    assert torch.equal(images(found), 255 - images(plain))
+    assert (found.stored[0].decoded.labels == 1 - plain.stored[0].decoded.labels).all()
+    with pytest.raises(ConfigError, match="cannot tell when a Inverted has changed"):
+        built(part)
+    assert built(Named(below, list(range(10))))[0].stored is not None
+
+
 def test_no_folder_for_caches_is_a_mistake(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", "")
     with pytest.raises(ConfigError, match="ADAPTIVE_TRAINER_CACHE is empty"):
@@ -409,13 +441,13 @@ class Photos:
 
     def __init__(self, folder: Path) -> None:
         self.samples = [(str(path), number % 2) for number, path in enumerate(sorted(folder.rglob("*.png")))]
-        self.decoded = [0]
+        self.decoded = SimpleNamespace(images=0)  # no plain data: what is cached does not depend on it
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        self.decoded[0] += 1
+        self.decoded.images += 1
         with Image.open(self.samples[index][0]) as image:
             return image.convert("RGB"), self.samples[index][1]
 
@@ -451,7 +483,7 @@ def test_another_users_cache_that_cannot_be_read_is_no_end(shared: Path) -> None
             r"ADAPTIVE_TRAINER_CACHE=FOLDER names .*\); images are decoded anew in every epoch",
             event,
         )
-    assert photos.decoded == [10], "known before anything is decoded"
+    assert photos.decoded.images == 10, "known before anything is decoded"
     assert built(photos)[1] == [f"data.cache=disk: 10 images are taken from {made}"], "left as it was"
 
 
@@ -545,6 +577,39 @@ def test_the_stored_images_are_not_copied(photos: Path, top: Path) -> None:
     while base.base is not None and not isinstance(base, np.memmap):
         base = base.base
     assert isinstance(base, np.memmap)
+
+
+class Cropped(Dataset[Any]):
+    """Files and settings that decide what becomes of them."""
+
+    def __init__(self, box: tuple[int, ...] = (0, 0, 4, 4), names: dict[int, int] | None = None, **more: Any) -> None:
+        self.samples = [("a.png", 0), ("b.png", 1)]
+        self.box, self.names, self.loader = box, names or {0: 1}, more.get("loader", str)
+        self.targets = np.array(more.get("targets", [0, 1]))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Loads:
+    """A loader with a setting."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, path: str) -> str:
+        return path[: self.size]
+
+
+def test_a_fingerprint_knows_the_settings_of_files() -> None:
+    made = [
+        Cropped(), Cropped((0, 0, 2, 2)), Cropped(names={0: 2}), Cropped(targets=[1, 0]), Cropped(loader=Loads(1)),
+        Cropped(loader=Loads(2)), Cropped(loader=partial(str, 1)), Cropped(loader=partial(str, 2)),
+        Cropped(loader=partial(str, errors="strict")),
+    ]  # fmt: skip
+    keys = [b"".join(fingerprint(data, np.arange(2))) for data in (*made, Cropped())]
+    assert len(set(keys)) == len(made)
+    assert keys[-1] == keys[0]
 
 
 def test_a_fingerprint_tells_lists_and_settings_apart() -> None:

@@ -292,7 +292,9 @@ class Reads(nn.Module):
         return output
 
 
-@pytest.mark.parametrize(("what", "reason"), [("waits", "waits for the card"), ("draws", "random"), ("counts", "attr")])
+@pytest.mark.parametrize(
+    ("what", "reason"), [("waits", "waits for the card"), ("draws", "random"), ("counts", "Reads.count")]
+)
 def test_what_a_graph_cannot_hold_runs_eager_and_says_why(what: str, reason: str, tmp_path: Path) -> None:
     oom.release(gpu_checks.CUDA)
     before = torch.cuda.memory_allocated()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,25 @@ def test_recomputing_can_be_turned_off_and_on(name: str) -> None:
     for enable in (True, True, False, True, False):
         checkpoint_activations(model, enable)
         assert (bytes_kept(model, images) < plain) == enable
+
+
+@pytest.mark.parametrize("is_method", [True, False])
+def test_a_forward_that_a_block_alone_was_given_stays_its_own(is_method: bool) -> None:
+    model, images = make("network"), torch.randn(2, 3, 64, 64)
+    block = next(module for module in model.modules() if isinstance(module, Block))
+
+    def doubled(self: Block, x: Tensor) -> Tensor:
+        return 2 * Block.forward(self, x)
+
+    own = types.MethodType(doubled, block) if is_method else functools.partial(doubled, block)
+    block.__dict__["forward"] = own
+    model.eval()
+    expected = model(images)
+    for enable in (False, True, True, False):
+        checkpoint_activations(model, enable)
+        assert torch.equal(model(images), expected)
+        assert torch.equal(copy.deepcopy(model)(images), expected)
+    assert block.__dict__["forward"] is own
 
 
 def test_copy_of_a_recomputing_network_uses_its_own_weights() -> None:

@@ -46,6 +46,13 @@ def test_no_update_has_a_single_sample(size: int, batch_sizes: list[int]) -> Non
     assert all(2 <= len(batch) <= max(*batch_sizes, 3) for batch in updates)
 
 
+@given(size=SIZES, cursor=st.integers(0, 199), batch_size=BATCHES)
+@settings(max_examples=300, deadline=None)
+def test_sizes_are_those_of_the_updates_that_are_left(size: int, cursor: int, batch_size: int) -> None:
+    position = Position(0, 0, cursor % size, size)
+    assert position.sizes(batch_size) == {len(part) for part in position.indices(batch_size)}
+
+
 @given(size=SIZES, batch_size=BATCHES)
 @settings(max_examples=200, deadline=None)
 def test_schedule_step_counts_the_updates_of_an_undisturbed_run(size: int, batch_size: int) -> None:

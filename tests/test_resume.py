@@ -641,6 +641,31 @@ def test_weights_whose_loss_is_no_number_are_not_saved(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 0
 
 
+class Table(nn.Module):
+    """Makes a buffer in its first forward pass, beside the `state_dict`, and a larger one for more samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = flat()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self._buffers or len(x) > len(self.get_buffer("table")):
+            self.register_buffer("table", torch.rand(len(x), 3), persistent=False)
+        output: Tensor = self.body(x) + self.get_buffer("table")[: len(x)]
+        return output
+
+
+def test_buffers_that_a_forward_pass_makes_are_resumed(tmp_path: Path) -> None:
+    for folder, epochs in (("whole", (2,)), ("parts", (1, 2))):
+        for until in epochs:
+            settings = [f"trainer.epochs={until}", "trainer.batch_size=4", "data.image_size=16", "data.num_workers=0"]
+            cfg = compose_config([*settings, "ladder=none", "resume=auto"])
+            Trainer(cfg, model=lambda *_: Table(), train_data=Pixels(), output_dir=tmp_path / folder).fit()
+    one, other = (checkpoint.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts"))
+    assert list(one["buffers"]) == ["table"]
+    assert [where for key in ("buffers", "random") for where in differing(one[key], other[key])] == []
+
+
 class NoNumber(nn.Module):
     """Cross entropy; of the twelfth batch no number, though the gradients are."""
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
+from adaptive_trainer import Trainer, checkpoint, compose_config, load_model, stage
 from adaptive_trainer.config import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.forecast import Forecast
@@ -30,8 +30,9 @@ from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.position import Position
-from adaptive_trainer.proof import PROVEN_UPDATES
+from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.report import Result
+from adaptive_trainer.update import Update
 
 MiB = 2**20
 STEPS = {"half": ["trainer.batch_size=4"], "quarter": ["trainer.batch_size=2"]}
@@ -534,6 +535,28 @@ def test_a_climb_that_fails_goes_back_to_what_was_there(tmp_path: Path, monkeypa
         ends.append(checkpoint.load(folder / "checkpoints" / "last.pt"))
     for part in ("model", "scaler", "optimizer"):
         assert repr(ends[0][part]) == repr(ends[1][part])
+
+
+@pytest.mark.parametrize(("size", "batch", "micro", "odd"), [(25, 8, 2, 7), (28, 9, 4, 8), (24, 8, 2, 8)])
+def test_the_update_with_the_largest_part_is_proven(
+    size: int, batch: int, micro: int, odd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last updates of an epoch are split otherwise, so that none has a single sample."""
+    proven: list[Shapes] = []
+
+    def noted(update: Update, shapes: Shapes) -> int:
+        proven.append(shapes)
+        return prove(update, shapes)
+
+    monkeypatch.setattr(stage, "prove", noted)
+    settings = compose_config([*BASE, f"trainer.batch_size={batch}", f"trainer.micro_batch_size={micro}"])
+    settings.trainer.epochs = 1
+
+    def model(*_: Any) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))
+
+    Trainer(settings, model=model, train_data=Seen(size), val_data=Seen(6), output_dir=tmp_path).fit()
+    assert [shapes.odd for shapes in proven] == [odd]
 
 
 class Full(Seen):

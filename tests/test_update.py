@@ -634,8 +634,65 @@ def test_a_proof_meets_a_last_update_with_larger_parts(capacity: Capacity) -> No
     run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
     update, seen = run.update(2), list[int]()
     run.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    prove(update, Shapes(batch_size=4, eval_batch_size=1, image_size=8, num_classes=5, last=3))
+    prove(update, Shapes(batch_size=4, eval_batch_size=1, image_size=8, num_classes=5, odd=3))
     assert seen == [2, 2] * PROVEN_UPDATES + [3, 1]
+
+
+class Lazy(nn.Module):
+    """Makes buffers in its first forward pass, from the images that it is given, as some initialisations do."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "mean" not in self._buffers:
+            self.register_buffer("mean", x.detach().mean(), persistent=False)
+            self.register_buffer("scale", x.detach().std())
+        output: Tensor = self.body((x - self.mean) / self.scale)
+        return output
+
+
+def test_buffers_made_in_a_proof_or_a_failed_update_are_gone_again(capacity: Capacity) -> None:
+    run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
+    model = run.state.model = Lazy()
+    run.state.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    update = run.update(4)
+    prove(update, SHAPES)
+    assert not model._buffers
+    images, labels = 5 + torch.randn(4, 3, 8, 8), torch.arange(4)
+    with Fault(at=20, keeps_failing=True), pytest.raises(OutOfMemory):
+        update.run(images, labels, samples=4)
+    assert not model._buffers
+    update.run(images, labels, samples=4)
+    assert torch.equal(model.mean, images.mean())
+
+
+class Follows(nn.Module):
+    """Keeps a mean of what it is given, and counts, in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+        self.mean, self.seen, self.sizes = torch.zeros(()), 0, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = torch.lerp(self.mean, x.detach().mean(), 0.1)
+        self.seen += len(x)
+        self.sizes.append(len(x))
+        output: Tensor = self.body(x - self.mean)
+        return output
+
+
+def test_attributes_that_a_proof_has_changed_are_as_before(capacity: Capacity) -> None:
+    run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
+    model = run.state.model = Follows()
+    run.state.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prove(run.update(4), SHAPES)
+    assert (float(model.mean), model.seen, model.sizes) == (0, 0, [0])
 
 
 @pytest.mark.parametrize("last", [0, 3])
@@ -659,7 +716,7 @@ def test_a_proof_holds_what_stored_images_take(last: int, capacity: Capacity, mo
     run.state.model.register_forward_pre_hook(look)
     before = dump(run.state)
     update = run.update(2)
-    prove(update, Shapes(4, 1, image_size=8, num_classes=5, last=last, stored_size=9))
+    prove(update, Shapes(4, 1, image_size=8, num_classes=5, odd=last, stored_size=9))
     assert seen == [(2, 4, 4), (2, 4, 4)] * PROVEN_UPDATES + [(3, 4, 4)] * (last == 3) + [(1, 1, 1)]
     assert differences(dump(run.state), before) == []
     assert [ref() for ref in made] == [None] * 2

@@ -1,0 +1,156 @@
+"""What modules hold on the host beside parameters and buffers: whether it has changed, and putting it back.
+
+A CUDA graph repeats kernels and no Python. An update is recorded once, so what it changes on the host shows whether
+replays would do the same; and what it left there is put back, since none of its kernels ran. A proof puts it back too.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["HostState"]
+
+PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.device, torch.dtype)
+SEQUENCES = (list, tuple, set, frozenset, deque)
+HOOKS = {name for name in vars(nn.Module()) if "hook" in name}  # many, and hardly ever changed by a forward pass
+OPAQUE = {*sys.stdlib_module_names, "torch", "numpy"}  # whose objects are not looked into
+
+
+class HostState:
+    """The attributes of modules and what is in them, one within the other, and the global random numbers, as they are.
+
+    Args:
+        modules: these, and those below them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        waiting: list[tuple[str, Any]] = [(type(module).__name__, module) for module in modules]
+        known = {id(tensor) for _, root in waiting for module in root.modules() for tensor in _state_of(module)}
+        self._random = _global_random_numbers()
+        self._kept: list[tuple[str, Any, Any]] = []  # holds on to objects: else another could get the address of one
+        self._copies: dict[int, Tensor] = {}
+        while waiting:
+            name, value = waiting.pop()
+            if type(value) in PLAIN or id(value) in known or (content := _content(value)) is None:
+                continue
+            known.add(id(value))
+            self._kept.append((name, value, content))
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                self._copies[id(value)] = value.detach().clone()
+            waiting += _parts(name, value, content)
+
+    def changes(self) -> list[str]:
+        """The names of what is otherwise now."""
+        now = _global_random_numbers()
+        found = [name for name, state in self._random.items() if now[name] != state]
+        for name, value, content in self._kept:
+            if not _same(here := _content(value), content):
+                found += _changed_attributes(here, content, name) if isinstance(value, nn.Module) else [name]
+        return sorted(set(found))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make it what it was, but for the global random numbers and the values of tensors on a card."""
+        for _, value, content in self._kept:
+            if not _same(_content(value), content):
+                if id(value) in self._copies:
+                    value.copy_(self._copies[id(value)])
+                else:
+                    _fill(value, content)
+
+
+def _state_of(module: nn.Module) -> list[Tensor]:
+    found = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _global_random_numbers() -> dict[str, Any]:
+    return {
+        "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
+        "Python's random numbers": random.getstate(),
+        "numpy's random numbers": pickle.dumps(np.random.get_state()),
+    }
+
+
+def _content(value: Any) -> Any:
+    """What an object holds, one level deep; None where there is nothing to look into."""
+    if isinstance(value, PLAIN):
+        return None
+    if isinstance(value, Tensor):
+        return 0 if value.is_inference() else value._version
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, SEQUENCES):
+        return list(value)
+    is_opaque = isinstance(value, type) or str(type(value).__module__).partition(".")[0] in OPAQUE
+    return dict(vars(value)) if isinstance(value, nn.Module) or (not is_opaque and hasattr(value, "__dict__")) else None
+
+
+def _parts(name: str, value: Any, content: Any) -> Iterator[tuple[str, Any]]:
+    """What is in an object, by the name of the attribute that leads there."""
+    if isinstance(value, nn.Module):
+        yield from ((f"{type(value).__name__}.{key}", each) for key, each in content.items() if key not in HOOKS)
+    elif isinstance(content, dict):
+        yield from ((name, each) for each in content.values())
+    elif isinstance(content, list):
+        yield from ((name, each) for each in content)
+
+
+def _changed_attributes(now: dict[str, Any], before: dict[str, Any], name: str) -> list[str]:
+    missing = object()
+    keys = {**before, **now}
+    return [f"{name}.{k}" for k in keys if not _same(now.get(k, missing), before.get(k, missing))]
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether two things are one object, or equal numbers, texts and arrays, or containers of what is the same."""
+    if now is before:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, PLAIN):
+        return repr(now) == repr(before)  # as NaN is not equal to NaN
+    if isinstance(now, np.ndarray):
+        return (now.shape, now.dtype, now.tobytes()) == (before.shape, before.dtype, before.tobytes())
+    if isinstance(now, dict):
+        return list(now) == list(before) and all(map(_same, now.values(), before.values()))
+    if isinstance(now, list | tuple):
+        return len(now) == len(before) and all(map(_same, now, before))
+    return False
+
+
+def _fill(value: Any, content: Any) -> None:
+    """Put what an object held into it again."""
+    if isinstance(value, random.Random):
+        value.setstate(content)
+    elif isinstance(value, torch.Generator):
+        value.set_state(torch.from_numpy(content))
+    elif isinstance(value, np.ndarray):
+        np.copyto(value, content)
+    elif isinstance(content, dict):
+        own = value if isinstance(value, dict) else vars(value)
+        own.clear()
+        own.update(content)
+    elif isinstance(value, list):
+        value[:] = content
+    elif isinstance(value, set):
+        value.clear()
+        value.update(content)
+    elif isinstance(value, deque):
+        value.clear()
+        value.extend(content)
