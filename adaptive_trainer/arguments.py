@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
 
-from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.session import ModelFactory
 
@@ -23,6 +24,10 @@ def check_arguments(cfg: Any, model: Any, loss: Any) -> None:
     """
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"the settings are a {type(cfg).__name__}; compose_config([...]) makes what a Trainer takes")
+    if missing := [field.name for field in fields(Config) if field.name not in cfg]:
+        raise ConfigError(f"the settings lack {', '.join(missing)}; compose_config([...]) makes what a Trainer takes")
+    if cfg.task != "train":
+        raise ConfigError(f"a Trainer trains, and task={cfg.task}; run that on the command line, or use predict()")
     if isinstance(model, nn.Module) or not (model is None or _takes_two(model)):
         raise ConfigError(
             f"model is {_named(model)}; give a function of (model settings, number of classes) that makes it, since a "

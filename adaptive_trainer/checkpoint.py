@@ -6,6 +6,7 @@ new one, whole. It is read with `weights_only=True`: it can hold data, never cod
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import zipfile
@@ -19,27 +20,59 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import CheckpointError, remedy
+from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 
-__all__ = ["load", "pack", "save", "unpack"]
+__all__ = ["load", "make_buffers", "misfit", "pack", "save", "unpack"]
+
+log = logging.getLogger(__name__)
 
 FORMAT = "adaptive_trainer checkpoint"
 VERSION = 1
 DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError)  # what reading it raises
 IMPLEMENTATION = ("fused", "foreach")  # of an optimizer's step: this run's own choice
+EXTRA_STATE = "_extra_state"  # of a module that keeps more than tensors, under this name
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (tensors, plain values, dicts, lists) to `path`, atomically.
+    """Write `content` (tensors, plain values, dicts, lists) to `path`, atomically; once more where memory runs out.
 
     Raises:
         CheckpointError: it cannot be written; the file that was there before is untouched.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    failure = _failure_of(path, content)
+    if failure is not None:
+        log.warning("out of memory while %s was written (%s): once more", path, failure.text)
+        oom.release(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))  # type: ignore[no-untyped-call]
+        failure = _failure_of(path, content)
+    if failure is not None:
+        raise _not_written(path, f"out of memory ({failure.text})", "Free some memory")
+
+
+def _failure_of(path: Path, content: dict[str, Any]) -> oom.Failure | None:
+    """Why there was not enough memory to write it; None where it is written."""
     problem, advice = "", "Free some disk space"
+    try:
+        _write(path, content)
+    except OSError as error:
+        problem, advice = str(error), remedy(error)
+    except (RuntimeError, MemoryError) as error:
+        failure = oom.describe(error)
+        if failure.kind in (oom.Kind.DEVICE, oom.Kind.HOST):
+            return failure
+        if failure.kind is not oom.Kind.OTHER:
+            raise
+        # torch's zip writer loses the system's own error
+        problem = f"the disk is full, or refuses to take more ({str(error).splitlines()[0]})"
+    if problem:
+        raise _not_written(path, problem, advice)
+    return None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
@@ -48,21 +81,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
         _flush_folder(path.parent)
-    except OSError as error:
-        problem, advice = str(error), remedy(error)
-    except RuntimeError as error:
-        if oom.describe(error).kind is not oom.Kind.OTHER:
-            raise
-        # torch's zip writer loses the system's own error
-        problem = f"the disk is full, or refuses to take more ({str(error).splitlines()[0]})"
     finally:
         with suppress(OSError):
             part.unlink()
-    if problem:
-        kept = "there is no earlier one"
-        if path.exists():
-            kept, advice = f"the last good one is kept in {path}", f"{advice}; resume={path} goes on from it"
-        raise CheckpointError(f"cannot write checkpoint {path}: {problem}; {kept}. {advice}")
+
+
+def _not_written(path: Path, problem: str, advice: str) -> CheckpointError:
+    kept, last = "there is no earlier one", path.with_name("last.pt")
+    if last.exists():
+        kept = f"the last good one is kept in {last}"
+        advice = f"{advice}; {override('resume', last)} goes on from it"
+    return CheckpointError(f"cannot write checkpoint {path}: {problem}; {kept}. {advice}")
 
 
 def _flush_folder(folder: Path) -> None:
@@ -148,6 +177,8 @@ def unpack(
     """
     problem = ""
     try:
+        for model in (state.model, *([] if state.ema is None else [state.ema.module])):
+            make_buffers(model, content["model"])
         state.model.load_state_dict(content["model"])
         if state.ema is not None:  # one that the run did not have before begins with the weights
             state.ema.module.load_state_dict(content["ema"] or content["model"])
@@ -158,7 +189,7 @@ def unpack(
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
-        problem = str(error).splitlines()[0]
+        problem = misfit(error)
         if isinstance(error, KeyError):
             problem = f"there is no {problem}"
     if problem:
@@ -170,6 +201,27 @@ def unpack(
     state.position = Position.from_dict(content["position"])
     state.updates, state.finished_epochs, state.best = content["updates"], content["finished_epochs"], content["best"]
     _restore_random(content["random"], device)
+
+
+def make_buffers(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Room for buffers of a saved `state_dict` that a forward pass has made, or has made anew in another shape."""
+    modules = dict(model.named_modules())
+    for name, value in saved.items():
+        path, _, own_name = name.rpartition(".")
+        module = modules.get(path)
+        if not isinstance(value, Tensor) or own_name == EXTRA_STATE:
+            continue
+        if module is None or (own_name not in module._buffers and hasattr(module, own_name)):
+            continue  # of another network, or a parameter
+        there = module._buffers.get(own_name)
+        if there is None or there.shape != value.shape:
+            device = next((p.device for p in model.parameters()), value.device)
+            module.register_buffer(own_name, torch.zeros_like(value, device=device))
+
+
+def misfit(error: Exception) -> str:
+    """What an error of `load_state_dict` says, and the first of the keys that it names."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
 
 
 @torch.no_grad()

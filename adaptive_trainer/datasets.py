@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
@@ -100,15 +100,24 @@ def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Datas
         training, validation = _split(training, data.val_fraction, config.seed)
     else:
         validation = _map_style(val, "validation")
-    if config.trainer.batch_size != LARGEST and config.trainer.batch_size > len(training):
-        raise ConfigError(
-            f"trainer.batch_size={config.trainer.batch_size} is above the {len(training)} samples of the training "
-            "set; make it smaller"
-        )
+    check_batch_size(config, len(training))
     names = _common_names(training, validation)
     count = _class_count(training, names, config.model.num_classes)
     classes = names or tuple(str(n) for n in range(count))
     return DataSets(training, validation, count, classes, data, is_held_out=val is None)
+
+
+def check_batch_size(config: Config, samples: int) -> None:
+    """Refuse a batch that is larger than the training set.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.trainer.batch_size != LARGEST and config.trainer.batch_size > samples:
+        raise ConfigError(
+            f"trainer.batch_size={config.trainer.batch_size} is above the {samples} samples of the training set; make "
+            "it smaller"
+        )
 
 
 def described(data: DataSets) -> tuple[str, str]:
@@ -158,7 +167,8 @@ def _instantiate(node: dict[str, Any], name: str) -> Dataset[Any] | None:
 
 
 def _map_style(data: Any, name: str) -> MapDataset:
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    is_other = isinstance(data, str | bytes | IterableDataset)  # which have these two, and not what is meant
+    if is_other or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise ConfigError(f"the {name} set is a {type(data).__name__}; one with a length and an index is needed")
     problem = ""
     try:

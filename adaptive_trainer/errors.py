@@ -19,6 +19,8 @@ whatever a failed step held must be free to go.
 from __future__ import annotations
 
 import errno
+import re
+import shlex
 
 __all__ = [
     "AdaptiveTrainerError",
@@ -32,10 +34,12 @@ __all__ = [
     "ModelError",
     "OutOfMemory",
     "UserError",
+    "override",
     "remedy",
 ]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BARE = re.compile(r"[A-Za-z0-9_./:~+%@-]+")  # what neither Hydra nor a shell takes for more than it is
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
@@ -46,6 +50,15 @@ def remedy(error: OSError, folder: str = "output_dir") -> str:
     if error.errno in FORBIDDEN:
         return f"Get the permission to write there, or choose another {folder}"
     return f"Choose another {folder}, where files can be written"
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` for a command line: with Hydra's quotes, and the shell's, where the value needs them."""
+    text = str(value)
+    if BARE.fullmatch(text):
+        return f"{key}={text}"
+    escaped = text.replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 class AdaptiveTrainerError(Exception):

@@ -1,7 +1,7 @@
 """What modules hold on the host beside parameters and buffers: whether it has changed, and putting it back.
 
 A CUDA graph repeats kernels and no Python. An update is recorded once, so what it changes on the host shows whether
-replays would do the same; and what it left there is put back, since none of its kernels ran. A proof puts it back too.
+replays would do the same; and what it left there is put back, since none of its kernels ran.
 """
 
 from __future__ import annotations

@@ -43,8 +43,10 @@ NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # Decided once for a run: what is trained on, where, and what becomes of it.
 FIXED = (
     "task", "device", "seed", "resume", "output_dir", "optimized_metric", "memory", "card", "phases", "ladder.rungs",
-    "model.num_classes", "trainer.channels_last", "trainer.tf32", "data.train", "data.val", "data.root", "data.cache",
+    "model.num_classes", "trainer.channels_last", "trainer.tf32", "trainer.deterministic", "data.train", "data.val",
+    "data.root", "data.cache",
 )  # fmt: skip
+OF_A_STAGE = ("ladder.rungs", "trainer.channels_last")  # of these, what a stage may set
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +223,20 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     """The names and settings of the configured stages; one with the name `WHOLE` where there are none.
 
     Raises:
-        ConfigError: a stage sets what cannot be set.
+        ConfigError: a stage sets what cannot be set, or has the name of another.
     """
     phases = list(cfg.phases.stages)
     if not phases:
         return [(WHOLE, cfg)]
-    return [(phase.name, apply_overrides(cfg, phase.overrides)) for phase in phases]
+    found = [(phase.name, apply_overrides(cfg, phase.overrides)) for phase in phases]
+    names, asked = [name for name, _ in found], typed(cfg)
+    problems = [f"stage name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+    for name, settings in found:
+        if fixed := [key for key in changed(asked, typed(settings)) if key.startswith(FIXED) and key not in OF_A_STAGE]:
+            problems.append(f"stage {name!r}: {', '.join(fixed)} is decided once; set it for the whole run")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return found
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:

@@ -252,7 +252,7 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         """Evaluate, record, keep the best, checkpoint."""
-        state, config = self.session.state, self.session.config
+        state = self.session.state
         self._loss.is_asked = False  # what follows says more
         meters = {name: float(value) for name, value in state.meters.items()}
         seen = meters["seen"]
@@ -261,6 +261,7 @@ class Loop:
         self._check_number("training", meters["loss"] / seen)
         loss, accuracy = self.evaluate()
         self._check_number("validation", loss)
+        is_scored = not math.isnan(accuracy)
         seconds = time.perf_counter() - self.started
         allocated, reserved = self.session.update.capacity.peaks()
         state.finished_epochs += 1
@@ -272,7 +273,7 @@ class Loop:
             "rung": self.rung,
             "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": meters["loss"] / seen,
-            "train_accuracy": meters["correct"] / seen,
+            "train_accuracy": meters["correct"] / seen if is_scored else math.nan,
             "val_loss": loss,
             "val_accuracy": accuracy,
             "skipped_updates": int(meters["skipped"]),
@@ -281,15 +282,26 @@ class Loop:
             "seconds": round(seconds, 3),
         }
         self.hooks.metrics(row)
-        log.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %.2f %%, peak memory %s, %.1f s",
-            state.finished_epochs, config.trainer.epochs, meters["loss"] / seen, loss, 100 * accuracy,
-            format_bytes(allocated) if allocated else "not counted", seconds,
-        )  # fmt: skip
-        is_best = state.best is None or accuracy > state.best
+        self._tell_epoch(row)
+        if not is_scored and state.best is None:
+            self.hooks.event(
+                "accuracy is not known, for the network gives no row of scores for each image: the best is the one "
+                "with the least validation loss"
+            )
+        score = accuracy if is_scored else -loss
+        is_best = state.best is None or score > state.best
         if is_best:
-            state.best = accuracy
+            state.best = score
         self.hooks.checkpoint(is_best)
+
+    def _tell_epoch(self, row: dict[str, Any]) -> None:
+        accuracy, allocated = row["val_accuracy"], row["peak_allocated_bytes"]
+        log.info(
+            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %s, peak memory %s, %.1f s",
+            row["epoch"], self.session.config.trainer.epochs, row["train_loss"], row["val_loss"],
+            "unknown" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %",
+            format_bytes(allocated) if allocated else "not counted", row["seconds"],
+        )  # fmt: skip
 
     def _check_number(self, kind: str, loss: float, update: int | None = None) -> None:
         if math.isfinite(loss):
@@ -308,6 +320,8 @@ class Loop:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and share of right answers on the validation set, of the moving average where there is one.
 
+        The share is NaN where the network's output is not a row of scores for each image.
+
         A batch that does not fit is halved for evaluation alone.
 
         Raises:
@@ -315,7 +329,7 @@ class Loop:
             DataError: no sample can be read.
         """
         total = len(self.data.val)
-        loss, correct, done, seen = 0.0, 0, 0, 0
+        loss, correct, done, seen = 0.0, 0.0, 0, 0
         with tqdm(total=total, desc="evaluation", unit="img", disable=not is_watched(), leave=False) as bar:
             while done < total:
                 batch, size = None, min(self.eval_batch_size, total - done)
@@ -339,10 +353,10 @@ class Loop:
             raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
         return loss / seen, correct / seen
 
-    def _evaluate_batch(self, batch: Batch) -> tuple[float, int]:
+    def _evaluate_batch(self, batch: Batch) -> tuple[float, float]:
         """Sums over one batch."""
         if not len(batch.labels):
-            return 0.0, 0
+            return 0.0, 0.0
         state = self.session.state
         model = state.model if state.ema is None else state.ema.module
         return self.engine.evaluate(model, batch.images, batch.labels)

@@ -188,6 +188,8 @@ def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> 
     Raises:
         ModelError: the network refuses the size; also everything that `build_model` raises it for.
     """
+    if (channels := config.kwargs.get("in_chans", 3)) != 3:
+        raise ModelError(f"model.kwargs.in_chans={channels}: images have 3 channels, grey ones too; leave it out")
     made_for, refusal = _refusal(config.name, json.dumps(config.kwargs, sort_keys=True), image_size, num_classes)
     if refusal:
         advice = "" if config.name.startswith(TORCHVISION) else f", or +model.kwargs.img_size={image_size} if it has it"

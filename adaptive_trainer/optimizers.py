@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     check_optimizer(config)
     problem = ""
     try:
-        kwargs = {**_fused(config, device), **config.kwargs}
+        kwargs = {**(_fused(config, device) if _is_real(model) else {}), **config.kwargs}
         optimizer: Optimizer = create_optimizer_v2(
             model, config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
         )
@@ -84,6 +84,11 @@ def check_optimizer(config: OptimizerConfig) -> None:
 @functools.cache
 def _known() -> list[str]:
     return [str(each) for each in list_optimizers()]
+
+
+def _is_real(model: nn.Module) -> bool:
+    """Complex parameters have no fused implementation."""
+    return all(parameter.is_floating_point() for parameter in model.parameters())
 
 
 def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from adaptive_trainer.target import Target, card_of, target_of
 
 __all__ = ["predict"]
 
+OF_A_NETWORK = ("micro_batch_size", "loss", "precision", "channels_last")
 OptimizerOrFactory = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -76,7 +77,17 @@ def predict(
         ModelError: settings with a model that neither timm nor torchvision knows.
     """
     if isinstance(what, nn.Module):
+        if unknown := sorted(set(settings) - set(OF_A_NETWORK)):
+            raise ConfigError(
+                f"predict knows no {', '.join(unknown)}; for a network there are {', '.join(OF_A_NETWORK)}"
+            )
         return _predict_network(what, optimizer, input_shape, _target(device or "auto"), **settings)
+    if not isinstance(what, DictConfig | Config):
+        raise ConfigError(
+            f"predict takes settings (compose_config([...])) or a network, and was given a {type(what).__name__}"
+        )
+    if optimizer is not None or input_shape or settings:
+        raise ConfigError("optimizer, input shape and further settings are for a network; settings of a run say it all")
     config = typed(what) if isinstance(what, DictConfig) else what
     check(config)
     check_name(config.model.name)

@@ -39,7 +39,7 @@ def alone_in_process() -> Iterator[None]:
 def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> Iterator[None]:
     """Run the block, with deterministic algorithms if asked, and undo every process-wide change afterwards.
 
-    Whatever the caller has chosen, gradients are on, and new tensors are float32, as images are.
+    Whatever the caller has chosen, gradients are on, autocast is off, and new tensors are float32, as images are.
 
     Args:
         tf32: whether a card may round the inputs of fp32 convolutions and matrix products to TF32 (10 bits after the
@@ -50,19 +50,23 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
     cuda = torch.cuda.get_rng_state_all() if had_cuda else []
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    dtype = torch.get_default_dtype()
+    dtype, autocast = torch.get_default_dtype(), {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     try:
         torch.set_default_dtype(torch.float32)
+        for kind in autocast:
+            torch.set_autocast_enabled(kind, False)
         with _tf32(tf32), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         torch.set_default_dtype(dtype)
+        for kind, is_enabled in autocast.items():
+            torch.set_autocast_enabled(kind, is_enabled)
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive_trainer import oom
 from adaptive_trainer.augment import DeviceBatch, fitting
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
-from adaptive_trainer.host_state import HostState
 from adaptive_trainer.transaction import Undo
 from adaptive_trainer.update import Update
 
@@ -54,8 +53,6 @@ def prove(update: Update, shapes: Shapes) -> int:
     trace = Undo(state, update.device, on_host=True)
     trace.begin()
     trace.before_step()
-    modules = (state.model, update.loss, None if state.ema is None else state.ema.module)
-    host = HostState(module for module in modules if isinstance(module, nn.Module))
     try:
         with update.proving():
             proven, eval_batch = _prove(update, shapes)
@@ -63,8 +60,6 @@ def prove(update: Update, shapes: Shapes) -> int:
         if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
             trace.roll_back()
         raise
-    finally:
-        host.put_back()
     proven -= trace.updates
     trace.roll_back()
     if proven < PROVEN_UPDATES:

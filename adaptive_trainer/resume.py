@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer import checkpoint
 from adaptive_trainer.config import CardConfig, Config, OptimizerConfig, apply_overrides
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, override
 from adaptive_trainer.ladder import WHOLE
 from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.report import refused_by_disk
@@ -208,7 +208,8 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
 
 def way_on(output_dir: Path) -> str:
     """The overrides with which the run in this folder goes on."""
-    return "resume=auto" if DAY.fullmatch(output_dir.absolute().parent.name) else f"resume=auto output_dir={output_dir}"
+    is_usual = DAY.fullmatch(output_dir.absolute().parent.name)
+    return "resume=auto" if is_usual else f"resume=auto {override('output_dir', output_dir)}"
 
 
 def saved_settings(cfg: DictConfig, overrides: Sequence[str], output_dir: Path) -> DictConfig:

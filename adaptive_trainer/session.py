@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config, ModelConfig
-from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder import Recipe, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import Capacity
@@ -93,7 +94,13 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 
 def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)
-    model = parts.make_model(config.model, parts.num_classes).to(parts.device)
+    model = parts.make_model(config.model, parts.num_classes)
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} has lazy parameters, whose sizes are not known; run it once on an image where it "
+            "is made"
+        )
+    model = model.to(parts.device)
     if config.trainer.channels_last:
         to_channels_last(model)
     _own_memory(model)

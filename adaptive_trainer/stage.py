@@ -44,6 +44,7 @@ class Stage:
         saved: a checkpoint to go on from, or None.
         largest: the batch size that `max` has come to, or None where a number was asked for.
         weights: a model's `state_dict` to start from, or None, with the model settings it belongs to.
+        after: name of the stage that has just ended; empty where none has.
     """
 
     ladder: Sequence[Rung[Config]]
@@ -55,6 +56,7 @@ class Stage:
     number: int = 0
     saved: dict[str, Any] | None = None
     weights: tuple[Any, dict[str, Any]] | None = None
+    after: str = ""
     largest: int | None = None
     session: Session | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +74,8 @@ class Stage:
             LadderExhausted: no rung fits.
         """
         start = self._first()
+        if self.after:
+            self._keep_best(self.after)
         while True:
             rung, eval_batch = self._descend(start)
             start = self.ladder.index(rung)
@@ -270,7 +274,10 @@ class Stage:
         if self.saved is not None:
             self._resume(session, self.saved)
         elif self.weights is not None and self.weights[0] == session.config.model:
+            checkpoint.make_buffers(session.state.model, self.weights[1])
             session.state.model.load_state_dict(self.weights[1])
+        elif self.weights is not None:
+            self.record.event(f"model {self.weights[0].name} -> {session.config.model.name}: no weights are carried on")
 
     def _leave_model(self, config: Config) -> None:
         """Keep what the larger model has learned, and let it go."""
@@ -293,11 +300,15 @@ class Stage:
             name = f"before-{smaller.replace('/', '-')}.pt"
             checkpoint.save(self.folder / name, learned)
             self.record.event(f"what {larger} has learned is kept in checkpoints/{name}")
-        best = self.folder / "best.pt"
-        if best.exists():
-            best.replace(self.folder / f"best-{larger.replace('/', '-')}.pt")
-            self.record.event(f"the best of {larger} is kept in checkpoints/best-{larger.replace('/', '-')}.pt")
+        self._keep_best(larger)
         self.metrics = {}
+
+    def _keep_best(self, owner: str) -> None:
+        """Under a name of its own, before what is to come has a best."""
+        best, name = self.folder / "best.pt", f"best-{owner.replace('/', '-')}.pt"
+        if best.exists():
+            best.replace(self.folder / name)
+            self.record.event(f"the best of {owner} is kept in checkpoints/{name}")
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
         for text in take_up(saved, session.config, session.state, self.parts.device):

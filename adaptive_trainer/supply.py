@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -21,6 +22,8 @@ from adaptive_trainer.feed import eval_feed, train_feed
 from adaptive_trainer.position import Position
 
 __all__ = ["Supply", "told_by_the_loader"]
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -67,7 +70,7 @@ class Supply:
         """The rest of the epoch from `position` on, one batch an update, augmented.
 
         Raises:
-            OutOfMemory: the data set itself ran out of device memory.
+            OutOfMemory: the data set itself ran out of device memory, twice.
         """
 
         def begin(done: int) -> Iterator[Batch]:
@@ -121,7 +124,7 @@ class Supply:
 
     def _batches(self, samples: int, begin: Callable[[int], Iterator[Batch]]) -> Generator[Batch, None, None]:
         """So many samples, by a pass that `begin` starts after those already given; by another when a worker died."""
-        done = 0
+        done, retried_at = 0, -1
         while done < samples:
             failure, running, batch = None, None, None
             try:
@@ -142,11 +145,15 @@ class Supply:
                     end_workers(running)  # a pass over stored images has buffers of its own
             if failure is not None:
                 running = batch = None
-                self._answer(failure)
+                self._answer(failure, is_first=done != retried_at)
+                retried_at = done
 
-    def _answer(self, failure: oom.Failure) -> None:
+    def _answer(self, failure: oom.Failure, *, is_first: bool) -> None:
         if failure.kind is oom.Kind.DEVICE:
             oom.release(self.device)
+            if is_first and not failure.exact:
+                log.warning("out of memory in loading data (%s): the same samples once more", failure.text)
+                return
             raise OutOfMemory(failure.text, phase="loading data")
         self.close()
         self.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")

@@ -67,9 +67,14 @@ def card_of(card: CardConfig) -> Card | None:
     count = MULTIPROCESSORS if card.multiprocessors is None else card.multiprocessors
     if match is None or card.memory_mib is None or min(card.memory_mib, count) < 1:
         raise ConfigError(
-            f"card={card.name}: a card has memory_mib (whole MiB above 0) and capability ('8.6'); see configs/card/"
+            f"card={card.name}: a card has memory_mib (whole MiB above 0), capability ('8.6') and, if it is known, "
+            "multiprocessors (above 0); see configs/card/"
         )
-    return Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])), count)
+    found = Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])), count)
+    if found.memory_bytes <= context_of(found.capability):
+        least = format_bytes(context_of(found.capability))
+        raise ConfigError(f"card={found.name}: CUDA itself takes {least}, and the card has {card.memory_mib} MiB")
+    return found
 
 
 def context_of(capability: tuple[int, int]) -> int:

@@ -19,9 +19,9 @@ from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.data import DataSets, build_datasets
-from adaptive_trainer.datasets import described
+from adaptive_trainer.datasets import check_batch_size, described
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
-from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted
+from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, changes, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
@@ -78,7 +78,7 @@ class Trainer:
         self._data = (train_data, val_data)
         self._loss = loss
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
-        self.output_dir = Path(chosen).expanduser()
+        self.output_dir = Path(chosen).expanduser().absolute()  # the caller's own code may change folders
         self.model: nn.Module | None = None
 
     def fit(self) -> Result:
@@ -124,6 +124,8 @@ class Trainer:
             check_names(ladder, own_model=self._make_model is not build_model)
         data = build_datasets(typed(ladders[0][1]), *self._data)
         num_classes = first.model.num_classes or data.num_classes
+        for _, settings, _ in ladders:
+            check_batch_size(typed(settings), len(data.train))
         counts, not_used = described(data)
         log.info("%s", counts)
         if self._make_model is build_model:
@@ -168,7 +170,8 @@ class Trainer:
                     continue
                 if len(ladders) > 1:
                     record.event(f"stage {name}: {_differences(self.cfg, typed(settings))}")
-                stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights)
+                after = ladders[number - 1][0] if number and saved is None else ""
+                stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights, after)
                 rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned() if number + 1 < len(ladders) else None
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
@@ -187,6 +190,8 @@ class Trainer:
             record.event(
                 f"the network is made by the caller; model.name={self.cfg.model.name} is handed to what makes it"
             )
+        if isinstance(self._loss, nn.Module) and any(p.requires_grad for p in self._loss.parameters()):
+            record.event("the loss has parameters, which nothing trains: the optimizer is given the network's alone")
         if self.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
             record.event(f"trainer.tf32=true changes nothing: {refusal}")
 
@@ -262,13 +267,10 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
     """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the ladders say `none`.
 
     Raises:
-        ConfigError: the stages, or the data set, do not go with it.
+        ConfigError: the data set does not go with it.
         Interrupted: a signal came.
     """
-    asked = [ladder[0].settings for _, _, ladder in ladders]
-    if len({config.data.cache for config in asked}) > 1:
-        raise ConfigError("the stages differ in data.cache, which is decided once; set it for the whole run")
-    size = stored_size(asked)
+    size = stored_size(ladder[0].settings for _, _, ladder in ladders)
     if not size:
         return data, ladders
 
@@ -326,11 +328,14 @@ def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module
     network = (model or build_model)(settings, content["num_classes"])
     problem = ""
     try:
-        network.load_state_dict(content["ema"] or content["model"])
+        weights = content["ema"] or content["model"]
+        checkpoint.make_buffers(network, weights)
+        network.load_state_dict(weights)
     except RuntimeError as error:
-        problem = str(error).splitlines()[0].rstrip(":")
+        problem = checkpoint.misfit(error)
     if problem:
-        raise CheckpointError(
-            f"{path} does not fit {settings.name} ({problem}); give load_model the factory that the Trainer was given"
-        )
+        name, advice = settings.name, "give load_model the factory that the Trainer was given"
+        if model is not None:
+            name, advice = f"what {getattr(model, '__name__', 'the factory')} makes", "is it the one that was trained?"
+        raise CheckpointError(f"{path} does not fit {name} ({problem}); {advice}")
     return network.eval()

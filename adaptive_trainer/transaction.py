@@ -57,7 +57,7 @@ class TrainState:
         position: which samples are done.
         updates: committed updates since the model was built.
         finished_epochs: epochs that are trained, evaluated and recorded.
-        best: best value of the evaluated metric so far.
+        best: the highest validation accuracy so far, or less the least loss where accuracy is not known.
         meters: running sums over this epoch: `loss` (over samples), `correct`, `seen` (samples), `skipped` (updates
             whose step the GradScaler left out because of an overflow). Scalars on the device.
     """

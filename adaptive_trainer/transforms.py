@@ -46,6 +46,10 @@ def read_as_rgb(image: Image.Image) -> Image.Image:
     """A copy with three channels of bytes, read from its file."""
     if image.mode.startswith("I;16"):  # Pillow takes all above 255 for white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 255):
+        raise ValueError(
+            f"its shades are numbers of 32 bits ({image.mode}), of no known range; save it with 8 or 16 bits"
+        )
     return image.convert("RGB")
 
 

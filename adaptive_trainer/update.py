@@ -9,6 +9,7 @@ descent to answer.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -306,8 +307,8 @@ class Update:
         return all(p in made or p in stateless or p.grad is None for p in self._undo.parameters)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Sum of the loss and number of right answers of one evaluation batch.
+    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Sum of the loss and number of right answers of one evaluation batch; NaN where the output is no scores.
 
         Raises:
             OutOfMemory: it failed twice; what it held is freed.
@@ -321,7 +322,9 @@ class Update:
             raise OutOfMemory(found.text, phase=self.phase)
         return found
 
-    def _attempt_evaluation(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int] | oom.Failure:
+    def _attempt_evaluation(
+        self, model: nn.Module, images: Tensor, labels: Tensor
+    ) -> tuple[float, float] | oom.Failure:
         failure = None
         try:
             with self.capacity.device_work(self._kind(images, labels, evaluated=model)):
@@ -333,13 +336,13 @@ class Update:
         self._release_after(failure)
         return failure
 
-    def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
         torch.clear_autocast_cache()
         y = labels.to(self.device, non_blocking=True)
         with self._autocast():
             output = model(self._to_device(images))
             loss = float(self.loss(output, y)) * len(labels)
-        correct = int((output.argmax(1) == y).sum()) if _is_classification(output, y) else 0
+        correct = float((output.argmax(1) == y).sum()) if _is_classification(output, y) else math.nan
         return loss, correct
 
 

@@ -106,7 +106,7 @@ print(train(Path(sys.argv[1]), "trainer.engine=compile")[0][-1])
 
 
 def test_without_a_compiler_it_trains_eagerly_and_says_why(tmp_path: Path) -> None:
-    nowhere = {"CC": "/nonexistent", "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    nowhere = {"CC": f"{tmp_path}/none", "CXX": f"{tmp_path}/none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_COMPILER, str(tmp_path)],
         env={**os.environ, **nowhere, "PYTHONPATH": str(ROOT)},

@@ -197,9 +197,19 @@ def test_given_data_sets() -> None:
     assert build_datasets(settings("model.num_classes=7"), train, val).num_classes == 7
 
 
+class Counted(Endless):
+    """Says how long it is, and has no index."""
+
+    def __len__(self) -> int:
+        return 4
+
+
 def test_given_data_sets_that_cannot_be_used() -> None:
     with pytest.raises(DataError, match="one class only"):
         build_datasets(settings(), Plain([0, 0, 0]), Plain([0]))
+    for wrong in ("photos", Counted()):
+        with pytest.raises(ConfigError, match="one with a length and an index is needed"):
+            build_datasets(settings(), wrong, Plain([0]))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the validation set is empty"):
         build_datasets(settings(), Plain([0, 1]), Plain([]))
     with pytest.raises(DataError, match="has 1 sample"):

@@ -304,6 +304,15 @@ def test_what_a_graph_cannot_hold_runs_eager_and_says_why(what: str, reason: str
     assert torch.cuda.memory_allocated() == before
 
 
+def test_a_refused_recording_leaves_no_trace_in_attributes(tmp_path: Path) -> None:
+    counts = []
+    for engine in ("graph", "eager"):
+        trainer = Trainer(small(trainer__engine=engine), model=lambda *_: Reads("counts"), output_dir=tmp_path / engine)
+        trainer.fit()
+        counts.append(trainer.model.count)  # type: ignore[union-attr]
+    assert counts[0] == counts[1]
+
+
 def recorded(update: Update, images: Tensor, labels: Tensor) -> Graph:
     for _ in range(3):
         update.run(images, labels, samples=0)

@@ -243,6 +243,11 @@ def test_refused_image_sizes(name: str, size: int, message: str) -> None:
         check_image_size(ModelConfig(name), size, 10)
 
 
+def test_images_have_three_channels() -> None:
+    with pytest.raises(ModelError, match=r"model.kwargs.in_chans=1: images have 3 channels"):
+        check_image_size(ModelConfig("test_efficientnet", kwargs={"in_chans": 1}), 160, 10)
+
+
 def test_image_sizes_that_are_taken_leave_the_random_numbers_alone() -> None:
     before = torch.get_rng_state()
     check_image_size(ModelConfig("test_efficientnet"), 160, 10)

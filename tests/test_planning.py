@@ -117,6 +117,8 @@ def test_a_card_that_makes_no_sense(wrong: CardConfig) -> None:
     with pytest.raises(ConfigError, match=r"card=x: a card has memory_mib"):
         card_of(wrong)
     assert card_of(CardConfig()) is None
+    with pytest.raises(ConfigError, match="card=x: CUDA itself takes 450 MiB, and the card has 300 MiB"):
+        card_of(CardConfig("x", 300, "8.6"))
 
 
 # -- plans

@@ -98,6 +98,15 @@ def test_what_makes_no_sense() -> None:
         predict(network(), adamw, SHAPE, micro_batch_size=9)
     with pytest.raises(ConfigError, match="rtx9999"):
         predict(compose_config(), device="rtx9999")
+    with pytest.raises(ConfigError, match=r"predict knows no precison; for a network there are micro_batch_size"):
+        predict(network(), adamw, SHAPE, precison="bf16")  # type: ignore[call-overload]
+    anything: Any = predict
+    for wrong in ({"precision": "bf16"}, {"optimizer": adamw}, {"input_shape": SHAPE}):
+        given = [wrong.pop(key, default) for key, default in (("optimizer", None), ("input_shape", ()))]
+        with pytest.raises(ConfigError, match="are for a network"):
+            anything(compose_config(), *given, **wrong)
+    with pytest.raises(ConfigError, match=r"takes settings .* or a network, and was given a str"):
+        anything("resnet50", adamw, SHAPE)
     with pytest.raises(ModelError, match="efficientnet_b9: did you mean"):
         predict(compose_config(["model.name=efficientnet_b9"]))
 

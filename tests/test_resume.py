@@ -7,6 +7,7 @@ import fcntl
 import os
 import pickle
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, oom, report, resume
+from adaptive_trainer import Trainer, checkpoint, compose_config, errors, oom, report, resume
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Record, Result
@@ -408,8 +409,10 @@ def test_out_of_memory_while_a_state_is_taken_over_is_another_rungs_to_answer(ca
         with Fault(at), pytest.raises(RuntimeError, match="out of memory") as caught:
             take_over()
         assert oom.describe(caught.value).kind is oom.Kind.DEVICE
-    content["buffers"]["gone"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match="does not fit this run's model or optimizer: there is no 'gone'"):
+    content["buffers"]["gone.too"] = torch.zeros(1)
+    with pytest.raises(
+        CheckpointError, match=r"does not fit this run's model or optimizer: .* has no attribute `gone`"
+    ):
         take_over()
     content["model"]["stem.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -535,7 +538,7 @@ def test_two_trainers_of_one_second_have_a_folder_each(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     folders = [Trainer(compose_config()).output_dir for _ in range(2)]
     assert folders[0] != folders[1]
-    assert folders[0].parent.parent == Path("outputs")
+    assert folders[0].parent.parent == tmp_path / "outputs"
 
 
 @pytest.mark.parametrize(
@@ -556,7 +559,7 @@ def test_the_advice_fits_what_the_system_says(
     checkpoint.save(tmp_path / "last.pt", {})
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(CheckpointError, match=rf"there is no earlier one\. {said}"):
-        checkpoint.save(tmp_path / "best.pt", {})
+        checkpoint.save(tmp_path / "new" / "best.pt", {})
     with pytest.raises(CheckpointError, match=rf"is kept in .*last\.pt\. {said}; resume=.*last\.pt goes on from it"):
         checkpoint.save(tmp_path / "last.pt", {})
     with pytest.raises(CheckpointError, match=rf"cannot write the record of this run in .*\. {said}"):
@@ -751,3 +754,34 @@ def test_a_checkpoint_of_a_stage_that_is_not_there_any_more(tmp_path: Path) -> N
 def test_the_way_on_names_the_folder_that_was_chosen() -> None:
     assert resume.way_on(Path("outputs/2026-11-26/10-00-00")) == "resume=auto"
     assert resume.way_on(Path("mine")) == "resume=auto output_dir=mine"
+
+
+@pytest.mark.parametrize("value", ["mine", "a b", "a(1)", "a=b", "ä,x", 'q"q', "it's", "[1]", "{a}", "a$b", "1.5"])
+def test_what_is_told_to_type_is_taken(value: str) -> None:
+    [word] = shlex.split(errors.override("output_dir", value))
+    assert compose_config([word]).output_dir == value
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_runs_out_while_a_checkpoint_is_written(
+    error: Exception, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, save = [error] * times, torch.save
+
+    def fails(content: Any, file: Any) -> None:
+        if left:
+            file.write(b"half")
+            raise left.pop()
+        save(content, file)
+
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"number": 1})
+    monkeypatch.setattr(torch, "save", fails)
+    if times == 1:
+        checkpoint.save(path, {"number": 2})
+    else:
+        with pytest.raises(CheckpointError, match=r"out of memory \(.*the last good one is kept in .*last.pt"):
+            checkpoint.save(path, {"number": 2})
+    assert checkpoint.load(path)["number"] == 3 - times
+    assert list(tmp_path.iterdir()) == [path]

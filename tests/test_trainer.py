@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import logging
+import os
 import random
 import signal
 import sys
@@ -19,12 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model, stage
 from adaptive_trainer.config import ModelConfig, RungConfig
-from adaptive_trainer.errors import ConfigError, DivergedError, LadderExhausted
+from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
@@ -560,21 +562,51 @@ def test_the_update_with_the_largest_part_is_proven(
 
 
 class Full(Seen):
-    """Makes its images on a card that is full, at first."""
+    """Makes its images on a card that is full, for a while."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if len(self.keys) == 20:
-            self.keys.append(-1)
+        if len(self.keys) >= 20 and self.left:
+            self.left -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
         return super().__getitem__(index)
 
 
 def test_memory_that_runs_out_in_the_data_set_costs_a_rung_and_no_sample(tmp_path: Path) -> None:
-    data = Full()
+    data = Full(times=2)
     result, [net] = fit(tmp_path, "memory.limit=32MiB", "trainer.epochs=1", data=data)
     assert outcomes(result) == [("requested", "fits"), ("requested", "oom"), ("half", "fits")]
     assert result.attempts[1].phase.startswith("loading data, after update")
     assert sorted(n for numbers in net.trained for n in numbers if n) == list(range(1, 40))
+
+
+def test_memory_that_runs_out_once_in_the_data_set_costs_nothing(tmp_path: Path) -> None:
+    result, [net] = fit(tmp_path, "memory.limit=32MiB", "trainer.epochs=1", data=Full(times=1))
+    assert outcomes(result) == [("requested", "fits")]
+    assert sorted(n for numbers in net.trained for n in numbers if n) == list(range(1, 40))
+
+
+@pytest.mark.parametrize(("times", "batches"), [(1, [6]), (2, [3, 3])])
+def test_memory_that_runs_out_in_the_validation_set(times: int, batches: list[int], tmp_path: Path) -> None:
+    """Once: the same batch is read again. Twice: evaluation takes half of it."""
+    seen: list[int] = []
+
+    class Watched(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                seen.append(len(x))
+            return super().forward(x)
+
+    val = Full(times)
+    val.size, val.keys = 6, [-1] * 20
+    cfg = settings("memory.limit=32MiB", "trainer.epochs=1", steps=STEPS)
+    made: Any = lambda config, classes: Watched(classes, nothing)  # noqa: E731
+    result = Trainer(cfg, model=made, train_data=Seen(), val_data=val, output_dir=tmp_path).fit()
+    assert outcomes(result) == [("requested", "fits")]
+    assert seen[-len(batches) :] == batches
 
 
 @pytest.mark.parametrize(("before", "after", "keys"), [("sgd", "adamw", 3), ("adamw", "sgd", 1)])
@@ -610,6 +642,169 @@ def test_what_a_stage_leaves_takes_no_memory_of_the_next(tmp_path: Path) -> None
     result = Trainer(cfg, model=norm, train_data=Seen(), val_data=Seen(6), output_dir=tmp_path).fit()
     assert outcomes(result) == [("requested", "fits")] * 3
     assert len({attempt.peak_allocated_bytes for attempt in result.attempts}) == 1
+
+
+def stages_of(*overrides: list[str]) -> str:
+    """Stages a, b, c, ... with these overrides."""
+    parts = (f"{{name: {name}, overrides: {list(each)}}}" for name, each in zip("abcd", overrides, strict=False))
+    return f"phases.stages=[{', '.join(parts)}]"
+
+
+def test_the_best_of_a_stage_is_kept_when_the_next_begins(tmp_path: Path) -> None:
+    result, _ = fit(tmp_path, stages_of(["optimizer.lr=0.01"], ["optimizer.lr=20"]), steps={})
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best-a.pt", "best.pt", "last.pt"]
+    assert "the best of a is kept in checkpoints/best-a.pt" in result.events
+    assert [torch.load(tmp_path / "checkpoints" / name)["stage"] for name in names[:2]] == [0, 1]
+
+
+def test_a_stage_with_another_model_says_that_it_starts_anew(tmp_path: Path) -> None:
+    result, _ = fit(tmp_path, stages_of([], ["model.name=mobilenetv3_small_050"]), "trainer.epochs=1", steps={})
+    assert "model efficientnet_b0 -> mobilenetv3_small_050: no weights are carried on" in result.events
+    result, _ = fit(tmp_path / "same", stages_of([], ["optimizer.lr=0.1"]), "trainer.epochs=1", steps={})
+    assert not any("no weights" in event for event in result.events)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["device=cuda", "seed=3"], "stage 'b': device, seed is decided once"),
+        (["memory.limit=1MiB"], "stage 'b': memory.limit is decided once"),
+        (["trainer.deterministic=true"], "stage 'b': trainer.deterministic is decided once"),
+        (["trainer.batch_size=99"], "trainer.batch_size=99 is above the 40 samples"),
+    ],
+)
+def test_what_a_stage_cannot_set(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, stages_of([], overrides), steps={})
+    with pytest.raises(ConfigError, match="stage name 'a' is used twice"):
+        fit(tmp_path, "phases.stages=[{name: a}, {name: a}]", steps={})
+
+
+class Named(nn.Module):
+    """Gives its scores under a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.body(x / 8)}
+
+
+def test_where_accuracy_is_not_known_the_least_loss_is_the_best(tmp_path: Path) -> None:
+    cfg = settings("schedule=constant", "trainer.epochs=5", steps={})
+
+    def loss(output: Any, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output["scores"], labels)
+
+    result = Trainer(
+        cfg, model=lambda *_: Named(), loss=loss, train_data=Seen(), val_data=Seen(6), output_dir=tmp_path
+    ).fit()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert {row[key] for row in rows for key in ("val_accuracy", "train_accuracy")} == {"nan"}
+    least = min(float(row["val_loss"]) for row in rows)
+    assert torch.load(tmp_path / "checkpoints" / "best.pt")["best"] == pytest.approx(-least)
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["val_accuracy"] is None
+    assert sum("accuracy is not known" in event for event in result.events) == 1
+
+
+class Grows(nn.Module):
+    """Keeps what it has seen in a buffer that grows, and one that its first forward pass makes."""
+
+    seen: Tensor
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(192, classes))
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = torch.cat([self.seen, x[:, 0, 0, 0]])
+            self.late = x[:1, 0, 0]
+            if "made" not in self._buffers:
+                self.register_buffer("made", x.mean())
+        output: Tensor = self.body(x / 8)
+        return output
+
+
+def test_buffers_that_grow_are_loaded_and_resumed(tmp_path: Path) -> None:
+    def trained(folder: str, epochs: int) -> Trainer:
+        cfg = settings(f"trainer.epochs={epochs}", "schedule=constant", "resume=auto", steps={})
+        parts: Any = {"model": lambda *_: Grows(), "train_data": Seen(), "val_data": Seen(6)}
+        trainer = Trainer(cfg, output_dir=tmp_path / folder, **parts)
+        trainer.fit()
+        return trainer
+
+    whole = trained("a", 2)
+    trained("b", 1)
+    parts = trained("b", 2)
+    assert whole.model is not None
+    assert parts.model is not None
+    expected, found = whole.model.state_dict(), parts.model.state_dict()
+    loaded = load_model(tmp_path / "b" / "checkpoints" / "last.pt", lambda *_: Grows()).state_dict()
+    assert sorted(expected) == ["body.1.bias", "body.1.weight", "late", "made", "seen"]
+    assert len(expected["seen"]) == 80
+    for other in (found, loaded):
+        assert [key for key in expected if not torch.equal(expected[key], other[key])] == []
+    with pytest.raises(CheckpointError, match=r"does not fit what <lambda> makes \(.*size mismatch for body.1.weight"):
+        load_model(tmp_path / "b" / "checkpoints" / "last.pt", lambda *_: Grows(5))
+
+
+def test_parameters_of_a_loss_are_told_of(tmp_path: Path) -> None:
+    class Scaled(nn.CrossEntropyLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(output * self.scale, labels)
+
+    result, _ = fit(tmp_path, "trainer.epochs=1", steps={}, loss=Scaled())
+    assert any("the loss has parameters, which nothing trains" in event for event in result.events)
+
+
+class Complex(nn.Module):
+    """Has a complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(192, 3, dtype=torch.complex64) / 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1).to(torch.complex64) @ self.weight).abs()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_complex_parameters_are_trained(optimizer: str, tmp_path: Path) -> None:
+    cfg = settings(f"optimizer={optimizer}", "trainer.epochs=1", steps={})
+    trainer = Trainer(cfg, model=lambda *_: Complex(), train_data=Seen(), val_data=Seen(6), output_dir=tmp_path)
+    assert trainer.fit().outcome == "trained"
+
+
+def test_lazy_parameters_are_refused(tmp_path: Path) -> None:
+    cfg = settings(steps={})
+    trainer = Trainer(
+        cfg, model=lambda *_: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), train_data=Seen(), output_dir=tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"Sequential has lazy parameters.*run it once on an image"):
+        trainer.fit()
+
+
+def test_the_folder_stays_where_it_is_when_the_caller_changes_his(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Moves(Seen):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            os.chdir("/")
+            return super().__getitem__(index)
+
+    fit(Path("here"), "trainer.epochs=1", data=Moves())
+    assert (tmp_path / "here" / "result.json").exists()
 
 
 class Counting(nn.Flatten):
@@ -852,6 +1047,10 @@ def test_settings_of_another_kind() -> None:
     plain: Any = {"trainer": {"epochs": 1}}
     with pytest.raises(ConfigError, match=r"the settings are a dict; compose_config\(\[...\]\) makes what"):
         Trainer(plain)
+    with pytest.raises(ConfigError, match=r"the settings lack task, .*compose_config"):
+        Trainer(OmegaConf.create({"a": 1}))
+    with pytest.raises(ConfigError, match="a Trainer trains, and task=plan"):
+        Trainer(compose_config(["task=plan"]))
 
 
 def test_one_training_at_a_time_in_a_process(tmp_path: Path) -> None:

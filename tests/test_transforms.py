@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from adaptive_trainer.config import DataConfig
-from adaptive_trainer.transforms import build_transform, to_rgb
+from adaptive_trainer.transforms import build_transform, read_as_rgb, to_rgb
 
 
 def grey(width: int = 10, height: int = 6) -> Image.Image:
@@ -80,6 +80,13 @@ def test_auto_augment_of_torchvision(name: str) -> None:
         for chosen in (name, name, name, None)
     ]
     assert any(not torch.equal(out, outs[-1]) for out in outs[:-1])
+
+
+@pytest.mark.parametrize("shades", [np.array([[0, 70000]], np.int32), np.array([[0.0, 1.0]], np.float32)])
+def test_shades_of_no_known_range_are_refused(shades: Any) -> None:
+    with pytest.raises(ValueError, match=r"numbers of 32 bits .* save it with 8 or 16 bits"):
+        read_as_rgb(Image.fromarray(shades))
+    assert read_as_rgb(Image.fromarray(np.array([[7]], np.int32))).getpixel((0, 0)) == (7, 7, 7)
 
 
 def test_grey_images_of_sixteen_bits_keep_their_shades() -> None:
