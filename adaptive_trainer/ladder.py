@@ -233,7 +233,9 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     problems = [f"stage name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
     for name, settings in found:
         if fixed := [key for key in changed(asked, typed(settings)) if key.startswith(FIXED) and key not in OF_A_STAGE]:
-            problems.append(f"stage {name!r}: {', '.join(fixed)} is decided once; set it for the whole run")
+            problems.append(
+                f"stage {name!r}: {', '.join(fixed)} cannot change between stages; set it for the whole run"
+            )
     if problems:
         raise ConfigError("; ".join(problems))
     return found

@@ -545,7 +545,7 @@ def test_the_stages_share_what_is_stored_for_the_largest(photos: Path, tmp_path:
 
 def test_stages_cannot_differ_in_the_cache(tmp_path: Path) -> None:
     stages = "phases.stages=[{name: a}, {name: b, overrides: ['data.cache=ram']}]"
-    with pytest.raises(ConfigError, match=r"stage 'b': data\.cache is decided once"):
+    with pytest.raises(ConfigError, match=r"stage 'b': data\.cache cannot change between stages"):
         Trainer(compose_config([stages]), output_dir=tmp_path).fit()
 
 

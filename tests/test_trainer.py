@@ -668,9 +668,9 @@ def test_a_stage_with_another_model_says_that_it_starts_anew(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["device=cuda", "seed=3"], "stage 'b': device, seed is decided once"),
-        (["memory.limit=1MiB"], "stage 'b': memory.limit is decided once"),
-        (["trainer.deterministic=true"], "stage 'b': trainer.deterministic is decided once"),
+        (["device=cuda", "seed=3"], "stage 'b': device, seed cannot change between stages"),
+        (["memory.limit=1MiB"], "stage 'b': memory.limit cannot change between stages"),
+        (["trainer.deterministic=true"], "stage 'b': trainer.deterministic cannot change between stages"),
         (["trainer.batch_size=99"], "trainer.batch_size=99 is above the 40 samples"),
     ],
 )
