@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 
-__all__ = ["load", "make_buffers", "misfit", "pack", "save", "unpack"]
+__all__ = ["load", "made_buffers", "make_buffers", "misfit", "pack", "save", "unpack"]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ FORMAT = "adaptive_trainer checkpoint"
 VERSION = 1
 DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError)  # what reading it raises
 IMPLEMENTATION = ("fused", "foreach")  # of an optimizer's step: this run's own choice
-EXTRA_STATE = "_extra_state"  # of a module that keeps more than tensors, under this name
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -145,6 +145,7 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "model": persistent,
+        "made_buffers": made_buffers(state),
         "buffers": {k: v for k, v in state.model.named_buffers() if k not in persistent},
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
@@ -177,15 +178,20 @@ def unpack(
     """
     problem = ""
     try:
-        for model in (state.model, *([] if state.ema is None else [state.ema.module])):
-            make_buffers(model, content["model"])
+        made = content.get("made_buffers", ())
+        make_buffers(state.model, content["model"], made)
         state.model.load_state_dict(content["model"])
-        if state.ema is not None:  # one that the run did not have before begins with the weights
-            state.ema.module.load_state_dict(content["ema"] or content["model"])
+        if state.ema is not None:
+            average = content["ema"] or content["model"]  # one that the run did not have before begins with the weights
+            make_buffers(state.ema.module, average, made)
+            state.ema.module.load_state_dict(average)
         if with_optimizer:
             _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
-        for name, value in content["buffers"].items():
-            _put_buffer(state.model, name, value, device)
+        make_buffers(state.model, content["buffers"], made, persistent=False)
+        buffers = dict(state.model.named_buffers())
+        with torch.no_grad():
+            for name, value in content["buffers"].items():
+                buffers[name].copy_(value)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
@@ -203,37 +209,24 @@ def unpack(
     _restore_random(content["random"], device)
 
 
-def make_buffers(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Room for buffers of a saved `state_dict` that a forward pass has made, or has made anew in another shape."""
-    modules = dict(model.named_modules())
-    for name, value in saved.items():
+def made_buffers(state: TrainState) -> list[str]:
+    """The names of buffers that a forward pass has made, or has made anew in another shape."""
+    return [name for name, buffer in state.model.named_buffers() if state.factory_buffers.get(name) != buffer.shape]
+
+
+def make_buffers(model: nn.Module, saved: dict[str, Any], names: Iterable[str], *, persistent: bool = True) -> None:
+    """Room for those of the saved tensors that `made_buffers` named."""
+    for name in set(names) & set(saved):
         path, _, own_name = name.rpartition(".")
-        module = modules.get(path)
-        if not isinstance(value, Tensor) or own_name == EXTRA_STATE:
-            continue
-        if module is None or (own_name not in module._buffers and hasattr(module, own_name)):
-            continue  # of another network, or a parameter
-        there = module._buffers.get(own_name)
-        if there is None or there.shape != value.shape:
-            device = next((p.device for p in model.parameters()), value.device)
-            module.register_buffer(own_name, torch.zeros_like(value, device=device))
+        device = next((parameter.device for parameter in model.parameters()), saved[name].device)
+        model.get_submodule(path).register_buffer(
+            own_name, torch.zeros_like(saved[name], device=device), persistent=persistent
+        )
 
 
 def misfit(error: Exception) -> str:
     """What an error of `load_state_dict` says, and the first of the keys that it names."""
     return " ".join(line.strip() for line in str(error).splitlines()[:2])
-
-
-@torch.no_grad()
-def _put_buffer(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
-    """Put what a buffer held that is no part of the `state_dict`; some are made, or made anew, by a forward pass."""
-    path, _, own_name = name.rpartition(".")
-    module = model.get_submodule(path)
-    there = module._buffers.get(own_name)
-    if there is not None and there.shape == value.shape:
-        there.copy_(value)
-    else:
-        module.register_buffer(own_name, value.to(device), persistent=False)
 
 
 def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bool) -> None:

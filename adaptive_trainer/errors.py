@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-BARE = re.compile(r"[A-Za-z0-9_./:~+%@-]+")  # what neither Hydra nor a shell takes for more than it is
+BARE = re.compile(r"[A-Za-z0-9_./:+%@-]+")  # what neither Hydra nor a shell takes for more than it is
 FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
@@ -57,7 +57,8 @@ def override(key: str, value: object) -> str:
     text = str(value)
     if BARE.fullmatch(text):
         return f"{key}={text}"
-    escaped = text.replace('"', '\\"')
+    # a backslash counts as one, unless a quote follows it
+    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text)
     return shlex.quote(f'{key}="{escaped}"')
 
 

@@ -86,7 +86,9 @@ def _state_of(path: str) -> tuple[int, int]:
 def _source_of(code: Any) -> bytes:
     """The text of a class or function where Python can find it, else its name; of an object, of its class."""
     if isinstance(code, partial):
-        return _source_of(code.func) + repr((code.args, code.keywords)).encode()
+        given = {str(key): value for key, value in (*enumerate(code.args), *code.keywords.items())}
+        functions = b"".join(_source_of(value) for value in given.values() if callable(value))
+        return _source_of(code.func) + functions + b"".join(_what_can_be_read(given))
     is_code = inspect.isroutine(code) or isinstance(code, type)
     try:
         return inspect.getsource(code if is_code else type(code)).encode()
@@ -105,7 +107,12 @@ def _is_plain_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and set(map(type, value)) <= set(PLAIN)
 
 
-def _content(value: Any, owner: str) -> Iterator[bytes]:
+def _content(value: Any, owner: str, above: frozenset[int] = frozenset()) -> Iterator[bytes]:
+    """What a value holds. Of one that is within itself, that it is.
+
+    Raises:
+        ConfigError: something in it is no plain data.
+    """
     if isinstance(value, Tensor):
         value = value.numpy(force=True)
     if isinstance(value, np.ndarray) and value.dtype != object:
@@ -113,10 +120,12 @@ def _content(value: Any, owner: str) -> Iterator[bytes]:
         yield np.ascontiguousarray(value).tobytes()
     elif isinstance(value, PLAIN) or _is_plain_list(value):
         yield repr(value).encode() + b";"
+    elif id(value) in above:
+        yield b"itself;"
     elif isinstance(value, list | tuple | dict):
         yield repr((type(value).__name__, len(value))).encode()
         for each in value.items() if isinstance(value, dict) else value:
-            yield from _content(each, owner)
+            yield from _content(each, owner, above | {id(value)})
     else:
         raise ConfigError(
             f"data.cache=disk cannot tell when a {owner} has changed: it holds a {type(value).__name__}; "

@@ -6,9 +6,11 @@ replays would do the same; and what it left there is put back, since none of its
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import random
 import sys
+import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 __all__ = ["HostState"]
 
 PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.device, torch.dtype)
-SEQUENCES = (list, tuple, set, frozenset, deque)
+NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 HOOKS = {name for name in vars(nn.Module()) if "hook" in name}  # many, and hardly ever changed by a forward pass
 OPAQUE = {*sys.stdlib_module_names, "torch", "numpy"}  # whose objects are not looked into
 
@@ -40,28 +43,31 @@ class HostState:
         self._copies: dict[int, Tensor] = {}
         while waiting:
             name, value = waiting.pop()
-            if type(value) in PLAIN or id(value) in known or (content := _content(value)) is None:
+            if type(value) in PLAIN or id(value) in known:
                 continue
-            known.add(id(value))
-            self._kept.append((name, value, content))
-            if isinstance(value, Tensor) and value.device.type == "cpu":
-                self._copies[id(value)] = value.detach().clone()
-            waiting += _parts(name, value, content)
+            if isinstance(value, tuple | frozenset):  # cannot change, but what is in it can
+                waiting += ((name, each) for each in value)
+            elif (content := _content(value)) is not None:
+                known.add(id(value))
+                self._kept.append((name, value, content))
+                if isinstance(value, Tensor) and value.device.type == "cpu":
+                    self._copies[id(value)] = value.detach().clone()
+                waiting += _parts(name, value, content)
 
     def changes(self) -> list[str]:
         """The names of what is otherwise now."""
         now = _global_random_numbers()
         found = [name for name, state in self._random.items() if now[name] != state]
         for name, value, content in self._kept:
-            if not _same(here := _content(value), content):
-                found += _changed_attributes(here, content, name) if isinstance(value, nn.Module) else [name]
+            if _has_changed(value, content):
+                found += _changed_attributes(value, content) if isinstance(value, nn.Module) else [name]
         return sorted(set(found))
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Make it what it was, but for the global random numbers and the values of tensors on a card."""
         for _, value, content in self._kept:
-            if not _same(_content(value), content):
+            if _has_changed(value, content):
                 if id(value) in self._copies:
                     value.copy_(self._copies[id(value)])
                 else:
@@ -89,16 +95,27 @@ def _content(value: Any) -> Any:
         return 0 if value.is_inference() else value._version
     if isinstance(value, random.Random):
         return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return pickle.dumps(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return pickle.dumps(value.get_state())
     if isinstance(value, torch.Generator):
         return value.get_state().numpy()
     if isinstance(value, np.ndarray):
-        return value.copy()
+        return None if isinstance(value, np.memmap) else value.copy()
     if isinstance(value, dict):
         return dict(value)
-    if isinstance(value, SEQUENCES):
+    if isinstance(value, list | set | deque):
         return list(value)
-    is_opaque = isinstance(value, type) or str(type(value).__module__).partition(".")[0] in OPAQUE
-    return dict(vars(value)) if isinstance(value, nn.Module) or (not is_opaque and hasattr(value, "__dict__")) else None
+    return dict(vars(value)) if isinstance(value, nn.Module) or _is_seen_into(value) else None
+
+
+def _is_seen_into(value: Any) -> bool:
+    """Whether it is an object with attributes, of the user's own kind: libraries' can lead anywhere, data sets far."""
+    kind = type(value)
+    if isinstance(value, type | Dataset) or not kind.__dictoffset__:
+        return False
+    return isinstance(value, NAMESPACES) or str(kind.__module__).partition(".")[0] not in OPAQUE
 
 
 def _parts(name: str, value: Any, content: Any) -> Iterator[tuple[str, Any]]:
@@ -111,10 +128,14 @@ def _parts(name: str, value: Any, content: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, each) for each in content)
 
 
-def _changed_attributes(now: dict[str, Any], before: dict[str, Any], name: str) -> list[str]:
-    missing = object()
-    keys = {**before, **now}
-    return [f"{name}.{k}" for k in keys if not _same(now.get(k, missing), before.get(k, missing))]
+def _has_changed(value: Any, content: Any) -> bool:
+    return not _same(value if isinstance(value, np.ndarray) else _content(value), content)
+
+
+def _changed_attributes(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    now, missing = vars(module), object()
+    changed = [key for key in {**before, **now} if not _same(now.get(key, missing), before.get(key, missing))]
+    return [f"{type(module).__name__}.{key}" for key in changed]
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -140,6 +161,10 @@ def _fill(value: Any, content: Any) -> None:
         value.setstate(content)
     elif isinstance(value, torch.Generator):
         value.set_state(torch.from_numpy(content))
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = pickle.loads(content)
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(pickle.loads(content))
     elif isinstance(value, np.ndarray):
         np.copyto(value, content)
     elif isinstance(content, dict):

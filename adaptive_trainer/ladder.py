@@ -7,14 +7,14 @@ the request down; `make_ladder` does the same for plain dictionaries, for people
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.checks import check
-from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, TrainerConfig, apply_overrides, typed
+from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig, apply_overrides, typed
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [
@@ -46,7 +46,8 @@ FIXED = (
     "model.num_classes", "trainer.channels_last", "trainer.tf32", "trainer.deterministic", "data.train", "data.val",
     "data.root", "data.cache",
 )  # fmt: skip
-OF_A_STAGE = ("ladder.rungs", "trainer.channels_last")  # of these, what a stage may set
+OF_A_STAGE = ("seed", "ladder.rungs", "trainer.channels_last")  # of these, what stages may differ in
+OF_THE_RUN = ("task", "device", "resume", "output_dir", "optimized_metric", "card", "phases")  # what no stage may set
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,17 +229,25 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     phases = list(cfg.phases.stages)
     if not phases:
         return [(WHOLE, cfg)]
-    found = [(phase.name, apply_overrides(cfg, phase.overrides)) for phase in phases]
-    names, asked = [name for name, _ in found], typed(cfg)
+    names = stage_names(phases)
+    found = [apply_overrides(cfg, phase.overrides) for phase in phases]
+    asked, first = typed(cfg), typed(found[0])
     problems = [f"stage name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
-    for name, settings in found:
-        if fixed := [key for key in changed(asked, typed(settings)) if key.startswith(FIXED) and key not in OF_A_STAGE]:
+    for name, settings in zip(names, map(typed, found), strict=True):
+        fixed = [key for key in changed(asked, settings) if key.startswith(OF_THE_RUN)]
+        fixed += [key for key in changed(first, settings) if key.startswith(FIXED) and key not in OF_A_STAGE]
+        if fixed := list(dict.fromkeys(fixed)):
             problems.append(
                 f"stage {name!r}: {', '.join(fixed)} cannot change between stages; set it for the whole run"
             )
     if problems:
         raise ConfigError("; ".join(problems))
-    return found
+    return list(zip(names, found, strict=True))
+
+
+def stage_names(phases: Sequence[PhaseConfig]) -> list[str]:
+    """The names of stages; those that have none are numbered, as rungs are."""
+    return [phase.name or f"stage-{number}" for number, phase in enumerate(phases, start=1)]
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:

@@ -88,7 +88,7 @@ def _known() -> list[str]:
 
 def _is_real(model: nn.Module) -> bool:
     """Complex parameters have no fused implementation."""
-    return all(parameter.is_floating_point() for parameter in model.parameters())
+    return not any(parameter.is_complex() for parameter in model.parameters())
 
 
 def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer import checkpoint
 from adaptive_trainer.config import CardConfig, Config, OptimizerConfig, apply_overrides
 from adaptive_trainer.errors import CheckpointError, override
-from adaptive_trainer.ladder import WHOLE
+from adaptive_trainer.ladder import WHOLE, stage_names
 from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.report import refused_by_disk
 from adaptive_trainer.transaction import TrainState
@@ -153,7 +153,7 @@ def check_stages(saved: dict[str, Any], names: Sequence[str]) -> None:
         CheckpointError: it is.
     """
     phases = OmegaConf.create(saved["request"]).phases.stages
-    before = [phase.name for phase in phases] or [WHOLE]
+    before = stage_names(phases) or [WHOLE]
     done = saved["stage"] + 1
     if before[:done] != list(names[:done]):
         raise CheckpointError(

@@ -111,6 +111,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
         build_scaler(config.trainer.precision, parts.device),
         build_ema(model, config.trainer.ema_decay),
         Position(config.seed, 0, 0, parts.train_size),
+        factory_buffers={name: buffer.shape for name, buffer in model.named_buffers()},
         meters={name: torch.zeros((), dtype=torch.float64, device=parts.device) for name in METERS},
     )
 

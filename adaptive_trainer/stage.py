@@ -32,6 +32,7 @@ __all__ = ["Stage"]
 
 log = logging.getLogger(__name__)
 
+KEPT_WITH_THE_BEST = ("config", "rung", "stage", "num_classes", "classes", "best", "made_buffers")
 Judge = Callable[[Rung[Config]], tuple[str, int | None]]
 
 
@@ -43,7 +44,7 @@ class Stage:
         number: which stage of the run it is, from 0.
         saved: a checkpoint to go on from, or None.
         largest: the batch size that `max` has come to, or None where a number was asked for.
-        weights: a model's `state_dict` to start from, or None, with the model settings it belongs to.
+        weights: what `weights_learned` of the stage before gave, or None.
         after: name of the stage that has just ended; empty where none has.
     """
 
@@ -55,7 +56,7 @@ class Stage:
     forecast: Forecast
     number: int = 0
     saved: dict[str, Any] | None = None
-    weights: tuple[Any, dict[str, Any]] | None = None
+    weights: tuple[Any, dict[str, Any], list[str]] | None = None
     after: str = ""
     largest: int | None = None
     session: Session | None = None
@@ -274,7 +275,7 @@ class Stage:
         if self.saved is not None:
             self._resume(session, self.saved)
         elif self.weights is not None and self.weights[0] == session.config.model:
-            checkpoint.make_buffers(session.state.model, self.weights[1])
+            checkpoint.make_buffers(session.state.model, *self.weights[1:])
             session.state.model.load_state_dict(self.weights[1])
         elif self.weights is not None:
             self.record.event(f"model {self.weights[0].name} -> {session.config.model.name}: no weights are carried on")
@@ -358,7 +359,7 @@ class Stage:
     def _checkpoint(self, is_best: bool) -> None:
         content = self._content(self._rung_name(self._opened.config))
         if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
-            about = {key: content[key] for key in ("config", "rung", "stage", "num_classes", "classes", "best")}
+            about = {key: content[key] for key in KEPT_WITH_THE_BEST}
             checkpoint.save(self.folder / "best.pt", {**about, "model": self.model.state_dict(), "ema": None})
         checkpoint.save(self.folder / "last.pt", content)
 
@@ -384,12 +385,14 @@ class Stage:
         state = self._opened.state
         return state.model if state.ema is None else state.ema.module
 
-    def weights_learned(self) -> tuple[Any, dict[str, Any]]:
-        """What the next stage starts from: the model settings and the model's `state_dict`, copied to the host."""
+    def weights_learned(self) -> tuple[Any, dict[str, Any], list[str]]:
+        """What the next stage starts from: the model settings, the model's `state_dict`, copied to the host, and the
+        names of the buffers that forward passes have made.
+        """
         weights = self._opened.state.model.state_dict()
         for key, value in weights.items():  # in place: the versions of its parts stay with it
             weights[key] = value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        return self._opened.config.model, weights
+        return self._opened.config.model, weights, checkpoint.made_buffers(self._opened.state)
 
     @property
     def folder(self) -> Path:

@@ -329,9 +329,9 @@ def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module
     problem = ""
     try:
         weights = content["ema"] or content["model"]
-        checkpoint.make_buffers(network, weights)
+        checkpoint.make_buffers(network, weights, content.get("made_buffers", ()))
         network.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         problem = checkpoint.misfit(error)
     if problem:
         name, advice = settings.name, "give load_model the factory that the Trainer was given"

@@ -58,6 +58,7 @@ class TrainState:
         updates: committed updates since the model was built.
         finished_epochs: epochs that are trained, evaluated and recorded.
         best: the highest validation accuracy so far, or less the least loss where accuracy is not known.
+        factory_buffers: shapes of the model's buffers as they were made, by name; others come of forward passes.
         meters: running sums over this epoch: `loss` (over samples), `correct`, `seen` (samples), `skipped` (updates
             whose step the GradScaler left out because of an overflow). Scalars on the device.
     """
@@ -70,6 +71,7 @@ class TrainState:
     updates: int = 0
     finished_epochs: int = 0
     best: float | None = None
+    factory_buffers: dict[str, torch.Size] = field(default_factory=dict)
     meters: dict[str, Tensor] = field(default_factory=dict)
 
 

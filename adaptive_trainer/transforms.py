@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from adaptive_trainer.config import EVAL_CROP, DataConfig
@@ -43,11 +43,15 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
 
 
 def read_as_rgb(image: Image.Image) -> Image.Image:
-    """A copy with three channels of bytes, read from its file."""
-    if image.mode.startswith("I;16"):  # Pillow takes all above 255 for white
+    """A copy with three channels of bytes, read from its file.
+
+    Raises:
+        OSError: it cannot be read, or has shades of no known range.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # else all above 255 is white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 255):
-        raise ValueError(
+        raise UnidentifiedImageError(
             f"its shades are numbers of 32 bits ({image.mode}), of no known range; save it with 8 or 16 bits"
         )
     return image.convert("RGB")

@@ -79,6 +79,7 @@ class Update:
         self.is_proving = False
         self._token = object()  # tells the work of this update from that of another with the same shapes
         self._modules = list(state.model.modules())
+        self._averaged = [] if state.ema is None else [module._buffers for module in state.ema.module.modules()]
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self.avoid_single = has_batch_norm(state.model)
@@ -277,6 +278,11 @@ class Update:
         self.phase = "optimizer step"
         state.scaler.update()
         if state.ema is not None:
+            if sum(map(len, self._averaged)) != sum(len(module._buffers) for module in self._modules):
+                raise ConfigError(  # it would average one tensor with another
+                    "the network has made buffers since its moving average was made; make them with the network, or "
+                    "use trainer.ema_decay=null"
+                )
             state.ema.update(state.model, step=state.updates + 1)
 
     def _enter_step(self, *_: Any) -> None:

@@ -605,11 +605,16 @@ def test_a_fingerprint_knows_the_settings_of_files() -> None:
     made = [
         Cropped(), Cropped((0, 0, 2, 2)), Cropped(names={0: 2}), Cropped(targets=[1, 0]), Cropped(loader=Loads(1)),
         Cropped(loader=Loads(2)), Cropped(loader=partial(str, 1)), Cropped(loader=partial(str, 2)),
-        Cropped(loader=partial(str, errors="strict")),
+        Cropped(loader=partial(str, errors="strict")), Cropped(loader=partial(str, errors=len)),
     ]  # fmt: skip
     keys = [b"".join(fingerprint(data, np.arange(2))) for data in (*made, Cropped())]
     assert len(set(keys)) == len(made)
     assert keys[-1] == keys[0]
+    assert b" at 0x" not in b"".join(keys), "an address, which is another in every process"
+    tree: dict[str, Any] = {"name": "animal"}
+    tree["children"] = [{"name": "cat", "parent": tree}]
+    endless = Cropped(names=tree)  # type: ignore[arg-type]
+    assert b"itself" in b"".join(fingerprint(endless, np.arange(2)))
 
 
 def test_a_fingerprint_tells_lists_and_settings_apart() -> None:

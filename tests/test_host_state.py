@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from adaptive_trainer.host_state import HostState
 
@@ -36,6 +38,8 @@ class Holds(nn.Module):
         self.last, self.array, self.tail = torch.zeros(3), np.zeros(3), deque([1])
         self.random, self.generator, self.counter = random.Random(0), torch.Generator(), Counter()
         self.weights = [self.body.weight]
+        self.numpy, self.older = np.random.default_rng(0), np.random.RandomState(0)
+        self.space, self.pair = SimpleNamespace(n=0), ([1], 2)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -50,6 +54,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "Holds.random": lambda m: m.random.random(),
     "Holds.generator": lambda m: torch.rand(1, generator=m.generator),
     "Holds.counter": lambda m: setattr(m.counter, "number", 1),
+    "Holds.numpy": lambda m: m.numpy.random(),
+    "Holds.older": lambda m: m.older.rand(),
+    "Holds.space": lambda m: setattr(m.space, "n", 1),
+    "Holds.pair": lambda m: m.pair[0].append(2),
     "Holds.new": lambda m: setattr(m, "new", torch.ones(1)),
     "Holds._buffers": lambda m: setattr(m, "mean", m.mean + 1),
     "torch's random numbers": lambda m: torch.rand(1),
@@ -80,6 +88,24 @@ def test_what_is_the_same_is_no_change() -> None:
     with torch.no_grad():
         module.body.weight += 1
     assert host.changes() == []
+
+
+class Loud:
+    """Answers no question about itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+def test_what_a_library_or_a_data_set_holds_is_not_looked_into() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    data = TensorDataset(torch.zeros(2))
+    module.data, module.loud = data, Loud()  # type: ignore[assignment]
+    host = HostState([module])
+    data.note = 1  # type: ignore[attr-defined]
+    assert host.changes() == []
+    module[0].note = 1  # type: ignore[assignment]
+    assert host.changes() == ["Linear.note"]
 
 
 @pytest.mark.parametrize("times", [1, 2, 3, 4])

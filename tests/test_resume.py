@@ -409,10 +409,8 @@ def test_out_of_memory_while_a_state_is_taken_over_is_another_rungs_to_answer(ca
         with Fault(at), pytest.raises(RuntimeError, match="out of memory") as caught:
             take_over()
         assert oom.describe(caught.value).kind is oom.Kind.DEVICE
-    content["buffers"]["gone.too"] = torch.zeros(1)
-    with pytest.raises(
-        CheckpointError, match=r"does not fit this run's model or optimizer: .* has no attribute `gone`"
-    ):
+    content["buffers"]["gone"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match="does not fit this run's model or optimizer: there is no 'gone'"):
         take_over()
     content["model"]["stem.weight"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -756,7 +754,10 @@ def test_the_way_on_names_the_folder_that_was_chosen() -> None:
     assert resume.way_on(Path("mine")) == "resume=auto output_dir=mine"
 
 
-@pytest.mark.parametrize("value", ["mine", "a b", "a(1)", "a=b", "ä,x", 'q"q', "it's", "[1]", "{a}", "a$b", "1.5"])
+@pytest.mark.parametrize(
+    "value",
+    ["mine", "a b", "a(1)", "a=b", "ä,x", 'q"q', "it's", "[1]", "{a}", "a$b", "1.5", "a~b", "a\\", 'a\\"b', "a\\b"],
+)
 def test_what_is_told_to_type_is_taken(value: str) -> None:
     [word] = shlex.split(errors.override("output_dir", value))
     assert compose_config([word]).output_dir == value

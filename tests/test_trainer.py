@@ -668,7 +668,7 @@ def test_a_stage_with_another_model_says_that_it_starts_anew(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["device=cuda", "seed=3"], "stage 'b': device, seed cannot change between stages"),
+        (["device=cuda", "data.root=x"], "stage 'b': device, data.root cannot change between stages"),
         (["memory.limit=1MiB"], "stage 'b': memory.limit cannot change between stages"),
         (["trainer.deterministic=true"], "stage 'b': trainer.deterministic cannot change between stages"),
         (["trainer.batch_size=99"], "trainer.batch_size=99 is above the 40 samples"),
@@ -679,6 +679,16 @@ def test_what_a_stage_cannot_set(overrides: list[str], message: str, tmp_path: P
         fit(tmp_path, stages_of([], overrides), steps={})
     with pytest.raises(ConfigError, match="stage name 'a' is used twice"):
         fit(tmp_path, "phases.stages=[{name: a}, {name: a}]", steps={})
+
+
+def test_what_stages_may_set(tmp_path: Path) -> None:
+    """What none differs in, a seed of their own, and no name."""
+    both = "trainer.deterministic=true"
+    stages = f"phases.stages=[{{overrides: ['{both}']}}, {{overrides: ['{both}', 'seed=3']}}]"
+    result, _ = fit(tmp_path, stages, "trainer.epochs=1", steps={})
+    assert [stage["name"] for stage in result.stages] == ["stage-1", "stage-2"]
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["position"]["seed"] == 3
+    assert fit(tmp_path, stages, "trainer.epochs=2", "resume=auto", steps={})[0].metrics["epoch"] == 2
 
 
 class Named(nn.Module):
@@ -749,8 +759,37 @@ def test_buffers_that_grow_are_loaded_and_resumed(tmp_path: Path) -> None:
     assert len(expected["seen"]) == 80
     for other in (found, loaded):
         assert [key for key in expected if not torch.equal(expected[key], other[key])] == []
+    trained_with = torch.load(tmp_path / "b" / "checkpoints" / "best.pt")
+    assert sorted(trained_with["made_buffers"]) == ["late", "made", "seen"]
+    cfg = settings("trainer.epochs=1", "trainer.ema_decay=0.9", steps={})
+    with pytest.raises(ConfigError, match="the network has made buffers since its moving average was made"):
+        Trainer(cfg, model=lambda *_: Grows(), train_data=Seen(), output_dir=tmp_path / "c").fit()
     with pytest.raises(CheckpointError, match=r"does not fit what <lambda> makes \(.*size mismatch for body.1.weight"):
         load_model(tmp_path / "b" / "checkpoints" / "last.pt", lambda *_: Grows(5))
+
+
+class Scale(nn.Module):
+    """Has a parameter and a buffer that another network has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((192,), 2.0))
+        self.register_buffer("shift", torch.ones(192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.get_buffer("shift")
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    def model(middle: type[nn.Module]) -> Any:
+        return lambda *_: nn.Sequential(nn.Flatten(), middle(), nn.Linear(192, 3))
+
+    cfg = settings("trainer.epochs=1", steps={})
+    Trainer(cfg, model=model(Scale), train_data=Seen(), val_data=Seen(6), output_dir=tmp_path).fit()
+    for name in ("best.pt", "last.pt"):
+        with pytest.raises(CheckpointError, match="Unexpected key"):
+            load_model(tmp_path / "checkpoints" / name, model(nn.Identity))
+        load_model(tmp_path / "checkpoints" / name, model(Scale))
 
 
 def test_parameters_of_a_loss_are_told_of(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,9 +85,15 @@ def test_auto_augment_of_torchvision(name: str) -> None:
 
 @pytest.mark.parametrize("shades", [np.array([[0, 70000]], np.int32), np.array([[0.0, 1.0]], np.float32)])
 def test_shades_of_no_known_range_are_refused(shades: Any) -> None:
-    with pytest.raises(ValueError, match=r"numbers of 32 bits .* save it with 8 or 16 bits"):
+    with pytest.raises(OSError, match=r"numbers of 32 bits .* save it with 8 or 16 bits"):
         read_as_rgb(Image.fromarray(shades))
     assert read_as_rgb(Image.fromarray(np.array([[7]], np.int32))).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_grey_images_of_sixteen_bits_in_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + np.array([[0, 256, 32768, 65535]], ">u2").tobytes())
+    with Image.open(tmp_path / "a.pgm") as image:
+        assert np.asarray(read_as_rgb(image))[0, :, 2].tolist() == [0, 1, 128, 255]
 
 
 def test_grey_images_of_sixteen_bits_keep_their_shades() -> None:
