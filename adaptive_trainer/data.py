@@ -173,31 +173,29 @@ class _View(Dataset[Any]):
         problem = ""
         with _seeded(key_seed(*key)):
             try:
-                sample = self.data[index]
+                image, label = self._pair(self.data[index], index)
             except BROKEN as error:
                 if getattr(error, "errno", None) in NOT_THE_FILE:
                     raise
                 problem = f"{type(error).__name__}: {error}"
             if not problem:
-                return self._prepared(sample, index)
+                check_label(self.data, index, label, self.num_classes)
+                return self.transform(image), label
         name = sample_name(self.data, index)
         if self.config.on_error == "skip":
             return name
         raise SampleError(f"{name} cannot be read ({problem}); repair or remove it, or use data.on_error=skip")
 
-    def _prepared(self, sample: Any, index: int) -> tuple[Tensor, int]:
+    def _pair(self, sample: Any, index: int) -> tuple[Image.Image | Tensor, int]:
         problem = ""
         try:
             image, label = sample if isinstance(sample, tuple | list) else (sample, None)
-            image, number = to_rgb(image), operator.index(label)
+            return to_rgb(image), operator.index(label)
         except (TypeError, ValueError) as error:
             problem = str(error)
-        if problem:
-            raise SampleError(
-                f"{sample_name(self.data, index)} is not a pair of an image and a whole number as its label: {problem}"
-            )
-        check_label(self.data, index, number, self.num_classes)
-        return self.transform(image), number
+        raise SampleError(
+            f"{sample_name(self.data, index)} is not a pair of an image and a whole number as its label: {problem}"
+        )
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,13 @@ REQUESTED = "requested"
 WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
-# Decided once for a run: what is trained on, where, and what becomes of it.
-FIXED = (
-    "task", "device", "seed", "resume", "output_dir", "optimized_metric", "memory", "card", "phases", "ladder.rungs",
-    "model.num_classes", "trainer.channels_last", "trainer.tf32", "trainer.deterministic", "data.train", "data.val",
-    "data.root", "data.cache",
-)  # fmt: skip
-OF_A_STAGE = ("seed", "ladder.rungs", "trainer.channels_last")  # of these, what stages may differ in
 OF_THE_RUN = ("task", "device", "resume", "output_dir", "optimized_metric", "card", "phases")  # what no stage may set
+OF_A_STAGE = ("seed", "ladder.rungs", "trainer.channels_last")  # the same for all its rungs
+# Decided once for all rungs: what is trained on, where, and what becomes of it.
+FIXED = (
+    *OF_THE_RUN, *OF_A_STAGE, "memory", "model.num_classes", "trainer.tf32", "trainer.deterministic", "data.train",
+    "data.val", "data.root", "data.cache",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ class Trainer:
             check_names(ladder, own_model=self._make_model is not build_model)
         data = build_datasets(typed(ladders[0][1]), *self._data)
         num_classes = first.model.num_classes or data.num_classes
-        for _, settings, _ in ladders:
+        for _, settings, _ in ladders[1:]:  # the first has just been looked at
             check_batch_size(typed(settings), len(data.train))
         counts, not_used = described(data)
         log.info("%s", counts)

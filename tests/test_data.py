@@ -166,6 +166,21 @@ def test_a_broken_file_is_named(tmp_path: Path, num_workers: int) -> None:
     assert all(batch.images.shape[1:] == (3, 16, 16) for batch in found)
 
 
+class Odd(Noise):
+    """Gives one image as numbers of no known range."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, label = super().__getitem__(index)
+        return (Image.fromarray(np.ones((4, 4), np.float32)) if index == 5 else image), label
+
+
+def test_an_image_that_cannot_be_read_as_colours_is_a_broken_sample() -> None:
+    with pytest.raises(DataError, match=r"sample 5 cannot be read \(UnidentifiedImageError: its shades are numbers"):
+        batches(plain(Odd()), Position(0, 0, 0, 23))
+    found = batches(plain(Odd(), on_error="skip"), Position(0, 0, 0, 23))
+    assert [skipped for batch in found for skipped in batch.skipped] == ["sample 5"]
+
+
 def test_a_batch_of_broken_samples_only_is_empty_and_counted() -> None:
     data = plain(InWorkers(OSError("truncated")), on_error="skip")
     sizes = [len(batch.labels) for batch in batches(data, Position(0, 0, 0, 23), batch_size=1)]
