@@ -93,8 +93,7 @@ def _out_of_range(config: Config) -> list[str]:
     problems += [f"{key}={value} is not below 1" for key, value in below_one if value >= 1]
     if config.schedule.min_lr > o.lr > 0:
         problems.append(f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={o.lr}")
-    has_warmup = config.schedule.name != "none" and not config.phases.stages  # a stage may be cut short
-    if has_warmup and 1 <= t.epochs < config.schedule.warmup_epochs:
+    if not config.phases.stages and 1 <= t.epochs < config.schedule.warmup_epochs:  # a stage may be cut short
         problems.append(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs} is above trainer.epochs={t.epochs}: training "
             "would end before its learning rate is reached"

@@ -88,7 +88,10 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """A timm learning-rate schedule by name, a function of the update count; lengths in epochs."""
+    """A timm learning-rate schedule by name, a function of the update count; lengths in epochs.
+
+    `warmup_epochs` lead up to `optimizer.lr`; the whole curve follows, down to `min_lr` at the last update.
+    """
 
     name: str = "cosine"
     warmup_epochs: float = 0.0

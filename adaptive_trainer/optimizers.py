@@ -34,6 +34,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for
 CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
 SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 WARMUP_LR = 1e-5
+TICKS = 1000  # of a schedule's clock in one update: timm rounds some lengths to whole ones
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
@@ -46,18 +47,38 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         ConfigError: the name is unknown, needs what this trainer does not do, or `config.kwargs` do not suit it.
     """
     check_optimizer(config)
-    problem = ""
+    kwargs = {**(_fused(config, device) if _is_real(model) else {}), **config.kwargs}
+    problem = _not_together(kwargs, device)
     try:
-        kwargs = {**(_fused(config, device) if _is_real(model) else {}), **config.kwargs}
-        optimizer: Optimizer = create_optimizer_v2(
-            model, config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **kwargs
-        )
-        make_momentum(optimizer)
-        return optimizer
+        if not problem:
+            optimizer = _created(model, config, kwargs)
+            make_momentum(optimizer)
+            return optimizer
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         problem = str(error).splitlines()[0]
     given = f" with optimizer.kwargs={config.kwargs}" if config.kwargs else ""
     raise ConfigError(f"optimizer.name={config.name}{given} cannot be built: {problem}")
+
+
+def _created(model: nn.Module, config: OptimizerConfig, kwargs: dict[str, Any]) -> Optimizer:
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    try:
+        optimizer: Optimizer = create_optimizer_v2(model, config.name, **settings, **kwargs)
+        return optimizer
+    except ValueError as error:
+        if "Nesterov" not in str(error) or config.momentum or "nesterov" in kwargs:
+            raise
+    # Without momentum Nesterov's step is the plain one; torch refuses it, and timm's `sgd` asks for it by default.
+    return create_optimizer_v2(model, config.name, **settings, **kwargs, nesterov=False)
+
+
+def _not_together(kwargs: dict[str, Any], device: torch.device) -> str:
+    """Why these cannot be, where torch would say so only in the first step, or by an error that is no ValueError."""
+    if kwargs.get("differentiable"):
+        return "differentiable=True is for steps inside autograd; leave it out"
+    if kwargs.get("capturable") and device.type == "cpu":
+        return "capturable=True is for a CUDA card, and this is a CPU; leave it out"
+    return "fused=True and foreach=True exclude each other" if kwargs.get("fused") and kwargs.get("foreach") else ""
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -122,22 +143,35 @@ def make_momentum(optimizer: Optimizer) -> None:
 class Schedule:
     """The learning rate as a function of the update count: no memory of its own, so it can be built anew at any time.
 
+    It rises linearly up to the asked rate in the warm-up; the whole curve follows, down to `min_lr` at the last update.
+
     Attributes:
         optimizer: whose learning rate `apply` sets.
         lr: the base learning rate.
-        values: a timm scheduler over a stand-in optimizer, or None for a constant learning rate.
+        warmup: updates before the first one at that rate.
+        start: the rate of the first update of a warm-up.
+        end: updates from the first one at the base rate to the last one of the run.
+        floor: the least rate of the curve.
+        curve: a timm scheduler over a stand-in optimizer, or None for a constant learning rate.
     """
 
     optimizer: Optimizer
     lr: float
-    values: Any = None
+    warmup: int = 0
+    start: float = 0.0
+    end: int = 0
+    floor: float = 0.0
+    curve: Any = None
 
     def lr_at(self, update: int) -> float:
         """The learning rate of update number `update`, from 0."""
-        if self.values is None:
+        if update < self.warmup:
+            return self.start + (self.lr - self.start) * update / self.warmup
+        if self.curve is None or not self.end:
             return self.lr
-        self.values.step_update(update)
-        return float(self.values.optimizer.param_groups[0]["lr"])
+        step = min(update - self.warmup, self.end)
+        self.curve.step_update(step * TICKS + (step == self.end))  # one more, or the last cycle may begin anew
+        return max(float(self.curve.optimizer.param_groups[0]["lr"]), self.floor)
 
     def apply(self, update: int) -> None:
         """Set the learning rate for update number `update`, times `lr_scale` in the groups that have one."""
@@ -151,6 +185,8 @@ def build_schedule(
 ) -> Schedule:
     """The timm schedule that `config.name` names, counted in updates; nothing is changed before `Schedule.apply`.
 
+    Lengths in `config.kwargs` (`decay_epochs`, ...) are epochs after the warm-up.
+
     Args:
         lr: the base learning rate.
 
@@ -162,27 +198,42 @@ def build_schedule(
             "schedule.name=plateau follows a metric, and a schedule here is a function of the update count alone; "
             f"use one of {', '.join(SCHEDULES)}"
         )
+    kwargs = dict(config.kwargs)
+    last = epochs * updates_per_epoch - 1
+    warmup = min(round(config.warmup_epochs * updates_per_epoch), last)
+    start, floor = min(kwargs.pop("warmup_lr", WARMUP_LR), lr), min(config.min_lr, lr)
+    if config.name == "rsqrt" and warmup:
+        kwargs.setdefault("stable_timescale", config.warmup_epochs)
     problem = ""
-    # timm writes into the groups of the optimizer it is given, at once, and keys that a checkpoint would carry along
-    stand_in = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=lr)
-    warmup: dict[str, Any] = {"warmup_lr": min(WARMUP_LR, lr), "warmup_epochs": config.warmup_epochs}
     try:
-        values, _ = create_scheduler_v2(
-            stand_in,
-            sched=config.name,
-            num_epochs=epochs,
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
-            **{**warmup, **config.kwargs},
-        )
-        if values is not None or config.name == "none":
-            return Schedule(optimizer, lr, values)
+        curve = _curve(config.name, lr, floor, max(last - warmup, 1), updates_per_epoch, kwargs)
+        if curve is not None or config.name == "none":
+            return Schedule(optimizer, lr, warmup, start, last - warmup, floor, curve)
     except (TypeError, ValueError) as error:
         problem = str(error).splitlines()[0].rstrip(". ")
     given = f" with schedule.kwargs={config.kwargs}" if config.kwargs else ""
     known = f"; the names are {', '.join(SCHEDULES)}" if config.name not in SCHEDULES else ""
     raise ConfigError(f"schedule.name={config.name}{given} cannot be built: {problem or 'unknown'}{known}")
+
+
+def _curve(name: str, lr: float, floor: float, end: int, updates_per_epoch: int, kwargs: dict[str, Any]) -> Any:
+    """A timm scheduler without warm-up whose curve, with all of its cycles, ends after `end` updates."""
+    # timm writes into the groups of the optimizer it is given, at once, and keys that a checkpoint would carry along
+    stand_in = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=lr)
+    curve, _ = create_scheduler_v2(
+        stand_in,
+        sched=name,
+        num_epochs=end / updates_per_epoch,  # type: ignore[arg-type]
+        min_lr=floor,
+        warmup_epochs=0,
+        warmup_prefix=True,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch * TICKS,
+        **kwargs,
+    )
+    if hasattr(curve, "get_cycle_length"):
+        curve.t_initial *= end * TICKS / curve.get_cycle_length()
+    return curve
 
 
 class CrossEntropy(nn.CrossEntropyLoss):

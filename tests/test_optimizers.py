@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from timm.optim import get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -102,6 +103,14 @@ def test_built_optimizer_learns(name: str) -> None:
         (OptimizerConfig("adamw", kwargs={"beta": 1}), "adamw with optimizer.kwargs=.* cannot be built: .*beta"),
         (OptimizerConfig("adamw", kwargs={"betas": [2.0, 0.9]}), "cannot be built: Invalid beta"),
         (OptimizerConfig("sgd", kwargs={"eps": 1e-8}), "sgd does not take optimizer.kwargs eps"),
+        (OptimizerConfig("sgd", kwargs={"dampening": 0.5}), "cannot be built: Nesterov momentum requires"),
+        (
+            OptimizerConfig("sgd", momentum=0.0, kwargs={"nesterov": True}),
+            "cannot be built: Nesterov momentum requires",
+        ),
+        (OptimizerConfig("adamw", kwargs={"fused": True, "foreach": True}), "cannot be built: .*exclude each other"),
+        (OptimizerConfig("adamw", kwargs={"capturable": True}), "cannot be built: capturable=True is for a CUDA card"),
+        (OptimizerConfig("sgd", kwargs={"differentiable": True}), "cannot be built: differentiable=True is for"),
         (OptimizerConfig("adahessian"), "second derivatives"),
     ],
 )
@@ -116,19 +125,71 @@ def sgd(lr: float = 0.1) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=lr)
 
 
+DECAYING = ("cosine", "tanh", "poly", "wsd", "rsqrt")  # down to min_lr
+Schedules = st.tuples(st.sampled_from(SCHEDULES), st.integers(1, 12), st.integers(1, 40), st.floats(0, 1))
+
+
+@given(case=Schedules, min_lr=st.sampled_from([0.0, 1e-3]), cycles=st.integers(1, 3))
+@example(case=("cosine", 10, 8, 0.5), min_lr=0.0, cycles=1)
+@example(case=("wsd", 1, 1, 0.0), min_lr=0.0, cycles=1)
+@example(case=("poly", 2, 5, 0.0), min_lr=0.0, cycles=3)
+def test_a_schedule_reaches_the_rate_and_then_the_end_of_its_curve(
+    case: tuple[str, int, int, float], min_lr: float, cycles: int
+) -> None:
+    """Up to the rate, whole cycles down to `min_lr` at the last update, whatever the lengths."""
+    name, epochs, updates_per_epoch, share = case
+    kwargs = {"cycle_limit": cycles} if name in ("cosine", "poly") else {}
+    if name == "rsqrt":
+        kwargs["stable_timescale"] = 1
+    config = ScheduleConfig(name, warmup_epochs=epochs * share, min_lr=min_lr, kwargs=kwargs)
+    schedule = build_schedule(sgd(), config, lr=0.1, epochs=epochs, updates_per_epoch=updates_per_epoch)
+    total = epochs * updates_per_epoch
+    rates = [schedule.lr_at(update) for update in range(total)]
+    first = min(round(share * total), total - 1)
+    assert rates[first] == pytest.approx(0.1, rel=1e-5)
+    assert rates[:first] == sorted(rates[:first])
+    assert max(rates, default=0.0) <= 0.1 + 1e-12
+    if cycles == 1 or not kwargs:
+        assert rates[first:] == sorted(rates[first:], reverse=True)
+    if name in DECAYING and first < total - 1:
+        assert rates[-1] == pytest.approx(min_lr, abs=1e-12)
+    assert schedule.lr_at(total + 3) == rates[-1]
+
+
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "none"])
-def test_schedule_equals_timm_step_by_step(name: str) -> None:
+def test_a_schedule_has_timms_curve(name: str) -> None:
+    lengths: dict[str, Any] = {"rsqrt": {"stable_timescale": 1, "decay_epochs": 4}, "wsd": {"decay_epochs": 4}}
+    kwargs: dict[str, Any] = lengths.get(name, {})
     reference = sgd()
     theirs, _ = create_scheduler_v2(
-        reference, name, num_epochs=4, warmup_epochs=1, min_lr=1e-3, step_on_epochs=False, updates_per_epoch=5
+        reference,
+        name,
+        num_epochs=19,
+        min_lr=1e-3,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+        **kwargs,
     )
     ours = sgd()
-    config = ScheduleConfig(name, warmup_epochs=1, min_lr=1e-3)
-    schedule = build_schedule(ours, config, lr=0.1, epochs=4, updates_per_epoch=5)
-    for update in range(21):
+    schedule = build_schedule(
+        ours, ScheduleConfig(name, min_lr=1e-3, kwargs=kwargs), lr=0.1, epochs=20, updates_per_epoch=1
+    )
+    for update in range(20):
         theirs.step_update(update)
         schedule.apply(update)
-        assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in reference.param_groups]
+        rates = [g["lr"] for g in reference.param_groups]
+        assert [g["lr"] for g in ours.param_groups] == pytest.approx(rates, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [("step", "decay_epochs", 2), ("multistep", "decay_milestones", [2])]
+)
+def test_lengths_count_from_the_end_of_the_warmup(name: str, key: str, value: Any) -> None:
+    config = ScheduleConfig(name, warmup_epochs=3, kwargs={key: value, "decay_rate": 0.1}, min_lr=0.002)
+    schedule = build_schedule(sgd(), config, lr=0.1, epochs=9, updates_per_epoch=4)
+    assert schedule.lr_at(12) == schedule.lr_at(19) == pytest.approx(0.1)
+    assert schedule.lr_at(20) == pytest.approx(0.01)
+    assert schedule.lr_at(35) >= 0.002, "no schedule goes below it"
 
 
 @given(updates=st.lists(st.integers(0, 40), min_size=2), name=st.sampled_from(SCHEDULES))
@@ -154,7 +215,8 @@ def test_schedule_goes_on_at_the_same_share_of_the_run_after_a_change_of_the_bat
     large = build_schedule(optimizer, config, lr=0.1, epochs=4, updates_per_epoch=10)
     small = build_schedule(optimizer, config, lr=0.05, epochs=4, updates_per_epoch=20)
     for update in range(0, 40, 5):
-        assert small.lr_at(2 * update) == pytest.approx(large.lr_at(update) / 2)
+        assert small.lr_at(2 * update) == pytest.approx(large.lr_at(update) / 2, abs=0.1 / 40)
+    assert large.lr_at(39) == small.lr_at(79) == 0
 
 
 def test_warmup_never_starts_above_the_learning_rate() -> None:
@@ -196,7 +258,23 @@ def test_only_fp16_scales_the_loss(precision: str, enabled: bool) -> None:
     assert build_scaler(precision, CPU).is_enabled() is enabled
 
 
-def test_sgd_without_momentum_keeps_no_state() -> None:
-    optimizer = build_optimizer(network(), OptimizerConfig("sgd", momentum=0.0, kwargs={"nesterov": False}), CPU)
-    assert optimizer.defaults["fused"] is True
-    assert not optimizer.state
+ELSEWHERE = ("bnb", "fused", "kron")  # on CUDA, or with a library of their own
+WITH_MOMENTUM = [name for name in map(str, list_optimizers()) if get_optimizer_info(name).has_momentum]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MOMENTUM if not name.startswith(ELSEWHERE)])
+def test_an_optimizer_works_without_momentum(name: str) -> None:
+    """Also those that ask for Nesterov's by default: without momentum it is the plain step."""
+    torch.manual_seed(0)
+    model, images = network(), torch.randn(4, 3, 8, 8)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = build_optimizer(model, OptimizerConfig(name, lr=0.1, momentum=0.0, weight_decay=0.0), CPU)
+    model(images).square().mean().backward()
+    optimizer.step()
+    if name == "sgd":
+        assert optimizer.defaults["fused"] is True
+        assert not optimizer.state
+        for old, new in zip(before, model.parameters(), strict=True):
+            assert new.grad is not None
+            torch.testing.assert_close(new, old - 0.1 * new.grad)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

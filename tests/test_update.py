@@ -43,7 +43,7 @@ def plain_training(run: Run, updates: int) -> None:
     model.train()
     for number in range(updates):
         warm_up = 1e-5 + number * (0.01 - 1e-5) / 5
-        lr = warm_up if number < 5 else 0.5 * 0.01 * (1 + math.cos(math.pi * number / 20))
+        lr = warm_up if number < 5 else 0.5 * 0.01 * (1 + math.cos(math.pi * (number - 5) / 14))
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, labels = run.images[7 * number : 7 * number + 7], run.labels[7 * number : 7 * number + 7]
@@ -138,7 +138,7 @@ def test_the_trainer_is_a_plain_loop(precision: str, inside: bool, tmp_path: Pat
     for epoch in range(2):
         order = Position(3, epoch, 0, 21).permutation()
         for number, keys in enumerate([order[:8], order[8:16], order[16:]]):
-            optimizer.param_groups[0]["lr"] = 0.5 * 0.05 * (1 + math.cos(math.pi * (3 * epoch + number) / 6))
+            optimizer.param_groups[0]["lr"] = 0.5 * 0.05 * (1 + math.cos(math.pi * (3 * epoch + number) / 5))
             for part in [keys[:4], keys[4:]] if len(keys) == 8 else [keys]:
                 with torch.autocast("cpu", AUTOCAST[precision], enabled=precision != "fp32"):
                     loss = nn.functional.cross_entropy(model(images[part]), labels[part])
