@@ -1,16 +1,22 @@
 # make train   environment, install, then the main job on the embedded data
-# make test    environment, install, then the tests, types and style
+# make test    environment, install, then the tests
+# make lint    types and style
+# make lowest  the tests with the lowest versions that pyproject.toml allows
+# make lock    write constraints.txt anew, with the newest versions
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Versions with which the tests passed. A release of tomorrow, or its types, stops nobody's `make test`.
+LOCK ?= constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: train test lint clean
+.PHONY: train test lint lowest lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m adaptive_trainer $(ARGS)
 
-test: $(VENV)/installed-dev lint
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/installed-dev
@@ -18,15 +24,24 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/installed: pyproject.toml $(LOCK)
+	$(PYTHON) -m venv "$(VENV)"
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[nvml]"
-	touch $@
+	$(INSTALL) --editable ".[nvml]"
+	touch "$@"
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --group dev
-	touch $@
+	$(INSTALL) --group dev
+	touch "$@"
+
+lowest:
+	python3 scripts/lowest_versions.py > .lowest.txt
+	$(MAKE) test VENV=.venv-lowest LOCK=.lowest.txt
+
+# The oldest Python decides: what it can install, the newer ones can too.
+lock:
+	$(MAKE) .venv-lock/installed-dev VENV=.venv-lock LOCK= PYTHON=python3.11
+	.venv-lock/bin/python -m pip freeze --exclude-editable > constraints.txt
 
 clean:
-	rm -rf $(VENV) outputs multirun
+	rm -rf $(VENV) .venv-lowest .venv-lock .lowest.txt outputs multirun
