@@ -35,7 +35,7 @@ from adaptive_trainer.store import Decoded, Stored, alone, available_memory, ope
 __all__ = ["with_cache"]
 
 Array = np.ndarray[Any, Any]
-FORMAT = 1  # of the stored images: counted up when what is stored for the same files changes
+FORMAT = 2  # of the stored images: counted up when what is stored for the same files changes
 LIBRARIES = (torch.__version__, torchvision.__version__, PIL.__version__)  # they decode and resize
 SHARE = 0.8  # of what is free, that a cache may take
 BATCH = 16  # images that a worker hands over at a time

@@ -120,13 +120,13 @@ def check_batch_size(config: Config, samples: int) -> None:
         )
 
 
-def described(data: DataSets) -> tuple[str, str]:
-    """How much there is of what, and which files are not used ("" where there are none), in words."""
+def described(data: DataSets) -> tuple[str, list[str]]:
+    """How much there is of what, and what of it is not used, in words."""
     source = "held out of the training set" if data.is_held_out else "of a set of their own"
     names = shorten(", ".join(data.classes), 200, placeholder="...")
     counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
     parts = [_source(part, 0)[0] for part in (data.train, *(() if data.is_held_out else (data.val,)))]
-    return f"{counts}: {names}", "; ".join(filter(None, (getattr(part, "not_used", "") for part in parts)))
+    return f"{counts}: {names}", [text for part in parts for text in getattr(part, "not_used", ())]
 
 
 def _common_names(training: MapDataset, validation: MapDataset) -> tuple[str, ...]:

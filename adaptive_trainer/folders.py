@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from adaptive_trainer.config import DataConfig
 from adaptive_trainer.errors import DataError
 
-__all__ = ["check_folders", "check_root", "class_folders", "split_folder"]
+__all__ = ["check_folders", "check_root", "class_folders", "is_hidden", "split_folder"]
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
 ALIKE = {**SPLITS, "train": ("train", "training")}  # in whatever case, where they have folders: a class may be a Train
+# What systems and programs leave beside photos without a dot in front: copies, thumbnails, settings, rubbish bins.
+HIDDEN = (
+    "@__thumb", "@eadir", "@recently-snapshot", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+    "system volume information", "desktop.ini", "ehthumbs.db", "thumbs.db", "icon\r",
+)  # fmt: skip
+
+
+def is_hidden(name: str, is_folder: bool) -> bool:
+    """Whether a file or folder is left out, at whatever depth: a system hides it, or a program keeps its own there."""
+    return name.startswith(".") or name.lower() in HIDDEN or (is_folder and name.startswith("__"))
 
 
 def check_folders(data: DataConfig) -> None:
@@ -36,11 +49,25 @@ def check_root(data: DataConfig) -> None:
     Raises:
         DataError: it is.
     """
-    if data.root is not None and data.root not in f"{data.train} {data.val}":
+    if data.root is None:
+        return
+    named = re.compile(rf"(?<!\w){re.escape(data.root.rstrip('/'))}(?!\w)")  # or a folder within
+    if not any(named.search(text) for text in _texts([data.train, data.val])):
         raise DataError(
             f"data.root={data.root} is named, and these settings take no data from there; "
             "add data=imagefolder for a folder of images"
         )
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """The texts in a node and in what is within it, but for the names of what is called."""
+    if isinstance(node, dict):
+        node = [value for key, value in node.items() if key != "_target_"]
+    if isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value)
+    elif node is not None:
+        yield str(node)
 
 
 def split_folder(root: str | None, split: str) -> Path | None:
@@ -67,9 +94,14 @@ def _split_in(top: Path, split: str) -> Path | None:
         if (top / name).is_dir():
             return top / name
     for path in sorted(top.iterdir()):
-        if path.name.lower() in ALIKE[split] and path.is_dir() and any(child.is_dir() for child in path.iterdir()):
+        if path.name.lower() in ALIKE[split] and path.is_dir() and _shown_folders(path):
             return path
     return None
+
+
+def _shown_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name, True))
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -78,7 +110,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     Raises:
         DataError: there are fewer than two.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    names = _shown_folders(folder)
     if len(names) < 2:
         found = f"one class folder, {names[0]}" if names else "no class folders"
         raise DataError(f"{folder} has {found}; two or more are needed, each with images: CLASS/image.jpg")

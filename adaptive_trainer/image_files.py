@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from adaptive_trainer import oom
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.folders import class_folders, split_folder
+from adaptive_trainer.folders import class_folders, is_hidden, split_folder
 from adaptive_trainer.transforms import read_as_rgb
 
 __all__ = ["ImageFiles", "image_folder"]
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+WITH_PLUGIN = (".heic", ".heif", ".avif")  # read where Pillow can: by itself, or by a plugin that is registered
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
@@ -34,34 +37,58 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             DataError: fewer than two classes, or a class without an image.
         """
         self.classes = class_folders(folder)
-        top = frozenset([_identity(str(folder))])
-        found = [list(_files_in(str(folder / name), top)) for name in self.classes]
-        files = [[path for path in paths if path.lower().endswith(IMAGE_FILES)] for paths in found]
+        suffixes, top = _suffixes(), frozenset([_identity(str(folder))])
+        hidden = [path.name for path in folder.iterdir() if is_hidden(path.name, path.is_dir())]
+        found = [list(_files_in(str(folder / name), top, hidden)) for name in self.classes]
+        files = [[path for path in paths if path.lower().endswith(suffixes)] for paths in found]
         if empty := [name for name, paths in zip(self.classes, files, strict=True) if not paths]:
             raise DataError(
-                f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(IMAGE_FILES)}) "
+                f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(suffixes)}) "
                 "or remove the folder"
             )
-        self._others = _others(found)
+        # counters, since the fingerprint of the images leaves them out
+        self._others = _others(found, suffixes)
+        self._hidden = Counter("._*" if name.startswith("._") else name for name in hidden)
         self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
         self.targets = [label for _, label in self.samples]
 
     @property
-    def not_used(self) -> str:
-        """What else is there, hidden files aside, in words; empty where there is nothing."""
-        counts = ", ".join(f"{count} {kind}" for kind, count in self._others.most_common(5))
-        more = f" and {len(self._others) - 5} other kinds" if len(self._others) > 5 else ""
-        return f"{counts}{more} are not used: images are {' '.join(IMAGE_FILES)}" if counts else ""
+    def not_used(self) -> list[str]:
+        """What else is there, in words."""
+        others = f"{_counted(self._others)} are not used: images are {' '.join(_suffixes())}"
+        hidden = f"{self._hidden.total()} hidden files and folders are left out: {_counted(self._hidden)}"
+        return [text for text, found in ((others, self._others), (hidden, self._hidden)) if found]
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An RGB image and its label."""
+        """An upright RGB image and its label.
+
+        Raises:
+            OSError: the file is broken.
+        """
         path, label = self.samples[index]
-        with Image.open(path) as image:
-            return read_as_rgb(image), label
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", category=UserWarning, module="PIL"
+                )  # of broken data beside the pixels
+                with Image.open(path) as image:
+                    return read_as_rgb(image), label
+        except OSError:
+            raise
+        except Exception as error:  # Pillow's decoders raise every kind of error for a broken file
+            if oom.describe(error).kind is not oom.Kind.OTHER:
+                raise
+            problem = f"{type(error).__name__}: {error}"
+        raise UnidentifiedImageError(problem)
+
+
+def _suffixes() -> tuple[str, ...]:
+    known = Image.registered_extensions()
+    return (*IMAGE_FILES, *(suffix for suffix in WITH_PLUGIN if suffix in known))
 
 
 def _identity(folder: str) -> tuple[int, int]:
@@ -69,10 +96,10 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _files_in(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+def _files_in(folder: str, above: frozenset[tuple[int, int]], hidden: list[str]) -> Iterator[str]:
     """Files below a folder, and links that lead nowhere; no pipes or sockets, which would be waited for.
 
-    What cannot be looked into is no folder without images.
+    Names of what is hidden are added to `hidden`. What cannot be looked into is no folder without images.
     """
     here = _identity(folder)
     if here in above:  # a link to a folder that it is in
@@ -82,12 +109,14 @@ def _files_in(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     folders = []
     for entry in every:
         is_folder, is_file = _kind(entry)
-        if is_folder:
+        if is_hidden(entry.name, is_folder):
+            hidden.append(entry.name)
+        elif is_folder:
             folders.append(entry.path)
         elif is_file or not os.path.exists(entry.path):
             yield entry.path
     for path in folders:
-        yield from _files_in(path, above | {here})
+        yield from _files_in(path, above | {here}, hidden)
 
 
 def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
@@ -98,11 +127,16 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
         return False, False
 
 
-def _others(found: list[list[str]]) -> Counter[str]:
+def _others(found: list[list[str]], suffixes: tuple[str, ...]) -> Counter[str]:
     """How many files of which suffix, or name, are no images."""
-    paths = [path for paths in found for path in paths if not path.lower().endswith(IMAGE_FILES)]
+    paths = [path for paths in found for path in paths if not path.lower().endswith(suffixes)]
     names = [os.path.basename(path).lower() for path in paths]
-    return Counter(os.path.splitext(name)[1] or name for name in names if not name.startswith("."))
+    return Counter(os.path.splitext(name)[1] or name for name in names)
+
+
+def _counted(found: Counter[str]) -> str:
+    counts = ", ".join(f"{count} {kind}" for kind, count in found.most_common(5))
+    return f"{counts} and {len(found) - 5} other kinds" if len(found) > 5 else counts
 
 
 def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:

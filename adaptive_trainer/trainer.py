@@ -152,8 +152,8 @@ class Trainer:
             if not resume.is_within(path, self.output_dir):
                 record.event(resume.set_aside(self.output_dir))
             record.begin(OmegaConf.to_yaml(self.cfg))
-        if not_used:
-            record.event(not_used)
+        for text in not_used:
+            record.event(text)
         self._tell(device, path, record)
         forecast = Forecast(
             capacity,

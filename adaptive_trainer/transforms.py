@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from adaptive_trainer.config import EVAL_CROP, DataConfig
@@ -22,16 +23,27 @@ AUTO_AUGMENT = {
     "imagenet": "AutoAugment",
     "augmix": "AugMix",
 }  # names of torchvision's reference scripts
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation; 1 is upright
 
 
 def to_rgb(image: Any) -> Image.Image | Tensor:
     """A PIL image, or a tensor (C, H, W) or (H, W), grey or with alpha, with exactly three channels.
 
+    A PIL image whose EXIF data says that it lies down, or is mirrored, is turned upright.
+
     Raises:
         TypeError: it is neither.
     """
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else read_as_rgb(image)
+        return image if image.mode == "RGB" and _turn(image) is None else read_as_rgb(image)
     if isinstance(image, Tensor) and image.ndim in (2, 3):
         planes = image if image.ndim == 3 else image[None]
         if planes.shape[0] in (3, 4):
@@ -43,18 +55,33 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
 
 
 def read_as_rgb(image: Image.Image) -> Image.Image:
-    """A copy with three channels of bytes, read from its file.
+    """An upright copy with three channels of bytes, read from its file.
 
     Raises:
         OSError: it cannot be read, or has shades of no known range.
     """
+    turn = _turn(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # else all above 255 is white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode == "F" or (image.mode == "I" and np.asarray(image).max() > 255):
         raise UnidentifiedImageError(
             f"its shades are numbers of 32 bits ({image.mode}), of no known range; save it with 8 or 16 bits"
         )
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    rgb.info = {}  # with the orientation that has been followed
+    return rgb
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, by its EXIF data; None where it is so already, or the data cannot be read.
+
+    Not by `ImageOps.exif_transpose`, which writes the data anew and fails where another part of it is broken.
+    """
+    image.load()  # a TIFF is turned by Pillow here
+    with suppress(Exception):  # broken EXIF data raises nearly everything
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
 
 
 def build_transform(config: DataConfig, image_size: int, *, training: bool) -> Transform:

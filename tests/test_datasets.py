@@ -90,7 +90,7 @@ def test_folder_with_train_and_val(tmp_path: Path, train: str, val: str) -> None
     assert data.train[5][1] == 1
     assert sample_name(data.val, 3) == str(tmp_path / val / "dog" / "1.png")
     text = "6 training and 4 validation images, of a set of their own; 2 classes: cat, dog"
-    assert described(data) == (text, "")
+    assert described(data) == (text, ["1 hidden files and folders are left out: 1 .cache"])
 
 
 def test_folder_of_classes_is_split(tmp_path: Path) -> None:
@@ -116,7 +116,8 @@ def test_files_that_are_not_used_are_told(tmp_path: Path) -> None:
     data = build_datasets(settings("data=imagefolder", f"data.root={tmp_path}"))
     counts, not_used = described(data)
     assert counts == "9 training and 2 validation images, held out of the training set; 2 classes: cat, dog"
-    assert not_used.startswith("2 .gif, 1 readme, 1 .heic are not used: images are .jpg")
+    assert not_used[0].startswith("2 .gif, 1 readme, 1 .heic are not used: images are .jpg")
+    assert not_used[1] == "1 hidden files and folders are left out: 1 .DS_Store"
 
 
 def test_train_without_val_is_split(tmp_path: Path) -> None:
