@@ -18,6 +18,7 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.config import EVAL_CROP, DataConfig
 from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.memory.usage import is_short
 from adaptive_trainer.position import key_seed
 
 __all__ = ["DeviceBatch", "center_windows", "crop_windows", "fitting", "uniform", "windows"]
@@ -185,7 +186,7 @@ def fitting(device: torch.device, work: Callable[[], T]) -> T:
         try:
             return work()
         except Exception as error:
-            failure = oom.describe(error)
+            failure = oom.describe(error, pressure=lambda: is_short(device))
             if failure.kind is not oom.Kind.DEVICE:
                 raise
         oom.release(device)

@@ -66,6 +66,11 @@ def with_cache(
         return replace(data, stored=builder.stored())
     except _NoRoom as error:
         problem = str(error)
+    except Exception as error:
+        failure = oom.describe(error)
+        if not failure.is_of_loading:
+            raise
+        problem = f"the host has too little memory ({failure.text})"
     event(f"data.cache={data.config.cache} is not used: {problem}; images are decoded anew in every epoch")
     return data
 
@@ -119,18 +124,10 @@ class _Builder:
             )
         found = []
         for base in bases:
-            images = self._empty(base)
+            images = np.empty((len(base.used), 3, self.size, self.size), np.uint8)
             rows = self._decode(base, _filler(images))
             found.append(Decoded(images, **rows))
         return found
-
-    def _empty(self, base: _Base) -> Array:
-        problem = ""
-        try:
-            return np.empty((len(base.used), 3, self.size, self.size), np.uint8)
-        except MemoryError as error:
-            problem = str(error)
-        raise _NoRoom(problem)
 
     def _on_disk(self, bases: list[_Base]) -> list[Decoded]:
         top = default_folder()
@@ -220,8 +217,8 @@ class _Builder:
         return rows
 
     def _batches(self, base: _Base) -> Generator[tuple[Array, dict[str, Array]], None, None]:
-        """All batches, with fewer workers after one that has failed for want of memory."""
-        workers, done = self.sets.config.num_workers, 0
+        """All batches; after a failure for want of memory the rest with fewer workers, without any once more."""
+        workers, done, retried_at = self.sets.config.num_workers, 0, -1
         while done < len(base.used):
             failure = None
             iterator = None
@@ -232,11 +229,16 @@ class _Builder:
                     done += len(images)
             except Exception as error:
                 failure = oom.describe(error)
-                if failure.kind not in (oom.Kind.WORKER, oom.Kind.HOST) or not workers:
+                if not failure.is_of_loading or (not workers and done == retried_at):
                     raise
             finally:
                 end_workers(iterator)
-            if failure is not None:
+            if failure is not None and not workers:
+                iterator = None
+                retried_at = done
+                oom.release(torch.device("cpu"))
+                self.event(f"out of memory in decoding images ({failure.text}): the same samples once more")
+            elif failure is not None:
                 fewer = fewer_workers(workers)
                 self.event(
                     f"a data worker failed ({failure.text}): data.num_workers {workers} -> {fewer} for the cache"

@@ -8,7 +8,6 @@ batch (`data.on_error`).
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import operator
 import random
 import signal
@@ -24,7 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from adaptive_trainer import oom
 from adaptive_trainer.config import DataConfig
 from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, sample_name
 from adaptive_trainer.errors import DataError
@@ -103,13 +104,7 @@ class Loader:
 
     def _start(self, batches: Iterable[list[Key]]) -> Iterator[Batch]:
         self._keys.batches = batches
-        others = set(multiprocessing.active_children())
-        try:
-            self._running = iter(self._loader)  # with workers it is the same object each time
-        except BaseException:  # a fork that failed: torch asks the workers before it to end, which they put off
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.kill()
-            raise
+        self._running = iter(self._loader)  # with workers it is the same object each time
         return self._running
 
     def close(self) -> None:
@@ -175,7 +170,7 @@ class _View(Dataset[Any]):
             try:
                 image, label = self._pair(self.data[index], index)
             except BROKEN as error:
-                if getattr(error, "errno", None) in NOT_THE_FILE:
+                if getattr(error, "errno", None) in NOT_THE_FILE or oom.describe(error).is_of_loading:
                     raise
                 problem = f"{type(error).__name__}: {error}"
             if not problem:
@@ -249,6 +244,28 @@ class _DataLoader(DataLoader[Any]):
 
     def check_worker_number_rationality(self) -> None:
         pass
+
+    def _get_iterator(self) -> Any:
+        return _Workers(self) if self.num_workers else super()._get_iterator()
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Leaves no process behind where one of them, or a thread beside them, could not be started."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        try:
+            super().__init__(loader)
+        except BaseException:
+            self._shutdown_workers()
+            raise
+
+    def _shutdown_workers(self) -> None:
+        if hasattr(self, "_workers_status"):  # the last that is made
+            super()._shutdown_workers()
+            return
+        for worker in getattr(self, "_workers", ()):
+            worker.kill()  # torch would ask it to end, which it puts off
+            worker.join()
 
 
 def fewer_workers(num_workers: int) -> int:

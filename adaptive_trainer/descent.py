@@ -19,7 +19,8 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
-from adaptive_trainer.ladder import Rung
+from adaptive_trainer.ladder import Rung, own
+from adaptive_trainer.memory.usage import is_short
 
 __all__ = ["Attempt", "Found", "Meter", "descend"]
 
@@ -84,7 +85,8 @@ def descend(
     Args:
         ladder: the rungs, largest first.
         attempt: tries one rung's settings; what it returns is the value of the result. It may raise any out-of-memory
-            of the device, which on a CPU is the host's.
+            of the device, which on a CPU is the host's, and `LadderExhausted` of a descent within. Dictionaries and
+            lists of the settings are its own to change.
         judge: says of a rung why it need not be tried ("" when it must be) and how many bytes it is expected to need.
         meter: measures each attempt's peaks.
         on_attempt: is told each attempt's record as it happens.
@@ -132,11 +134,11 @@ def _try(
     if meter is not None:
         meter.reset_peaks()
     try:
-        value = (attempt(rung.settings),)
+        value = (attempt(own(rung.settings)),)
     except OutOfMemory as error:
         entry.outcome, entry.phase, entry.reason = "oom", error.phase, error.reason
     except Exception as error:
-        failure = oom.describe(error)
+        failure = oom.describe(error, pressure=lambda: is_short(device))
         entry.outcome, entry.phase, entry.reason = "oom", "attempt", failure.text
         if not failure.fills(device):
             entry.outcome = "failed"

@@ -6,7 +6,9 @@ the request down; `make_ladder` does the same for plain dictionaries, for people
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -27,6 +29,7 @@ __all__ = [
     "changed",
     "changes",
     "make_ladder",
+    "own",
     "recipe",
     "resolve",
     "scaled_lr",
@@ -156,15 +159,33 @@ def make_ladder(
     """
     if REQUESTED in steps:
         raise ConfigError(f"a step cannot be named {REQUESTED!r}, which is the name of the first rung")
-    settings = dict(requested)
-    ladder = [Rung(REQUESTED, dict(settings))]
+    settings = own(dict(requested))
+    ladder = [Rung(REQUESTED, own(settings))]
     for name, step in steps.items():
         unknown = sorted(set(step) - set(settings))
         if unknown:
             raise ConfigError(f"step {name!r} sets {', '.join(unknown)}; the request has {', '.join(sorted(settings))}")
         settings |= step
-        ladder.append(Rung(name, dict(settings), tuple(f"{key}={value}" for key, value in step.items())))
+        ladder.append(Rung(name, own(settings), tuple(f"{key}={value}" for key, value in step.items())))
     return tuple(ladder)
+
+
+def own(settings: T) -> T:
+    """The settings in containers of their own, nested ones too; what is in these (networks, tensors) is the same."""
+    leaves: dict[int, Any] = {}
+    queue, seen = [settings], set[int]()
+    while queue:
+        value: Any = queue.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            queue += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            queue += value
+        elif not OmegaConf.is_config(value):
+            leaves[id(value)] = value  # what `deepcopy` takes for copied already
+    return copy.deepcopy(settings, leaves)
 
 
 def resolve(cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "") -> tuple[Rung[Config], ...]:

@@ -1,7 +1,8 @@
 """Is an error an out-of-memory, of which kind; and giving back everything that a failed step holds.
 
 `describe` sorts an error by its type, then by the `error_code` of `torch.AcceleratorError`, then by the texts that
-torch, CUDA's libraries and the DataLoader are known to write. It looks at the error itself, then at what it wraps.
+torch, CUDA's libraries and the DataLoader are known to write. It looks at the error itself, then at what it wraps or
+groups.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from enum import StrEnum
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from adaptive_trainer.errors import AdaptiveTrainerError, OutOfMemory
+from adaptive_trainer.errors import AdaptiveTrainerError, LadderExhausted, OutOfMemory
 
 __all__ = [
     "Failure",
@@ -56,13 +57,18 @@ class Failure:
         kind: what it says about memory.
         type_name: class name of the error that decided the kind.
         text: first line of its message.
-        exact: it came from a simulated card, so a retry of the same work cannot help.
+        exact: it came from a simulated card or a ladder that is used up, so a retry of the same work cannot help.
     """
 
     kind: Kind
     type_name: str
     text: str
     exact: bool
+
+    @property
+    def is_of_loading(self) -> bool:
+        """Whether the host's memory has run out, here or in a data worker: fewer workers need less of it."""
+        return self.kind in (Kind.HOST, Kind.WORKER)
 
     def fills(self, device: torch.device) -> bool:
         """Whether the memory that `device` computes in has run out, which on a CPU is the host's."""
@@ -77,6 +83,7 @@ CUDA_CAPTURE_INVALIDATED = 901  # what an out-of-memory turns into while a CUDA 
 CUDA_STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 
 IN_DATA_LOADER = re.compile(r"^Caught (\S+) in (?:DataLoader worker process|pin memory thread)")
+TRACEBACK = "Traceback (most recent call last):"
 WORKER_GONE = re.compile(
     r"DataLoader worker \(pid\(s\) [\d, ]+\) exited unexpectedly"
     r"|DataLoader worker \(pid \d+\) is killed by signal: (?:Killed|Bus error)"
@@ -93,7 +100,12 @@ POISONED = re.compile(
     # A communicator that ran out of memory cannot be used again.
     r"|Failed to CUDA calloc|Cuda failure (?:2 )?'out of memory'"
 )
-HOST = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|\bstd::bad_alloc\b")
+HOST = re.compile(
+    r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|\bstd::bad_alloc\b"
+    r"|\bCannot allocate memory\b|^can't start new thread"  # a thread's stack is memory too
+)
+# An OSError that has lost its errno on the way from a data worker, and Pillow's, which has none.
+HOST_OS = re.compile(r"^\[Errno 12\]|^out of memory error when ")
 DEVICE = re.compile(
     r"\b(?:CUDA|HIP|XPU|MPS backend) out of memory\b"
     r"|\b(?i:CUDA|HIP|Triton)(?: driver| runtime)? (?i:error)\b[^\n]{0,200}: out of memory"
@@ -101,7 +113,8 @@ DEVICE = re.compile(
     r"|CUDA ran out of memory outside PyTorch's allocator"
     r"|\b[A-Z]+_(?:STATUS_)?ALLOC_FAILED\b"
     r"|MODULE:PT_DEVMEM Allocation failed"
-    r"|NVML_SUCCESS == r INTERNAL ASSERT FAILED"  # raised while the message of an out-of-memory is written
+    # The allocator asks NVML who holds memory while it writes the message of an out-of-memory.
+    r"|(?i:\bnvml)[^\n]*INTERNAL ASSERT FAILED at [^\n]*CUDACachingAllocator\b"
     r"|^Invalid buffer size: \d"  # MPS
 )
 # Texts that a lack of memory and a plain mistake (an unknown architecture, a bad label before) share.
@@ -115,7 +128,9 @@ NOT_DEVICE_MEMORY = re.compile(r"out of resource: ")  # Triton: shared memory or
 
 
 def describe(error: BaseException, *, pressure: Callable[[], bool] | None = None) -> Failure:
-    """Sort an error, its `inner_exception`, `__cause__` and `__context__`; the first that is about memory decides.
+    """Sort an error, what it wraps (`inner_exception`, `__cause__`, `__context__`) and the members of a group.
+
+    The first that is about memory decides, unless one says that the device is unusable.
 
     Args:
         error: what was caught. `KeyboardInterrupt` and its like, and errors that this package raises on purpose, are
@@ -123,12 +138,14 @@ def describe(error: BaseException, *, pressure: Callable[[], bool] | None = None
         pressure: whether device memory is really short; asked only for texts that can have another cause. Without it
             they count as not memory.
     """
-    if isinstance(error, Exception) and (isinstance(error, OutOfMemory) or not isinstance(error, AdaptiveTrainerError)):
-        for link in _chain(error):
-            kind = _kind(link, pressure)
-            if kind is not Kind.OTHER:
-                return _failure(link, kind)
-    return _failure(error, Kind.OTHER)
+    found: Failure | None = None
+    for link in _chain(error) if isinstance(error, Exception) else ():
+        kind = _kind(link, pressure)
+        if kind is Kind.POISONED or (kind is not Kind.OTHER and found is None):
+            found = _failure(link, kind)
+        if kind is Kind.POISONED:
+            break
+    return found or _failure(error, Kind.OTHER)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -138,20 +155,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _failure(error: BaseException, kind: Kind) -> Failure:
     lines = str(error).strip().splitlines() or [""]
-    exact = isinstance(error, SimulatedOutOfMemory)
-    return Failure(kind, type(error).__name__, lines[0][:MAX_TEXT] or type(error).__name__, exact)
+    text = " ".join(map(str.strip, lines)) if isinstance(error, LadderExhausted) else lines[0]
+    exact = isinstance(error, SimulatedOutOfMemory | LadderExhausted)
+    return Failure(kind, type(error).__name__, text[:MAX_TEXT] or type(error).__name__, exact)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and everything it wraps, nearest first, each once."""
+    """The error and everything it wraps or groups, nearest first, each once, but for what is raised on purpose."""
     queue, seen = [error], set[int]()
     while queue:
         link = queue.pop(0)
-        if id(link) in seen:
+        is_on_purpose = isinstance(link, AdaptiveTrainerError) and not isinstance(link, OutOfMemory | LadderExhausted)
+        if id(link) in seen or is_on_purpose:
             continue
         seen.add(id(link))
         yield link
-        inner = (getattr(link, "inner_exception", None), link.__cause__, _context(link))
+        members = link.exceptions if isinstance(link, BaseExceptionGroup) else ()
+        inner = (*members, getattr(link, "inner_exception", None), link.__cause__, _context(link))
         queue += [e for e in inner if isinstance(e, BaseException)]
 
 
@@ -178,25 +198,43 @@ def _kind(error: BaseException, pressure: Callable[[], bool] | None) -> Kind:
     text = str(error)
     worker = IN_DATA_LOADER.match(text)
     if worker:
-        return _kind_in_worker(worker[1], text)
-    if isinstance(error, OutOfMemory):
+        return _kind_in_worker(error, worker[1], text)
+    if isinstance(error, OutOfMemory | LadderExhausted):
         return Kind.DEVICE
     if isinstance(error, torch.OutOfMemoryError):
         return Kind.POISONED if POISONED.search(text) else Kind.DEVICE
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and _lacks_memory(error.errno, text)):
         return Kind.HOST
     if not isinstance(error, RuntimeError):
         return Kind.OTHER  # a ValueError may quote any text
     return _kind_of_code(error, pressure) or _kind_of_text(text, pressure)
 
 
-def _kind_in_worker(type_name: str, text: str) -> Kind:
-    by_type = "MemoryError" in type_name or type_name == "OutOfMemoryError"
-    return Kind.WORKER if by_type or WORKER_GONE.search(text) or _about_memory(text) else Kind.OTHER
+def _lacks_memory(number: int | None, text: str) -> bool:
+    """Whether an OSError with this errno and text is for want of memory."""
+    return number == errno.ENOMEM or (number is None and bool(HOST_OS.search(text)))
 
 
-def _about_memory(text: str) -> bool:
-    return bool(HOST.search(text) or DEVICE.search(text))
+def _kind_in_worker(error: BaseException, type_name: str, text: str) -> Kind:
+    """By the type that was raised in the worker: what arrives here may be a RuntimeError that quotes another's text."""
+    if "MemoryError" in type_name:
+        return Kind.WORKER
+    is_same = type(error).__name__ == type_name
+    quoted = _quoted(type_name, text)
+    if is_same and isinstance(error, OSError):
+        return Kind.WORKER if _lacks_memory(None, quoted) else Kind.OTHER
+    if not (is_same and isinstance(error, RuntimeError)) and type_name != torch.AcceleratorError.__name__:
+        return Kind.OTHER
+    return Kind.WORKER if any(about.search(quoted) for about in (WORKER_GONE, HOST, DEVICE)) else Kind.OTHER
+
+
+def _quoted(type_name: str, text: str) -> str:
+    """The message of the error behind its traceback, whose lines of source may say anything."""
+    end = text.rpartition(TRACEBACK)[2]
+    found = re.search(rf"^\S*\b{re.escape(type_name)}: (.*)", end, re.MULTILINE | re.DOTALL)
+    if found:
+        return found[1]
+    return "" if TRACEBACK in text else text.partition("\n")[2]
 
 
 def _kind_of_code(error: RuntimeError, pressure: Callable[[], bool] | None) -> Kind | None:

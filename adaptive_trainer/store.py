@@ -6,6 +6,7 @@ believes it only when its sizes, its small file, and a sample of its images agre
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -65,7 +66,11 @@ class Stored:
 
 
 def open_decoded(folder: Path, count: int, size: int) -> Decoded | None:
-    """The images in `folder`, mapped into memory; None where there are none, or they are damaged."""
+    """The images in `folder`, mapped into memory; None where there are none, or they are damaged.
+
+    Raises:
+        OSError: there is no memory to map them into.
+    """
     try:
         head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
         rows = (folder / ROWS).read_bytes()
@@ -74,7 +79,9 @@ def open_decoded(folder: Path, count: int, size: int) -> Decoded | None:
         with np.load(folder / ROWS, allow_pickle=False) as found:
             parts = {name: found[name] for name in ("labels", "sizes", "is_sound", "checksums")}
         images = np.asarray(np.memmap(folder / PIXELS, np.uint8, "r", shape=(count, 3, size, size)))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if getattr(error, "errno", None) == errno.ENOMEM:  # which says nothing of the files
+            raise
         return None
     looked_at = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).astype(int))
     if any(zlib.crc32(images[i].data) != parts["checksums"][i] for i in looked_at):

@@ -17,7 +17,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.config import Config
 from adaptive_trainer.data import Batch, DataSets, Loader, end_workers, fewer_workers
 from adaptive_trainer.engine import Engine
-from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.errors import DataError, OutOfMemory
 from adaptive_trainer.feed import eval_feed, train_feed
 from adaptive_trainer.position import Position
 
@@ -70,7 +70,8 @@ class Supply:
         """The rest of the epoch from `position` on, one batch an update, augmented.
 
         Raises:
-            OutOfMemory: the data set itself ran out of device memory, twice.
+            OutOfMemory: the data set itself ran out of the device's memory, twice.
+            DataError: the host's memory ran out twice, without data workers.
         """
 
         def begin(done: int) -> Iterator[Batch]:
@@ -88,7 +89,7 @@ class Supply:
         """The validation set in order, from sample `start` on, not augmented.
 
         Raises:
-            OutOfMemory: the data set itself ran out of device memory.
+            OutOfMemory, DataError: as `train`.
         """
 
         def begin(done: int) -> Iterator[Batch]:
@@ -123,7 +124,7 @@ class Supply:
         return self._loader
 
     def _batches(self, samples: int, begin: Callable[[int], Iterator[Batch]]) -> Generator[Batch, None, None]:
-        """So many samples, by a pass that `begin` starts after those already given; by another when a worker died."""
+        """So many samples, by a pass that `begin` starts after those already given; by another when memory ran out."""
         done, retried_at = 0, -1
         while done < samples:
             failure, running, batch = None, None, None
@@ -136,25 +137,34 @@ class Supply:
             except OutOfMemory:
                 raise
             except Exception as error:
-                failure = oom.describe(error)
-                fewer = failure.kind in (oom.Kind.WORKER, oom.Kind.HOST) and self.num_workers > 0
-                if not fewer and failure.kind is not oom.Kind.DEVICE:
+                failure = oom.describe(error, pressure=self.engine.update.capacity.pressure)
+                if not failure.is_of_loading and failure.kind is not oom.Kind.DEVICE:
                     raise
             finally:
                 if self.data.stored is not None:
                     end_workers(running)  # a pass over stored images has buffers of its own
             if failure is not None:
                 running = batch = None
-                self._answer(failure, is_first=done != retried_at)
-                retried_at = done
+                if failure.is_of_loading and self.num_workers:
+                    self._end_some_workers(failure)
+                else:
+                    self._release(failure, is_first=done != retried_at)
+                    retried_at = done
 
-    def _answer(self, failure: oom.Failure, *, is_first: bool) -> None:
-        if failure.kind is oom.Kind.DEVICE:
-            oom.release(self.device)
-            if is_first and not failure.exact:
-                log.warning("out of memory in loading data (%s): the same samples once more", failure.text)
-                return
+    def _release(self, failure: oom.Failure, *, is_first: bool) -> None:
+        """Make room for the same samples once more; raise where that was no help."""
+        oom.release(self.device)
+        if is_first and not failure.exact:
+            log.warning("out of memory in loading data (%s): the same samples once more", failure.text)
+        elif failure.kind is oom.Kind.DEVICE or self.device.type == "cpu":
             raise OutOfMemory(failure.text, phase="loading data")
+        else:
+            raise DataError(
+                f"the host has too little memory to load data, twice and without data workers: {failure.text}; close "
+                "other programs, or use a smaller trainer.batch_size, smaller images or data.cache=disk"
+            )
+
+    def _end_some_workers(self, failure: oom.Failure) -> None:
         self.close()
         self.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
         fewer = fewer_workers(self.num_workers)

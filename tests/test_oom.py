@@ -22,6 +22,8 @@ BOILERPLATE = (
     "incorrect.\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 
+ASSERT, ALLOCATOR = "INTERNAL ASSERT FAILED at", "c10/cuda/CUDACachingAllocator.cpp"
+
 TEXTS = [
     ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 5.00 GiB", Kind.DEVICE),
     ("CUDA error: out of memory" + BOILERPLATE, Kind.DEVICE),
@@ -38,6 +40,14 @@ TEXTS = [
     ("cuFFT error: CUFFT_ALLOC_FAILED", Kind.DEVICE),
     ("CUDA error: SPARSE_STATUS_ALLOC_FAILED", Kind.DEVICE),
     ('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":838', Kind.DEVICE),
+    (f'NVML_SUCCESS == DriverAPI::get()->nvmlInit_v2_() {ASSERT} "/pytorch/{ALLOCATOR}":963, please', Kind.DEVICE),
+    (f'NVML_SUCCESS == nvmlDeviceGetHandleByPciBusId_v2_( id, &device) {ASSERT} "{ALLOCATOR}":969', Kind.DEVICE),
+    (f'NVML_SUCCESS == r {ASSERT} "C:\\\\b\\\\c10\\\\cuda\\\\CUDACachingAllocator.cpp":9', Kind.DEVICE),
+    (f'NVML_SUCCESS == nvmlInit_v2_() {ASSERT} "/pytorch/c10/cuda/driver_api.cpp":40, please', Kind.OTHER),
+    (f'NVML_SUCCESS == r {ASSERT} "/pytorch/torch/csrc/distributed/c10d/NVLink.cpp":9', Kind.OTHER),
+    (f'block->allocated {ASSERT} "/pytorch/{ALLOCATOR}":99', Kind.OTHER),
+    ("can't start new thread", Kind.HOST),
+    ("unable to mmap 1024 bytes from file </data/x.bin>: Cannot allocate memory (12)", Kind.HOST),
     ("FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed for size::40960", Kind.DEVICE),
     ("CUDA error: an illegal memory access was encountered" + BOILERPLATE, Kind.POISONED),
     ("CUDA error: device-side assert triggered" + BOILERPLATE, Kind.POISONED),
@@ -233,22 +243,76 @@ def test_the_cpu_allocator_itself() -> None:
 
 
 class Broken(Dataset[torch.Tensor]):
-    def __init__(self, error: type[Exception]) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
     def __len__(self) -> int:
         return 2
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        raise self.error("broken")
+        raise self.error  # not RuntimeError: CUDA out of memory
+
+
+class Told(ValueError):
+    """Cannot be made of a message alone, so that it comes from a worker as a RuntimeError."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(MemoryError, Kind.WORKER), (torch.OutOfMemoryError, Kind.WORKER), (ValueError, Kind.OTHER)],
+    [
+        (MemoryError("broken"), Kind.WORKER),
+        (MemoryError(), Kind.WORKER),
+        (torch.OutOfMemoryError("broken"), Kind.WORKER),
+        (RuntimeError(FULL), Kind.WORKER),
+        (RuntimeError("std::bad_alloc"), Kind.WORKER),
+        (RuntimeError("\nCUDA error: out of memory" + BOILERPLATE), Kind.WORKER),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Kind.WORKER),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "a.jpg"), Kind.WORKER),
+        (OSError("out of memory error when reading image file"), Kind.WORKER),
+        (OSError(errno.ENOENT, "Cannot allocate memory"), Kind.OTHER),
+        (RuntimeError("broken"), Kind.OTHER),
+        (RuntimeError(), Kind.OTHER),
+        (ValueError("broken"), Kind.OTHER),
+        (ValueError(FULL), Kind.OTHER),
+        (KeyError(FULL), Kind.OTHER),
+        (Told("a.jpg", "std::bad_alloc"), Kind.OTHER),
+        (AssertionError("DataLoader worker (pid(s) 4, 5) exited unexpectedly"), Kind.OTHER),
+    ],
+    ids=repr,
 )
-def test_a_real_data_worker(error: type[Exception], kind: Kind) -> None:
-    assert describe(raised(lambda: next(iter(DataLoader(Broken(error), num_workers=1))))).kind is kind
+def test_a_real_data_worker(error: Exception, kind: Kind) -> None:
+    found = raised(lambda: next(iter(DataLoader(Broken(error), num_workers=1))))
+    assert describe(found, pressure=lambda: True).kind is kind
+
+
+GROUPS = [
+    (ExceptionGroup("tasks", [torch.OutOfMemoryError("full")]), Kind.DEVICE),
+    (ExceptionGroup("tasks", [ValueError("gone"), ExceptionGroup("more", [RuntimeError(FULL)])]), Kind.DEVICE),
+    (ExceptionGroup("tasks", [MemoryError()]), Kind.HOST),
+    (ExceptionGroup(FULL, [ValueError(FULL)]), Kind.OTHER),
+    (ExceptionGroup("tasks", [RuntimeError(FULL), RuntimeError("CUDA error: misaligned address")]), Kind.POISONED),
+    (BaseExceptionGroup("tasks", [torch.OutOfMemoryError("full"), KeyboardInterrupt()]), Kind.OTHER),
+    (ExceptionGroup("tasks", [OutOfMemory("full", phase="forward")]), Kind.DEVICE),
+    (ExceptionGroup("tasks", [ConfigError("bad")]), Kind.OTHER),
+]
+
+
+@pytest.mark.parametrize(("group", "kind"), GROUPS)
+def test_groups(group: BaseExceptionGroup[BaseException], kind: Kind) -> None:
+    for member in group.exceptions:
+        if isinstance(member, ConfigError):
+            member.__context__ = torch.OutOfMemoryError("full")
+    assert describe(group).kind is kind
+    outer = RuntimeError("step failed")
+    outer.__cause__ = group
+    if isinstance(group, Exception):
+        assert describe(outer).kind is kind
 
 
 def test_probe_and_release_on_a_cpu() -> None:

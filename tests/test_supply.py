@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
+import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer import Trainer, compose_config, feed
 from adaptive_trainer.config import RungConfig
 from adaptive_trainer.errors import Interrupted, LadderExhausted
 from adaptive_trainer.position import Position
@@ -227,3 +230,100 @@ def test_a_worker_that_dies_between_epochs_costs_workers_and_no_sample(tmp_path:
     result, net = fit(tmp_path / "killed", event=kills)
     assert [event for event in result.events if "->" in event] == ["data.num_workers 2 -> 0"]
     assert net.inputs == undisturbed(tmp_path / "alone", 0).inputs
+
+
+class Short:
+    """Raises for want of memory at one sample, so many times, in data workers or where there are none."""
+
+    def __init__(self, make: Callable[[], Exception], times: int, *, in_workers: bool = False) -> None:
+        self.make, self.left, self.in_workers = make, times, in_workers
+        self.at = Position(0, 0, 0, SIZE).permutation()[SIZE // 2]
+
+    def __call__(self, index: int) -> None:
+        if index == self.at and self.left and (get_worker_info() is not None) == self.in_workers:
+            self.left -= 1
+            raise self.make()
+
+
+WANTS: dict[str, Callable[[], Exception]] = {
+    "MemoryError": MemoryError,
+    "numpy": lambda: np._core._exceptions._ArrayMemoryError((2**40,), np.dtype("u1")),  # type: ignore[attr-defined]
+    "bad_alloc": lambda: RuntimeError("std::bad_alloc"),
+    "torch": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    "ENOMEM": lambda: OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "ENOMEM of a file": lambda: OSError(errno.ENOMEM, "Cannot allocate memory", "a.jpg"),
+    "Pillow": lambda: OSError("out of memory error when reading image file"),
+}
+
+
+@pytest.mark.parametrize("make", WANTS.values(), ids=WANTS)
+def test_no_memory_in_a_worker_costs_workers_and_no_sample(make: Callable[[], Exception], tmp_path: Path) -> None:
+    result, net = fit(tmp_path / "short", fault=Short(make, 9, in_workers=True))
+    assert [event for event in result.events if "->" in event] == ["data.num_workers 2 -> 0"]
+    assert (result.rung, net.inputs) == ("requested", undisturbed(tmp_path / "alone", 0).inputs)
+
+
+@pytest.mark.parametrize("make", WANTS.values(), ids=WANTS)
+def test_no_memory_without_workers_is_tried_once_more(make: Callable[[], Exception], tmp_path: Path) -> None:
+    result, net = fit(tmp_path / "short", num_workers=0, fault=Short(make, 1))
+    assert (result.rung, net.inputs) == ("requested", undisturbed(tmp_path / "alone", 0).inputs)
+
+
+def test_no_memory_without_workers_again_is_a_rung(tmp_path: Path) -> None:
+    result, _ = fit(tmp_path, num_workers=0, fault=Short(MemoryError, 2))
+    assert result.rung == "smaller"
+    assert [(entry.rung, entry.phase) for entry in result.attempts if entry.outcome == "oom"] == [
+        ("requested", f"loading data, after update {SIZE // 2 // BATCH}")
+    ]
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "std::bad_alloc", "[Errno 12] no"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_mistake_that_quotes_an_out_of_memory_ends_the_run(num_workers: int, text: str, tmp_path: Path) -> None:
+    fault = Short(lambda: ValueError(text), 9, in_workers=num_workers > 0)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fit(tmp_path, num_workers=num_workers, fault=fault)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_fork_that_fails_for_want_of_memory(at: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the first workers, or when one of them is there already."""
+    expected, forks, fork = undisturbed(tmp_path / "alone", 0).inputs, [0], os.fork
+
+    def fails_once() -> int:
+        forks[0] += 1
+        if forks[0] == at:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fails_once)
+    result, net = fit(tmp_path / "short", num_workers=3)
+    assert [event for event in result.events if "->" in event] == ["data.num_workers 3 -> 0"]
+    assert net.inputs == expected
+    assert alive() == set()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("part", ["indices", "buffers"])
+def test_no_memory_for_stored_images(part: str, times: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the thread that gathers them, and in what it gathers them into."""
+    left = [times]
+
+    def short(original: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if left[0] and threading.current_thread().name in ("feed", "MainThread"):
+                left[0] -= 1
+                raise MemoryError("no room")
+            return original(*args, **kwargs)
+
+        return called
+
+    owner, name = (feed, "_gathered") if part == "indices" else (feed, "_Host")
+    monkeypatch.setattr(owner, name, short(getattr(owner, name)))
+    settings = [
+        "data=fakedata", "data.train.size=16", "data.val.size=8", "data.image_size=32", "data.cache=ram",
+        "model.name=mobilenetv3_small_050", "trainer.batch_size=4", "data.num_workers=0", "device=cpu",
+        "memory.limit=64MiB", "ladder.rungs=[{name: less, overrides: ['trainer.batch_size=2']}]",
+    ]  # fmt: skip
+    result = Trainer(compose_config(settings), output_dir=tmp_path).fit()
+    assert result.rung == ("requested" if times == 1 else "less")

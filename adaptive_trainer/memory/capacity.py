@@ -28,7 +28,6 @@ COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says
 
 DEFAULT_SIMULATED = 512 * 2**20
 SMALLEST_LIMIT = 2**20
-SHORT = 0.8  # share of the capacity above which memory counts as really short
 
 UNITS = {"b": 1} | {
     f"{letter}{suffix}": base**power
@@ -191,12 +190,8 @@ class Capacity:
         return (left if self.bytes is None else min(left, self.bytes)) - self._foreign
 
     def pressure(self) -> bool:
-        """Whether memory is really short: more than 0.8 of the room is reserved. False where the device is mute."""
-        try:
-            room = self.room()
-            return room is not None and self.usage().reserved > SHORT * (room + self._foreign)
-        except RuntimeError:
-            return False
+        """As `usage.is_short`."""
+        return usage.is_short(self.device)
 
     def other_users(self) -> str:
         """A sentence on who else holds memory of the device."""

@@ -26,6 +26,7 @@ __all__ = [
     "clear_gpu_memory",
     "describe_users",
     "format_bytes",
+    "is_short",
     "memory_users",
     "monitor_gpu_memory",
     "print_gpu_memory",
@@ -37,6 +38,7 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
+SHORT = 0.8  # share of the room above which memory counts as really short
 NO_GPU = "no CUDA GPU here and no simulated card in use: nothing to show"
 
 
@@ -97,6 +99,23 @@ def snapshot(device: torch.device) -> Usage:
             stats.get("num_alloc_retries", 0),
         )
     return simulated_cards[-1].usage() if simulated_cards else Usage()
+
+
+def is_short(device: torch.device) -> bool:
+    """Whether memory is really short: more than 0.8 of what this process may have is reserved.
+
+    That is its cap, or what other processes leave of a CUDA device; the size of the simulated card in use. False where
+    nothing limits memory, and where the device is mute.
+    """
+    try:
+        reserved = snapshot(device).reserved
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            room = min(free + reserved, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+            return reserved > SHORT * room
+        return bool(simulated_cards) and reserved > SHORT * simulated_cards[-1].capacity
+    except RuntimeError:
+        return False
 
 
 def reset_peaks(device: torch.device) -> None:
