@@ -24,7 +24,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
-from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.transaction import TrainState, layout
 
 __all__ = ["load", "made_buffers", "make_buffers", "misfit", "pack", "save", "unpack"]
 
@@ -210,18 +210,22 @@ def unpack(
 
 
 def made_buffers(state: TrainState) -> list[str]:
-    """The names of buffers that a forward pass has made, or has made anew in another shape."""
-    return [name for name, buffer in state.model.named_buffers() if state.factory_buffers.get(name) != buffer.shape]
+    """The names of buffers, and of parameters, that a forward pass has made, or has given another layout."""
+    named = (*state.model.named_buffers(), *state.model.named_parameters())
+    return [name for name, tensor in named if state.factory.get(name) != layout(tensor)]
 
 
 def make_buffers(model: nn.Module, saved: dict[str, Any], names: Iterable[str], *, persistent: bool = True) -> None:
     """Room for those of the saved tensors that `made_buffers` named."""
     for name in set(names) & set(saved):
         path, _, own_name = name.rpartition(".")
+        owner = model.get_submodule(path)
         device = next((parameter.device for parameter in model.parameters()), saved[name].device)
-        model.get_submodule(path).register_buffer(
-            own_name, torch.zeros_like(saved[name], device=device), persistent=persistent
-        )
+        room = torch.zeros_like(saved[name], device=device)
+        if own_name in owner._parameters:
+            owner.get_parameter(own_name).data = room
+        else:
+            owner.register_buffer(own_name, room, persistent=persistent)
 
 
 def misfit(error: Exception) -> str:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
 from adaptive_trainer.host_state import HostState
+from adaptive_trainer.transaction import Places
 from adaptive_trainer.update import Update
 
 __all__ = ["Graph", "GraphRefused", "refusal", "step_refusal", "synchronizing_refused"]
@@ -189,17 +190,29 @@ def _changing_values(groups: list[dict[str, Any]], rates: list[Tensor]) -> Itera
 @contextmanager
 def _unchanged_host(update: Update) -> Iterator[None]:
     """Put back what is changed on the host, and refuse an update that does so, which a replay would not repeat."""
-    model, loss = update.state.model, update.loss
+    model, loss, places = update.state.model, update.loss, Places(_tensors(update))
     model.train()  # as any update does; after an evaluation that would be a change
     host = HostState([model, loss] if isinstance(loss, nn.Module) else [model])
     try:
         yield
         changed = host.changes()
+        has_moved = not places.hold(_tensors(update))
     finally:
         host.put_back()
     if changed:
         update.phase = "forward"  # the step has run since, and is not to be blamed
         raise GraphRefused(f"its forward pass changes {', '.join(changed)} on the host, which a graph does not repeat")
+    if has_moved:
+        raise GraphRefused("it puts a tensor of its state elsewhere, or gives it another shape, and a graph does not")
+
+
+def _tensors(update: Update) -> list[Tensor]:
+    """What a replay finds where the recording left it."""
+    state = update.state
+    owners = [state.model, *([] if state.ema is None else [state.ema.module])]
+    made = [leaf for values in state.optimizer.state.values() for leaf in tree_leaves(values)]
+    named = [tensor for owner in owners for tensor in (*owner.parameters(), *owner.buffers())]
+    return [tensor for tensor in (*named, *made) if isinstance(tensor, Tensor)]
 
 
 def refusal(update: Update) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -39,6 +39,7 @@ WITH_AUXILIARY_HEAD = ("googlenet", "inception_v3")  # they return a tuple in tr
 NETWORK_PACKAGES = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 NETWORK_TIMEOUT = 20.0  # seconds of silence
 CONTAINERS = (nn.Sequential, nn.ModuleList)
+LENT = "kept_buffers"  # attribute of a module whose buffers are copies for the time of a second computation
 NEED_INPUT = (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)  # for their gradients, so in place they keep a copy of it
 
 
@@ -314,11 +315,14 @@ def _recomputed_later(module: nn.Module, own: Callable[..., Any] | None, *args: 
 
 def _on_lent_buffers(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The block's own forward, which is run again without the block's hooks."""
-    _lend_buffers(module, args)
+    kept, lent = dict(module._buffers), _copies(module)
+    if lent is None:
+        return forward(*args, **kwargs)
     try:
+        module._buffers.update(lent)
         return forward(*args, **kwargs)
     finally:
-        _take_buffers_back(module, args, None)
+        _give_back(module, kept)
 
 
 def _keep_buffers_when_recomputing(model: nn.Module) -> None:
@@ -329,17 +333,31 @@ def _keep_buffers_when_recomputing(model: nn.Module) -> None:
             module.register_forward_hook(_take_buffers_back, always_call=True)
 
 
+def _copies(module: nn.Module) -> dict[str, Tensor | None] | None:
+    """Copies of the module's buffers; None where no backward pass is running in this thread."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    return {name: None if value is None else value.clone() for name, value in module._buffers.items()}
+
+
+def _give_back(module: nn.Module, kept: dict[str, Tensor | None]) -> None:
+    module._buffers.clear()  # of what the second computation has made
+    module._buffers.update(kept)
+
+
 def _lend_buffers(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if torch._C._current_graph_task_id() != -1:  # -1: no backward pass is running in this thread
-        kept = dict(module._buffers)
-        module.__dict__["kept_buffers"] = kept
-        module._buffers.update({name: None if value is None else value.clone() for name, value in kept.items()})
+    # What an interrupted pass has left is of an earlier update, and must not be taken for this one's.
+    module.__dict__.pop(LENT, None)
+    kept, lent = dict(module._buffers), _copies(module)  # making copies can run out of memory: nothing is lent then
+    if lent is not None:
+        module.__dict__[LENT] = kept
+        module._buffers.update(lent)
 
 
 def _take_buffers_back(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    kept = module.__dict__.pop("kept_buffers", None)
+    kept = module.__dict__.pop(LENT, None)
     if kept is not None:
-        module._buffers.update(kept)
+        _give_back(module, kept)
 
 
 def _name(model: nn.Module) -> str:

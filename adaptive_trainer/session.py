@@ -22,7 +22,7 @@ from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.optimizers import Schedule, build_ema, build_optimizer, build_scaler, build_schedule
 from adaptive_trainer.position import Position, updates_per_epoch
-from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.transaction import TrainState, layout
 from adaptive_trainer.update import Loss, Update
 
 __all__ = ["Parts", "Session", "enter"]
@@ -111,7 +111,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
         build_scaler(config.trainer.precision, parts.device),
         build_ema(model, config.trainer.ema_decay),
         Position(config.seed, 0, 0, parts.train_size),
-        factory_buffers={name: buffer.shape for name, buffer in model.named_buffers()},
+        factory={name: layout(tensor) for name, tensor in (*model.named_buffers(), *model.named_parameters())},
         meters={name: torch.zeros((), dtype=torch.float64, device=parts.device) for name in METERS},
     )
 

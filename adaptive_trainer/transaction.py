@@ -12,7 +12,7 @@ import functools
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,11 +29,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adaptive_trainer.position import Position
 from adaptive_trainer.randomness import RandomStates
 
-__all__ = ["TrainState", "Undo", "layout"]
+__all__ = ["Places", "TrainState", "Undo", "layout"]
 
 P = ParamSpec("P")
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none
 PLAIN = (Tensor, int, float, bool, str, type(None))  # values of an optimizer's state that are no containers
+OVERLAPS = 1  # torch's word for elements that share memory
+DTYPE = operator.attrgetter("dtype")
 LEFT_BY_FUSED_STEP = ("grad_scale", "found_inf")
 
 
@@ -55,10 +58,11 @@ class TrainState:
 
     Attributes:
         position: which samples are done.
+        loss: what the network is trained with; the buffers and random numbers that it owns are a part of the state.
         updates: committed updates since the model was built.
         finished_epochs: epochs that are trained, evaluated and recorded.
         best: the highest validation accuracy so far, or less the least loss where accuracy is not known.
-        factory_buffers: shapes of the model's buffers as they were made, by name; others come of forward passes.
+        factory: layout of the model's parameters and buffers as they were made, by name; others come of forward passes.
         meters: running sums over this epoch: `loss` (over samples), `correct`, `seen` (samples), `skipped` (updates
             whose step the GradScaler left out because of an overflow). Scalars on the device.
     """
@@ -68,11 +72,56 @@ class TrainState:
     scaler: GradScaler
     ema: ModelEmaV3 | None
     position: Position
+    loss: Any = None
     updates: int = 0
     finished_epochs: int = 0
     best: float | None = None
-    factory_buffers: dict[str, torch.Size] = field(default_factory=dict)
+    factory: dict[str, Layout] = field(default_factory=dict)
     meters: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Places:
+    """Where tensors lie, and as what: storage, offset, shape, strides and dtype, each kept by a second tensor on it.
+
+    `resize_`, `set_` and an assignment to `.data` change all of that while the tensor stays the same object.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self.tensors = list(tensors)
+        self.kept = [tensor.detach() for tensor in tensors]
+        self._dtypes = list(map(DTYPE, tensors))
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and lie there still."""
+        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+        return same and all(map(Tensor.is_set_to, tensors, self.kept)) and list(map(DTYPE, tensors)) == self._dtypes
+
+    def put_back(self) -> None:
+        """Make every tensor what it was, on the memory that it had; what is in that memory is not looked at."""
+        if self.hold(self.tensors):
+            return
+        for tensor, kept in zip(self.tensors, self.kept, strict=True):
+            if not tensor.is_set_to(kept) or tensor.dtype != kept.dtype:
+                storage, needed = kept.untyped_storage(), _end(kept) * kept.element_size()
+                if storage.nbytes() < needed:  # given back by `resize_` of the storage
+                    storage.resize_(needed)
+                tensor.data = kept.detach()
+
+
+def _end(tensor: Tensor) -> int:
+    """Elements of its storage up to its last one."""
+    if not tensor.numel():
+        return 0
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) + 1 + sum(steps)
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """The tensor; of an expanded view, which nothing can be copied to, the stretch of memory that it lies in."""
+    if torch._debug_has_internal_overlap(tensor) != OVERLAPS:
+        return tensor
+    offset = tensor.storage_offset()
+    return tensor.as_strided((_end(tensor) - offset,), (1,), offset)
 
 
 class _Shadow:
@@ -83,22 +132,28 @@ class _Shadow:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
-        self.live: list[Tensor] = []
+        self.places = Places()
         self.copies: list[Tensor] = []
         self.groups: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def save(self, tensors: list[Tensor]) -> None:
-        same = len(tensors) == len(self.live) and all(map(operator.is_, tensors, self.live))
-        if not same and [layout(t) for t in tensors] != [layout(t) for t in self.copies]:
-            self.copies = [torch.empty_like(t, device=self.device or t.device, requires_grad=False) for t in tensors]
-        if not same:
-            self.live, self.groups = tensors, _alike(tensors, self.copies)
+        if not self.places.hold(tensors):
+            places = Places(tensors)
+            live = list(map(_writable, places.kept))
+            if [layout(t) for t in live] != [layout(t) for t in self.copies]:
+                self.copies = [torch.empty_like(t, device=self.device or t.device) for t in live]
+            self.groups, self.places = _alike(live, self.copies), places
         for live, copies in self.groups:
             torch._foreach_copy_(copies, live)
 
     def restore(self) -> None:
+        self.places.put_back()
         for live, copies in self.groups:
             torch._foreach_copy_(live, copies)
+
+    def let_go(self) -> None:
+        """Keep none of the tensors alive; the copies' memory stays."""
+        self.places, self.groups = Places(), []
 
 
 def _alike(live: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -114,7 +169,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+def layout(tensor: Tensor) -> Layout:
     """What decides the memory that a tensor takes on a device."""
     return tensor.shape, tensor.stride(), tensor.dtype
 
@@ -132,12 +187,12 @@ class Undo:
     def __init__(self, state: TrainState, device: torch.device, *, on_host: bool = False) -> None:
         self.state = state
         self.device = device
-        self.buffers = [module._buffers for module in state.model.modules()]
+        modules = [*state.model.modules(), *(state.loss.modules() if isinstance(state.loss, nn.Module) else ())]
+        averaged = [] if state.ema is None else list(state.ema.module.modules())
+        self.bindings = [owner for m in (*modules, *averaged) for owner in (m._parameters, m._buffers)]
+        self.buffers = [m._buffers for m in modules] + [m._buffers for m in averaged if m._non_persistent_buffers_set]
         self.parameters = list(state.model.parameters())
-        self.average: list[Tensor] = []
-        if state.ema is not None:
-            self.average = _tensors(state.ema.module.state_dict().values())
-            self.buffers += [m._buffers for m in state.ema.module.modules() if m._non_persistent_buffers_set]
+        self.averaged = averaged
         owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
         self.random_states = RandomStates(
             device, [v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)]
@@ -152,6 +207,7 @@ class Undo:
         self.small = _Shadow(host if self.on_host else None)
         self.beside, self.host = _Shadow(), _Shadow(host)
         self.large = self.host
+        self.weights = Places()
         self.begun = self.stepping = False
 
     def let_go(self) -> None:
@@ -159,17 +215,20 @@ class Undo:
         self.begun = self.stepping = False
         self.optimizer_state = []
         for shadow in (self.beside, self.host):
-            shadow.live, shadow.groups = [], []
+            shadow.let_go()
+        self.weights = Places()
 
     @_unseen
     def begin(self) -> None:
         """Keep what forward, backward and clipping change: buffers, scaler, meters, random numbers, plain values."""
         state = self.state
         self.begun = self.stepping = False
-        self.bound = [(owner, dict(owner)) for owner in self.buffers if owner]
+        self.bound = [(owner, dict(owner)) for owner in self.bindings if owner]
+        if not self.weights.hold(self.parameters):
+            self.weights = Places(self.parameters)
         self.scaler_tensors = {name: getattr(state.scaler, name, None) for name in SCALER_TENSORS}
         self.meters = dict(state.meters)
-        buffers = chain.from_iterable(tensors.values() for _, tensors in self.bound)
+        buffers = chain.from_iterable(map(dict.values, self.buffers))
         kept = [*buffers, *self.scaler_tensors.values(), *self.meters.values()]
         self.small.save([t for t in kept if t is not None])
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
@@ -194,7 +253,8 @@ class Undo:
         if copies:
             changing = leaves if kinds == {Tensor} else _tensors(leaves)  # often hundreds
             settings = _tensors(value for group in self.groups for value in group.values())
-            self.large.save([*self.parameters, *changing, *settings, *self.average])
+            average = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self.averaged)
+            self.large.save([*self.parameters, *changing, *settings, *_tensors(average)])
         self.stepping = True
 
     def _copy_containers(self) -> list[Any]:
@@ -214,8 +274,9 @@ class Undo:
             return
         if self.stepping:
             self.large.restore()
+        self.weights.put_back()
         self.small.restore()
-        for owner in self.buffers:
+        for owner in self.bindings:
             owner.clear()  # of what the first forward pass may have made
         for owner, tensors in self.bound:
             owner.update(tensors)

@@ -62,7 +62,7 @@ class Update:
         channels_last: bool = False,
     ) -> None:
         self.state = state
-        self.loss = loss
+        self.loss = state.loss = loss
         self.device = device
         self.capacity = capacity
         self.micro_batch_size = micro_batch_size
@@ -283,7 +283,16 @@ class Update:
                     "the network has made buffers since its moving average was made; make them with the network, or "
                     "use trainer.ema_decay=null"
                 )
+            self._follow_layouts()
             state.ema.update(state.model, step=state.updates + 1)
+
+    def _follow_layouts(self) -> None:
+        """Average what has another shape or dtype than its average anew: the two have no mean."""
+        for averaged, module in zip(self._averaged, self._modules, strict=True):
+            for name, value in module._buffers.items():
+                mean = averaged[name]
+                if mean is not None and value is not None and _kind(mean) != _kind(value):
+                    averaged[name] = value.detach().clone()
 
     def _enter_step(self, *_: Any) -> None:
         self.phase = "optimizer step"
@@ -350,6 +359,10 @@ class Update:
             loss = float(self.loss(output, y)) * len(labels)
         correct = float((output.argmax(1) == y).sum()) if _is_classification(output, y) else math.nan
         return loss, correct
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 def _is_classification(output: Any, target: Any) -> bool:

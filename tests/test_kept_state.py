@@ -1,0 +1,258 @@
+"""What networks do to their own state beside the gradients: an out-of-memory anywhere leaves no trace of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer import checkpoint
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.models import checkpoint_activations
+from adaptive_trainer.proof import Shapes, prove
+from adaptive_trainer.transaction import layout
+from tests.faults import Fault, differences, dump
+from tests.runs import CPU, OPTIMIZERS, Case, Run, start
+
+Network = Callable[[], nn.Module]
+SHAPES = Shapes(batch_size=7, eval_batch_size=5, image_size=8, num_classes=5)
+ONCE_EVERY = 7  # operators: a failure that is retried needs a run of its own
+
+
+def run_of(network: Network, capacity: Capacity, *, ema: bool = False) -> Run:
+    run = start(Case("sgd", "fp32", warm=False, ema=ema, clip=False, accumulate=True), capacity, network)
+    run.advance(run.update())
+    run.schedule.apply(run.state.position.schedule_step(7))
+    return run
+
+
+def in_place(run: Run) -> list[Any]:
+    """Which tensor objects lie where: identity, memory and layout of parameters and buffers."""
+    found = tensors_of_network(run.state.model)
+    return [(name, id(t), t.storage_offset(), t.shape, t.stride(), t.dtype) for name, t in found]
+
+
+def check_every_operator(network: Network, capacity: Capacity, *, ema: bool = False) -> None:
+    """Fail each operator of the second update with all that follow; some once, and one update more."""
+    expected = []
+    undisturbed = run_of(network, capacity, ema=ema)
+    update = undisturbed.update()
+    for _ in range(2):
+        undisturbed.advance(update)
+        expected.append(dump(undisturbed.state))
+    run = run_of(network, capacity, ema=ema)
+    update, before, places = run.update(), dump(run.state), in_place(run)
+    raised, at = True, 0
+    while raised:
+        fault = Fault(at, keeps_failing=True)
+        with suppress(OutOfMemory):
+            run.advance(update, fault)
+        raised = fault.raised > 0
+        if raised:
+            assert differences(dump(run.state), before) == [], at
+            assert in_place(run) == places, at
+            at += 1
+    assert at > 40
+    assert differences(dump(run.state), expected[0]) == []
+    for once in range(0, at, ONCE_EVERY):
+        check_retry(run_of(network, capacity, ema=ema), once, expected)
+
+
+def check_retry(run: Run, at: int, expected: list[dict[str, Any]]) -> None:
+    update = run.update()
+    run.advance(update, Fault(at))
+    assert differences(dump(run.state), expected[0]) == [], at
+    run.advance(update)
+    assert differences(dump(run.state), expected[1]) == [], at
+
+
+# ---- recomputed blocks -----------------------------------------------------------------------------------------------
+
+
+class Recomputed(nn.Module):
+    """Blocks whose second computation may change no buffer: written to, bound anew, made by the first pass."""
+
+    class Block(nn.Module):
+        total: Tensor
+        mean: Tensor
+
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.body, self.norm, self.how = nn.Linear(6, 6), nn.BatchNorm1d(6), how
+            self.register_buffer("total", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.body(x)))
+            with torch.no_grad():
+                self.total += x.sum()
+                if self.how == "bound":
+                    self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+                elif self.how == "data":
+                    self.mean.data = 0.9 * self.mean + 0.1 * x.mean(0)
+                else:
+                    self.mean.lerp_(x.mean(0), 0.1)
+            return x + self.mean
+
+    def __init__(self, how: str, *, within: bool) -> None:
+        super().__init__()
+        blocks = [self.Block(how) for _ in range(2)]
+        self.first = nn.Linear(192, 6)
+        self.blocks = nn.Sequential(*[nn.Sequential(block, nn.Linear(6, 6)) for block in blocks] if within else blocks)
+        self.head = nn.Linear(6, 5)
+        checkpoint_activations(self, True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(self.first(x.flatten(1))))
+        return out
+
+
+@pytest.mark.parametrize("how", ["bound", "data", "written"])
+@pytest.mark.parametrize("within", [False, True], ids=["a block", "within a block"])
+def test_memory_that_runs_out_in_a_recomputed_block_leaves_no_trace(how: str, within: bool, capacity: Capacity) -> None:
+    check_every_operator(lambda: Recomputed(how, within=within), capacity)
+
+
+def test_recomputed_blocks_train_as_others_do(capacity: Capacity) -> None:
+    runs = [run_of(lambda: Recomputed("bound", within=False), capacity) for _ in range(2)]
+    checkpoint_activations(runs[0].state.model, False)
+    for run in runs:
+        run.advance(run.update())
+    assert differences(dump(runs[0].state), dump(runs[1].state)) == []
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+
+
+class Changing(nn.Module):
+    """Changes what its buffer, or its weight, is and where it lies, in every forward pass of training."""
+
+    table: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.body, self.head = how, nn.Linear(192, 6), nn.Linear(6, 5)
+        self.register_buffer("table", torch.linspace(0, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x.flatten(1))
+        if self.training:
+            with torch.no_grad():
+                getattr(self, self.how)(x)
+        out: Tensor = self.head(x * (1 + self.table.double().mean().float()))
+        return out
+
+    def data_longer(self, x: Tensor) -> None:
+        self.table.data = torch.cat([self.table, x[:1, 0]])
+
+    def data_one(self, x: Tensor) -> None:
+        """Of a shape that everything can be broadcast to, and back."""
+        self.table.data = x.mean().reshape(1) if self.table.numel() > 1 else x.mean(0)
+
+    def data_double(self, x: Tensor) -> None:
+        self.table.data = self.table.double() / 3 + x.mean(0).double() / 7
+
+    def data_bits(self, x: Tensor) -> None:
+        """The same memory read as another type."""
+        self.table.mul_(1.25) if self.table.is_floating_point() else None
+        self.table.data = self.table.data.view(torch.int32 if self.table.is_floating_point() else torch.float32)
+
+    def data_integer(self, x: Tensor) -> None:
+        self.table.data = self.table.long() + 2**40 + 1
+
+    def data_transposed(self, x: Tensor) -> None:
+        self.table.data = x[:6, :4].contiguous().t() if self.table.ndim == 1 else self.table.data.t().contiguous()
+
+    def data_view(self, x: Tensor) -> None:
+        """Another stretch of a larger memory."""
+        self.table.data = x.flatten()[1:13:2].clone() if self.table.numel() != 6 else x.flatten()[3:9]
+
+    def data_expanded(self, x: Tensor) -> None:
+        self.table.data = x.mean().reshape(1).expand(6)
+
+    def bound_expanded(self, x: Tensor) -> None:
+        self.table = x.mean().reshape(1).expand(5)
+
+    def resize_larger(self, x: Tensor) -> None:
+        size = self.table.numel()
+        self.table.resize_(size + 1)[size] = x.sum()
+
+    def resize_smaller_and_write(self, x: Tensor) -> None:
+        self.table.resize_(max(2, self.table.numel() - 1)).mul_(0.5)
+
+    def resize_shape(self, x: Tensor) -> None:
+        self.table.resize_((2, 3) if self.table.ndim == 1 else (6,)).add_(1)
+
+    def set_other(self, x: Tensor) -> None:
+        self.table.set_(torch.cat([self.table, x[0, :1]]))  # type: ignore[call-overload]
+
+    def set_offset(self, x: Tensor) -> None:
+        storage = self.table.untyped_storage()
+        self.table.set_(storage, storage.nbytes() // 4 - 3, (3,), (1,)).add_(1)
+
+    def storage_freed(self, x: Tensor) -> None:
+        """What is gone of the memory itself, and comes back with other values."""
+        values = self.table.clone()
+        self.table.untyped_storage().resize_(0)
+        self.table.untyped_storage().resize_(24)
+        self.table.copy_(0.5 * values)
+
+    def weight_data(self, x: Tensor) -> None:
+        self.head.weight.data = 0.9 * self.head.weight
+
+    def weight_set(self, x: Tensor) -> None:
+        self.head.bias.set_(self.head.bias * 0.5)  # type: ignore[call-overload]
+
+
+WAYS = [name for name in vars(Changing) if "_" in name.strip("_")]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_layout_that_changes_in_place_is_put_back(how: str, capacity: Capacity) -> None:
+    check_every_operator(lambda: Changing(how), capacity)
+
+
+@pytest.mark.parametrize("how", [how for how in WAYS if "weight" not in how])
+def test_an_average_takes_what_has_another_layout_as_it_is(how: str, capacity: Capacity) -> None:
+    check_every_operator(lambda: Changing(how), capacity, ema=True)
+    run = run_of(lambda: Changing(how), capacity, ema=True)
+    run.advance(run.update())
+    assert run.state.ema is not None
+    average = run.state.ema.module.get_buffer("table")
+    assert (average.shape, average.dtype) == (run.state.model.table.shape, run.state.model.table.dtype)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_dry_run_puts_layouts_back(how: str, capacity: Capacity) -> None:
+    run = run_of(lambda: Changing(how), capacity)
+    update, before, places = run.update(), dump(run.state), in_place(run)
+    prove(update, SHAPES)
+    assert differences(dump(run.state), before) == []
+    assert in_place(run) == places
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_checkpoint_keeps_layouts(how: str, capacity: Capacity, tmp_path: Path) -> None:
+    """A resumed run goes on as the one that was not stopped."""
+    run, resumed = (run_of(lambda: Changing(how), capacity) for _ in range(2))
+    fresh = Changing(how)
+    resumed.state.factory = {name: layout(tensor) for name, tensor in tensors_of_network(fresh)}
+    resumed.state.model, run.state.factory = fresh, resumed.state.factory
+    resumed.state.optimizer = OPTIMIZERS["sgd"](fresh)
+    checkpoint.save(tmp_path / "last.pt", checkpoint.pack(run.state, CPU))
+    saved = checkpoint.load(tmp_path / "last.pt")
+    checkpoint.unpack(saved, resumed.state, CPU, keep_groups=False, with_optimizer=True)
+    assert differences(dump(resumed.state), dump(run.state)) == []
+    for each in (run, resumed):
+        each.advance(each.update())
+    assert differences(dump(resumed.state), dump(run.state)) == []
+
+
+def tensors_of_network(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*network.named_parameters(), *network.named_buffers()]
