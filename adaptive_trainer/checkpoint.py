@@ -6,13 +6,17 @@ new one, whole. It is read with `weights_only=True`: it can hold data, never cod
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import os
 import random
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
+from adaptive_trainer.contents import numpy_state
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
@@ -114,28 +119,45 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"there is no checkpoint {path}; give the path of a .pt file, or resume=auto for a run's own"
         )
+    content, problem = _read(path)
+    if problem:
+        raise CheckpointError(f"cannot read checkpoint {path}: {problem}; {_sound_beside(path)}")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of adaptive_trainer; give resume one of its .pt files")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {content.get('version')}, this program reads {VERSION}")
+    return content
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """What a file holds, and why that cannot be read."""
     problem = ""
-    content: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is None:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            problem = f"its part {damaged} is damaged"
+            return torch.load(path, map_location="cpu", weights_only=True), ""
+        problem = f"its part {damaged} is damaged"
     except Exception as error:  # the unpickler's own error type is private
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
         problem = f"it holds something that is not plain data ({type(error).__name__})"
         if isinstance(error, DAMAGE):
             problem = (str(error) or type(error).__name__).splitlines()[0]
-    if problem:
-        raise CheckpointError(f"cannot read checkpoint {path}: {problem}; use another one")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of adaptive_trainer; give resume one of its .pt files")
-    if content.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {content.get('version')}, this program reads {VERSION}")
-    return content
+        if isinstance(error, zipfile.BadZipFile):
+            problem = "it is cut short, or no checkpoint"
+    return None, problem
+
+
+def _sound_beside(path: Path) -> str:
+    """What can be used instead, of the checkpoints in the same folder."""
+    found = []
+    for other in sorted(path.parent.glob("*.pt")):
+        content, _ = (None, "") if other == path else _read(other)
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            is_whole = "optimizer" in content
+            found.append(override("resume", other) if is_whole else f"load_model reads {other}, which is sound")
+    return "; ".join(found) or "use another one"
 
 
 def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
@@ -178,21 +200,9 @@ def unpack(
     """
     problem = ""
     try:
-        made = content.get("made_buffers", ())
-        make_buffers(state.model, content["model"], made)
-        state.model.load_state_dict(content["model"])
-        if state.ema is not None:
-            average = content["ema"] or content["model"]  # one that the run did not have before begins with the weights
-            make_buffers(state.ema.module, average, made)
-            state.ema.module.load_state_dict(average)
-        if with_optimizer:
-            _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
-        make_buffers(state.model, content["buffers"], made, persistent=False)
-        buffers = dict(state.model.named_buffers())
-        with torch.no_grad():
-            for name, value in content["buffers"].items():
-                buffers[name].copy_(value)
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+        _unpack(content, state, keep_groups=keep_groups, with_optimizer=with_optimizer)
+        _restore_random(content["random"], device)
+    except Exception as error:  # all that can be wrong here is the checkpoint
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
         problem = misfit(error)
@@ -200,13 +210,45 @@ def unpack(
             problem = f"there is no {problem}"
     if problem:
         raise CheckpointError(f"the checkpoint does not fit this run's model or optimizer: {problem}")
+
+
+def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, with_optimizer: bool) -> None:
+    made = content.get("made_buffers", ())
+    make_buffers(state.model, content["model"], made)
+    state.model.load_state_dict(content["model"])
+    if state.ema is not None:
+        average = content["ema"] or content["model"]  # one that the run did not have before begins with the weights
+        make_buffers(state.ema.module, average, made)
+        state.ema.module.load_state_dict(average)
+    if with_optimizer:
+        _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
+    make_buffers(state.model, content["buffers"], made, persistent=False)
+    buffers = dict(state.model.named_buffers())
+    with torch.no_grad():
+        for name, value in content["buffers"].items():
+            buffers[name].copy_(value)
+    _refuse_no_numbers(state)
+    if content["meters"].keys() != state.meters.keys():
+        raise ValueError(f"its meters are {', '.join(content['meters'])}, and this run's {', '.join(state.meters)}")
     for name, value in content["meters"].items():
         state.meters[name].copy_(value)
     if state.scaler.is_enabled() and content["scaler"]:
+        _check_alike(content["scaler"], state.scaler.state_dict(), "scaler")
         state.scaler.load_state_dict(content["scaler"])
     state.position = Position.from_dict(content["position"])
     state.updates, state.finished_epochs, state.best = content["updates"], content["finished_epochs"], content["best"]
-    _restore_random(content["random"], device)
+
+
+def _refuse_no_numbers(state: TrainState) -> None:
+    """Refuse weights that are not finite. A buffer may be infinite (a mask), and hold no NaN."""
+    modules = [state.model] if state.ema is None else [state.model, state.ema.module]
+    for module in modules:
+        for name, weight in module.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"{name} has weights that are no finite numbers")
+        for name, buffer in module.named_buffers():
+            if bool(buffer.isnan().any()):
+                raise ValueError(f"{name} has values that are no numbers")
 
 
 def made_buffers(state: TrainState) -> list[str]:
@@ -234,12 +276,59 @@ def misfit(error: Exception) -> str:
 
 
 def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bool) -> None:
-    own = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(saved)
-    for group, values in zip(state.optimizer.param_groups, own, strict=True):
+    optimizer = state.optimizer
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    expected = _first_state(optimizer)
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values if keep_groups else {key: values[key] for key in IMPLEMENTATION if key in values})
-    _lay_out_as_weights(state.optimizer)
-    make_momentum(state.optimizer)
+        _check_alike(group, values, "optimizer.param_groups")
+    for parameter, values in optimizer.state.items():
+        if any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in values.values()):
+            raise ValueError("the optimizer's state has values that are no numbers")
+        if values:  # a parameter without a gradient has none
+            _check_alike(values, expected.get(parameter, {}), "optimizer.state")
+    _lay_out_as_weights(optimizer)
+    make_momentum(optimizer)
+
+
+def _check_alike(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
+    """Refuse values that cannot stand for this run's own: steps do not look at what they read."""
+    for key, value in own.items():
+        if key not in saved:
+            raise ValueError(f"{where} lacks {key!r}")
+        if value is not None and _kind_of(saved[key]) != _kind_of(value):
+            raise ValueError(f"{where}: {key!r} is {shortened(saved[key])}, and {shortened(value)} is of another kind")
+
+
+def _kind_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.is_floating_point()
+    if isinstance(value, list | tuple):
+        return [_kind_of(each) for each in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "number" if math.isfinite(value) else "no number"
+    return type(value)
+
+
+def _first_state(optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
+    """What a first step makes of each parameter, without its data; empty where that step looks at values."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stand_ins = [nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad) for parameter in parameters]
+    memo: dict[int, Any] = dict(zip(map(id, parameters), stand_ins, strict=True))
+    memo[id(optimizer.state)] = defaultdict(dict)
+    try:
+        rehearsal = copy.deepcopy(optimizer, memo)
+        for group in rehearsal.param_groups:
+            group.update({key: False for key in IMPLEMENTATION if key in group})
+        for stand_in in stand_ins:
+            stand_in.grad = torch.zeros_like(stand_in)
+        rehearsal.step()
+    except Exception as error:
+        if oom.describe(error).kind is not oom.Kind.OTHER:
+            raise
+        return {}
+    return {parameter: rehearsal.state[stand_in] for parameter, stand_in in zip(parameters, stand_ins, strict=True)}
 
 
 def _lay_out_as_weights(optimizer: Optimizer) -> None:
@@ -256,5 +345,4 @@ def _restore_random(saved: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(saved["cuda"], device)
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = saved["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(numpy_state(saved["numpy"]))

@@ -24,10 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from adaptive_trainer.checks import TASKS, check, check_no_card
-from adaptive_trainer.config import at_home, config_dir, explained, register, typed
+from adaptive_trainer.config import at_home, config_dir, explained, register, typed, with_asked
+from adaptive_trainer.earlier import begin, fail
 from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, DeviceUnusable, Interrupted, UserError, remedy
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
+from adaptive_trainer.trust import frozen
 
 __all__ = ["OutputFolder", "as_list", "main"]
 
@@ -97,7 +99,18 @@ class OutputFolder(Callback):
                     file=sys.stderr,
                 )
                 sys.exit(UserError.exit_code)
+        self._refuse_double(config)
         self._make("hydra.sweep.dir", config.hydra.sweep.dir)
+
+    def _refuse_double(self, config: DictConfig) -> None:
+        """What is typed beats a file, and would leave a sweep of it jobs that are all the same."""
+        typed_keys = {text.lstrip("+").partition("=")[0]: text for text in config.hydra.overrides.task}
+        for key in getattr(config.hydra.sweeper, "params", None) or {}:
+            if key in typed_keys:
+                print(
+                    f"{typed_keys[key]} is typed, and +sweep=... sweeps {key}; leave one of them out", file=sys.stderr
+                )
+                sys.exit(UserError.exit_code)
 
     def _make(self, key: str, folder: str) -> None:
         try:
@@ -130,6 +143,7 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
             log.error("%s", error)
             sys.exit(error.exit_code)  # not one job only: a sweep ends too
         failure = _bare(error)
+        fail(folder, "failed", str(error))
     except Exception as error:
         from adaptive_trainer import oom
 
@@ -148,6 +162,7 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
     _check_mode()
+    cfg = with_asked(cfg, overrides)
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
     if cfg.task == "plan":
@@ -164,10 +179,10 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
         run_memory(cfg, folder, measure if can_measure else None)
     else:
-        from adaptive_trainer.resume import saved_settings
+        if cfg.resume is None:  # the import of torch takes seconds, in which the run may be stopped
+            begin(folder, frozen(cfg))
         from adaptive_trainer.trainer import Trainer
 
-        cfg = saved_settings(cfg, overrides, folder)
         return float(Trainer(cfg, output_dir=folder).fit().metrics.get(cfg.optimized_metric, float("nan")))
     return float("nan")
 

@@ -10,9 +10,9 @@ import difflib
 import os.path
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -22,22 +22,28 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, quoted
 
 __all__ = [
     "LARGEST",
+    "Asked",
     "Config",
     "apply_overrides",
+    "asked",
     "at_home",
     "compose_config",
     "config_dir",
     "explained",
+    "flat",
+    "literal",
     "register",
     "typed",
+    "with_asked",
 ]
 
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
@@ -60,7 +66,7 @@ class DataConfig:
     """The data sets (`train` and `val` are nodes with a `_target_`), their transforms and how they are loaded."""
 
     train: dict[str, Any] = field(default_factory=dict)
-    val: dict[str, Any] | None = None  # null: val_fraction of train, split by seed
+    val: dict[str, Any] | None = field(default_factory=dict)  # empty: val_fraction of train, split by seed
     root: str | None = None
     val_fraction: float = 0.2
     image_size: int = 224
@@ -232,10 +238,12 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
     message = ""
     with _own_hydra():
         try:
-            return compose("config", overrides=[*map(at_home, overrides), *extra])
+            cfg = compose("config", overrides=[*map(at_home, overrides), *extra])
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             message = explained(error)
-    raise ConfigError(message)
+    if message:
+        raise ConfigError(message)
+    return with_asked(cfg, [*map(at_home, overrides)], "".join(extra))
 
 
 def at_home(override: str) -> str:
@@ -342,8 +350,103 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     return result
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What was typed for a run: settings carry it along, through copies and merges.
+
+    Attributes:
+        overrides: Hydra overrides, in order.
+        search_path: the override that names a folder of configs of one's own; may be empty.
+        composed: the settings as they were then, YAML.
+        kept: what a stage would have set otherwise than was typed, in words.
+    """
+
+    overrides: tuple[str, ...] = ()
+    search_path: str = ""
+    composed: str = ""
+    kept: tuple[str, ...] = ()
+
+
+def with_asked(cfg: DictConfig, overrides: Sequence[str], search_path: str = "") -> DictConfig:
+    """`cfg`, which remembers the overrides that were typed for it, and whose stages set nothing otherwise.
+
+    What is typed beats what a file says, of a preset as of a stage; stages that are typed are typed themselves.
+    """
+    parsed = [(_parsed(text).key_or_group, text) for text in overrides]
+    parsed = [(key, text) for key, text in parsed if not key.startswith("hydra") and not _parsed(text).is_delete()]
+    kept: list[str] = []
+    if not any(key.startswith("phases.") for key, _ in parsed):
+        for number, stage in enumerate(cfg.phases.stages, start=1):
+            beaten = _beaten(cfg, list(stage.overrides), parsed)
+            stage.overrides = [*stage.overrides, *beaten]
+            kept += [
+                f"stage {stage.name or f'stage-{number}'}: {text}, as typed, and not what its file says"
+                for text in beaten
+            ]
+    cfg._metadata.typed = Asked(  # type: ignore[attr-defined]  # the one place that goes with every copy
+        tuple(text for _, text in parsed), search_path, OmegaConf.to_yaml(cfg), tuple(kept)
+    )
+    return cfg
+
+
+def _beaten(cfg: DictConfig, said: list[str], parsed: list[tuple[str, str]]) -> list[str]:
+    """Those of the typed overrides that a stage, which says these, would undo."""
+    beaten: list[str] = []
+    for _ in range(2):  # a choice that is made again needs what was typed for its group again
+        try:
+            stage = apply_overrides(cfg, [*said, *beaten])
+        except ConfigError:  # told where the stages are made
+            return []
+        chosen = {_parsed(text).key_or_group for text in said}
+        for key, text in parsed:
+            is_undone = key in chosen if _is_group(key) else OmegaConf.select(stage, key) != OmegaConf.select(cfg, key)
+            if is_undone and text not in beaten:
+                beaten.append(text)
+    return beaten
+
+
+def asked(cfg: DictConfig) -> Asked:
+    """What was asked for in these settings: what was typed, and what the caller has set in them since.
+
+    Of settings that no `compose_config` made it is all that differs from the defaults.
+    """
+    memory: Asked | None = getattr(cfg._metadata, "typed", None)
+    if memory is None:
+        memory = asked(compose_config())
+    before = flat(OmegaConf.to_container(OmegaConf.create(memory.composed)))
+    now = flat(OmegaConf.to_container(cfg))
+    since = [f"++{key}={literal(value)}" for key, value in now.items() if key not in before or before[key] != value]
+    return replace(memory, overrides=(*memory.overrides, *since))
+
+
+def literal(value: Any) -> str:
+    """A value as Hydra's overrides have it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(literal, value)) + "]"
+    if isinstance(value, str):
+        return quoted(value)
+    return "null" if value is None else str(value).lower()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their full names; an empty dict is one."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _parsed(text: str) -> Override:
+    return OverridesParser.create().parse_override(text)
+
+
 def _apply(cfg: DictConfig, text: str) -> None:
-    override = OverridesParser.create().parse_override(text)
+    override = _parsed(text)
     if override.is_sweep_override():
         raise ConfigError("is a sweep; give one value")
     if override.is_delete():
@@ -373,18 +476,21 @@ def _exists(cfg: DictConfig, key: str) -> bool:
 
 
 def _choose(cfg: DictConfig, group: str, choice: str) -> None:
-    content = _compose_alone(f"+{group}={choice}")
+    if Path(choice).is_absolute() or ".." in Path(choice).parts:
+        raise ConfigError("is no name of a file in a folder of configs")
+    memory: Asked = getattr(cfg._metadata, "typed", Asked())
+    content = _compose_alone(f"+{group}={choice}", memory.search_path)
     if set(content) == {group} and group in cfg:
         OmegaConf.update(cfg, group, OmegaConf.structured(Config)[group], merge=False)
     for name in content:
         OmegaConf.update(cfg, str(name), content[name], merge=True)
 
 
-def _compose_alone(override: str) -> DictConfig:
+def _compose_alone(override: str, search_path: str) -> DictConfig:
     if _is_running_ours():
         return compose(overrides=[override])  # with the folders of the command line
     with _own_hydra():
-        return compose(overrides=[override])
+        return compose(overrides=[override, *([search_path] if search_path else [])])
 
 
 def _is_running_ours() -> bool:

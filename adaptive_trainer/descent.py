@@ -22,7 +22,7 @@ from adaptive_trainer.errors import LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder import Rung, own
 from adaptive_trainer.memory.usage import is_short
 
-__all__ = ["Attempt", "Found", "Meter", "descend"]
+__all__ = ["Attempt", "Found", "Meter", "descend", "exhausted_message", "outcomes"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -148,6 +148,23 @@ def _try(
     if meter is not None:
         entry.peak_allocated_bytes, entry.peak_reserved_bytes = meter.peaks()
     return entry, value
+
+
+def outcomes(rungs: Sequence[Rung[Any]], attempts: Sequence[Attempt]) -> str:
+    """What became of each of these rungs, as its last attempt says, in words."""
+    last = {entry.rung: entry for entry in attempts}
+    found: dict[str, list[str]] = {}
+    for rung in rungs:
+        entry = last.get(rung.name)
+        if entry is None and not rung.passed_over:
+            found.setdefault("not tried by this run", []).append(rung.name)
+        elif entry is None or (entry.outcome == "skipped" and entry.predicted_bytes is None):
+            reason = rung.passed_over if entry is None else entry.reason
+            found.setdefault("passed over", []).append(f"{rung.name} ({reason})")
+        else:
+            said = {"oom": "out of memory", "skipped": "predicted not to fit"}.get(entry.outcome, entry.outcome)
+            found.setdefault(said, []).append(rung.name)
+    return "; ".join(f"{said}: {', '.join(names)}" for said, names in found.items())
 
 
 def exhausted_message(attempts: Sequence[Attempt]) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "OutOfMemory",
     "UserError",
     "override",
+    "quoted",
     "remedy",
 ]
 
@@ -57,9 +58,13 @@ def override(key: str, value: object) -> str:
     text = str(value)
     if BARE.fullmatch(text):
         return f"{key}={text}"
+    return shlex.quote(f"{key}={quoted(text)}")
+
+
+def quoted(text: str) -> str:
+    """A text in Hydra's quotes."""
     # a backslash counts as one, unless a quote follows it
-    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text)
-    return shlex.quote(f'{key}="{escaped}"')
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'
 
 
 class AdaptiveTrainerError(Exception):

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.checks import check
-from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig, apply_overrides, typed
+from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig, apply_overrides, flat, typed
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [
@@ -314,7 +314,7 @@ def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictCo
 
 def changed(before: Config, after: Config) -> dict[str, Any]:
     """The settings of `after` that differ, by their full names; None for one that is gone."""
-    old, new = _flat(asdict(before)), _flat(asdict(after))
+    old, new = flat(asdict(before)), flat(asdict(after))
     return {key: new.get(key) for key in {**old, **new} if _differ(old.get(key), new.get(key))}
 
 
@@ -373,24 +373,18 @@ def scaled_lr(asked: Config, batch_size: int) -> tuple[float, str]:
     return used, f"learning rate {lr:g} -> {used:.3g}: {rule} rule for batch size {asked_batch} -> {batch_size}"
 
 
-def changes(asked: Config, rung: Rung[Config]) -> list[Change]:
-    """Every setting of `rung` that differs from the request, with the reason."""
-    old, new = _flat(asdict(asked)), _flat(asdict(rung.settings))
+def changes(asked: Config, rung: Rung[Config], above: str = "") -> list[Change]:
+    """Every setting of `rung` that differs from the request, with the reason.
+
+    Args:
+        above: what became of the rungs above it, in words.
+    """
+    old, new = flat(asdict(asked)), flat(asdict(rung.settings))
     differing = [key for key, value in new.items() if _differ(old.get(key), value)]
-    return [Change(key, old.get(key), new[key], _reason(key, rung)) for key in differing]
+    return [Change(key, old.get(key), new[key], _reason(key, rung, above)) for key in differing]
 
 
-def _reason(key: str, rung: Rung[Config]) -> str:
+def _reason(key: str, rung: Rung[Config], above: str) -> str:
     about = {"optimizer.lr": "learning rate ", "trainer.batch_size": f"batch size {LARGEST} "}.get(key)
     noted = (note for note in rung.notes if about is not None and note.startswith(about))
-    return next(noted, f"out of memory: rung {rung.name}")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return next(noted, f"rung {rung.name} is used" + (f"; {above}" if above else ""))

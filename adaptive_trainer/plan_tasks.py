@@ -19,13 +19,13 @@ from adaptive_trainer.checks import check
 from adaptive_trainer.config import LARGEST, CardConfig, Config, typed
 from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
+from adaptive_trainer.files import refused_by_disk, write_whole
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name
 from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
-from adaptive_trainer.report import refused_by_disk, write_whole
 from adaptive_trainer.target import Target, card_of, target_of
 
 __all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
@@ -279,15 +279,16 @@ def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
     axes.set(xlabel="batch size", ylabel="peak allocated, MiB (x: measured)", title=title, ylim=(0, None))
     axes.title.set_fontsize("small")
     axes.legend()
-    with _writing(path.parent):
-        figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
+    _write(path.parent, path.name, picture.getvalue())
 
 
-def _write(output_dir: str | Path, name: str, text: str) -> None:
+def _write(output_dir: str | Path, name: str, content: str | bytes) -> None:
     folder = Path(output_dir)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, text)
+        write_whole(folder / name, content)
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:

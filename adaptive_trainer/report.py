@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +15,13 @@ from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.descent import Attempt
-from adaptive_trainer.errors import CheckpointError, UserError, remedy
+from adaptive_trainer.earlier import failure
+from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.files import append, as_json, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Change, Recipe
 from adaptive_trainer.store import alone
 
-__all__ = ["Record", "Result", "is_watched", "refused_by_disk", "rung_table", "write_whole"]
+__all__ = ["Record", "Result", "is_watched", "rung_table"]
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +101,21 @@ class Record:
             )
 
     def begin(self, settings: str) -> None:
-        """Write config.yaml."""
+        """Write config.yaml, and the attempts so far."""
         self.write("config.yaml", settings)
         self.has_begun = True
+        for entry in self.attempts:
+            self._append(entry)
 
     def attempt(self, entry: Attempt) -> None:
-        """Keep one attempt and append it to attempts.jsonl."""
+        """Keep one attempt and append it to attempts.jsonl, once the run has begun."""
         self.attempts.append(entry)
-        with self._writing(), (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json(asdict(entry)) + "\n")
+        if self.has_begun:
+            self._append(entry)
+
+    def _append(self, entry: Attempt) -> None:
+        with self._writing():
+            append(self.folder / "attempts.jsonl", as_json(asdict(entry)) + "\n")
 
     def event(self, text: str) -> None:
         """Log a decision and keep it for the result."""
@@ -120,11 +126,8 @@ class Record:
         """Append one row to metrics.csv."""
         path = self.folder / "metrics.csv"
         is_new = not path.exists() or path.stat().st_size == 0
-        with self._writing(), path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        with self._writing():
+            append(path, _csv([row], with_header=is_new))
 
     def forget_after(self, stage: int, model: str, epoch: int) -> None:
         """Drop rows of metrics.csv that a run resumed in `stage`, with `model`, after `epoch` will write again."""
@@ -136,24 +139,19 @@ class Record:
         kept = [
             row for row in rows if (int(row["stage"]), row["model"]) != (stage, model) or int(row["epoch"]) <= epoch
         ]
-        text = io.StringIO()
-        if kept:
-            writer = csv.DictWriter(text, list(kept[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        self.write("metrics.csv", text.getvalue())
+        self.write("metrics.csv", _csv(kept, with_header=True) if kept else "")
 
     def result(self, result: Result) -> None:
         """Write result.json."""
-        self.write("result.json", _json({**asdict(result), "accumulation": result.used.accumulation}, indent=2) + "\n")
+        content = {**asdict(result), "accumulation": result.used.accumulation}
+        self.write("result.json", as_json(content, indent=2) + "\n")
 
     def failure(self, outcome: str, message: str) -> None:
         """Write result.json for a run that did not end well, if it has begun."""
         if not self.has_begun:
             return
-        content = {"outcome": outcome, "message": message, "attempts": [asdict(a) for a in self.attempts]}
         with suppress(CheckpointError):  # the disk may be full, and the first error is the one to show
-            self.write("result.json", _json({**content, "events": self.events}, indent=2) + "\n")
+            self.write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
 
     def write(self, name: str, text: str) -> None:
         """Write a whole text file, by way of a temporary name."""
@@ -166,38 +164,13 @@ class Record:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary name, so that no reader meets half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-@contextmanager
-def refused_by_disk(explain: Callable[[str], UserError]) -> Iterator[None]:
-    """An OSError of the block leaves as what `explain` makes of its text, in which is said what to do."""
-    problem = ""
-    try:
-        yield
-    except OSError as error:
-        problem = f"{error}. {remedy(error)}"
-    if problem:
-        raise explain(problem)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_plain(value), indent=indent, allow_nan=False, default=str)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN; such a number is written as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _csv(rows: Sequence[dict[str, Any]], *, with_header: bool) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if with_header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def rung_table(attempts: Sequence[Attempt]) -> str:

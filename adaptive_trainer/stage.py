@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config import LARGEST, Config
 from adaptive_trainer.data import DataSets
-from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message
+from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message, outcomes
+from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changes, recipe
+from adaptive_trainer.ladder import Change, Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
 from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
-from adaptive_trainer.resume import take_up, way_on
+from adaptive_trainer.resume import take_up
 from adaptive_trainer.session import Parts, Session, enter
 
 __all__ = ["Stage"]
@@ -46,6 +47,7 @@ class Stage:
         largest: the batch size that `max` has come to, or None where a number was asked for.
         weights: what `weights_learned` of the stage before gave, or None.
         after: name of the stage that has just ended; empty where none has.
+        accepted: called once the checkpoint is known to fit, or to be left: then the record of an earlier run may go.
     """
 
     ladder: Sequence[Rung[Config]]
@@ -58,6 +60,7 @@ class Stage:
     saved: dict[str, Any] | None = None
     weights: tuple[Any, dict[str, Any], list[str]] | None = None
     after: str = ""
+    accepted: Callable[[], Any] = lambda: None
     largest: int | None = None
     session: Session | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +70,11 @@ class Stage:
     _climb_at: int = 0
     _is_climbing: bool = False
     _earlier: Measurement | None = None  # of an earlier proof, which was not made again
+    _since: int = field(init=False)  # attempts of earlier stages
+
+    def __post_init__(self) -> None:
+        """Remember where its own attempts begin."""
+        self._since = len(self.record.attempts)
 
     def run(self) -> Rung[Config]:
         """Descend, train, descend again where memory runs out; returns the rung that holds at the end.
@@ -145,7 +153,7 @@ class Stage:
         found = self._go_down(self.ladder[start:], self._judge)
         if self._is_sound:
             self._checkpoint(False)
-        changed = changes(self.ladder[0].settings, found.rung)
+        changed = self.changes(found.rung)
         for change in changed:
             log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
         for note in found.rung.notes:
@@ -158,6 +166,11 @@ class Stage:
             )
         log.info("rung %s holds: %s", found.rung.name, self.parts.recipe(found.rung.settings))
         return found.rung, found.value
+
+    def changes(self, rung: Rung[Config], asked: Config | None = None) -> list[Change]:
+        """What `rung` sets otherwise than was asked for, by default than the first rung, and why."""
+        above = outcomes(self.ladder[: self.ladder.index(rung)], self.record.attempts[self._since :])
+        return changes(asked or self.ladder[0].settings, rung, above)
 
     def _go_down(self, rungs: Sequence[Rung[Config]], judge: Judge) -> Found[Config, int]:
         """Descend, and remember how it went, but for what fails later, in training: that says too little of a rung."""
@@ -293,6 +306,7 @@ class Stage:
         """The same for a checkpoint whose model does not fit any more."""
         saved, self.saved = self.saved, None
         if saved is not None:
+            self.accepted()
             self._start_anew(saved["config"]["model"]["name"], config.model.name, saved)
 
     def _start_anew(self, larger: str, smaller: str, learned: dict[str, Any] | None) -> None:
@@ -312,7 +326,9 @@ class Stage:
             self.record.event(f"the best of {owner} is kept in checkpoints/{name}")
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
-        for text in take_up(saved, session.config, session.state, self.parts.device):
+        told = take_up(saved, session.config, session.state, self.parts.device)
+        self.accepted()
+        for text in told:
             self.record.event(text)
         self.metrics, epochs = saved["metrics"], session.state.finished_epochs
         self.record.forget_after(self.number, self.parts.recipe(session.config).model, epochs)

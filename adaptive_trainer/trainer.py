@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -18,12 +19,14 @@ from adaptive_trainer.arguments import check_arguments, noting
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
 from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
+from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
+from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside
 from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Rung, changed, changes, resolve, stages, stored_size
+from adaptive_trainer.ladder import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
@@ -33,9 +36,11 @@ from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.planning import check_names
 from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.report import Record, Result, rung_table
+from adaptive_trainer.resume import Start
 from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.supply import told_by_the_loader
+from adaptive_trainer.trust import LOADS, check_model, frozen
 from adaptive_trainer.update import Loss
 
 __all__ = ["Trainer", "load_model"]
@@ -92,32 +97,31 @@ class Trainer:
             Exception: whatever is not about memory, unchanged.
         """
         self.model = None  # one of an earlier call would take its memory from this one
-        device = device_of(self.cfg.device)
-        ladders = [(name, settings, resolve(settings)) for name, settings in stages(self.cfg)]
-        check_no_card(typed(self.cfg).card)
+        start = resume.start(self.cfg, self.output_dir)
+        device = device_of(start.cfg.device)
+        ladders = [(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
+        check_no_card(typed(start.cfg).card)
         record = Record(self.output_dir)
         with alone_in_process(), record.held():
-            return self._recorded(ladders, device, record)
+            return self._recorded(start, ladders, device, record)
 
-    def _recorded(self, ladders: Ladders, device: torch.device, record: Record) -> Result:
+    def _recorded(self, start: Start, ladders: Ladders, device: torch.device, record: Record) -> Result:
         """Train, and record how it ends; the folder is this run's alone."""
-        asked, path = ladders[0][2][0].settings, resume.find(self.cfg.resume, self.output_dir)
-        if not resume.left_by_earlier(self.output_dir):
-            record.begin(OmegaConf.to_yaml(self.cfg))
+        asked = ladders[0][2][0].settings
+        if not left_by_earlier(self.output_dir):
+            record.begin(frozen(start.cfg))
         try:
             process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
             with process, _current(device):
                 seed_everything(asked.seed)
                 with limited(device, asked.memory.limit) as capacity:
                     log.info("%s", capacity.description)
-                    return self._run(ladders, device, capacity, record, path)
+                    return self._run(start, ladders, device, capacity, record)
         except (Exception, KeyboardInterrupt) as error:
             record.failure(_outcome(error), str(error))
             raise
 
-    def _run(
-        self, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record, path: Path | None
-    ) -> Result:
+    def _run(self, start: Start, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""
         first = ladders[0][2][0].settings
         for _, _, ladder in ladders:
@@ -134,27 +138,33 @@ class Trainer:
         parts = Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
-            request=OmegaConf.to_yaml(self.cfg),
+            request=frozen(start.cfg),
             num_classes=num_classes,
             train_size=len(data.train),
             device=device,
             capacity=capacity,
             made=self._made,
         )
-        saved = None if path is None else resume.load(path)
+        saved, start.saved = start.saved, None  # it is large, and the first stage lets it go
         if saved is not None:
             resume.check_stages(saved, [name for name, _, _ in ladders])
             resume.check_data(saved, len(data.train), data.classes)
         if self._make_model is build_model:
-            ladders = _with_layout(self.cfg, ladders, len(data.train), device, record, saved)
+            ladders = _with_layout(start.cfg, ladders, len(data.train), device, record, saved)
         data, ladders = _with_cache(data, ladders, record)
-        if not record.has_begun:  # nothing is refused any more
-            if not resume.is_within(path, self.output_dir):
-                record.event(resume.set_aside(self.output_dir))
-            record.begin(OmegaConf.to_yaml(self.cfg))
+
+        def accepted() -> None:  # nothing is refused any more
+            if record.has_begun:
+                return
+            if not is_within(start.path, self.output_dir):
+                record.event(set_aside(self.output_dir))
+            record.begin(frozen(start.cfg))
+
+        if saved is None:
+            accepted()
         for text in not_used:
             record.event(text)
-        self._tell(device, path, record)
+        self._tell(start, device, record)
         forecast = Forecast(
             capacity,
             parts.num_classes,
@@ -169,30 +179,28 @@ class Trainer:
                 if saved is not None and number < saved["stage"]:
                     continue
                 if len(ladders) > 1:
-                    record.event(f"stage {name}: {_differences(self.cfg, typed(settings))}")
+                    record.event(f"stage {name}: {_differences(start.cfg, typed(settings))}")
                 after = ladders[number - 1][0] if number and saved is None else ""
-                stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights, after)
+                stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights, after, accepted)
                 rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned() if number + 1 < len(ladders) else None
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
         self.model = stage.model
         return self._result(typed(settings), rung, stage, done, record)
 
-    def _tell(self, device: torch.device, path: Path | None, record: Record) -> None:
+    def _tell(self, start: Start, device: torch.device, record: Record) -> None:
         """Record what was decided before anything runs."""
-        if path is not None:
-            log.info("going on from %s", path)
-        if self.cfg.resume == "auto" and (text := resume.passed_over(path, self.output_dir)):
+        if start.path is not None:
+            log.info("going on from %s", start.path)
+        for text in start.events:
             record.event(text)
-        if self.cfg.resume and path is None:
-            record.event(f"resume=auto: no earlier run with a checkpoint beside {self.output_dir}: a fresh start")
         if self._make_model is not build_model:
             record.event(
-                f"the network is made by the caller; model.name={self.cfg.model.name} is handed to what makes it"
+                f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
             )
         if isinstance(self._loss, nn.Module) and any(p.requires_grad for p in self._loss.parameters()):
             record.event("the loss has parameters, which nothing trains: the optimizer is given the network's alone")
-        if self.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
+        if start.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
             record.event(f"trainer.tf32=true changes nothing: {refusal}")
 
     def _train(self, stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:
@@ -205,6 +213,7 @@ class Trainer:
         except LadderExhausted as error:
             message = str(error)
         if message:
+            stage.accepted()  # it is the memory that is short, and to be recorded
             raise LadderExhausted(f"{message}\n{_advice(capacity)}")
         log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
         return rung
@@ -220,7 +229,7 @@ class Trainer:
             rung=rung.name,
             requested=stage.parts.recipe(stage.ladder[0].settings),
             used=stage.parts.recipe(rung.settings),
-            changes=changes(asked, rung),
+            changes=stage.changes(rung, asked),
             events=record.events,
             metrics={key: value for key, value in stage.metrics.items() if isinstance(value, int | float)},
             attempts=record.attempts,
@@ -323,8 +332,11 @@ def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module
     Raises:
         CheckpointError: there is none, or it is damaged, or something else.
     """
-    content = checkpoint.load(Path(path))
+    content = checked(checkpoint.load(Path(path)), Path(path), OF_A_MODEL)
     settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})
+    settings.kwargs = {key: value for key, value in settings.kwargs.items() if key not in LOADS}
+    if model is None:
+        check_model(asdict(settings), Path(path))
     network = (model or build_model)(settings, content["num_classes"])
     problem = ""
     try:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, errors, oom, report, resume
+from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, errors, oom, report
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Record, Result
@@ -750,8 +750,8 @@ def test_a_checkpoint_of_a_stage_that_is_not_there_any_more(tmp_path: Path) -> N
 
 
 def test_the_way_on_names_the_folder_that_was_chosen() -> None:
-    assert resume.way_on(Path("outputs/2026-11-26/10-00-00")) == "resume=auto"
-    assert resume.way_on(Path("mine")) == "resume=auto output_dir=mine"
+    assert earlier.way_on(Path("outputs/2026-11-26/10-00-00")) == "resume=auto"
+    assert earlier.way_on(Path("mine")) == "resume=auto output_dir=mine"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""What a checkpoint has to hold: each key, and what can be known of its value without the network."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from adaptive_trainer import oom
+from adaptive_trainer.config import Config, typed
+from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.position import Position
+
+__all__ = ["OF_A_MODEL", "OF_A_RUN", "checked", "numpy_state"]
+
+WORDS = 624  # of the state of the Mersenne Twister
+
+
+def checked(content: dict[str, Any], path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The content of a checkpoint, of which these keys are needed, with its settings completed.
+
+    Raises:
+        CheckpointError: a key is missing, or its value cannot be what was saved.
+    """
+    problem, found = "", dict(content)
+    for key in keys:
+        if key not in content:
+            problem = f"it lacks {key!r}"
+            break
+        try:
+            found[key] = CHECKS[key](content[key])
+        except Exception as error:  # an altered value is refused with every kind of error
+            if oom.describe(error).kind is not oom.Kind.OTHER:
+                raise
+            problem = f"{key!r} is not what was saved: {_said(error)}"
+            break
+    if not problem and "position" in keys and not _agree(found):
+        problem = "'position' and 'finished_epochs' do not agree"
+    if problem:
+        raise CheckpointError(f"{path} is no checkpoint to go on with: {problem}; use another one")
+    return found
+
+
+def _said(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, KeyError):
+        return f"there is no {text}"
+    return text or type(error).__name__
+
+
+def _agree(content: dict[str, Any]) -> bool:
+    """Whether as many epochs are finished as are trained; a run may have been stopped in the evaluation of the last."""
+    ahead, cursor = content["position"]["epoch"] - content["finished_epochs"], content["position"]["cursor"]
+    return bool(ahead == 0 or (ahead == 1 and cursor == 0))
+
+
+def _need(holds: bool, value: Any, wanted: str) -> Any:
+    if not holds:
+        raise ValueError(f"{shortened(value)} is not {wanted}")
+    return value
+
+
+def _whole(value: Any, least: int = 0) -> Any:
+    return _need(type(value) is int and value >= least, value, f"a whole number from {least} on")
+
+
+def _text(value: Any) -> Any:
+    return _need(isinstance(value, str), value, "a text")
+
+
+def _texts(value: Any) -> Any:
+    return _need(isinstance(value, list) and all(isinstance(each, str) for each in value), value, "a list of texts")
+
+
+def _named(value: Any) -> Any:
+    return _need(isinstance(value, dict) and all(isinstance(key, str) for key in value), value, "a dict by names")
+
+
+def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else check(value)
+
+
+def _number(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return _need(is_number and math.isfinite(value), value, "a finite number")
+
+
+def _plain(value: Any) -> Any:
+    for each in _named(value).values():
+        _need(isinstance(each, str | int | float | bool | None), each, "a number or a text")
+    return value
+
+
+def _meters(value: Any) -> Any:
+    for name, meter in _named(value).items():
+        is_scalar = isinstance(meter, Tensor) and meter.ndim == 0 and meter.is_floating_point()
+        _need(is_scalar and bool(meter.isfinite()), meter, f"a finite scalar, as {name} is")
+    return value
+
+
+def _optimizer(value: Any) -> Any:
+    states, groups = value["state"], value["param_groups"]
+    _need(isinstance(states, dict) and all(isinstance(each, dict) for each in states.values()), states, "its state")
+    _need(isinstance(groups, list) and all(isinstance(each["params"], list) for each in groups), groups, "its groups")
+    return value
+
+
+def _config(value: Any) -> Any:
+    settings = OmegaConf.merge(OmegaConf.structured(Config), _named(value))
+    return asdict(typed(settings)) if isinstance(settings, DictConfig) else None
+
+
+def _position(value: Any) -> Any:
+    for name in ("seed", "epoch", "cursor", "size"):
+        _need(type(value[name]) is int, value[name], "a whole number")
+    return Position.from_dict(value).to_dict()
+
+
+def _requested(value: Any) -> Any:
+    _whole(_named(value)["batch_size"], 1)
+    return value
+
+
+def _random(value: Any) -> Any:
+    """Tried on generators of its own."""
+    torch.Generator().set_state(value["torch"])
+    cuda = value["cuda"]
+    _need(cuda is None or (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8), cuda, "the state of a generator")
+    version, words, gauss = value["python"]
+    random.Random().setstate((version, tuple(words), gauss))
+    state = numpy_state(value["numpy"])
+    np.random.RandomState().set_state(state)
+    _need(0 <= state[2] <= WORDS, state[2], "a place in the state")  # which numpy does not look at
+    return value
+
+
+def numpy_state(saved: Any) -> Any:
+    """The state that `np.random.set_state` takes, from plain data."""
+    name, keys, *rest = saved
+    return name, keys.numpy().astype(np.uint32), *rest
+
+
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "model": _named,
+    "ema": _or_none(_named),
+    "config": _config,
+    "num_classes": lambda value: _whole(value, 1),
+    "classes": _texts,
+    "stage": _whole,
+    "rung": _text,
+    "request": _text,
+    "requested": _requested,
+    "capacity": _or_none(_whole),
+    "metrics": _plain,
+    "buffers": _named,
+    "optimizer": _optimizer,
+    "scaler": _named,
+    "position": _position,
+    "updates": _whole,
+    "finished_epochs": _whole,
+    "best": _or_none(_number),
+    "meters": _meters,
+    "random": _random,
+}
+OF_A_RUN = tuple(CHECKS)
+OF_A_MODEL = ("model", "ema", "config", "num_classes")

@@ -1,0 +1,217 @@
+"""Earlier runs by their folders: which one `resume=auto` means, and what becomes of one that is in the way."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from adaptive_trainer.errors import CheckpointError, override
+from adaptive_trainer.files import as_json, refused_by_disk, write_whole
+
+__all__ = [
+    "Earlier",
+    "begin",
+    "fail",
+    "failure",
+    "find",
+    "is_within",
+    "left_by_earlier",
+    "set_aside",
+    "way_on",
+]
+
+DAY = re.compile(r"\d{4}-\d\d-\d\d")
+LAST = Path("checkpoints", "last.pt")
+SETTINGS, RESULT = "config.yaml", "result.json"
+OF_A_RUN = (LAST.parent, "attempts.jsonl", "metrics.csv", RESULT, SETTINGS)
+
+
+KILLED = "it was killed before the first one, or is still at it"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that a resumed one goes on from.
+
+    Attributes:
+        checkpoint: what it has saved; None where it was stopped before it had saved anything, and for a fresh start.
+        settings: the file with its settings, where there is no checkpoint; None for a fresh start.
+        events: what was decided on the way to it, in words.
+    """
+
+    checkpoint: Path | None = None
+    settings: Path | None = None
+    events: tuple[str, ...] = ()
+
+
+def find(resume: str | None, output_dir: Path) -> Earlier:
+    """The run that `resume` means.
+
+    `auto` is the run in `output_dir`, or the last one that was set aside there; else, where `output_dir` is
+    `ROOT/DATE/TIME`, the newest of all runs in ROOT. One that was stopped before its first checkpoint begins anew with
+    its settings; one that has failed, or is still at it, is passed over.
+    """
+    if resume is None:
+        return Earlier()
+    if resume != "auto":
+        return Earlier(Path(resume).expanduser())
+    passed: list[Path] = []
+    for run in _candidates(output_dir):
+        if (run / LAST).exists():
+            return Earlier(run / LAST, events=_told(passed))
+        if _can_begin_anew(run, output_dir):
+            anew = f"resume=auto: {run} has left no checkpoint ({_end(run)}): its settings begin anew here"
+            return Earlier(None, run / SETTINGS, (*_told(passed), anew))
+        passed.append(run)
+    fresh = f"resume=auto: no earlier run with a checkpoint beside {output_dir}: a fresh start"
+    return Earlier(events=(*_told(passed), fresh))
+
+
+def _candidates(output_dir: Path) -> Iterator[Path]:
+    """The folders of runs to go on from, the likeliest first."""
+    for folder in (output_dir, *reversed(_set_aside(output_dir))):
+        if (folder / LAST).exists() or (folder / SETTINGS).exists():
+            yield folder
+    yield from sorted(_runs(output_dir), key=_time, reverse=True)
+
+
+def _told(passed: list[Path]) -> tuple[str, ...]:
+    if not passed:
+        return ()
+    more = f", and {len(passed) - 1} more before it" if len(passed) > 1 else ""
+    return (f"resume=auto: {passed[0]} is passed over{more}: it has left no checkpoint ({_end(passed[0])})",)
+
+
+def _can_begin_anew(run: Path, output_dir: Path) -> bool:
+    """Whether a run without a checkpoint was stopped from outside, and has left its settings."""
+    if not (run / SETTINGS).stat().st_size or not _end(run).startswith(("interrupted", KILLED)):
+        return False
+    return run.is_relative_to(output_dir) or not _is_at_work(run)
+
+
+def _time(run: Path) -> float:
+    return (run / LAST if (run / LAST).exists() else run / SETTINGS).stat().st_mtime
+
+
+def _end(run: Path) -> str:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+        return shorten(f"{result['outcome']}: {result['message']}", 200, placeholder=" ...")
+    return KILLED
+
+
+def _is_at_work(run: Path) -> bool:
+    """Whether a process holds the lock on a run's folder, as far as the system has locks."""
+    try:
+        import fcntl
+
+        with (run / ".run.lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
+
+
+def is_within(path: Path | None, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run in `output_dir`, which then goes on."""
+    return path is not None and path.resolve().is_relative_to((output_dir / LAST).resolve().parent)
+
+
+def left_by_earlier(output_dir: Path) -> list[Path]:
+    """The files and folders of an earlier run in this folder; settings or a failure alone are no record."""
+    left = [path for name in OF_A_RUN if (path := output_dir / name).exists()]
+    did_nothing = left in ([output_dir / SETTINGS], [output_dir / RESULT])
+    return [] if did_nothing and not _is_cut_short(output_dir) else left
+
+
+def _is_cut_short(output_dir: Path) -> bool:
+    """Whether a move to `earlier-N` has left the settings behind, which are moved last."""
+    earlier = _set_aside(output_dir)
+    return bool(earlier) and not (earlier[-1] / SETTINGS).exists()
+
+
+def begin(output_dir: Path, settings: str) -> bool:
+    """Keep the settings of a run that begins, so that it can begin anew wherever it is stopped.
+
+    Returns:
+        Whether it has begun: what an earlier run has left in the folder is not touched.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    if left_by_earlier(output_dir):
+        return False
+    with refused_by_disk(
+        lambda problem: CheckpointError(f"cannot write the record of this run in {output_dir}: {problem}")
+    ):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / SETTINGS, settings)
+        (output_dir / RESULT).unlink(missing_ok=True)
+    return True
+
+
+def fail(output_dir: Path, outcome: str, message: str) -> None:
+    """Write result.json for a run that ended before it had a record."""
+    if not left_by_earlier(output_dir):
+        with suppress(OSError):  # the first error is the one to show
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(output_dir / RESULT, failure(outcome, message))
+
+
+def failure(outcome: str, message: str, attempts: Sequence[Any] = (), events: Sequence[str] = ()) -> str:
+    """The content of result.json for a run that did not end well."""
+    content = {"outcome": outcome, "message": message, "attempts": [*attempts], "events": [*events]}
+    return as_json(content, indent=2) + "\n"
+
+
+def set_aside(output_dir: Path) -> str:
+    """Move what an earlier run has left in the folder into one within, so that a fresh start mixes nothing with it.
+
+    A move that was cut short is gone on with: the settings are moved last.
+
+    Returns:
+        What was done, in words; empty where there was nothing.
+
+    Raises:
+        CheckpointError: it cannot be moved.
+    """
+    left, earlier = left_by_earlier(output_dir), _set_aside(output_dir)
+    if not left:
+        return ""
+    aside = output_dir / f"earlier-{len(earlier) + 1}"
+    if earlier and not any((earlier[-1] / path.name).exists() for path in (output_dir / SETTINGS, *left)):
+        aside = earlier[-1]
+    with refused_by_disk(lambda problem: CheckpointError(f"cannot move an earlier run to {aside}: {problem}")):
+        aside.mkdir(exist_ok=True)
+        for path in left:
+            path.replace(aside / path.name)
+    return f"the earlier run in {output_dir} is kept in {aside.name}"
+
+
+def _set_aside(output_dir: Path) -> list[Path]:
+    """The folders of earlier runs within, the oldest first."""
+    return list(takewhile(Path.exists, (output_dir / f"earlier-{number}" for number in count(1))))
+
+
+def _runs(output_dir: Path) -> list[Path]:
+    """The folders of all other trainings in ROOT, where `output_dir` is ROOT/DATE/TIME; a plan is none."""
+    here = output_dir.absolute()
+    if not DAY.fullmatch(here.parent.name):
+        return []
+    others = [path.parent for path in here.parent.parent.glob("*/*/config.yaml")]
+    return [run for run in others if DAY.fullmatch(run.parent.name) and run != here]
+
+
+def way_on(output_dir: Path) -> str:
+    """The overrides with which the run in this folder goes on."""
+    is_usual = DAY.fullmatch(output_dir.absolute().parent.name)
+    return "resume=auto" if is_usual else f"resume=auto {override('output_dir', output_dir)}"
