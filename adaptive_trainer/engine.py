@@ -137,16 +137,27 @@ class Engine:
         if self._graph is None:
             self._run_kernels(images, labels, samples)
         elif self._graph.with_step:
+            after = self.update.state.position.advance(samples)
             self._graph.replay(images, labels)
-            self.update.commit(samples)
+            self.update.commit(after)
         else:
-            with self.update.accumulating(self._graph.replay):
+            self._replay_beside_step(self._graph, images, labels, samples)
+
+    def _replay_beside_step(self, graph: Graph, images: Tensor, labels: Tensor, samples: int) -> None:
+        """Gradients from the graph, the rest kernel by kernel; all of it so where a replay would do harm."""
+        try:
+            with self.update.accumulating(graph.replay):
                 self.update.run(images, labels, samples=samples)
+            return
+        except GraphRefused as error:
+            reason = str(error)
+        self._give_up(reason)
+        self._run_kernels(images, labels, samples)
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> None:
         """An update kernel by kernel that shows what speaks against a graph, once the optimizer has made its state."""
         reason = refusal(self.update)
-        if not reason and (not self.update.is_warm or self.update.step_allocates is None):
+        if not reason and self.update.step_memory.may_allocate is None:
             self._run_kernels(images, labels, samples)
             return
         self._is_checked = True
@@ -246,7 +257,11 @@ class Engine:
             if self._graph is None:
                 raise
             reason = f"its memory was wanted in {error.phase}"
+        self._give_up(reason)
+        return work()
+
+    def _give_up(self, reason: str) -> None:
+        """Go on without the graph."""
         self._graph = None
         oom.release(self.update.device)
         self._refuse(reason)
-        return work()

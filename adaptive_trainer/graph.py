@@ -6,6 +6,7 @@ memory is its own, a replay allocates nothing: it cannot run out of memory.
 
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Graph:
         self.with_step = with_step
         self.groups = update.state.optimizer.param_groups if with_step else []
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._holders = _Holders()
         self._graph = torch.cuda.CUDAGraph()
         problem = ""
         oom.release(update.device)  # while a graph is recorded the allocator cannot flush its cache
@@ -83,7 +85,12 @@ class Graph:
         """The update on these samples, at the learning rates that the optimizer's groups hold now.
 
         Without the step: the gradients, which stay the graph's own and are overwritten by the next replay.
+
+        Raises:
+            GraphRefused: the optimizer has kept such a gradient for a later step; nothing was replayed.
         """
+        if self._holders.have_grown([gradient for _, gradient in self.gradients]):
+            raise GraphRefused("the optimizer keeps gradients for later steps, and a replay would write over them")
         if self._lane is not None and self._lane.suits(images, labels):
             images, labels = self._lane.carry(images, labels)
         self.images.copy_(images, non_blocking=True)
@@ -113,6 +120,20 @@ class Graph:
         finally:
             if not has_ended:
                 _abandon(update.device, pool)
+
+
+class _Holders:
+    """Notices who keeps a gradient that is written over: the tensor itself, or its memory by another one."""
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []
+
+    def have_grown(self, tensors: list[Tensor]) -> bool:
+        """Whether one of these tensors, the same ones each time, has more holders than the first time."""
+        counts = [sys.getrefcount(tensor) for tensor in tensors]
+        counts += [torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) for tensor in tensors]
+        self._counts = self._counts or counts
+        return any(now > first for now, first in zip(counts, self._counts, strict=True))
 
 
 class _Lane:
@@ -223,9 +244,6 @@ def refusal(update: Update) -> str:
         return "graphs need torch's own allocator"
     if not isinstance(update.loss, nn.Module) and not update.loss.__module__.startswith("torch."):
         return "what a loss function changes on the host cannot be seen; a loss that is an nn.Module can be recorded"
-    if update.keeps_gradients:
-        name = type(update.state.optimizer).__name__
-        return f"{name} keeps gradients for later steps, and each replay writes the next ones over them"
     return ""
 
 

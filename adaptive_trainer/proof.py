@@ -83,7 +83,7 @@ def _prove_updates(update: Update, shapes: Shapes, made_up: Batch) -> None:
     update.held = oom.held(update.device)
     for _ in range(PROVEN_UPDATES):
         update.run(*batch(shapes.batch_size), samples=0)
-    makes_copies = update.step_allocates and update.device.type == "cuda"
+    makes_copies = update.step_memory.may_allocate and update.device.type == "cuda"
     for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
         update.run(*batch(shapes.batch_size), samples=0)
     if update.largest_part(shapes.odd) > update.largest_part(shapes.batch_size):

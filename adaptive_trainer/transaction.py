@@ -12,9 +12,10 @@ import functools
 import operator
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import IntEnum
 from itertools import chain
 from typing import Any, ParamSpec
 
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adaptive_trainer.position import Position
 from adaptive_trainer.randomness import RandomStates
 
-__all__ = ["Places", "TrainState", "Undo", "layout"]
+__all__ = ["Places", "Progress", "TrainState", "Undo", "layout"]
 
 P = ParamSpec("P")
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -174,9 +175,29 @@ def layout(tensor: Tensor) -> Layout:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
+def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizer, and those within it that it hands its work to."""
+    yield optimizer
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            yield from _with_wrapped(value)
+
+
+class Progress(IntEnum):
+    """How far the work has come that an `Undo` can take back."""
+
+    IDLE = 0  # nothing is kept
+    BEGUN = 1  # what forward, backward and clipping change is kept
+    STEPPING = 2  # what the optimizer step changes is kept too
+
+
 class Undo:
     """Takes and restores one state. `begin` before the update, `before_step` before the optimizer, `roll_back` after a
-    failure.
+    failure, `end` when what is kept is no longer to be restored.
+
+    Attributes:
+        progress: what `roll_back` restores; nothing while it is IDLE. It is set last by what keeps, and taken back
+            first, so that what failed half-way is never restored.
 
     Args:
         state: what is watched; its model, optimizer, scaler and EMA objects must stay the same ones.
@@ -198,7 +219,8 @@ class Undo:
             device, [v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)]
         )
         self.on_host = on_host
-        self.optimizer_state: list[tuple[Any, dict[str, Any]]] = []
+        self.optimizers = list(_with_wrapped(state.optimizer))
+        self.optimizer_state: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []  # each with what it held
         self.free()
 
     def free(self) -> None:
@@ -208,21 +230,29 @@ class Undo:
         self.beside, self.host = _Shadow(), _Shadow(host)
         self.large = self.host
         self.weights = Places()
-        self.begun = self.stepping = False
+        self.end()
+
+    def end(self) -> None:
+        """What is kept is out of date: it is not restored any more."""
+        self.progress = Progress.IDLE
 
     def let_go(self) -> None:
         """Keep no weight and no optimizer state alive that is gone since the last update; the copies' memory stays."""
-        self.begun = self.stepping = False
+        self.end()
         self.optimizer_state = []
         for shadow in (self.beside, self.host):
             shadow.let_go()
         self.weights = Places()
 
-    @_unseen
     def begin(self) -> None:
         """Keep what forward, backward and clipping change: buffers, scaler, meters, random numbers, plain values."""
+        self.progress = Progress.IDLE
+        self._keep()
+        self.progress = Progress.BEGUN
+
+    @_unseen
+    def _keep(self) -> None:
         state = self.state
-        self.begun = self.stepping = False
         self.bound = [(owner, dict(owner)) for owner in self.bindings if owner]
         if not self.weights.hold(self.parameters):
             self.weights = Places(self.parameters)
@@ -234,19 +264,28 @@ class Undo:
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
         self.random = self.random_states.read()
         self.position, self.updates = state.position, state.updates
-        self.begun = True
 
-    @_unseen
     def before_step(self, *, on_host: bool = False, copies: bool = True) -> None:
         """Keep what the optimizer step and the moving average change: parameters, optimizer state, average.
 
         Args:
             on_host: keep the copies in host memory.
             copies: keep what the tensors hold; otherwise only which of them are the optimizer's state.
+
+        Raises:
+            RuntimeError: `begin` has not kept the rest.
         """
+        if self.progress is Progress.IDLE:
+            raise RuntimeError("a step cannot be undone before what comes before it: call begin first")
+        self.progress = Progress.BEGUN
+        self._keep_for_step(on_host=on_host, copies=copies)
+        self.progress = Progress.STEPPING
+
+    @_unseen
+    def _keep_for_step(self, *, on_host: bool, copies: bool) -> None:
         self.large = _Shadow() if not copies else self.host if on_host or self.on_host else self.beside
-        self.optimizer_state = [(p, dict(values)) for p, values in self.state.optimizer.state.items()]
-        leaves = list(chain.from_iterable(kept.values() for _, kept in self.optimizer_state))
+        self.optimizer_state = [(o.state, {p: dict(values) for p, values in o.state.items()}) for o in self.optimizers]
+        leaves = list(chain.from_iterable(values.values() for values in self._kept_values()))
         kinds = set(map(type, leaves))
         if not all(issubclass(kind, PLAIN) for kind in kinds):
             leaves = self._copy_containers()
@@ -255,24 +294,31 @@ class Undo:
             settings = _tensors(value for group in self.groups for value in group.values())
             average = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self.averaged)
             self.large.save([*self.parameters, *changing, *settings, *_tensors(average)])
-        self.stepping = True
 
     def _copy_containers(self) -> list[Any]:
         """Keep lists and the like of the optimizer's state as they are filled now; returns what is in them and beside
         them."""
-        for _, kept in self.optimizer_state:
+        for kept in self._kept_values():
             for key in [key for key, value in kept.items() if not isinstance(value, PLAIN)]:
                 kept[key] = tree_map(lambda leaf: leaf, kept[key])
-        return tree_leaves([kept for _, kept in self.optimizer_state])
+        return tree_leaves(list(self._kept_values()))
+
+    def _kept_values(self) -> Iterator[dict[str, Any]]:
+        return chain.from_iterable(kept.values() for _, kept in self.optimizer_state)
+
+    def roll_back(self) -> None:
+        """Put everything back as it was at `begin`, and drop the gradients. Allocates nothing on the device.
+
+        It may be called again, until `end`. Where nothing is kept it does nothing.
+        """
+        if self.progress is not Progress.IDLE:
+            self._restore()
 
     @_unseen
-    def roll_back(self) -> None:
-        """Put everything back as it was at `begin`, and drop the gradients. Allocates nothing on the device."""
+    def _restore(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        if not self.begun:
-            return
-        if self.stepping:
+        if self.progress is Progress.STEPPING:
             self.large.restore()
         self.weights.put_back()
         self.small.restore()
@@ -280,16 +326,15 @@ class Undo:
             owner.clear()  # of what the first forward pass may have made
         for owner, tensors in self.bound:
             owner.update(tensors)
-        if self.stepping:
+        if self.progress is Progress.STEPPING:
             self._restore_optimizer_state()
         self._restore_plain()
         torch.clear_autocast_cache()
 
     def _restore_optimizer_state(self) -> None:
-        state = self.state.optimizer.state
-        state.clear()
-        for parameter, kept in self.optimizer_state:
-            state[parameter] = kept
+        for state, kept in self.optimizer_state:
+            state.clear()
+            state.update(kept)
 
     def _restore_plain(self) -> None:
         state = self.state

@@ -12,24 +12,25 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError, DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
-from adaptive_trainer.position import micro_batches
-from adaptive_trainer.transaction import TrainState, Undo, layout
+from adaptive_trainer.position import Position, micro_batches
+from adaptive_trainer.stepping import StepMemory
+from adaptive_trainer.transaction import Progress, TrainState, Undo, layout
 
 __all__ = ["Loss", "Update"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 Accumulate = Callable[[Tensor, Tensor], None]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,9 +73,6 @@ class Update:
         self.phase = "begin"
         self._forward_pass: Callable[[Tensor], Any] | None = None  # instead of the model's own
         self._accumulation: Accumulate | None = None  # instead of `accumulate`
-        self.step_allocates: bool | None = None  # not known yet
-        self.keeps_gradients = False  # whether the optimizer was seen to hold on to a gradient
-        self.is_warm = False  # whether the last step found all of the optimizer's state made
         self.held: int | None = None  # bytes, before the updates of a proof
         self.is_proving = False
         self._token = object()  # tells the work of this update from that of another with the same shapes
@@ -82,6 +80,8 @@ class Update:
         self._averaged = [] if state.ema is None else [module._buffers for module in state.ema.module.modules()]
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
+        self._undo.end()
+        self.step_memory = StepMemory(state.optimizer, self._undo.parameters, device)
         self.avoid_single = has_batch_norm(state.model)
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
@@ -92,17 +92,16 @@ class Update:
             DeviceUnusable: the device answers nothing any more.
             Exception: whatever is not about memory, unchanged, after a roll-back.
         """
-        failure = self._attempt(images, labels) if len(labels) else None
-        if failure is not None and not failure.exact:
-            log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, failure.text)
-            failure = self._attempt(images, labels)
-        if failure is not None:
-            raise OutOfMemory(failure.text, phase=self.phase)
-        self.commit(samples)
+        after = self.state.position.advance(samples)  # now, as nothing may fail between a step and its count
+        if len(labels):
+            self._transact("begin", self._kind(images, labels), partial(self._change_all, images, labels))
+            for parameter in self._undo.parameters:
+                parameter.grad = None
+        self.commit(after)
 
-    def commit(self, samples: int) -> None:
-        """Count an update as done, and its samples."""
-        self.state.position = self.state.position.advance(samples)
+    def commit(self, position: Position) -> None:
+        """Count an update as done, after which training has come to this position."""
+        self.state.position = position
         self.state.updates += 1
 
     def work(self, images: Tensor, labels: Tensor) -> None:
@@ -137,7 +136,7 @@ class Update:
         try:
             yield
         finally:
-            self.held, self.is_proving, self.is_warm = None, False, False
+            self.held, self.is_proving, self.step_memory.is_warm = None, False, False
             self._undo.let_go()
 
     @contextmanager
@@ -149,6 +148,7 @@ class Update:
             yield
         finally:
             self._undo.roll_back()
+            self._undo.end()
 
     def largest_part(self, samples: int) -> int:
         """Samples in the largest forward pass of an update."""
@@ -158,45 +158,57 @@ class Update:
         """Give back the memory of the copies, which the next update makes anew."""
         self._undo.free()
 
-    def _attempt(self, images: Tensor, labels: Tensor) -> oom.Failure | None:
-        """The update, or the reason why it was rolled back."""
-        failure = None
-        self.phase = "begin"
+    def _transact(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T:
+        """What the work returns, which is done wholly or leaves no trace; once more where memory runs out.
+
+        Raises:
+            OutOfMemory: it failed twice; what it held is freed.
+        """
+        try:
+            done = self._attempt(phase, kind, work)
+            if isinstance(done, oom.Failure) and not done.exact:
+                log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, done.text)
+                done = self._attempt(phase, kind, work)
+        finally:
+            self._undo.end()
+        if isinstance(done, oom.Failure):
+            raise OutOfMemory(done.text, phase=self.phase)
+        return done
+
+    def _attempt(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T | oom.Failure:
+        """What the work returns, or the reason why it was rolled back."""
+        self.phase = phase
         try:
             self._undo.begin()
-            with self.capacity.device_work(self._kind(images, labels)):
-                self.phase = "forward"
-                (self._accumulation or self.accumulate)(images, labels)
-                self._step()
+            with self.capacity.device_work(kind):
+                return work()
         except BaseException as error:
             failure = oom.describe(error, pressure=self.capacity.pressure)
             if not failure.fills(self.device):
                 if failure.kind is not oom.Kind.POISONED:
                     self._undo.roll_back()
                 raise
-        if failure is None:
-            for parameter in self._undo.parameters:
-                parameter.grad = None
-            return None
         self._recover(failure)
         return failure
 
+    def _change_all(self, images: Tensor, labels: Tensor) -> None:
+        self.phase = "forward"
+        (self._accumulation or self.accumulate)(images, labels)
+        self._step()
+
     def _kind(self, images: Tensor, labels: Tensor, evaluated: nn.Module | None = None) -> Hashable:
         """What a simulated card need not count again: the same shapes, once the optimizer has made its state."""
-        if self.is_proving or (evaluated is None and not self.is_warm):
+        if self.is_proving or (evaluated is None and not self.step_memory.is_warm):
             return None
         return self._token, id(evaluated), self.micro_batch_size, layout(images), layout(labels)
 
     def _recover(self, failure: oom.Failure) -> None:
-        if self.phase == "optimizer step" and not self._undo.stepping:
+        if self.phase == "optimizer step" and self._undo.progress is not Progress.STEPPING:
             raise DeviceUnusable(
-                "out of memory in an optimizer step that had been measured to allocate nothing, so no copy was kept: "
+                "out of memory in an optimizer step whose kind allocates nothing, so no copy was kept: "
                 f"{failure.text}. The weights may be half updated; go on from the last checkpoint with resume=auto"
             )
         self._undo.roll_back()
-        self._release_after(failure)
-
-    def _release_after(self, failure: oom.Failure) -> None:
         if not oom.probe(self.device):
             raise DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")
         oom.release(self.device, self.held)
@@ -258,19 +270,27 @@ class Update:
                 state.meters["skipped"].add_(overflow)
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
-        warm = self.is_warm = self._has_state()
-        allocates = self.step_allocates if warm else None
-        if undoable and allocates is not False:
-            self._undo.before_step(on_host=not allocates, copies=bool(allocates) or not self.is_proving)
-        if warm and self.step_allocates is None:
-            self._change_counted()
+        self._follow_layouts()
+        memory = self.step_memory
+        memory.look()
+        if undoable and memory.may_allocate is not False:
+            is_unknown = memory.may_allocate is None
+            self._undo.before_step(on_host=is_unknown, copies=not (is_unknown and self.is_proving))
+        if memory.is_warm and memory.may_allocate is None:
+            memory.measure(self._change)
         else:
-            self._change(self._enter_step)
+            self._change()
 
-    def _change(self, entering: Callable[..., None]) -> None:
+    def _change(self, entering: Callable[[], None] | None = None) -> None:
         """Change the weights; `entering` is called first, unless the scaler leaves the step out."""
+
+        def enter(*_: Any) -> None:
+            self.phase = "optimizer step"
+            if entering is not None:
+                entering()
+
         state = self.state
-        hook = state.optimizer.register_step_pre_hook(entering)
+        hook = state.optimizer.register_step_pre_hook(enter)
         try:
             state.scaler.step(state.optimizer)
         finally:
@@ -283,73 +303,28 @@ class Update:
                     "the network has made buffers since its moving average was made; make them with the network, or "
                     "use trainer.ema_decay=null"
                 )
-            self._follow_layouts()
             state.ema.update(state.model, step=state.updates + 1)
 
     def _follow_layouts(self) -> None:
-        """Average what has another shape or dtype than its average anew: the two have no mean."""
+        """Average what has another shape or dtype than its average anew: the two have no mean.
+
+        Before the step, in which no memory may be needed that was not seen.
+        """
         for averaged, module in zip(self._averaged, self._modules, strict=True):
             for name, value in module._buffers.items():
                 mean = averaged[name]
                 if mean is not None and value is not None and _kind(mean) != _kind(value):
                     averaged[name] = value.detach().clone()
 
-    def _enter_step(self, *_: Any) -> None:
-        self.phase = "optimizer step"
-
-    def _change_counted(self) -> None:
-        """The same, and learn whether it allocates memory and what it keeps."""
-        counter = _Allocations(self.device)
-        before: list[int] = []
-
-        def entering(*_: Any) -> None:
-            self._enter_step()
-            before.append(counter.total())
-
-        with counter if self.device.type == "cpu" else nullcontext():
-            self._change(entering)
-        if before and counter.total():
-            self.step_allocates = counter.total() > before[0]
-            gradients = _storages([parameter.grad for parameter in self._undo.parameters])
-            self.keeps_gradients = bool(gradients & _storages(list(self.state.optimizer.state.values())))
-
-    def _has_state(self) -> bool:
-        """Whether the optimizer has made the state of every parameter that has a gradient."""
-        optimizer = self.state.optimizer
-        plain = [g for g in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) and not g["momentum"]]
-        stateless = {p for group in plain for p in group["params"]}
-        made = optimizer.state
-        return all(p in made or p in stateless or p.grad is None for p in self._undo.parameters)
-
     @torch.no_grad()
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
         """Sum of the loss and number of right answers of one evaluation batch; NaN where the output is no scores.
 
         Raises:
-            OutOfMemory: it failed twice; what it held is freed.
+            OutOfMemory: it failed twice; what it changed is as before, and what it held is freed.
         """
-        self.phase = "evaluation"
-        found = self._attempt_evaluation(model, images, labels)
-        if isinstance(found, oom.Failure) and not found.exact:
-            log.warning("out of memory in %s (%s): the same samples once more", self.phase, found.text)
-            found = self._attempt_evaluation(model, images, labels)
-        if isinstance(found, oom.Failure):
-            raise OutOfMemory(found.text, phase=self.phase)
-        return found
-
-    def _attempt_evaluation(
-        self, model: nn.Module, images: Tensor, labels: Tensor
-    ) -> tuple[float, float] | oom.Failure:
-        failure = None
-        try:
-            with self.capacity.device_work(self._kind(images, labels, evaluated=model)):
-                return self._evaluate(model.eval(), images, labels)
-        except Exception as error:
-            failure = oom.describe(error, pressure=self.capacity.pressure)
-            if not failure.fills(self.device):
-                raise
-        self._release_after(failure)
-        return failure
+        kind = self._kind(images, labels, evaluated=model)
+        return self._transact("evaluation", kind, lambda: self._evaluate(model.eval(), images, labels))
 
     def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
         torch.clear_autocast_cache()
@@ -367,33 +342,3 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 def _is_classification(output: Any, target: Any) -> bool:
     return isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim == 2 and target.ndim == 1
-
-
-class _Allocations(TorchDispatchMode):
-    """Counts blocks of memory: on a CUDA card those of torch's allocator, on a CPU new results of operators inside."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.device = device
-        self._operators = 1
-
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        """It only looks on, so torch may go on to compile what optimizers ask it to."""
-        return True
-
-    def total(self) -> int:
-        """The number so far, above 0; 0 where nobody counts (`cudaMallocAsync`)."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0))
-        return self._operators if self.device.type == "cpu" else 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator; a result is new where its memory is not an argument's."""
-        out = func(*args, **(kwargs or {}))
-        self._operators += len(_storages(out) - _storages((args, kwargs)))
-        return out
-
-
-def _storages(values: Any) -> set[int]:
-    return {leaf.untyped_storage()._cdata for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}

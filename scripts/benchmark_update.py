@@ -42,7 +42,7 @@ from adaptive_trainer.position import Position
 from adaptive_trainer.process import private_process_state
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.supply import Supply
-from adaptive_trainer.transaction import Undo
+from adaptive_trainer.transaction import Progress, Undo
 from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table
 
@@ -63,10 +63,10 @@ class NoUndo(Undo):
     """Keeps nothing."""
 
     def begin(self) -> None:
-        self.begun = False
+        self.progress = Progress.IDLE
 
     def before_step(self, *, on_host: bool = False, copies: bool = True) -> None:
-        self.stepping = True
+        self.progress = Progress.STEPPING
 
 
 def undo() -> Iterator[str]:

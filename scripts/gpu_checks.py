@@ -291,17 +291,17 @@ def disturbed(folder: Path, journal: Journal) -> tuple[str, list[str]]:
     """Train while the other process plays; the digest of the weights, and the record's events."""
     attempt, run = Update._attempt, Update.run
 
-    def watched(update: Update, images: Tensor, labels: Tensor) -> oom.Failure | None:
+    def watched(update: Update, *work: Any) -> Any:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()  # every update has to ask the driver again
         before = torch.cuda.memory_allocated(CUDA)
-        failure = attempt(update, images, labels)
-        if failure is not None:
+        done = attempt(update, *work)
+        if isinstance(done, oom.Failure):
             journal.recoveries += 1
             after = torch.cuda.memory_allocated(CUDA)
             if after != before:
                 journal.memory_differs.append(after - before)
-        return failure
+        return done
 
     def committed(update: Update, images: Tensor, labels: Tensor, *, samples: int) -> None:
         run(update, images, labels, samples=samples)

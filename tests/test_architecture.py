@@ -55,7 +55,7 @@ memory.predict memory.trace memory.fake memory.plain memory.scratch
 memory.capacity
 memory.card
 memory.usage memory.allocator
-oom device
+oom device stepping
 earlier trust ladder layout
 folders
 checks

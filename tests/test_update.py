@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import TensorDataset
@@ -23,8 +25,9 @@ from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.position import Position
 from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
+from adaptive_trainer.stepping import _storages
 from adaptive_trainer.trainer import Trainer
-from adaptive_trainer.transaction import Undo
+from adaptive_trainer.transaction import Progress, Undo, _Shadow
 from adaptive_trainer.update import Update
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start
@@ -261,7 +264,7 @@ def test_an_optimizer_may_compile_its_step(capacity: Capacity) -> None:
     update = run.update()
     for _ in range(3):
         run.advance(update)
-    assert update.step_allocates is True
+    assert update.step_memory.may_allocate is True
 
 
 class Broken(nn.Module):
@@ -326,7 +329,6 @@ def test_a_dead_device_is_not_touched_again(capacity: Capacity, monkeypatch: pyt
 def test_an_unexpected_failure_of_a_step_without_copies_is_final(capacity: Capacity) -> None:
     run = start(Case("adamw-fused", "fp32", warm=True), capacity)
     update = run.update()
-    update.step_allocates = False  # as a card has shown
     phases = Fault(phase=lambda: update.phase)
     run.advance(update, phases)
     with pytest.raises(DeviceUnusable, match=r"weights may be half updated; go on from the last checkpoint"):
@@ -540,7 +542,7 @@ def test_a_proof_goes_on_after_one_failure_in_its_first_step(
     with whole:
         prove(update, SHAPES)
     first = [at for at, phase in enumerate(whole.phases) if phase == f"optimizer step {update.state.updates}"]
-    learned = update.step_allocates, update.keeps_gradients
+    learned = update.step_memory.may_allocate
     assert first
     for at in first[:: 1 + len(first) // 40]:
         run = start(case, capacity)
@@ -548,7 +550,7 @@ def test_a_proof_goes_on_after_one_failure_in_its_first_step(
         with Fault(at) as fault:
             assert prove(update, SHAPES) == SHAPES.eval_batch_size
         assert fault.raised == 1
-        assert (update.step_allocates, update.keeps_gradients) == learned, at
+        assert update.step_memory.may_allocate == learned, at
         assert differences(dump(run.state), before) == []
 
 
@@ -587,25 +589,25 @@ def test_evaluation_is_halved_until_it_fits() -> None:
 def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is left out, so nothing is learned of what it allocates."""
     counts = iter(range(1, 1000))
-    monkeypatch.setattr("adaptive_trainer.update._Allocations.total", lambda _: next(counts))
+    monkeypatch.setattr("adaptive_trainer.stepping._Allocations.total", lambda _: next(counts))
     run = start(Case("sgd", "fp16", warm=True), capacity)
     update, original = run.update(), Update._step
 
     def on_a_card(self: Update) -> None:
-        self.device = torch.device("cuda", 0)
+        self.device = self.step_memory.device = torch.device("cuda", 0)
         try:
             original(self)
         finally:
-            self.device = CPU
+            self.device = self.step_memory.device = CPU
 
     monkeypatch.setattr(Update, "_step", on_a_card)
     assert run.state.scaler._scale is not None
     run.state.scaler._scale.fill_(2.0**40)
     run.advance(update)
-    assert update.step_allocates is None
+    assert update.step_memory.may_allocate is None
     run.state.scaler._scale.fill_(1.0)
     run.advance(update)
-    assert update.step_allocates is True
+    assert update.step_memory.may_allocate is True
 
 
 @pytest.mark.parametrize(
@@ -625,7 +627,7 @@ def test_a_step_that_allocates_nothing_is_known_and_not_copied(
 
     monkeypatch.setattr(Undo, "before_step", watched)
     run.advance(update)
-    assert (update.step_allocates, len(copied)) == (allocates, 1)
+    assert (update.step_memory.may_allocate, len(copied)) == (allocates, 1)
     run.advance(update)
     assert len(copied) == 1 + allocates
 
@@ -736,3 +738,158 @@ def test_a_buffer_that_is_an_expanded_view_is_put_back(tmp_path: Path) -> None:
         compose_config(options), model=lambda _, __: Expanded(), train_data=data, val_data=data, output_dir=tmp_path
     )
     assert trainer.fit().rung == "requested"
+
+
+# -- a step that allocates nothing today
+
+
+class Late(torch.optim.SGD):
+    """Needs memory from its step number `first` on, and is half done when it asks for it."""
+
+    first = 4
+
+    def is_due(self, steps: int) -> bool:
+        return steps >= self.first
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            values = self.state[parameter]
+            values["steps"] = values.get("steps", 0) + 1
+            parameter.data.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
+            if self.is_due(values["steps"]):
+                parameter.data.sub_(parameter * 0.01)
+
+
+class AtSmallRates(Late):
+    """Needs memory while the learning rate is small, as it is after the warm-up."""
+
+    def is_due(self, steps: int) -> bool:
+        return bool(self.param_groups[0]["lr"] < 0.0098)
+
+
+def hooked(model: nn.Module) -> torch.optim.Optimizer:
+    """A known one with a hook of somebody's that needs memory from its fourth step on."""
+    optimizer = OPTIMIZERS["adamw-fused"](model)
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, values in optimizer.state.items():
+            if values["step"] >= 4:
+                parameter.data.copy_(parameter * 0.99)
+
+    optimizer.register_step_post_hook(hook)
+    return optimizer
+
+
+def thawing(model: nn.Module) -> torch.optim.Optimizer:
+    """One kind of parameters is moved without memory, and the other, which comes later, is not."""
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters[2:], "weight_decay": 0.0}]
+    groups.append({"params": parameters[:2], "weight_decay": 0.1})
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False)
+
+
+LATE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "radamlegacy": lambda model: create_optimizer_v2(model, "radamlegacy", lr=1e-2),
+    "lookahead": lambda model: create_optimizer_v2(model, "lookahead_adamw", lr=1e-2),
+    "late": lambda model: Late(model.parameters(), lr=0.1),
+    "small rates": lambda model: AtSmallRates(model.parameters(), lr=0.1),
+    "hooked": hooked,
+    "thawing": thawing,
+}
+
+
+class Allocating(Fault):  # type: ignore[no-untyped-call]
+    """Every operator that makes new memory in a step fails, from the first or another one on."""
+
+    def __init__(self, update: Update, spared: int) -> None:
+        super().__init__()
+        self.update, self.spared = update, spared
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        in_step = self.update._undo.progress and self.update.phase in ("clipping", "optimizer step")
+        if in_step and _storages(out) - _storages((args, kwargs)):
+            self.count += 1
+            if self.count > self.spared:
+                self._refuse(func)
+        return out
+
+
+@pytest.mark.parametrize("spared", [0, 3])
+@pytest.mark.parametrize("name", LATE)
+def test_a_step_that_comes_to_need_memory_is_undone(
+    name: str, spared: int, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever that is, whatever was seen of the steps before: memory is refused to each of nine updates."""
+    monkeypatch.setitem(OPTIMIZERS, name, LATE[name])
+    case, refused = Case(name, "fp32", warm=False, clip=False, accumulate=False), list[int]()
+    run = start(case, capacity)
+    update = run.update()
+    for number in range(9):
+        freeze(run, name == "thawing" and number < 5)
+        run.schedule.apply(run.state.position.schedule_step(7))
+        before = dump(run.state)
+        with Allocating(update, spared) as full, suppress(OutOfMemory):
+            run.advance(update)
+        if full.raised:
+            refused.append(number)
+            assert differences(dump(run.state), before) == [], number
+            run.advance(update)
+        assert run.state.updates == number + 1
+    assert set(refused) & {4, 5, 6, 7}, "the step has come to need memory"
+    after = dump(run.state)
+    plain = start(case, capacity)
+    update = plain.update()
+    for number in range(9):
+        freeze(plain, name == "thawing" and number < 5)
+        plain.advance(update)
+    assert differences(dump(plain.state), after) == []
+
+
+def freeze(run: Run, is_frozen: bool) -> None:
+    for parameter in list(run.state.model.parameters())[:2]:
+        parameter.requires_grad_(not is_frozen)
+
+
+def test_what_was_not_begun_is_not_rolled_back(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beginning that fails, before its first line or anywhere in it, leaves the last update as it is."""
+    run = start(Case("adamw-single", "fp32", warm=True), capacity)
+    update = run.update()
+    for refused in ("adaptive_trainer.transaction._get_current_dispatch_mode", "torch._foreach_copy_"):
+        run.advance(update)
+        before = dump(run.state)
+        with monkeypatch.context() as patch:
+            patch.setattr(refused, Refusing())
+            with pytest.raises(OutOfMemory, match="out of memory in begin"):
+                update.run(run.images[:7], run.labels[:7], samples=7)
+        assert differences(dump(run.state), before) == []
+    assert update._undo.progress is Progress.IDLE
+    update._undo.roll_back()
+    assert differences(dump(run.state), before) == []
+    with pytest.raises(RuntimeError, match="call begin first"):
+        update._undo.before_step()
+
+
+class Refusing:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Injected into the beginning of an update.")
+
+
+def test_a_step_whose_copies_fail_is_not_restored_from_them(
+    capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where those of an earlier update are there."""
+    run = start(Case("adamw-single", "fp32", warm=True), capacity)
+    update = run.update()
+    run.advance(update)
+    before, save = dump(run.state), _Shadow.save
+
+    def refused(shadow: _Shadow, tensors: list[Tensor]) -> None:
+        if len(tensors) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Injected into the copies for a step.")
+        save(shadow, tensors)
+
+    monkeypatch.setattr(_Shadow, "save", refused)
+    with pytest.raises(OutOfMemory, match="in clipping"):
+        update.run(run.images[:7], run.labels[:7], samples=7)
+    assert differences(dump(run.state), before) == []

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
+from adaptive_trainer.stepping import steps_alike
 
 __all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "no_collection", "same_random_numbers", "trace"]
 
@@ -223,7 +224,7 @@ class _Training:
             nn.utils.clip_grad_norm_(parameters, 1.0, foreach=self.spec.cuda or None)
         born, before_step = len(self.recorder.sizes), len(self.recorder.kinds)
         self.optimizer.step()
-        allocates = self.recorder.any_died_since(born)
+        allocates = not steps_alike(self.optimizer) or self.recorder.any_died_since(born)
         if self.scaler.is_enabled():
             self.scaler.update()
         self.recorder.in_step = False
