@@ -13,11 +13,11 @@ import os
 import random
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState, layout
 
-__all__ = ["load", "made_buffers", "make_buffers", "misfit", "pack", "save", "unpack"]
+__all__ = ["load", "load_optimizer", "made_buffers", "make_buffers", "misfit", "pack", "retried", "save", "unpack"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FORMAT = "adaptive_trainer checkpoint"
 VERSION = 1
 DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError)  # what reading it raises
@@ -47,33 +48,41 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written; the file that was there before is untouched.
     """
-    failure = _failure_of(path, content)
-    if failure is not None:
-        log.warning("out of memory while %s was written (%s): once more", path, failure.text)
-        oom.release(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))  # type: ignore[no-untyped-call]
-        failure = _failure_of(path, content)
-    if failure is not None:
-        raise _not_written(path, f"out of memory ({failure.text})", "Free some memory")
+    retried(path, lambda: _write_or_explain(path, content))
 
 
-def _failure_of(path: Path, content: dict[str, Any]) -> oom.Failure | None:
-    """Why there was not enough memory to write it; None where it is written."""
+def retried(path: Path, work: Callable[[], T]) -> T:
+    """What a piece of work for the checkpoint at `path` returns; it is done once more where memory runs out.
+
+    Raises:
+        CheckpointError: it ran out again; the file that was there before is untouched.
+    """
+    for is_last in (False, True):
+        try:
+            return work()
+        except (RuntimeError, MemoryError, OSError) as error:
+            failure = oom.describe(error)
+            if failure.kind not in (oom.Kind.DEVICE, oom.Kind.HOST):
+                raise
+        if not is_last:
+            log.warning("out of memory while %s was written (%s): once more", path, failure.text)
+            oom.release(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))  # type: ignore[no-untyped-call]
+    raise _not_written(path, f"out of memory ({failure.text})", "Free some memory")
+
+
+def _write_or_explain(path: Path, content: dict[str, Any]) -> None:
     problem, advice = "", "Free some disk space"
     try:
         _write(path, content)
-    except OSError as error:
-        problem, advice = str(error), remedy(error)
-    except (RuntimeError, MemoryError) as error:
-        failure = oom.describe(error)
-        if failure.kind in (oom.Kind.DEVICE, oom.Kind.HOST):
-            return failure
-        if failure.kind is not oom.Kind.OTHER:
+    except (RuntimeError, OSError) as error:
+        if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
         # torch's zip writer loses the system's own error
         problem = f"the disk is full, or refuses to take more ({str(error).splitlines()[0]})"
+        if isinstance(error, OSError):
+            problem, advice = str(error), remedy(error)
     if problem:
         raise _not_written(path, problem, advice)
-    return None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -162,16 +171,17 @@ def _sound_beside(path: Path) -> str:
 
 def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
     """Everything in `state` and the random numbers, as plain data for `save`."""
-    persistent = state.model.state_dict()
+    average = None if state.ema is None else state.ema.module
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
-        "model": persistent,
+        "model": state.model.state_dict(),
         "made_buffers": made_buffers(state),
-        "buffers": {k: v for k, v in state.model.named_buffers() if k not in persistent},
+        "buffers": _not_persistent(state.model),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "ema": None if state.ema is None else state.ema.module.state_dict(),
+        "ema": None if average is None else average.state_dict(),
+        "ema_buffers": {} if average is None else _not_persistent(average),
         "position": state.position.to_dict(),
         "updates": state.updates,
         "finished_epochs": state.finished_epochs,
@@ -214,19 +224,12 @@ def unpack(
 
 def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, with_optimizer: bool) -> None:
     made = content.get("made_buffers", ())
-    make_buffers(state.model, content["model"], made)
-    state.model.load_state_dict(content["model"])
-    if state.ema is not None:
-        average = content["ema"] or content["model"]  # one that the run did not have before begins with the weights
-        make_buffers(state.ema.module, average, made)
-        state.ema.module.load_state_dict(average)
+    _load_network(state.model, content["model"], content["buffers"], made)
+    if state.ema is not None:  # one that the run did not have before begins with the weights
+        average, rest = ("ema", "ema_buffers") if content["ema"] else ("model", "buffers")
+        _load_network(state.ema.module, content[average], content.get(rest, {}), made)
     if with_optimizer:
-        _load_optimizer(content["optimizer"], state, keep_groups=keep_groups)
-    make_buffers(state.model, content["buffers"], made, persistent=False)
-    buffers = dict(state.model.named_buffers())
-    with torch.no_grad():
-        for name, value in content["buffers"].items():
-            buffers[name].copy_(value)
+        _load_optimizer(content["optimizer"], state.optimizer, keep_groups=keep_groups)
     _refuse_no_numbers(state)
     if content["meters"].keys() != state.meters.keys():
         raise ValueError(f"its meters are {', '.join(content['meters'])}, and this run's {', '.join(state.meters)}")
@@ -249,6 +252,22 @@ def _refuse_no_numbers(state: TrainState) -> None:
         for name, buffer in module.named_buffers():
             if bool(buffer.isnan().any()):
                 raise ValueError(f"{name} has values that are no numbers")
+
+
+def _load_network(network: nn.Module, saved: dict[str, Any], not_persistent: dict[str, Any], made: list[str]) -> None:
+    make_buffers(network, saved, made)
+    network.load_state_dict(saved)
+    make_buffers(network, not_persistent, made, persistent=False)
+    buffers = dict(network.named_buffers())
+    with torch.no_grad():
+        for name, value in not_persistent.items():
+            buffers[name].copy_(value)
+
+
+def _not_persistent(network: nn.Module) -> dict[str, Any]:
+    """The buffers that its `state_dict` leaves out."""
+    persistent = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
 
 
 def made_buffers(state: TrainState) -> list[str]:
@@ -275,19 +294,40 @@ def misfit(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[:2])
 
 
-def _load_optimizer(saved: dict[str, Any], state: TrainState, *, keep_groups: bool) -> None:
-    optimizer = state.optimizer
-    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+def load_optimizer(saved: dict[str, Any], optimizer: Optimizer, *, keep_groups: bool) -> None:
+    """Put what `state_dict` gave into an optimizer whose state is of the same kind.
+
+    Args:
+        keep_groups: keep the optimizer's own settings; else only its own implementation.
+    """
+    _fill_optimizer(saved, optimizer, keep_groups=keep_groups)
+    _settle_optimizer(optimizer)
+
+
+def _load_optimizer(saved: dict[str, Any], optimizer: Optimizer, *, keep_groups: bool) -> None:
+    """The same, from a file in which anything may be."""
     expected = _first_state(optimizer)
-    optimizer.load_state_dict(saved)
+    own = _fill_optimizer(saved, optimizer, keep_groups=keep_groups)
     for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values if keep_groups else {key: values[key] for key in IMPLEMENTATION if key in values})
         _check_alike(group, values, "optimizer.param_groups")
     for parameter, values in optimizer.state.items():
         if any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in values.values()):
             raise ValueError("the optimizer's state has values that are no numbers")
         if values:  # a parameter without a gradient has none
             _check_alike(values, expected.get(parameter, {}), "optimizer.state")
+    _settle_optimizer(optimizer)
+
+
+def _fill_optimizer(saved: dict[str, Any], optimizer: Optimizer, *, keep_groups: bool) -> list[dict[str, Any]]:
+    """The settings that it had before."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values if keep_groups else {key: values[key] for key in IMPLEMENTATION if key in values})
+    return own
+
+
+def _settle_optimizer(optimizer: Optimizer) -> None:
     _lay_out_as_weights(optimizer)
     make_momentum(optimizer)
 

@@ -139,7 +139,8 @@ class Forecast:
 
     def forget(self, config: Config) -> None:
         """Forget that these settings fitted: it turned out not to hold."""
-        self._keep(config, Measurement(oom_in=self._measurement(config).oom_in))
+        if self._is_cuda:
+            self._keep(config, Measurement(oom_in=self._measurement(config).oom_in))
 
     def begin(self) -> None:
         """A new descent: what failed in the last one may fit again."""

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -17,18 +17,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from adaptive_trainer import oom
 from adaptive_trainer.data import Batch, DataSets
 from adaptive_trainer.engine import Engine
-from adaptive_trainer.errors import DataError, DivergedError, Interrupted, OutOfMemory
+from adaptive_trainer.errors import (
+    AdaptiveTrainerError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    OutOfMemory,
+    UserError,
+)
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.report import is_watched
 from adaptive_trainer.session import Session
 from adaptive_trainer.supply import Supply, told_by_the_loader
+from adaptive_trainer.transaction import Undo
 
 __all__ = ["Hooks", "Loop", "StopSignal"]
 
 log = logging.getLogger(__name__)
 
+OF_MEMORY = (oom.Kind.DEVICE, oom.Kind.HOST, oom.Kind.WORKER)
 UPDATES_PER_FLUSH = 5  # a cache that is flushed this often or more is thrashing
 
 
@@ -124,6 +134,7 @@ class Loop:
         self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
         self._has_warned = self._has_left_one = False
         self._broken: set[str] = set()  # images that were named
+        self._failures = 0  # beside updates, since one passed with all that belongs to it
         self._loss = _Loss(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
@@ -133,12 +144,35 @@ class Loop:
         """Train until the last epoch is finished (True), or until `hooks.leave` says so (False).
 
         Raises:
-            OutOfMemory: an update, or the evaluation of a single sample, does not fit; the state is as before it.
+            OutOfMemory: an update, or the evaluation of a single sample, does not fit, or what is done between updates;
+                the state is as before it.
             DivergedError: the loss is no longer a number.
             Interrupted: a signal came; the state is saved.
+            UserError: the host's memory has run out between updates, twice.
         """
         with told_by_the_loader(), closing(self.supply):
-            return self._run()
+            while True:
+                try:
+                    return self._run()
+                except Exception as error:
+                    failure = oom.describe(error)
+                    if isinstance(error, AdaptiveTrainerError) or failure.kind not in OF_MEMORY:
+                        raise
+                self._answer(failure)
+
+    def _answer(self, failure: oom.Failure) -> None:
+        """Go on after an out-of-memory in what is done beside updates, which all can be taken up again."""
+        oom.release(self.device)
+        self._failures += 1
+        if self._failures == 1 and not failure.exact:
+            log.warning("out of memory between updates (%s): once more from there", failure.text)
+        elif failure.fills(self.device):
+            raise OutOfMemory(failure.text, phase="training, between updates")
+        else:
+            raise UserError(
+                f"out of memory between updates, twice: {failure.text}. Close other programs, or lower "
+                f"data.num_workers; then go on from the last checkpoint with {self.hooks.way_on}"
+            )
 
     def _run(self) -> bool:
         state = self.session.state
@@ -190,6 +224,7 @@ class Loop:
         if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
             self._save()
         self._stop_if_asked()
+        self._failures = 0
 
     def _without_the_last(self, batch: Batch) -> Batch:
         """The batch with no sample, where broken ones have left BatchNorm a single one."""
@@ -245,15 +280,29 @@ class Loop:
     def _stop_if_asked(self) -> None:
         if self.stop.name:
             self._save()
-            updates = self.session.state.updates
-            raise Interrupted(
-                f"stopped by {self.stop.name} after update {updates}, state saved; go on with {self.hooks.way_on}"
-            )
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        updates = self.session.state.updates
+        return Interrupted(
+            f"stopped by {self.stop.name} after update {updates}, state saved; go on with {self.hooks.way_on}"
+        )
 
     def _finish_epoch(self) -> None:
-        """Evaluate, record, keep the best, checkpoint."""
-        state = self.session.state
+        """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
         self._loss.is_asked = False  # what follows says more
+        row: dict[str, Any] = {}
+        with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).unless_done():
+            row, is_best = self._record_epoch()
+        if not row:
+            self._stop_if_asked()
+        self.hooks.checkpoint(is_best)
+        self._tell_epoch(row)
+        self._failures = 0
+
+    def _record_epoch(self) -> tuple[dict[str, Any], bool]:
+        """Its row of figures, and whether it is the best so far."""
+        state = self.session.state
         meters = {name: float(value) for name, value in state.meters.items()}
         seen = meters["seen"]
         if not seen:
@@ -281,18 +330,17 @@ class Loop:
             "peak_reserved_bytes": reserved,
             "seconds": round(seconds, 3),
         }
-        self.hooks.metrics(row)
-        self._tell_epoch(row)
+        score = accuracy if is_scored else -loss
+        is_best = state.best is None or score > state.best
         if not is_scored and state.best is None:
             self.hooks.event(
                 "accuracy is not known, for the network gives no row of scores for each image: the best is the one "
                 "with the least validation loss"
             )
-        score = accuracy if is_scored else -loss
-        is_best = state.best is None or score > state.best
         if is_best:
             state.best = score
-        self.hooks.checkpoint(is_best)
+        self.hooks.metrics(row)  # last, as it is not taken back
+        return row, is_best
 
     def _tell_epoch(self, row: dict[str, Any]) -> None:
         accuracy, allocated = row["val_accuracy"], row["peak_allocated_bytes"]
@@ -327,6 +375,7 @@ class Loop:
         Raises:
             OutOfMemory: a single sample does not fit.
             DataError: no sample can be read.
+            Interrupted: a signal came; nothing is saved yet.
         """
         total = len(self.data.val)
         loss, correct, done, seen = 0.0, 0.0, 0, 0
@@ -342,7 +391,8 @@ class Loop:
                             done, seen = done + batch.samples, seen + len(batch.labels)
                             size = min(self.eval_batch_size, total - done)
                             bar.update(batch.samples)
-                            self._stop_if_asked()
+                            if self.stop.name:
+                                raise self._interrupted()
                 except OutOfMemory:
                     if size == 1:
                         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +124,18 @@ def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
 
 def kind_of_state(config: OptimizerConfig) -> tuple[Any, ...]:
     """What decides which state, and which groups of parameters, an optimizer of these settings has."""
-    has_momentum = get_optimizer_info(config.name.lower()).has_momentum and config.momentum > 0
-    return config.name, config.kwargs, config.weight_decay > 0, has_momentum
+    name = config.name.lower()
+    taken = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    settings = {key: parameter.default for key, parameter in taken.items()} | config.kwargs
+    kinds = {key: _kind_of_setting(value) for key, value in settings.items() if key not in ("lr", "weight_decay")}
+    return name, kinds, config.weight_decay > 0, get_optimizer_info(name).has_momentum and config.momentum > 0
+
+
+def _kind_of_setting(value: Any) -> Any:
+    """Of a fraction only whether it is zero, which leaves a part out; whole numbers are sizes and counts."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_kind_of_setting, value))
+    return ("fraction", value != 0) if isinstance(value, float) else value
 
 
 def make_momentum(optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive_trainer import oom
 from adaptive_trainer.augment import DeviceBatch, fitting
-from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.transaction import Undo
 from adaptive_trainer.update import Update
 
@@ -51,17 +51,13 @@ def prove(update: Update, shapes: Shapes) -> int:
     """
     state = update.state
     trace = Undo(state, update.device, on_host=True)
-    trace.begin()
-    trace.before_step()
-    try:
+    before = state.updates
+    with trace.unless_done():
+        trace.before_step()
         with update.proving():
             proven, eval_batch = _prove(update, shapes)
-    except BaseException as error:
-        if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
-            trace.roll_back()
-        raise
-    proven -= trace.updates
-    trace.roll_back()
+        trace.roll_back()
+    proven -= before
     if proven < PROVEN_UPDATES:
         raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
     return eval_batch

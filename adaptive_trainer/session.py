@@ -1,7 +1,8 @@
 """What one rung trains with, built from its settings, and carried over to the next rung.
 
-Batch, image size, precision and accumulation keep the weights and the optimizer. Another model starts anew; another
-optimizer starts anew on the same weights.
+Batch, image size, precision and accumulation keep the weights, the optimizer and the moving average; so do other values
+of their settings (weight decay, betas, the average's decay), which are used from there on. Another model starts anew;
+another optimizer, or one whose state is of another kind, starts anew on the same weights.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from adaptive_trainer import oom
+from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder import Recipe, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
-from adaptive_trainer.optimizers import Schedule, build_ema, build_optimizer, build_scaler, build_schedule
+from adaptive_trainer.optimizers import (
+    Schedule,
+    build_ema,
+    build_optimizer,
+    build_scaler,
+    build_schedule,
+    kind_of_state,
+)
 from adaptive_trainer.position import Position, updates_per_epoch
 from adaptive_trainer.transaction import TrainState, layout
 from adaptive_trainer.update import Loss, Update
 
-__all__ = ["Parts", "Session", "enter"]
+__all__ = ["Parts", "Session", "enter", "settle"]
 
 METERS = ("loss", "correct", "seen", "skipped")
 ModelFactory = Callable[[ModelConfig, int], nn.Module]
@@ -127,23 +135,32 @@ def _own_memory(model: nn.Module) -> None:
 def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
     """The session's state, with only those parts made anew whose settings `config` changes.
 
-    The session itself keeps its own, so that a climb which fails can go back to it; the model is both's.
+    The session itself keeps its own, so that a climb which fails can go back to it: see `settle` for what both share.
     """
     old, state = session.config, replace(session.state)
-    checkpoint_activations(state.model, config.trainer.checkpoint_activations)
     if config.trainer.precision != old.trainer.precision:
         state.scaler = build_scaler(config.trainer.precision, parts.device)
-    if config.trainer.ema_decay != old.trainer.ema_decay:
+    if (config.trainer.ema_decay is None) != (old.trainer.ema_decay is None):
         state.ema = build_ema(state.model, config.trainer.ema_decay)
-    same_rate = {**vars(config.optimizer), "lr": None} == {**vars(old.optimizer), "lr": None}
-    if not same_rate:
+    if {**vars(config.optimizer), "lr": None} != {**vars(old.optimizer), "lr": None}:
         state.optimizer = build_optimizer(state.model, config.optimizer, parts.device)
+        if kind_of_state(config.optimizer) == kind_of_state(old.optimizer):
+            learned = session.state.optimizer.state_dict()
+            checkpoint.load_optimizer(learned, state.optimizer, keep_groups=True)
+    settle(config, state)
+    return state
+
+
+def settle(config: Config, state: TrainState) -> None:
+    """Set in model, optimizer and average what `config` asks of them: a session may share each with the one before."""
+    checkpoint_activations(state.model, config.trainer.checkpoint_activations)
+    if state.ema is not None and config.trainer.ema_decay is not None:
+        state.ema.decay = config.trainer.ema_decay
     # timm relates a corrected weight decay to the rate that the optimizer was made with, kept here or there
     state.optimizer.defaults["lr"] = config.optimizer.lr
     for group in state.optimizer.param_groups:
         if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = config.optimizer.lr
-    return state
 
 
 def _around(state: TrainState, config: Config, parts: Parts) -> Session:

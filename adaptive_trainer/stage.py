@@ -23,11 +23,12 @@ from adaptive_trainer.ladder import Change, Rung, changes, recipe
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import build_model, has_batch_norm
+from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.planning import image_refusal
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.resume import take_up
-from adaptive_trainer.session import Parts, Session, enter
+from adaptive_trainer.session import Parts, Session, enter, settle
 
 __all__ = ["Stage"]
 
@@ -101,8 +102,7 @@ class Stage:
                 failure = (error.phase, error.reason)
             if failure is not None:
                 self._failed_in_training(rung, *failure)
-                if self._earlier is not None:
-                    self.forecast.forget(rung.settings)
+                self.forecast.forget(rung.settings)
                 start += 1
 
     def holds(self, rung: Rung[Config]) -> bool:
@@ -150,9 +150,11 @@ class Stage:
     def _descend(self, start: int) -> tuple[Rung[Config], int]:
         if start == len(self.ladder):
             raise LadderExhausted(exhausted_message(self.record.attempts))
+        before = None if self.session is None else self.session.config
         found = self._go_down(self.ladder[start:], self._judge)
         if self._is_sound:
             self._checkpoint(False)
+        self._tell_new_optimizer(before, found.rung)
         changed = self.changes(found.rung)
         for change in changed:
             log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
@@ -171,6 +173,12 @@ class Stage:
         """What `rung` sets otherwise than was asked for, by default than the first rung, and why."""
         above = outcomes(self.ladder[: self.ladder.index(rung)], self.record.attempts[self._since :])
         return changes(asked or self.ladder[0].settings, rung, above)
+
+    def _tell_new_optimizer(self, before: Config | None, rung: Rung[Config]) -> None:
+        asked = rung.settings
+        is_kept = before is None or kind_of_state(before.optimizer) == kind_of_state(asked.optimizer)
+        if before is not None and before.model == asked.model and not is_kept:
+            self.record.event(f"the optimizer starts anew: rung {rung.name} has one whose state is of another kind")
 
     def _go_down(self, rungs: Sequence[Rung[Config]], judge: Judge) -> Found[Config, int]:
         """Descend, and remember how it went, but for what fails later, in training: that says too little of a rung."""
@@ -263,6 +271,8 @@ class Stage:
         except BaseException:
             if is_new or back is not None:
                 self.session = back
+            if back is not None:
+                settle(back.config, back.state)
             raise
         self.saved = None
         return eval_batch
@@ -364,8 +374,8 @@ class Stage:
         return next((i for i in range(index - 1, -1, -1) if not self.ladder[i].passed_over), -1)
 
     def _measured(self, row: dict[str, Any]) -> None:
-        self.metrics = row
         self.record.metrics({"stage": self.number, **row, "model": self.parts.recipe(self._opened.config).model})
+        self.metrics = row
 
     @property
     def _is_sound(self) -> bool:
@@ -376,12 +386,18 @@ class Stage:
         content = self._content(self._rung_name(self._opened.config))
         if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
             about = {key: content[key] for key in KEPT_WITH_THE_BEST}
-            checkpoint.save(self.folder / "best.pt", {**about, "model": self.model.state_dict(), "ema": None})
+            best = {**about, "model": content["ema"] or content["model"], "ema": None}
+            checkpoint.save(self.folder / "best.pt", best)
         checkpoint.save(self.folder / "last.pt", content)
 
     def _content(self, rung: str) -> dict[str, Any]:
+        """Of a checkpoint.
+
+        Raises:
+            CheckpointError: there is no memory to put it together.
+        """
         session = self._opened
-        return {
+        return checkpoint.retried(self.folder / "last.pt", lambda: {
             **checkpoint.pack(session.state, self.parts.device),
             "rung": rung,
             "stage": self.number,
@@ -393,7 +409,7 @@ class Stage:
             "metrics": self.metrics,
             "num_classes": self.parts.num_classes,
             "classes": list(self.data.classes),
-        }
+        })  # fmt: skip
 
     @property
     def model(self) -> nn.Module:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
 
-from adaptive_trainer import checkpoint, resume
+from adaptive_trainer import checkpoint, oom, resume
 from adaptive_trainer.arguments import check_arguments, noting
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
@@ -23,8 +23,8 @@ from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
-from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside
-from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted
+from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_on
+from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
@@ -118,8 +118,11 @@ class Trainer:
                     log.info("%s", capacity.description)
                     return self._run(start, ladders, device, capacity, record)
         except (Exception, KeyboardInterrupt) as error:
-            record.failure(_outcome(error), str(error))
-            raise
+            shortage = _shortage(error, way_on(self.output_dir))
+            record.failure(_outcome(error), shortage or str(error))
+            if not shortage:
+                raise
+        raise UserError(shortage)
 
     def _run(self, start: Start, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""
@@ -313,6 +316,17 @@ def _outcome(error: BaseException) -> str:
     if isinstance(error, LadderExhausted):
         return "exhausted"
     return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+
+
+def _shortage(error: BaseException, advice: str) -> str:
+    """What to say of memory that ran out where no rung can answer it; "" for other errors."""
+    failure = oom.describe(error)
+    if isinstance(error, AdaptiveTrainerError) or failure.kind in (oom.Kind.OTHER, oom.Kind.POISONED):
+        return ""
+    return (
+        f"out of memory beside training ({failure.type_name}: {failure.text}). Close other programs or lower "
+        f"data.num_workers; a run that has left a checkpoint goes on with {advice}"
+    )
 
 
 def _advice(capacity: Capacity) -> str:

@@ -13,7 +13,7 @@ import operator
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import chain
@@ -27,6 +27,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from adaptive_trainer import oom
+from adaptive_trainer.errors import DeviceUnusable
 from adaptive_trainer.position import Position
 from adaptive_trainer.randomness import RandomStates
 
@@ -35,6 +37,7 @@ __all__ = ["Places", "Progress", "TrainState", "Undo", "layout"]
 P = ParamSpec("P")
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none
+COUNTS = ("position", "updates", "finished_epochs", "best")
 PLAIN = (Tensor, int, float, bool, str, type(None))  # values of an optimizer's state that are no containers
 OVERLAPS = 1  # torch's word for elements that share memory
 DTYPE = operator.attrgetter("dtype")
@@ -211,9 +214,9 @@ class Undo:
         modules = [*state.model.modules(), *(state.loss.modules() if isinstance(state.loss, nn.Module) else ())]
         averaged = [] if state.ema is None else list(state.ema.module.modules())
         self.bindings = [owner for m in (*modules, *averaged) for owner in (m._parameters, m._buffers)]
-        self.buffers = [m._buffers for m in modules] + [m._buffers for m in averaged if m._non_persistent_buffers_set]
+        self.buffers = [m._buffers for m in (*modules, *averaged)]  # of the average too: an evaluation may change them
         self.parameters = list(state.model.parameters())
-        self.averaged = averaged
+        self.average = [] if state.ema is None else list(state.ema.module.parameters())
         owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
         self.random_states = RandomStates(
             device, [v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)]
@@ -245,7 +248,9 @@ class Undo:
         self.weights = Places()
 
     def begin(self) -> None:
-        """Keep what forward, backward and clipping change: buffers, scaler, meters, random numbers, plain values."""
+        """Keep what forward, backward, clipping and evaluation change: buffers, of the average as well, scaler, meters,
+        random numbers, plain values.
+        """
         self.progress = Progress.IDLE
         self._keep()
         self.progress = Progress.BEGUN
@@ -263,10 +268,10 @@ class Undo:
         self.small.save([t for t in kept if t is not None])
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
         self.random = self.random_states.read()
-        self.position, self.updates = state.position, state.updates
+        self.counts = {name: getattr(state, name) for name in COUNTS}
 
     def before_step(self, *, on_host: bool = False, copies: bool = True) -> None:
-        """Keep what the optimizer step and the moving average change: parameters, optimizer state, average.
+        """Keep what the optimizer step and the moving average change: both's parameters, optimizer state.
 
         Args:
             on_host: keep the copies in host memory.
@@ -292,8 +297,7 @@ class Undo:
         if copies:
             changing = leaves if kinds == {Tensor} else _tensors(leaves)  # often hundreds
             settings = _tensors(value for group in self.groups for value in group.values())
-            average = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in self.averaged)
-            self.large.save([*self.parameters, *changing, *settings, *_tensors(average)])
+            self.large.save([*self.parameters, *changing, *settings, *self.average])
 
     def _copy_containers(self) -> list[Any]:
         """Keep lists and the like of the optimizer's state as they are filled now; returns what is in them and beside
@@ -305,6 +309,22 @@ class Undo:
 
     def _kept_values(self) -> Iterator[dict[str, Any]]:
         return chain.from_iterable(kept.values() for _, kept in self.optimizer_state)
+
+    @contextmanager
+    def unless_done(self) -> Iterator[None]:
+        """What is done inside, but for steps of the optimizer, happens wholly; an error that leaves it takes it back.
+
+        A device that answers nothing any more is left alone.
+        """
+        self.begin()
+        try:
+            yield
+        except BaseException as error:
+            if not (isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED):
+                self.roll_back()
+            raise
+        finally:
+            self.end()
 
     def roll_back(self) -> None:
         """Put everything back as it was at `begin`, and drop the gradients. Allocates nothing on the device.
@@ -349,5 +369,5 @@ class Undo:
             if hasattr(state.optimizer, name):
                 delattr(state.optimizer, name)
         state.meters = dict(self.meters)
-        state.position, state.updates = self.position, self.updates
+        vars(state).update(self.counts)
         self.random_states.write(self.random)

@@ -310,9 +310,9 @@ class Update:
 
         Before the step, in which no memory may be needed that was not seen.
         """
-        for averaged, module in zip(self._averaged, self._modules, strict=True):
+        for averaged, module in zip(self._averaged, self._modules, strict=bool(self._averaged)):
             for name, value in module._buffers.items():
-                mean = averaged[name]
+                mean = averaged.get(name)
                 if mean is not None and value is not None and _kind(mean) != _kind(value):
                     averaged[name] = value.detach().clone()
 

@@ -89,12 +89,12 @@ class Run:
             update.run(images, labels, samples=7)
 
 
-def start(case: Case, capacity: Capacity, network: Callable[[], nn.Module] = Net) -> Run:
+def start(case: Case, capacity: Capacity, network: Callable[[], nn.Module] | None = None) -> Run:
     """The same run in the same state each time it is called."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    model = timm.create_model(case.model, num_classes=5, drop_path_rate=0.2) if case.model else network()
+    model = timm.create_model(case.model, num_classes=5, drop_path_rate=0.2) if case.model else (network or Net)()
     state = TrainState(
         model,
         OPTIMIZERS[case.optimizer](model),

@@ -210,7 +210,8 @@ class _Training:
         self.scaler = GradScaler("cpu", enabled=spec.precision == "fp16")
         self.meters = [torch.zeros(()) for _ in range(METERS)]
         self.average = [torch.empty_like(t) for t in model.state_dict().values()] if spec.ema else []
-        self.copies = [torch.empty_like(t) for t in (*model.buffers(), *self.meters)] if spec.undo else []
+        buffers = [*model.buffers(), *(model.buffers() if spec.ema else ())]  # the average's are kept too
+        self.copies = [torch.empty_like(t) for t in (*buffers, *self.meters)] if spec.undo else []
         self.step_copies = (0, 0)
 
     def update(self) -> None:
@@ -232,8 +233,9 @@ class _Training:
             parameter.grad = None
         if self.spec.undo and allocates:
             state = [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
+            averaged = list(self.model.parameters()) if self.spec.ema else []
             end, first = len(self.recorder.kinds), len(self.recorder.sizes)
-            self.copies += [torch.empty_like(t, requires_grad=False) for t in [*parameters, *state, *self.average]]
+            self.copies += [torch.empty_like(t, requires_grad=False) for t in [*parameters, *state, *averaged]]
             self.step_copies = first, len(self.recorder.sizes)
             self.recorder.move_end(end, before_step)  # they are made beside the gradients
 
