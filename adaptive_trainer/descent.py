@@ -11,7 +11,7 @@ and, with `ladder.make_ladder`, any training loop of one's own:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -72,7 +72,7 @@ class Found(Generic[T, R]):
 
 
 def descend(
-    ladder: Sequence[Rung[T]],
+    ladder: Iterable[Rung[T]],
     attempt: Callable[[T], R],
     *,
     judge: Callable[[Rung[T]], tuple[str, int | None]] | None = None,
@@ -83,7 +83,7 @@ def descend(
     """Call `attempt` with the settings of one rung after another until one does not run out of memory.
 
     Args:
-        ladder: the rungs, largest first.
+        ladder: the rungs, largest first; the next is asked for when one is given up.
         attempt: tries one rung's settings; what it returns is the value of the result. It may raise any out-of-memory
             of the device, which on a CPU is the host's, and `LadderExhausted` of a descent within. Dictionaries and
             lists of the settings are its own to change.

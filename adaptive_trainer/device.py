@@ -6,8 +6,9 @@ import torch
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["capability_of", "device_of", "tf32_refusal"]
+__all__ = ["AUTOCAST", "capability_of", "device_of", "precision_refusal", "tf32_refusal"]
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 
 
@@ -39,6 +40,17 @@ def device_of(name: str) -> torch.device:
 def capability_of(device: torch.device) -> tuple[int, int]:
     """CUDA's compute capability; (0, 0) of what is no CUDA card."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def precision_refusal(device: torch.device, precision: str) -> str:
+    """Why nothing can be computed on this device in bf16 or fp16; empty where it can."""
+    dtype = AUTOCAST.get(precision)
+    try:
+        if dtype is not None:
+            torch.autocast(device.type, dtype)
+    except RuntimeError as error:
+        return f"{device} does not take trainer.precision={precision}: {error}"
+    return ""
 
 
 def tf32_refusal(device: torch.device) -> str:

@@ -5,13 +5,11 @@ Only the hopeless is skipped: a prediction never takes the place of the proof. A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
-from adaptive_trainer.ladder import Rung
+from adaptive_trainer.device import precision_refusal
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
@@ -80,12 +78,24 @@ class Forecast:
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
         return self._doubt(config.model, need), need
 
-    def grown(self, ladder: Sequence[Rung[Config]], number: int) -> str:
-        """As `Planner.grown`; empty where nothing limits a descent, and where the rung is hopeless in any case."""
-        room, config = self.capacity.room(), ladder[number].settings
-        if room is None or all(rung.settings.model == config.model for rung in ladder[:number]):
+    def refusal(self, above: Config, config: Config) -> str:
+        """Why these settings, one step below those, are not to be tried, whatever the room; empty where they may be."""
+        return (
+            self._planner.refusal(above, config)
+            or precision_refusal(self.capacity.device, config.trainer.precision)
+            or self._no_step(above, config)
+        )
+
+    def _no_step(self, above: Config, config: Config) -> str:
+        """As `Planner.no_step`; empty where nothing limits a descent. A network too large for a trace has none."""
+        room = self.capacity.room()
+        if room is None or config.model == above.model:
             return ""
-        return "" if self._planner.weights_bytes(config) > room else self._planner.grown(ladder, number)
+        was, need = (self._planner.weights_bytes(each) for each in (above, config))
+        if need <= room:
+            return self._planner.no_step(above, config)
+        more = f"its weights alone take {format_bytes(need)}, no less than those above ({format_bytes(was)})"
+        return f"{config.model.name} is no step down from {above.model.name}: {more}" if need >= was else ""
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
         """Why a failure in this descent speaks against these settings; "" where none does.

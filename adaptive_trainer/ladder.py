@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ __all__ = [
     "WHOLE",
     "Change",
     "Recipe",
+    "Refuse",
     "Rung",
     "changed",
     "changes",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
 REQUESTED = "requested"
 WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
@@ -188,16 +191,21 @@ def own(settings: T) -> T:
     return copy.deepcopy(settings, leaves)
 
 
-def resolve(cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "") -> tuple[Rung[Config], ...]:
+def resolve(
+    cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "", refuse: Refuse | None = None
+) -> tuple[Rung[Config], ...]:
     """Complete settings for the request and for each configured rung, in order.
 
-    An override that would raise what was asked for is left out, and a rung of which nothing is left is passed over,
-    both with the reason. The learning rate follows the batch size by `trainer.lr_policy`.
+    An override that would raise what was asked for, or that the network refuses, is left out of its rung and of all
+    below. A rung of which nothing is left is passed over. Both have their reason. The learning rate follows the batch
+    size by `trainer.lr_policy`.
 
     Args:
         cfg: the settings.
         batch_size: what stands for `trainer.batch_size=max`; `optimizer.lr` is then for the default batch size.
         why: the reason for that number.
+        refuse: says why a network does not take a change ("" where it does). A rung whose overrides are refused as a
+            whole is asked about one by one.
 
     Raises:
         ConfigError: one message with every problem of the request and of all rungs.
@@ -220,7 +228,10 @@ def resolve(cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "") -> 
     for number, rung in enumerate(asked.ladder.rungs, start=1):
         name = rung.name or f"rung-{number}"
         try:
-            cfg, config, kept, notes = _step(cfg, config, rung.overrides)
+            step = _step(cfg, config, rung.overrides)
+            if refuse is not None and refuse(name, config, step[1]):
+                step = _step(cfg, config, rung.overrides, partial(refuse, name))
+            cfg, config, kept, notes = step
         except ConfigError as error:
             problems.append(f"rung {name!r}: {error}")
             continue
@@ -290,7 +301,9 @@ def _problem(config: Config) -> str | None:
     return None
 
 
-def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictConfig, Config, list[str], list[str]]:
+def _step(
+    cfg: DictConfig, config: Config, overrides: list[str], refuse: Callable[[Config, Config], str] | None = None
+) -> tuple[DictConfig, Config, list[str], list[str]]:
     """`cfg`, and `config` that says the same, one rung down; the overrides that were kept, and why others were not."""
     kept, notes = [], []
     if len(overrides) > 1:
@@ -304,6 +317,8 @@ def _step(cfg: DictConfig, config: Config, overrides: list[str]) -> tuple[DictCo
         if fixed := [key for key in differing if key.startswith(FIXED)]:
             raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
         reason = _refusal(config, settings) if differing else "it is so already, or comes to the same"
+        if not reason and refuse is not None:
+            reason = refuse(config, settings)
         if reason:
             notes.append(f"{text} is left out: {reason}")
         else:

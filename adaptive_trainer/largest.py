@@ -37,7 +37,8 @@ def settle(stage: Stage, settings: DictConfig) -> None:
         )
     else:
         size, why = _found(stage)
-    stage.largest, stage.ladder = size, resolve(settings, size, why)
+    stage.largest, stage.why = size, why
+    stage.ladder = resolve(settings, size, why)
     for note in stage.ladder[0].notes:
         stage.record.event(note)
 

@@ -28,6 +28,7 @@ from adaptive_trainer.errors import (
     OutOfMemory,
     UserError,
 )
+from adaptive_trainer.leak import Growth
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.report import is_watched
 from adaptive_trainer.session import Session
@@ -136,6 +137,7 @@ class Loop:
         self._broken: set[str] = set()  # images that were named
         self._failures = 0  # beside updates, since one passed with all that belongs to it
         self._loss = _Loss(self.device)
+        self.growth = Growth()
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
         self.supply = Supply(data, config, self.device, self.engine, self.hooks.event)
@@ -210,6 +212,8 @@ class Loop:
         if batch.skipped and len(batch.labels) == 1 and self.session.update.avoid_single:
             batch = self._without_the_last(batch)
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
+        if self.growth.is_due(state.updates, trainer.log_every):
+            self.growth.note(state.updates, self.session.update.capacity.usage().allocated)
         bar.update(batch.samples)
         self._tell_broken(batch)
         if self._loss.is_asked:

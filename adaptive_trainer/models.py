@@ -27,6 +27,7 @@ __all__ = [
     "check_image_size",
     "check_name",
     "checkpoint_activations",
+    "failure_at",
     "has_batch_norm",
     "outline",
     "without_memory",
@@ -209,8 +210,8 @@ def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple
     if cache.takes_images(key):
         return made_for, ""
     model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
-    failure = "" if model is None else _failure(model, image_size)
-    if model is None or (failure and _failure(model, made_for)):
+    failure = "" if model is None else failure_at(model, image_size)
+    if model is None or (failure and failure_at(model, made_for)):
         return made_for, ""
     if not failure:
         cache.keep_takes_images(key)
@@ -230,7 +231,7 @@ def _made_for(config: ModelConfig) -> int:
 
 
 @torch.no_grad()
-def _failure(model: nn.Module, image_size: int) -> str:
+def failure_at(model: nn.Module, image_size: int) -> str:
     """The first line of what a forward pass on shapes alone fails with; empty when it passes."""
     try:
         unused = copy.deepcopy(model)  # some networks keep tensors of the size that they have seen

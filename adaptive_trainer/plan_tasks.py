@@ -87,8 +87,12 @@ def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...]
     """The rungs of the settings, and whether rung 0 has the largest batch size that is predicted to fit."""
     ladder, capacity = resolve(cfg), planner.target.capacity
     check_names(ladder)
+
+    def refuse(_: str, above: Config, settings: Config) -> str:
+        return planner.refusal(above, settings) or planner.no_step(above, settings)
+
     if cfg.trainer.batch_size != LARGEST:
-        return ladder, False
+        return resolve(cfg, refuse=refuse), False
     asked = f"trainer.batch_size={LARGEST}"
     if capacity is None:
         raise ConfigError(f"{asked} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
@@ -97,7 +101,7 @@ def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...]
         raise ConfigError(f"{asked} cannot be planned, because the update cannot be predicted: {reason}")
     room = format_bytes(capacity)
     why = f"the largest that is predicted to fit in {room}; training proves it, or one near it"
-    ladder = resolve(cfg, size or 1, why if size else f"not even one sample is predicted to fit in {room}")
+    ladder = resolve(cfg, size or 1, why if size else f"not even one sample is predicted to fit in {room}", refuse)
     log.info("%s", "; ".join(ladder[0].notes))
     return ladder, size > 0
 

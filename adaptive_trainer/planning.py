@@ -29,6 +29,7 @@ from adaptive_trainer.models import (
     check_image_size,
     check_name,
     checkpoint_activations,
+    failure_at,
     has_batch_norm,
     outline,
     without_memory,
@@ -49,6 +50,7 @@ __all__ = [
     "image_refusal",
     "other_allocator",
     "plan",
+    "single_sample",
 ]
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -137,15 +139,37 @@ class Planner:
             self._known[_text(key)] = found
         return found
 
-    def grown(self, ladder: Sequence[Rung[Config]], number: int) -> str:
-        """Why this rung, with another network than the one above, is no step down; empty where it may be one."""
-        held = ladder[0].settings
-        for rung in ladder[1:number]:
-            if not rung.passed_over and not self._is_no_step(held, rung.settings):
-                held = rung.settings
-        return self._is_no_step(held, ladder[number].settings)
+    def refusal(self, above: Config, config: Config) -> str:
+        """Why these settings, one step below those, cannot be trained with; empty where they may."""
+        reason = ""
+        if config.data.image_size != above.data.image_size or config.model != above.model:
+            reason = self._size_refusal(above, config)
+        if not reason and replace(config.optimizer, lr=0.0) != replace(above.optimizer, lr=0.0):
+            reason = self._optimizer_refusal(config)
+        alone = "" if reason else single_sample(config)
+        return alone if alone and self._has_batch_norm(config) else reason
 
-    def _is_no_step(self, above: Config, config: Config) -> str:
+    def _size_refusal(self, above: Config, config: Config) -> str:
+        if self.make_model is build_model:
+            return image_refusal(config, self.classes(config))
+        model, size = self._outline(config), config.data.image_size
+        failure = "" if model is None else failure_at(model.eval(), size)
+        if model is None or not failure or failure_at(model, above.data.image_size):
+            return ""
+        return f"{type(model).__name__} refuses data.image_size={size}: {failure}"
+
+    def _optimizer_refusal(self, config: Config) -> str:
+        model, kwargs = self._outline(config), config.optimizer.kwargs
+        on_meta = {key: value for key, value in kwargs.items() if key != "fused"}  # which meta tensors cannot be
+        try:
+            if model is not None:
+                build_optimizer(model, replace(config.optimizer, kwargs=on_meta), torch.device("meta"))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def no_step(self, above: Config, config: Config) -> str:
+        """Why another network than the one above is no step down; empty where it may be one."""
         if config.model == above.model:
             return ""
         was, need = (self.predict(each).min_capacity_bytes for each in (above, config))
@@ -236,7 +260,7 @@ class Planner:
         key = self.key(config)
         model_key = repr((key["model"], used.checkpoint_activations))
         parts = micro_batches(used.batch_size, used.micro_batch_size, False)
-        if 1 in parts and self._needs_pairs(model_key, config):
+        if 1 in parts and self._has_batch_norm(config):
             parts = micro_batches(used.batch_size, used.micro_batch_size, True)
         return TraceSpec(
             lambda: self._model(config),
@@ -261,7 +285,8 @@ class Planner:
             return outline(config.model, self.classes(config))
         return without_memory(lambda: self._model(config))
 
-    def _needs_pairs(self, model_key: str, config: Config) -> bool:
+    def _has_batch_norm(self, config: Config) -> bool:
+        model_key = repr(self.key(config)["model"])
         if model_key not in self._norms:
             model = self._outline(config)
             if model is None:
@@ -321,16 +346,20 @@ def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = F
         is_found: rung 0 has the largest batch size that is predicted to fit. It is too near the limit to be sure of,
             but training looks for the one that holds: it lands there, whatever the number turns out to be.
     """
-    rows = tuple(_row(ladder, number, planner) for number in range(len(ladder)))
+    held, found = ladder[0], []
+    for rung in ladder:
+        found.append(_row(rung, planner, held))
+        held = held if found[-1].verdict == "skipped" else rung
+    rows = tuple(found)
     landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
     above = rows if landed is None else rows[:landed]
     perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
     return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)
 
 
-def _row(ladder: Sequence[Rung[Config]], number: int, planner: Planner) -> Row:
-    rung, used = ladder[number], str(recipe(ladder[number].settings))
-    if passed_over := rung.passed_over or planner.grown(ladder, number):
+def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
+    used = str(recipe(rung.settings))
+    if passed_over := rung.passed_over or planner.no_step(above.settings, rung.settings):
         return Row(rung.name, "skipped", used, reason=passed_over)
     found = planner.predict(rung.settings)
     if found.reason:
@@ -371,6 +400,18 @@ def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> N
             problems.setdefault(str(error), rung.name)
     if problems:
         raise ConfigError("; ".join(f"rung {name!r}: {text}" for text, name in problems.items()))
+
+
+def single_sample(config: Config) -> str:
+    """Why a network with BatchNorm is not trained with a batch or micro-batch of one; empty for larger ones."""
+    used = recipe(config)
+    if used.micro_batch_size > 1:
+        return ""
+    key = "batch_size" if used.batch_size == 1 else "micro_batch_size"
+    return (
+        f"trainer.{key}=1 leaves BatchNorm a single sample, which has no variance; "
+        "use 2 or more, or a model without BatchNorm"
+    )
 
 
 def image_refusal(config: Config, num_classes: int) -> str:

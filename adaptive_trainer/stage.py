@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import checkpoint, oom
@@ -19,12 +20,13 @@ from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message,
 from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.forecast import Forecast
-from adaptive_trainer.ladder import Change, Rung, changes, recipe
+from adaptive_trainer.ladder import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
+from adaptive_trainer.leak import Growth
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.plan_cache import Measurement
-from adaptive_trainer.models import build_model, has_batch_norm
+from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.optimizers import kind_of_state
-from adaptive_trainer.planning import image_refusal
+from adaptive_trainer.planning import single_sample
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.resume import take_up
@@ -43,15 +45,19 @@ class Stage:
     """Trains under a ladder.
 
     Attributes:
+        ladder: the rungs that the settings stand for. What a network refuses is left out when a descent comes to it.
         number: which stage of the run it is, from 0.
         saved: a checkpoint to go on from, or None.
         largest: the batch size that `max` has come to, or None where a number was asked for.
+        why: the reason for that size.
+        leak: what was seen to grow from update to update, in words; empty where nothing was.
         weights: what `weights_learned` of the stage before gave, or None.
         after: name of the stage that has just ended; empty where none has.
         accepted: called once the checkpoint is known to fit, or to be left: then the record of an earlier run may go.
     """
 
     ladder: Sequence[Rung[Config]]
+    settings: DictConfig
     parts: Parts
     data: DataSets
     record: Record
@@ -63,10 +69,13 @@ class Stage:
     after: str = ""
     accepted: Callable[[], Any] = lambda: None
     largest: int | None = None
+    why: str = ""
+    leak: str = ""
     session: Session | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     _room: dict[str, int | None] = field(default_factory=dict)
-    _batch_norm: set[str] = field(default_factory=set)  # models seen to have it
+    _looked_at: int = 0  # the lowest rung whose overrides were offered to the network
+    _refused: dict[str, dict[str, str]] = field(default_factory=dict)  # by rung and settings, with the reason
     _wait: int = 1
     _climb_at: int = 0
     _is_climbing: bool = False
@@ -89,9 +98,10 @@ class Stage:
         while True:
             rung, eval_batch = self._descend(start)
             start = self.ladder.index(rung)
-            failure = None
+            failure, loop = None, self._loop(rung, eval_batch)
+            growth = loop.growth
             try:
-                if self._loop(rung, eval_batch).run():
+                if loop.run():
                     return rung
                 start = self._above(start)
                 self.record.event(f"there is room again: trying rung {self.ladder[start].name} above {rung.name}")
@@ -100,9 +110,11 @@ class Stage:
                 self._is_climbing = True
             except OutOfMemory as error:
                 failure = (error.phase, error.reason)
+            del loop  # and with it a graph's memory
             if failure is not None:
                 self._failed_in_training(rung, *failure)
                 self.forecast.forget(rung.settings)
+                self._look_for_leak(growth)
                 start += 1
 
     def holds(self, rung: Rung[Config]) -> bool:
@@ -113,7 +125,7 @@ class Stage:
         """
         if self.stop.name:
             raise Interrupted(f"stopped by {self.stop.name} before training began; start again")
-        if self._single_sample(rung.settings):
+        if self.forecast.refusal(rung.settings, rung.settings):
             return False
         self.parts.capacity.empty_cache()  # what another size has left must not decide
         try:
@@ -151,7 +163,7 @@ class Stage:
         if start == len(self.ladder):
             raise LadderExhausted(exhausted_message(self.record.attempts))
         before = None if self.session is None else self.session.config
-        found = self._go_down(self.ladder[start:], self._judge)
+        found = self._go_down(map(self._rung, range(start, len(self.ladder))), self._judge)
         if self._is_sound:
             self._checkpoint(False)
         self._tell_new_optimizer(before, found.rung)
@@ -180,9 +192,41 @@ class Stage:
         if before is not None and before.model == asked.model and not is_kept:
             self.record.event(f"the optimizer starts anew: rung {rung.name} has one whose state is of another kind")
 
-    def _go_down(self, rungs: Sequence[Rung[Config]], judge: Judge) -> Found[Config, int]:
+    def _rung(self, number: int) -> Rung[Config]:
+        """A rung of the ladder, without the overrides that its network refuses, there and above."""
+        while self._looked_at < number:
+            self._looked_at += 1
+            above, rung = self.ladder[self._looked_at - 1 : self._looked_at + 1]
+            if rung.passed_over or not self.forecast.refusal(above.settings, rung.settings):
+                continue
+            self._refused[rung.name] = {}
+            rungs = resolve(self.settings, self.largest or DEFAULT_BATCH, self.why, self._refuse)
+            self.ladder = (*self.ladder[: self._looked_at], *rungs[self._looked_at :])
+            rung = self.ladder[self._looked_at]
+            reasons = tuple(filter(None, self._refused[rung.name].values()))
+            for note in () if rung.passed_over else rung.notes:
+                if note.endswith(reasons):
+                    self.record.event(f"rung {rung.name}: {note}")
+        return self.ladder[number]
+
+    def _refuse(self, name: str, above: Config, config: Config) -> str:
+        """As `Forecast.refusal`, of rungs that were found to be refused; the answer stays what it was."""
+        known = self._refused.get(name)
+        if known is None:
+            return ""
+        key = repr(config)
+        if key not in known:
+            known[key] = self.forecast.refusal(above, config)
+        return known[key]
+
+    def _go_down(self, rungs: Iterable[Rung[Config]], judge: Judge) -> Found[Config, int]:
         """Descend, and remember how it went, but for what fails later, in training: that says too little of a rung."""
-        settings = {rung.name: rung.settings for rung in rungs}
+        settings: dict[str, Config] = {}
+
+        def noted() -> Iterator[Rung[Config]]:
+            for rung in rungs:
+                settings[rung.name] = rung.settings
+                yield rung
 
         def attempted(entry: Attempt) -> None:
             if entry.outcome == "oom":
@@ -195,7 +239,7 @@ class Stage:
 
         self.forecast.begin()
         capacity, device = self.parts.capacity, self.parts.device
-        found = descend(rungs, self._prove, judge=judge, meter=capacity, on_attempt=attempted, device=device)
+        found = descend(noted(), self._prove, judge=judge, meter=capacity, on_attempt=attempted, device=device)
         is_whole = found.value == self._eval_batch(found.rung.settings)  # evaluation was not halved
         if self._earlier is None and is_whole:
             self.forecast.learn(found.rung.settings, found.attempts[-1])
@@ -203,9 +247,6 @@ class Stage:
 
     def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
-        reason = self._refusal(rung)
-        if reason:
-            return reason, None
         hopeless, need = self.forecast.judge(rung.settings)
         is_known = rung is self.ladder[0] and self._was_proven(f"{LARGEST}-{self.largest}")
         return "" if hopeless and (is_known or self._is_last(rung)) else hopeless, need
@@ -215,26 +256,8 @@ class Stage:
 
     def _is_last(self, rung: Rung[Config]) -> bool:
         """Whether no rung below it can be tried."""
-        below = self.ladder[self.ladder.index(rung) + 1 :]
-        return all(other.passed_over or self._refusal(other) for other in below)
-
-    def _refusal(self, rung: Rung[Config]) -> str:
-        """Why this rung is not to be tried, whatever the room; empty where it may be."""
-        reason = self._single_sample(rung.settings)
-        if not reason and rung is not self.ladder[0] and self.parts.make_model is build_model:
-            reason = image_refusal(rung.settings, self.parts.num_classes)
-        return reason or self.forecast.grown(self.ladder, self.ladder.index(rung))
-
-    def _single_sample(self, config: Config) -> str:
-        """Why a batch or micro-batch of one is not trained; empty where it may be."""
-        used = recipe(config)
-        if used.micro_batch_size > 1 or config.model.name not in self._batch_norm:
-            return ""
-        key = "batch_size" if used.batch_size == 1 else "micro_batch_size"
-        return (
-            f"trainer.{key}=1 leaves BatchNorm a single sample, which has no variance; "
-            "use 2 or more, or a model without BatchNorm"
-        )
+        below = range(self.ladder.index(rung) + 1, len(self.ladder))
+        return all(self._rung(number).passed_over for number in below)
 
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
@@ -291,9 +314,8 @@ class Stage:
 
     def _fill(self, session: Session) -> None:
         """Put what was learned earlier into a new session."""
-        if has_batch_norm(session.state.model):
-            self._batch_norm.add(session.config.model.name)
-        if problem := self._single_sample(session.config):
+        problem = single_sample(session.config)
+        if problem and has_batch_norm(session.state.model):
             raise ConfigError(problem)
         if self.saved is not None:
             self._resume(session, self.saved)
@@ -358,6 +380,13 @@ class Stage:
         allocated, reserved = self.parts.capacity.peaks()
         where = f"{phase}, after update {self._opened.state.updates}"
         self._attempted(Attempt(rung.name, "oom", where, reason, None, allocated, reserved))
+
+    def _look_for_leak(self, growth: Growth) -> None:
+        oom.release(self.parts.device)  # what is garbage is no leak
+        text = growth.text(self.parts.capacity.usage().allocated, self.parts.device)
+        if text and not self.leak:
+            self.leak = text
+            self.record.event(text)
 
     def _may_climb(self, rung: Rung[Config]) -> bool:
         """Whether to try the rung above: only when more memory is free than when it failed, and not too often."""

@@ -184,7 +184,9 @@ class Trainer:
                 if len(ladders) > 1:
                     record.event(f"stage {name}: {_differences(start.cfg, typed(settings))}")
                 after = ladders[number - 1][0] if number and saved is None else ""
-                stage = Stage(ladder, parts, data, record, stop, forecast, number, saved, weights, after, accepted)
+                stage = Stage(
+                    ladder, settings, parts, data, record, stop, forecast, number, saved, weights, after, accepted
+                )
                 rung = self._train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned() if number + 1 < len(ladders) else None
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
@@ -217,7 +219,7 @@ class Trainer:
             message = str(error)
         if message:
             stage.accepted()  # it is the memory that is short, and to be recorded
-            raise LadderExhausted(f"{message}\n{_advice(capacity)}")
+            raise LadderExhausted(f"{message}\n{stage.leak or _advice(capacity)}")
         log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
         return rung
 

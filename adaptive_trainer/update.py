@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
+from adaptive_trainer.device import AUTOCAST
 from adaptive_trainer.errors import ConfigError, DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
 Accumulate = Callable[[Tensor, Tensor], None]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Update:

@@ -30,7 +30,7 @@ feed
 checkpoint
 contents
 forecast
-engine
+engine leak
 graph compiling
 proof
 update

@@ -363,7 +363,7 @@ def test_a_key_that_rungs_do_not_have(cli: Any, tmp_path: Path) -> None:
 
 
 def test_a_limit_too_small_for_the_weights(cli: Any) -> None:
-    ended = cli(*NO_LADDER, "memory.limit=1MiB")
+    ended = cli(*NO_LADDER, "memory.limit=2MiB")
     assert ended.code == 3
     assert "requested: oom in building the model" in message(ended)
     assert "a larger memory.limit" in message(ended)

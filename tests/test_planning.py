@@ -20,14 +20,15 @@ from torch import nn
 
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
-from adaptive_trainer.errors import ConfigError, ModelError
+from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stored_size
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder, versions
-from adaptive_trainer.memory.predict import Prediction
+from adaptive_trainer.memory.predict import Prediction, verdict
 from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, run_plan
 from adaptive_trainer.planning import Planner, plan
 from adaptive_trainer.target import Card, Target, card_of, target_of
+from adaptive_trainer.trainer import Trainer
 
 MiB = 2**20
 GiB = 2**30
@@ -484,3 +485,51 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_versions_are_found_once() -> None:
     assert versions() is versions()
     assert versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
+
+
+TINY = [
+    ("test_resnet", 8, 64, []),
+    ("test_vit3", 2, 160, ["trainer.micro_batch_size=1"]),
+    ("test_convnext3", 16, 32, ["trainer.precision=fp16"]),
+]
+MORE_TINY = [
+    (name, batch, size, more)
+    for name in ("test_resnet", "test_byobnet", "test_efficientnet", "test_nfnet", "resnet10t", "mnasnet_small")
+    for batch, size, more in (
+        (8, 64, ["optimizer=sgd"]), (3, 32, ["trainer.ema_decay=0.9"]), (16, 96, ["trainer.micro_batch_size=4"]),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "batch", "size", "more"), TINY)
+def test_a_tiny_network_trains_where_it_is_planned_to_fit(
+    name: str, batch: int, size: int, more: list[str], tmp_path: Path
+) -> None:
+    check_tiny(name, batch, size, more, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch", "size", "more"), MORE_TINY)
+def test_more_tiny_networks(name: str, batch: int, size: int, more: list[str], tmp_path: Path) -> None:
+    check_tiny(name, batch, size, more, tmp_path)
+
+
+def check_tiny(name: str, batch: int, size: int, more: list[str], folder: Path) -> None:
+    """At the smallest limit that is planned to fit it trains, and at the largest hopeless one it does not."""
+    overrides = [
+        "data=fakedata", f"data.train.size={4 * batch}", f"data.val.size={batch}", f"data.image_size={size}",
+        f"trainer.batch_size={batch}", "data.num_workers=0", f"model.name={name}", "trainer.epochs=1", "device=cpu",
+        "ladder=none", *more,
+    ]  # fmt: skip
+    (row,) = run_plan(compose_config([*overrides, "memory.limit=64MiB"]), folder).rows
+    least = row.min_capacity_bytes or 0
+    found = Prediction(0, 0, 0, least, 0.0)
+    answers = {limit: verdict(found, limit * MiB) for limit in range(2, 3 * least // MiB + 8)}
+    fits = min(limit for limit, answer in answers.items() if answer == "fits")
+    hopeless = max((limit for limit, answer in answers.items() if answer == "hopeless"), default=0)
+    trained = Trainer(compose_config([*overrides, f"memory.limit={fits}MiB"]), output_dir=folder / "fits").fit()
+    assert trained.rung == "requested"
+    if hopeless:
+        cfg = compose_config([*overrides, f"memory.limit={hopeless}MiB"])
+        with pytest.raises(LadderExhausted):
+            Trainer(cfg, output_dir=folder / "hopeless").fit()

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from adaptive_trainer.memory.fake import Kind
@@ -176,6 +178,22 @@ def test_a_network_that_cannot_be_traced_is_unknown() -> None:
 def test_verdict(capacity: int, answer: str) -> None:
     prediction = Prediction(900, 950, 1200, 1000 * MiB, 0.0)
     assert verdict(prediction, capacity * MiB) == answer
+
+
+@given(st.integers(1, 2000), st.integers(0, 4000))
+def test_a_verdict_leaves_room_for_a_segment(least: int, capacity: int) -> None:
+    """2 MiB where all fits into small segments, 20 MiB else; the shares above from 286 MiB on."""
+    answer = verdict(Prediction(1, 1, 1, least * MiB, 0.0), capacity * MiB)
+    segment = 20 if least >= 20 else 2
+    if answer == "fits":
+        assert capacity >= least + segment
+        assert capacity >= 1.07 * least
+    elif answer == "hopeless":
+        assert capacity < least - segment
+        assert capacity < 0.9 * least
+    else:
+        assert answer == "unsure"
+        assert min(0.9 * least, least - segment) <= capacity < max(1.07 * least, least + segment)
 
 
 def test_any_module_optimizer_and_shape() -> None:

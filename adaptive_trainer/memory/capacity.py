@@ -19,6 +19,7 @@ import torch
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory import usage
+from adaptive_trainer.memory.allocator import SMALL_SEGMENT
 from adaptive_trainer.memory.card import SimulatedCard
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
@@ -27,13 +28,13 @@ __all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limited",
 COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
 
 DEFAULT_SIMULATED = 512 * 2**20
-SMALLEST_LIMIT = 2**20
 
 UNITS = {"b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", start=1)
     for suffix, base in (("ib", 1024), ("b", 1000))
 }
+TOO_SMALL = f"less than the {SMALL_SEGMENT // 2**20} MiB of the allocator's smallest segment, so that nothing fits"
 ALLOWED = (
     "allowed are a size (5600MiB, 6GiB, 512 MB), a fraction of the card above 0 and up to 1 (0.5), "
     "null for the default, or none for no limit"
@@ -49,15 +50,24 @@ class Limit:
     lifted: bool = False
 
     def of(self, total: int) -> int | None:
-        """The limit in bytes on a card of `total` bytes; None where none is set."""
-        return self.bytes if self.fraction is None else int(self.fraction * total)
+        """The limit in bytes on a card of `total` bytes; None where none is set.
+
+        Raises:
+            ConfigError: it is below one segment of the allocator.
+        """
+        if self.fraction is None:
+            return self.bytes
+        size = int(self.fraction * total)
+        if size < SMALL_SEGMENT:
+            raise ConfigError(f"memory.limit={self.fraction:g} of {format_bytes(total)} is {TOO_SMALL}; ask for more")
+        return size
 
 
 def parse_limit(value: object) -> Limit:
     """Understand `memory.limit`: null, `none`, a size with its unit, whole bytes, or a fraction in (0, 1].
 
     Raises:
-        ConfigError: anything else, and sizes under 1 MiB (most likely a unit was forgotten).
+        ConfigError: anything else, and sizes below one segment of the allocator (most likely a unit was forgotten).
     """
     if value is None:
         return Limit()
@@ -86,8 +96,8 @@ def _number(value: object, number: float) -> Limit:
 
 
 def _size(value: object, size: float) -> Limit:
-    if size < SMALLEST_LIMIT:
-        raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, less than 1 MiB; write a unit, such as 5600MiB")
+    if size < SMALL_SEGMENT:
+        raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
     return Limit(bytes=int(size))
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
+from adaptive_trainer.memory.allocator import LARGE_SEGMENT, SMALL_SEGMENT, AllocatorFull, CachingAllocator
 from adaptive_trainer.memory.fake import Kind
 from adaptive_trainer.memory.scratch import MULTIPROCESSORS, Scratch
 from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, no_collection
@@ -102,14 +102,17 @@ def predict(
 def verdict(prediction: Prediction, capacity_bytes: int) -> str:
     """ "fits", "unsure" or "hopeless" in a capacity (bytes for the allocator), or "unknown" where nothing is predicted.
 
-    It fits from 1.07 times the smallest capacity on, and is hopeless below 0.90 times.
+    It fits from 1.07 times the smallest capacity on, and is hopeless below 0.90 times; in between, and within one
+    segment of the smallest capacity, it is unsure.
     """
     least = prediction.min_capacity_bytes
     if least is None:
         return "unknown"
-    if capacity_bytes >= least * FITS_ABOVE:
+    # Blocks that are placed otherwise than predicted take, or save, a whole segment, however small the network is.
+    segment = SMALL_SEGMENT if least < LARGE_SEGMENT else LARGE_SEGMENT
+    if capacity_bytes >= max(least * FITS_ABOVE, least + segment):
         return "fits"
-    return "hopeless" if capacity_bytes < least * HOPELESS_BELOW else "unsure"
+    return "hopeless" if capacity_bytes < min(least * HOPELESS_BELOW, least - segment) else "unsure"
 
 
 def _min_capacity(trace: Trace, scratch: Scratch, at_most: int, *, retried: bool) -> int:
