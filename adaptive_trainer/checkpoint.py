@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
+from adaptive_trainer.belongings import Belongings, walk
 from adaptive_trainer.contents import numpy_state
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
+from adaptive_trainer.randomness import made as made_generator
+from adaptive_trainer.randomness import packed
+from adaptive_trainer.randomness import unpack as unpack_generator
 from adaptive_trainer.transaction import TrainState, layout
 
 __all__ = ["load", "load_optimizer", "made_buffers", "make_buffers", "misfit", "pack", "retried", "save", "unpack"]
@@ -178,6 +182,7 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
         "model": state.model.state_dict(),
         "made_buffers": made_buffers(state),
         "buffers": _not_persistent(state.model),
+        "loss_buffers": dict(state.loss.named_buffers()) if isinstance(state.loss, nn.Module) else {},
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "ema": None if average is None else average.state_dict(),
@@ -192,14 +197,18 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "python": [version, list(words), gauss],
             "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+            "owned": _packed_generators(state),
         },
     }
 
 
 def unpack(
     content: dict[str, Any], state: TrainState, device: torch.device, *, keep_groups: bool, with_optimizer: bool
-) -> None:
+) -> list[str]:
     """Put what `pack` gave into `state`, in place.
+
+    Returns:
+        The paths of generators whose state the checkpoint has, and which the network, loss or optimizer has not.
 
     Args:
         keep_groups: keep the optimizer's own settings (the run asks for others than the checkpoint has).
@@ -212,6 +221,8 @@ def unpack(
     try:
         _unpack(content, state, keep_groups=keep_groups, with_optimizer=with_optimizer)
         _restore_random(content["random"], device)
+        _restore_loss(content.get("loss_buffers", {}), state, device)
+        lost = _restore_generators(content["random"].get("owned", {}), state, device)
     except Exception as error:  # all that can be wrong here is the checkpoint
         if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
@@ -220,6 +231,7 @@ def unpack(
             problem = f"there is no {problem}"
     if problem:
         raise CheckpointError(f"the checkpoint does not fit this run's model or optimizer: {problem}")
+    return lost
 
 
 def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, with_optimizer: bool) -> None:
@@ -268,6 +280,44 @@ def _not_persistent(network: nn.Module) -> dict[str, Any]:
     """The buffers that its `state_dict` leaves out."""
     persistent = network.state_dict()
     return {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
+
+
+def _restore_loss(saved: dict[str, Tensor], state: TrainState, device: torch.device) -> None:
+    if isinstance(state.loss, nn.Module):
+        own = dict(state.loss.named_buffers())
+        made = [name for name, value in saved.items() if name not in own or layout(own[name]) != layout(value)]
+        make_buffers(state.loss, {name: value.to(device) for name, value in saved.items()}, made)
+        with torch.no_grad():
+            for name, value in saved.items():
+                state.loss.get_buffer(name).copy_(value)
+
+
+def _packed_generators(state: TrainState) -> dict[str, Any]:
+    """The generators that network, loss and optimizer own, by the path that leads to each."""
+    found = {path: packed(generator) for path, generator in Belongings(state.owners()).generators.items()}
+    return {path: saved for path, saved in found.items() if saved is not None}
+
+
+def _restore_generators(saved: dict[str, Any], state: TrainState, device: torch.device) -> list[str]:
+    """Put them back, and make those that a forward pass had made; returns what cannot be."""
+    found = {path: value for path, value, _ in walk(state.owners())}
+    return [path for path, one in saved.items() if not _restored(path, one, found, device)]
+
+
+def _restored(path: str, saved: dict[str, Any], found: dict[str, Any], device: torch.device) -> bool:
+    if path in found:
+        return unpack_generator(found[path], saved)
+    above, _, name = path.rpartition(".")
+    owner, generator = found.get(above), made_generator(saved, device)
+    if generator is None or owner is None:
+        return False
+    if isinstance(owner, list) and name == str(len(owner)):
+        owner.append(generator)
+    elif isinstance(owner, dict) or hasattr(owner, "__dict__"):
+        (owner if isinstance(owner, dict) else vars(owner))[name] = generator
+    else:
+        return False
+    return True
 
 
 def made_buffers(state: TrainState) -> list[str]:

@@ -1,13 +1,14 @@
 """Loaders that start at any position and give the same samples whatever the workers and the batch sizes.
 
-A sample's augmentation is seeded by its key (seed, epoch, index) alone, and loading in the main process leaves its
-random numbers as they were. A sample that cannot be read ends the run with its name, or is left out and named in its
-batch (`data.on_error`).
+A sample's augmentation is seeded by its key (seed, epoch, index) alone, also where it draws from generators that the
+data set or a transform owns, and loading in the main process leaves all random numbers as they were. A sample that
+cannot be read ends the run with its name, or is left out and named in its batch (`data.on_error`).
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import operator
 import random
 import signal
@@ -26,10 +27,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from adaptive_trainer import oom
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import DataConfig
 from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, sample_name
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
+from adaptive_trainer.randomness import put, state_of
+from adaptive_trainer.randomness import seed as seed_generator
 from adaptive_trainer.transforms import Transform, build_transform, to_rgb
 
 __all__ = [
@@ -164,9 +168,27 @@ class _View(Dataset[Any]):
     config: DataConfig
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
+        sample = self._draw(key)
+        if (
+            not self._belongings.keep()
+        ):  # it has made generators while it was asked: with those seeded as well, once more
+            sample = self._draw(key)
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_belongings"}  # a copy has its own
+
+    @functools.cached_property
+    def _belongings(self) -> Belongings:
+        """The generators that data set and transform own, in this process."""
+        found = Belongings({"data": self.data, "transform": self.transform}, into_data=True)
+        found.keep()
+        return found
+
+    def _draw(self, key: Key) -> tuple[Tensor, int] | str:
         index = key[2]
         problem = ""
-        with _seeded(key_seed(*key)):
+        with _seeded(key_seed(*key), self._belongings.generators.values()):
             try:
                 image, label = self._pair(self.data[index], index)
             except BROKEN as error:
@@ -218,20 +240,27 @@ def check_label(data: MapDataset, index: int, label: int, num_classes: int) -> N
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's, Python's and numpy's random numbers for the block, and put back what they were.
+def _seeded(seed: int, own: Iterable[Any] = ()) -> Iterator[None]:
+    """Seed torch's, Python's and numpy's random numbers, and own generators, for the block; put back what they were.
+
+    So a sample's draws depend on nothing but its key, whichever process asks for it and whatever was asked before.
 
     Data sets that call `torch.manual_seed` would seed the GPUs as well, so theirs are put back too.
     """
     generator = torch.default_generator
     python, numpy, cpu = random.getstate(), np.random.get_state(), generator.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    of_own = [(each, state_of(each)) for each in own]
+    for number, (each, _) in enumerate(of_own, start=1):
+        seed_generator(each, (seed + number) % 2**63)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     generator.manual_seed(seed)
     try:
         yield
     finally:
+        for each, state in of_own:
+            put(each, state)
         random.setstate(python)
         np.random.set_state(numpy)
         generator.set_state(cpu)

@@ -6,6 +6,7 @@ memory is its own, a replay allocates nothing: it cannot run out of memory.
 
 from __future__ import annotations
 
+import pickle
 import sys
 import traceback
 import warnings
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.host_state import HostState
+from adaptive_trainer.randomness import state_of
 from adaptive_trainer.transaction import Places
 from adaptive_trainer.update import Update
 
@@ -108,6 +111,9 @@ class Graph:
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(update.device)  # type: ignore[no-untyped-call]
         has_ended = False
+        for generator in Belongings(update.state.owners()).generators.values():
+            if isinstance(generator, torch.Generator) and generator.device.type == "cuda":
+                self._graph.register_generator_state(generator)  # else each replay would draw the same numbers
         try:
             with torch.cuda.stream(stream), _changing_values(self.groups, self.rates):
                 # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
@@ -213,10 +219,10 @@ def _unchanged_host(update: Update) -> Iterator[None]:
     """Put back what is changed on the host, and refuse an update that does so, which a replay would not repeat."""
     model, loss, places = update.state.model, update.loss, Places(_tensors(update))
     model.train()  # as any update does; after an evaluation that would be a change
-    host = HostState([model, loss] if isinstance(loss, nn.Module) else [model])
+    host, drawn = HostState([model, loss] if isinstance(loss, nn.Module) else [model]), _drawn(update)
     try:
         yield
-        changed = host.changes()
+        changed = host.changes() or [path for path, state in _drawn(update).items() if drawn.get(path) != state]
         has_moved = not places.hold(_tensors(update))
     finally:
         host.put_back()
@@ -225,6 +231,13 @@ def _unchanged_host(update: Update) -> Iterator[None]:
         raise GraphRefused(f"its forward pass changes {', '.join(changed)} on the host, which a graph does not repeat")
     if has_moved:
         raise GraphRefused("it puts a tensor of its state elsewhere, or gives it another shape, and a graph does not")
+
+
+def _drawn(update: Update) -> dict[str, bytes]:
+    """The states of all generators on the host that the network, the loss, the optimizer and the average own."""
+    owned = Belongings(update.state.owners()).generators
+    on_host = {path: each for path, each in owned.items() if getattr(each, "device", torch.device("cpu")).type == "cpu"}
+    return {path: pickle.dumps(state_of(each)) for path, each in on_host.items()}
 
 
 def _tensors(update: Update) -> list[Tensor]:

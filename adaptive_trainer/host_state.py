@@ -6,11 +6,8 @@ replays would do the same; and what it left there is put back, since none of its
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import random
-import sys
-import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,14 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+
+from adaptive_trainer.belongings import HOOKS, PLAIN, is_own_kind
+from adaptive_trainer.randomness import is_generator, put, state_of
 
 __all__ = ["HostState"]
-
-PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.device, torch.dtype)
-NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
-HOOKS = {name for name in vars(nn.Module()) if "hook" in name}  # many, and hardly ever changed by a forward pass
-OPAQUE = {*sys.stdlib_module_names, "torch", "numpy"}  # whose objects are not looked into
 
 
 class HostState:
@@ -93,14 +87,8 @@ def _content(value: Any) -> Any:
         return None
     if isinstance(value, Tensor):
         return 0 if value.is_inference() else value._version
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return pickle.dumps(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
-        return pickle.dumps(value.get_state())
-    if isinstance(value, torch.Generator):
-        return value.get_state().numpy()
+    if is_generator(value):
+        return state_of(value)
     if isinstance(value, np.ndarray):
         return None if isinstance(value, np.memmap) else value.copy()
     if isinstance(value, dict):
@@ -111,11 +99,8 @@ def _content(value: Any) -> Any:
 
 
 def _is_seen_into(value: Any) -> bool:
-    """Whether it is an object with attributes, of the user's own kind: libraries' can lead anywhere, data sets far."""
-    kind = type(value)
-    if isinstance(value, type | Dataset) or not kind.__dictoffset__:
-        return False
-    return isinstance(value, NAMESPACES) or str(kind.__module__).partition(".")[0] not in OPAQUE
+    """Whether it is an object with attributes, of the user's own kind."""
+    return is_own_kind(value) and bool(type(value).__dictoffset__)
 
 
 def _parts(name: str, value: Any, content: Any) -> Iterator[tuple[str, Any]]:
@@ -157,14 +142,8 @@ def _same(now: Any, before: Any) -> bool:
 
 def _fill(value: Any, content: Any) -> None:
     """Put what an object held into it again."""
-    if isinstance(value, random.Random):
-        value.setstate(content)
-    elif isinstance(value, torch.Generator):
-        value.set_state(torch.from_numpy(content))
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = pickle.loads(content)
-    elif isinstance(value, np.random.RandomState):
-        value.set_state(pickle.loads(content))
+    if is_generator(value):
+        put(value, content)
     elif isinstance(value, np.ndarray):
         np.copyto(value, content)
     elif isinstance(content, dict):

@@ -9,7 +9,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder, versions
 from adaptive_trainer.memory.trace import same_random_numbers
+from adaptive_trainer.randomness import put, state_of
 
 __all__ = [
     "build_model",
@@ -302,16 +304,35 @@ def _recompute(block: nn.Module, enable: bool) -> None:
     is_enabled = isinstance(found, functools.partial) and found.func is _recomputed_later
     own = found.args[1] if is_enabled else found
     if enable:
-        block.__dict__["forward"] = functools.partial(_recomputed_later, block, own)
+        block.__dict__["forward"] = functools.partial(_recomputed_later, block, own, Belongings({"block": block}))
     elif own is not None:
         block.__dict__["forward"] = own
 
 
-def _recomputed_later(module: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def _recomputed_later(
+    module: nn.Module, own: Callable[..., Any] | None, owned: Belongings, *args: Any, **kwargs: Any
+) -> Any:
     forward = own or functools.partial(type(module).forward, module)
     if not (module.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
+    owned.keep()
+    before = [(generator, state_of(generator)) for generator in owned.generators.values()]
+    if before:  # torch draws again only from its own
+        kwargs["context_fn"] = lambda: (nullcontext(), _drawing(before))
     return checkpoint(functools.partial(_on_lent_buffers, module, forward), *args, use_reentrant=False, **kwargs)
+
+
+@contextmanager
+def _drawing(states: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Generators in these states, and afterwards as they were."""
+    now = [(generator, state_of(generator)) for generator, _ in states]
+    for generator, state in states:
+        put(generator, state)
+    try:
+        yield
+    finally:
+        for generator, state in now:
+            put(generator, state)
 
 
 def _on_lent_buffers(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -4,47 +4,140 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["RandomStates"]
+__all__ = ["RandomStates", "is_generator", "made", "packed", "process_wide", "put", "seed", "state_of", "unpack"]
 
 MT19937_BYTES = 625 * 4  # 624 words and how many of them are used up
+KINDS = {
+    "torch.Generator": torch.Generator, "random.Random": random.Random, "numpy.Generator": np.random.Generator,
+    "numpy.RandomState": np.random.RandomState, "numpy.BitGenerator": np.random.BitGenerator,
+}  # fmt: skip
+EVERY = tuple(KINDS.values())
+PLAIN = {Tensor, int, float, bool, str, bytes, type(None)}
+BITS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+
+
+def is_generator(value: Any) -> bool:
+    """Whether it is an object that random numbers are drawn from and whose state can be read."""
+    return isinstance(value, EVERY) and not isinstance(value, random.SystemRandom)
+
+
+def process_wide() -> list[Any]:
+    """The generators of the process: whoever draws from them, they are nobody's own."""
+    found = [torch.default_generator, *torch.cuda.default_generators]
+    return [*found, random.random.__self__, np.random.rand.__self__]  # type: ignore[attr-defined]
+
+
+def state_of(generator: Any) -> Any:
+    """What it will draw, as arrays, numbers, texts and containers of them."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return getattr(generator, "bit_generator", generator).state
+
+
+def put(generator: Any, state: Any) -> None:
+    """Make it draw what it would have drawn when `state_of` was asked."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.from_numpy(state))
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state
+
+
+def seed(generator: Any, number: int) -> None:
+    """Make it draw what a new one of its kind draws with this seed, from 0 to 2^64 - 1."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(number)
+    elif isinstance(generator, random.Random):
+        generator.seed(number)
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(number % 2**32)
+    else:
+        bits = getattr(generator, "bit_generator", generator)
+        bits.state = type(bits)(number).state
+
+
+def packed(generator: Any) -> dict[str, Any] | None:
+    """Its kind and state as plain data for a checkpoint; None where its state is something else."""
+    kind = next(name for name, kind in KINDS.items() if isinstance(generator, kind))
+    state = tree_map(lambda leaf: torch.tensor(leaf) if isinstance(leaf, np.ndarray) else leaf, state_of(generator))
+    if not all(type(leaf) in PLAIN for leaf in tree_leaves(state)):
+        return None
+    return {"kind": kind, "device": str(getattr(generator, "device", "")).partition(":")[0], "state": state}
+
+
+def unpack(generator: Any, saved: Mapping[str, Any]) -> bool:
+    """Put what `packed` gave into a generator; False where it was of another kind."""
+    state = tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, Tensor) else leaf, saved["state"])
+    try:
+        is_alike = isinstance(generator, KINDS[saved["kind"]])
+        if is_alike:
+            put(generator, state)
+    except (KeyError, TypeError, ValueError, RuntimeError):  # of another device, or with other bits
+        return False
+    return is_alike
+
+
+def made(saved: Mapping[str, Any], device: torch.device) -> Any:
+    """A generator with the kind and state that `packed` gave; None where no such one can be made.
+
+    Args:
+        device: for one of torch's that drew on a card.
+    """
+    kind, state = saved["kind"], saved["state"]
+    if kind == "torch.Generator":
+        new: Any = torch.Generator("cpu" if saved["device"] == "cpu" else device)
+    elif kind == "random.Random":
+        new = random.Random()
+    elif state["bit_generator"] not in BITS:
+        return None
+    else:
+        bits = getattr(np.random, state["bit_generator"])()
+        new = bits if kind == "numpy.BitGenerator" else getattr(np.random, kind.removeprefix("numpy."))(bits)
+    return new if unpack(new, saved) else None
 
 
 class RandomStates:
-    """Python's, NumPy's and torch's own random numbers, and those of generators that objects hold.
+    """Python's, NumPy's and torch's own random numbers.
 
     Args:
         device: where training runs; a CUDA card has random numbers of its own.
-        generators: of the type of `random.Random` or `torch.Generator`.
     """
 
-    def __init__(self, device: torch.device, generators: Iterable[random.Random | torch.Generator]) -> None:
-        own = list(generators)
-        self.of_python = [g for g in own if isinstance(g, random.Random)]
-        self.of_torch = [torch.default_generator, *(g for g in own if isinstance(g, torch.Generator))]
+    def __init__(self, device: torch.device) -> None:
+        self.of_torch = [torch.default_generator]
         self._numpy = _NumPyState()
         if device.type == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]  # makes the card's generators
             index = torch.cuda.current_device() if device.index is None else device.index
             self.of_torch.append(torch.cuda.default_generators[index])
 
-    def read(self) -> tuple[Any, ...]:
-        """All states as they are now, for `write`."""
-        of_torch, of_python = [g.get_state() for g in self.of_torch], [g.getstate() for g in self.of_python]
-        return of_torch, of_python, random.getstate(), self._numpy.read()
+    def read(self, own: Iterable[Any] = ()) -> tuple[Any, ...]:
+        """All states as they are now, and those of generators that objects own, for `write`."""
+        of_torch, of_others = [g.get_state() for g in self.of_torch], [(g, state_of(g)) for g in own]
+        return of_torch, of_others, random.getstate(), self._numpy.read()
 
     def write(self, states: tuple[Any, ...]) -> None:
         """Put back what `read` gave."""
-        of_torch, of_python, python, numpy = states
+        of_torch, of_others, python, numpy = states
         for generator, state in zip(self.of_torch, of_torch, strict=True):
             generator.set_state(state)
-        for own, kept in zip(self.of_python, of_python, strict=True):
-            own.setstate(kept)
+        for generator, state in of_others:
+            put(generator, state)
         random.setstate(python)
         np.random.set_state(numpy)
 

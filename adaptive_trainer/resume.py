@@ -127,8 +127,10 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
     asked, before = asdict(config), saved["config"]
     was, wanted = before["optimizer"], asked["optimizer"]
     with_optimizer = kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
-    checkpoint.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
-    told = []
+    lost = checkpoint.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
+    told = [
+        f"the random numbers of {path} start anew: there is no such generator, or one of another kind" for path in lost
+    ]
     if not with_optimizer:
         told.append("the optimizer starts anew: what the checkpoint has of it is of another kind")
     told.append(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")

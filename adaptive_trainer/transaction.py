@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer import oom
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.errors import DeviceUnusable
 from adaptive_trainer.position import Position
 from adaptive_trainer.randomness import RandomStates
@@ -41,7 +41,6 @@ COUNTS = ("position", "updates", "finished_epochs", "best")
 PLAIN = (Tensor, int, float, bool, str, type(None))  # values of an optimizer's state that are no containers
 OVERLAPS = 1  # torch's word for elements that share memory
 DTYPE = operator.attrgetter("dtype")
-LEFT_BY_FUSED_STEP = ("grad_scale", "found_inf")
 
 
 def _unseen(method: Callable[P, None]) -> Callable[P, None]:
@@ -82,6 +81,10 @@ class TrainState:
     best: float | None = None
     factory: dict[str, Layout] = field(default_factory=dict)
     meters: dict[str, Tensor] = field(default_factory=dict)
+
+    def owners(self) -> dict[str, Any]:
+        """The objects whose generators of random numbers, and plain attributes, an update may change."""
+        return {"model": self.model, "loss": self.loss, "optimizer": self.optimizer, "average": self.ema}
 
 
 class Places:
@@ -140,10 +143,12 @@ class _Shadow:
         self.copies: list[Tensor] = []
         self.groups: list[tuple[list[Tensor], list[Tensor]]] = []
 
-    def save(self, tensors: list[Tensor]) -> None:
-        if not self.places.hold(tensors):
-            places = Places(tensors)
-            live = list(map(_writable, places.kept))
+    def save(self, tensors: list[Tensor], placed: Sequence[Tensor] = ()) -> None:
+        """Copy what the tensors hold; of those `placed`, keep only where they lie."""
+        every = [*tensors, *placed]
+        if not self.places.hold(every):
+            places = Places(every)
+            live = list(map(_writable, places.kept[: len(tensors)]))
             if [layout(t) for t in live] != [layout(t) for t in self.copies]:
                 self.copies = [torch.empty_like(t, device=self.device or t.device) for t in live]
             self.groups, self.places = _alike(live, self.copies), places
@@ -158,6 +163,38 @@ class _Shadow:
     def let_go(self) -> None:
         """Keep none of the tensors alive; the copies' memory stays."""
         self.places, self.groups = Places(), []
+
+
+class _Bindings:
+    """Which parameters and buffers modules have, by name.
+
+    Args:
+        owners: dictionaries of modules.
+    """
+
+    def __init__(self, owners: list[dict[str, Any]]) -> None:
+        self.owners = owners
+        self._sizes: list[int] = []
+        self._values: list[Any] = []
+        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def keep(self) -> None:
+        """Note what is bound; where that is as before, which is seen much sooner, nothing is noted anew."""
+        sizes, values = list(map(len, self.owners)), list(chain.from_iterable(map(dict.values, self.owners)))
+        if sizes != self._sizes or not all(map(operator.is_, values, self._values)):
+            self._kept = [(owner, dict(owner)) for owner in self.owners if owner]
+            self._sizes, self._values = sizes, values
+
+    def put_back(self) -> None:
+        """Bind what was bound, and nothing else."""
+        for owner in self.owners:
+            owner.clear()  # of what the first forward pass may have made
+        for owner, tensors in self._kept:
+            owner.update(tensors)
+
+    def let_go(self) -> None:
+        """Keep nothing alive."""
+        self._sizes, self._values, self._kept = [], [], []
 
 
 def _alike(live: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -213,14 +250,12 @@ class Undo:
         self.device = device
         modules = [*state.model.modules(), *(state.loss.modules() if isinstance(state.loss, nn.Module) else ())]
         averaged = [] if state.ema is None else list(state.ema.module.modules())
-        self.bindings = [owner for m in (*modules, *averaged) for owner in (m._parameters, m._buffers)]
+        self.bindings = _Bindings([owner for m in (*modules, *averaged) for owner in (m._parameters, m._buffers)])
         self.buffers = [m._buffers for m in (*modules, *averaged)]  # of the average too: an evaluation may change them
         self.parameters = list(state.model.parameters())
         self.average = [] if state.ema is None else list(state.ema.module.parameters())
-        owners = [*state.model.modules(), state.optimizer, *([] if state.ema is None else [state.ema])]
-        self.random_states = RandomStates(
-            device, [v for o in owners for v in vars(o).values() if isinstance(v, random.Random | torch.Generator)]
-        )
+        self.random_states = RandomStates(device)
+        self.belongings = Belongings(state.owners())
         self.on_host = on_host
         self.optimizers = list(_with_wrapped(state.optimizer))
         self.optimizer_state: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []  # each with what it held
@@ -232,7 +267,6 @@ class Undo:
         self.small = _Shadow(host if self.on_host else None)
         self.beside, self.host = _Shadow(), _Shadow(host)
         self.large = self.host
-        self.weights = Places()
         self.end()
 
     def end(self) -> None:
@@ -245,7 +279,8 @@ class Undo:
         self.optimizer_state = []
         for shadow in (self.beside, self.host):
             shadow.let_go()
-        self.weights = Places()
+        self.small.let_go()
+        self.bindings.let_go()
 
     def begin(self) -> None:
         """Keep what forward, backward, clipping and evaluation change: buffers, of the average as well, scaler, meters,
@@ -258,16 +293,15 @@ class Undo:
     @_unseen
     def _keep(self) -> None:
         state = self.state
-        self.bound = [(owner, dict(owner)) for owner in self.bindings if owner]
-        if not self.weights.hold(self.parameters):
-            self.weights = Places(self.parameters)
+        self.bindings.keep()
         self.scaler_tensors = {name: getattr(state.scaler, name, None) for name in SCALER_TENSORS}
         self.meters = dict(state.meters)
         buffers = chain.from_iterable(map(dict.values, self.buffers))
         kept = [*buffers, *self.scaler_tensors.values(), *self.meters.values()]
-        self.small.save([t for t in kept if t is not None])
+        self.small.save([t for t in kept if t is not None], self.parameters)
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-        self.random = self.random_states.read()
+        self.belongings.keep()
+        self.random = self.random_states.read(self.belongings.generators.values())
         self.counts = {name: getattr(state, name) for name in COUNTS}
 
     def before_step(self, *, on_host: bool = False, copies: bool = True) -> None:
@@ -340,12 +374,9 @@ class Undo:
             parameter.grad = None
         if self.progress is Progress.STEPPING:
             self.large.restore()
-        self.weights.put_back()
         self.small.restore()
-        for owner in self.bindings:
-            owner.clear()  # of what the first forward pass may have made
-        for owner, tensors in self.bound:
-            owner.update(tensors)
+        self.bindings.put_back()
+        self.belongings.put_back()
         if self.progress is Progress.STEPPING:
             self._restore_optimizer_state()
         self._restore_plain()
@@ -365,9 +396,6 @@ class Undo:
         if state.scaler.is_enabled():
             vars(state.scaler).update(self.scaler_tensors)
             state.scaler._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
-        for name in LEFT_BY_FUSED_STEP:
-            if hasattr(state.optimizer, name):
-                delattr(state.optimizer, name)
         state.meters = dict(self.meters)
         vars(state).update(self.counts)
         self.random_states.write(self.random)

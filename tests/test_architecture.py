@@ -48,7 +48,7 @@ augment
 predicting
 planning
 models optimizers
-position process randomness host_state
+position process host_state belongings randomness
 target
 memory.plan_cache
 memory.predict memory.trace memory.fake memory.plain memory.scratch

@@ -124,6 +124,27 @@ def test_what_a_replay_would_not_repeat_is_seen(what: str, in_loss: bool) -> Non
                 attempt()
 
 
+@pytest.mark.parametrize("owner", ["closure", "optimizer", "layout"])
+def test_what_else_a_replay_would_not_repeat_is_seen(owner: str, capacity: Capacity) -> None:
+    """Draws from what only a function holds, or the optimizer; and a weight that moves."""
+    run, own = runs.start(runs.Case("sgd", "fp32", warm=True), capacity), random.Random(0)
+    model, update = run.state.model, run.update()
+    if owner == "closure":
+        model.draw = lambda: own.random()  # type: ignore[assignment]
+    elif owner == "optimizer":
+        run.state.optimizer.own = own  # type: ignore[attr-defined]
+
+    def attempt() -> None:
+        with _unchanged_host(update):
+            if owner == "layout":
+                model.head.weight.data = model.head.weight.data.clone()  # type: ignore[union-attr, operator]
+            else:
+                own.random()
+
+    with pytest.raises(GraphRefused, match="tensor" if owner == "layout" else "on the host"):
+        attempt()
+
+
 def test_the_mode_that_an_evaluation_leaves_is_no_change(capacity: Capacity) -> None:
     run = runs.start(runs.Case("lion", "fp32", warm=True), capacity)
     run.state.model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))

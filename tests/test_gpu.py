@@ -454,6 +454,40 @@ def trained(name: str, kind: str, **how: Any) -> tuple[dict[str, Any], list[str]
     return found, events
 
 
+class Draws(Net):
+    """Adds noise from a generator of its own, on the card or on the host."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.generators = {"noise": [torch.Generator(device).manual_seed(5)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        (generator,) = self.generators["noise"]
+        noise = torch.randn(x.shape, generator=generator, device=generator.device)
+        output: Tensor = super().forward(x + 0.1 * noise.to(x.device))
+        return output
+
+
+@pytest.mark.usefixtures("same_kernels")
+@pytest.mark.parametrize("name", ["sgd", "lion"])
+def test_a_graph_goes_on_drawing_from_a_generator_that_the_network_owns(name: str) -> None:
+    found = []
+    for kind in ("graph", "eager"):
+        seed_everything(0)
+        net = Draws("cuda")
+        state, _ = trained(name, kind, net=net)
+        found.append(state | {"own generator": net.generators["noise"][0].get_state()})
+    assert differences(*found) == []
+
+
+def test_a_network_that_draws_on_the_host_is_not_recorded() -> None:
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        engine = Engine(made("sgd", capacity, net=Draws("cpu")), "graph", 8, events.append)
+        advance(engine, 5)
+    assert any("eager, not a CUDA graph" in event for event in events), events
+
+
 @pytest.mark.usefixtures("same_kernels")
 @pytest.mark.parametrize(
     ("name", "how"),

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
 
 from adaptive_trainer import checkpoint
+from adaptive_trainer.config import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.proof import Shapes, prove
+from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import layout
+from adaptive_trainer.update import Update
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start
 
@@ -256,3 +265,220 @@ def test_a_checkpoint_keeps_layouts(how: str, capacity: Capacity, tmp_path: Path
 
 def tensors_of_network(network: nn.Module) -> list[tuple[str, Tensor]]:
     return [*network.named_parameters(), *network.named_buffers()]
+
+
+# ---- generators that a network, a loss or a data set owns ------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Slotted:
+    rng: Any
+
+
+def draw(generator: Any) -> float:
+    if isinstance(generator, torch.Generator):
+        return float(torch.rand((), generator=generator))
+    if isinstance(generator, np.random.BitGenerator):
+        return float(np.random.Generator(generator).normal())
+    return float(generator.normal() if hasattr(generator, "normal") else generator.gauss(0, 1))
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(3),
+    "python": lambda: random.Random(3),
+    "numpy": lambda: np.random.default_rng(3),
+    "numpy of old": lambda: np.random.RandomState(3),
+    "numpy's bits": lambda: np.random.Philox(3),
+    "sfc64": lambda: np.random.Generator(np.random.SFC64(3)),
+    "mt19937": lambda: np.random.Generator(np.random.MT19937(3)),
+}
+PLACES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "alone": (lambda g: g, lambda held: held),
+    "list": (lambda g: [None, g], lambda held: held[1]),
+    "tuple": (lambda g: ((g,), 0), lambda held: held[0][0]),
+    "dictionary": (lambda g: {"a": {1: g}}, lambda held: held["a"][1]),
+    "object": (lambda g: SimpleNamespace(inner=[g]), lambda held: held.inner[0]),
+    "slots": (Slotted, lambda held: held.rng),
+    "partial": (lambda g: partial(draw, g), lambda held: held.args[0]),
+    "closure": (lambda g: lambda: g, lambda held: held()),
+}
+ALONE = [(kind, "alone") for kind in GENERATORS]
+WHERE = [*ALONE, *(("python", place) for place in PLACES), *(("torch", place) for place in PLACES)]
+
+
+class Noisy(nn.Module):
+    """Scales what passes by what it draws from a generator of its own, made with it or in the first pass."""
+
+    def __init__(self, kind: str, place: str, *, late: bool = False) -> None:
+        super().__init__()
+        self.kind, self.place, self.calls = kind, place, 0
+        self.held = None if late else self.hold()
+
+    def hold(self) -> Any:
+        return PLACES[self.place][0](GENERATORS[self.kind]())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.held is None:
+            self.held = self.hold()
+        return x * (1 + 0.1 * draw(PLACES[self.place][1](self.held)))
+
+
+class Noise(nn.Module):
+    """A loss that draws, and counts in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self, noisy: Noisy) -> None:
+        super().__init__()
+        self.noisy = noisy
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.seen += len(target)
+        return nn.functional.cross_entropy(self.noisy(output), target) * (1 + self.seen / 100)
+
+
+def noisy_network(kind: str, place: str, *, late: bool = False) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Sequential(Noisy(kind, place, late=late)), nn.Linear(6, 5))
+
+
+@pytest.mark.parametrize(("kind", "place"), WHERE)
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
+def test_what_an_own_generator_drew_is_drawn_again(kind: str, place: str, late: bool, capacity: Capacity) -> None:
+    """In a retry and at the next rung, after an out-of-memory in the first update, and in a dry run before it."""
+    network = partial(noisy_network, kind, place, late=late)
+    expected = trained(network, capacity)
+    assert trained(network, capacity, faults=(0, 9, 20, 30)) == expected
+    assert trained(network, capacity, is_proven=True) == expected
+
+
+@pytest.mark.parametrize(("kind", "place"), ALONE)
+def test_a_loss_draws_again_and_counts_once(kind: str, place: str, capacity: Capacity) -> None:
+    network = partial(noisy_network, kind, place)
+    expected = trained(network, capacity, loss=Noise(Noisy(kind, place)))
+    assert trained(network, capacity, loss=Noise(Noisy(kind, place)), faults=(30, 9)) == expected
+
+
+def trained(
+    network: Network, capacity: Capacity, *, faults: tuple[int, ...] = (), is_proven: bool = False, loss: Any = None
+) -> list[float]:
+    """Weights, counters and the loss's buffer after three updates."""
+    run = start(Case("sgd", "fp32", warm=False, ema=False, clip=False), capacity, network)
+    update, model = run.update(), run.state.model
+    if loss is not None:
+        update = Update(
+            run.state, loss, device=CPU, capacity=capacity, micro_batch_size=4, precision="fp32", clip_grad=None
+        )
+    if is_proven:
+        prove(update, SHAPES)
+    for at in faults:
+        with suppress(OutOfMemory):
+            run.advance(update, Fault(at, keeps_failing=True))
+    for number in range(3):
+        run.advance(update, Fault(12) if faults and number == 1 else None)
+    noisy = next(module for module in model.modules() if isinstance(module, Noisy))
+    found = [*torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), noisy.calls]
+    return [*found, float(loss.seen), loss.noisy.calls] if loss is not None else found
+
+
+class Block(nn.Module):
+    """A part that is recomputed where activations are not kept."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.noisy = nn.Linear(6, 6), Noisy(kind, "list")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.noisy(torch.relu(self.body(x)))
+        return out
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_recomputed_block_draws_what_it_drew(kind: str, capacity: Capacity) -> None:
+    found = []
+    for saves_memory in (False, True):
+        run = start(Case("sgd", "fp32", warm=False, ema=False), capacity, partial(of_blocks, kind))
+        checkpoint_activations(run.state.model, saves_memory)
+        for _ in range(2):
+            run.advance(run.update())
+        found.append({name: value for name, value in dump(run.state).items() if name.startswith("model/")})
+    assert differences(*found) == []
+
+
+def of_blocks(kind: str) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), Block(kind), Block(kind), nn.Linear(6, 5))
+
+
+class Fed(TorchDataset[Any]):
+    """Images of which each is changed by a generator of the data set's own."""
+
+    def __init__(self, kind: str, place: str, *, late: bool) -> None:
+        self.noisy = Noisy(kind, place, late=late)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return self.noisy(torch.rand(3, 8, 8, generator=generator)).clamp(0, 1), index % 5
+
+
+def fit(folder: Path, kind: str, place: str, *, stop_at: int = 0, late: bool = False, workers: int = 0) -> list[float]:
+    """The weights in the end; stopped after some update and resumed where `stop_at` says so."""
+    few = ["trainer.batch_size=6", "trainer.epochs=2", "data.image_size=8", "data.transforms=none", "ladder=none"]
+    few += [f"data.num_workers={workers}", "optimizer=sgd", "seed=3", "device=cpu", "trainer.checkpoint_every=1"]
+    few += ["trainer.ema_decay=0.5"]
+
+    def trainer(*more: str) -> Trainer:
+        loss = Noise(Noisy(kind, place, late=late))
+        parts: dict[str, Any] = {
+            "train_data": Fed(kind, place, late=late),
+            "val_data": Fed(kind, place, late=late),
+            "loss": loss,
+        }
+        make = lambda *_: noisy_network(kind, place, late=late)  # noqa: E731
+        return Trainer(compose_config([*few, *more]), model=make, output_dir=folder, **parts)
+
+    if stop_at:
+        stopped = trainer()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Update, "commit", stopping(Update.commit, stop_at))
+            with pytest.raises(Killed):
+                stopped.fit()
+        final = trainer("resume=auto")
+    else:
+        final = trainer()
+    final.fit()
+    assert final.model is not None
+    return torch.cat([p.detach().flatten() for p in final.model.parameters()]).tolist()
+
+
+class Killed(Exception):
+    """Ends a run between two updates."""
+
+
+def stopping(commit: Callable[..., None], at: int) -> Callable[..., None]:
+    def counted(update: Update, samples: int) -> None:
+        if samples and update.state.updates == at:
+            raise Killed
+        commit(update, samples)
+
+    return counted
+
+
+@pytest.mark.parametrize(("kind", "place"), [*ALONE, ("python", "list"), ("numpy", "dictionary"), ("torch", "object")])
+def test_a_resumed_run_draws_what_an_undisturbed_one_draws(kind: str, place: str, tmp_path: Path) -> None:
+    expected = fit(tmp_path / "whole", kind, place)
+    for at in (1, 4, 6):
+        assert fit(tmp_path / str(at), kind, place, stop_at=at) == expected
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_made_in_the_first_pass_is_resumed(kind: str, tmp_path: Path) -> None:
+    assert fit(tmp_path / "a", kind, "alone", late=True, stop_at=3) == fit(tmp_path / "b", kind, "alone", late=True)
+
+
+def test_a_data_set_draws_the_same_in_any_process(tmp_path: Path) -> None:
+    expected = fit(tmp_path / "0", "numpy", "list", late=True)
+    assert fit(tmp_path / "2", "numpy", "list", late=True, workers=2) == expected

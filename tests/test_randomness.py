@@ -17,7 +17,7 @@ from adaptive_trainer.randomness import RandomStates
 def test_everything_drawn_is_drawn_again() -> None:
     """NumPy makes normal numbers in pairs: the second one of a pair waits beside the generator's state."""
     python, generator, before = random.Random(0), torch.Generator(), np.random.get_state()
-    states = RandomStates(torch.device("cpu"), [python, generator])
+    states, own = RandomStates(torch.device("cpu")), [python, generator]
 
     def draw() -> list[float]:
         return [
@@ -26,7 +26,7 @@ def test_everything_drawn_is_drawn_again() -> None:
         ]  # fmt: skip
 
     for _ in range(3):
-        kept = states.read()
+        kept = states.read(own)
         drawn = draw()
         states.write(kept)
         assert draw() == drawn
@@ -41,7 +41,7 @@ def test_the_state_of_numpy_is_the_one_that_numpy_gives(draws: list[str]) -> Non
         "randn": np.random.randn, "rand": np.random.rand, "seed": partial(np.random.seed, 3),
         "shuffle": partial(np.random.shuffle, [1, 2, 3]), "set_state": partial(np.random.set_state, at_rest),
     }  # fmt: skip
-    states = RandomStates(torch.device("cpu"), [])
+    states = RandomStates(torch.device("cpu"))
     try:
         for draw in draws:
             for _ in range(2):
@@ -54,7 +54,7 @@ def test_the_state_of_numpy_is_the_one_that_numpy_gives(draws: list[str]) -> Non
 
 def test_another_generator_of_numpy_is_read_as_well() -> None:
     before = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    states = RandomStates(torch.device("cpu"), [])
+    states = RandomStates(torch.device("cpu"))
     try:
         for kind in (np.random.PCG64, np.random.MT19937):
             np.random.set_bit_generator(kind(5))  # type: ignore[attr-defined]

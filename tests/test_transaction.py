@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from adaptive_trainer import oom
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.randomness import RandomStates
@@ -213,7 +214,8 @@ def nothing(*_: Any) -> None:
     [
         (_Shadow, "restore", {"buffer/norm1.running_mean", "buffer/seen", "ema/stem.weight", "meter/loss", "model/"}),
         (Undo, "_restore_optimizer_state", {"optimizer state", "optimizer states"}),
-        (Undo, "_restore_plain", {"stages", "optimizer attributes", "rng torch", "rng python", "rng numpy"}),
+        (Undo, "_restore_plain", {"stages", "rng torch", "rng python", "rng numpy"}),
+        (Belongings, "put_back", {"optimizer attributes"}),
         (RandomStates, "write", {"rng torch", "rng python", "rng numpy"}),
     ],
 )

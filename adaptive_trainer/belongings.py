@@ -1,0 +1,219 @@
+"""What objects hold beside tensors, one within the other: generators of random numbers, attributes, containers.
+
+All of it is found by one walk. Whether the walk still says all is looked at in each update, which costs a comparison an
+attribute of the user's own modules; nothing is held on to that holds tensors, whose memory the update needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import operator
+import sys
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+
+from adaptive_trainer.randomness import is_generator, process_wide
+
+__all__ = ["HOOKS", "PLAIN", "Belongings", "is_own_kind", "walk"]
+
+PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.device, torch.dtype)
+LEAVES = {*PLAIN, bool, torch.Size}
+NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+OPAQUE = {*sys.stdlib_module_names, "torch", "numpy"}  # whose objects are not looked into
+LIBRARIES = {"torch", "torchvision", "timm"}  # whose modules hold tomorrow what they hold today
+STANDARD = set(vars(nn.Module()))
+HOOKS = {name for name in STANDARD if "hook" in name}
+CONTAINERS = (dict, list, OrderedDict, defaultdict)
+CALLABLES = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+MOST = 1000  # elements of a container that is looked into: more are data
+
+
+def walk(roots: Mapping[str, Any], *, into_data: bool = False) -> Iterator[tuple[str, Any, bool]]:
+    """Every object that the roots lead to, once: its path, itself, whether it can come to hold something else.
+
+    Args:
+        into_data: look into data sets as well.
+    """
+    waiting = [(path, value, True) for path, value in reversed(list(roots.items()))]
+    known = {id(generator) for generator in process_wide()}
+    alive = []  # else another object could get the address of one
+    while waiting:
+        path, value, changes = waiting.pop()
+        if type(value) in LEAVES or isinstance(value, Tensor) or id(value) in known:
+            continue
+        known.add(id(value))
+        alive.append(value)
+        inside = _inside(value, into_data=into_data)
+        if inside is not None:
+            if isinstance(value, nn.Module):
+                changes = _package(type(value)) not in LIBRARIES
+            elif isinstance(value, CALLABLES):  # what a hook or a function writes to is the user's, not the network's
+                changes = False
+            yield path, value, changes
+            waiting += [(f"{path}.{key}", each, changes) for key, each in reversed(inside)]
+
+
+def _inside(value: Any, *, into_data: bool) -> list[tuple[Any, Any]] | None:
+    """What an object leads to, one level deep, by name; None where it is not looked into."""
+    if is_generator(value):
+        return []
+    if isinstance(value, nn.Module):
+        own = [(key, each) for key, each in vars(value).items() if key not in STANDARD or (each and key in HOOKS)]
+        return [*own, *value._modules.items()]
+    if isinstance(value, Optimizer):
+        return [(key, each) for key, each in vars(value).items() if key != "state"]
+    if isinstance(value, dict | list | tuple | set | frozenset | deque):
+        if len(value) > MOST:
+            return None
+        return list(value.items()) if isinstance(value, dict) else list(enumerate(value))
+    if isinstance(value, functools.partial):
+        return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    if isinstance(value, types.MethodType | types.BuiltinFunctionType):
+        return [("__self__", value.__self__)]
+    if isinstance(value, types.FunctionType):
+        return _of_function(value) if _package(value) not in OPAQUE | LIBRARIES else None
+    looked_into = is_own_kind(value) or (into_data and isinstance(value, Dataset))
+    return list(_attributes(value).items()) if looked_into else None
+
+
+def _package(kind: Any) -> str:
+    return str(kind.__module__).partition(".")[0]
+
+
+def is_own_kind(value: Any) -> bool:
+    """Whether it is an object of the user's own kind: libraries' can lead anywhere, data sets far."""
+    if isinstance(value, type | types.ModuleType | Dataset):
+        return False
+    return isinstance(value, NAMESPACES) or _package(type(value)) not in OPAQUE
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Those in its dictionary, and those in slots."""
+    slots = {
+        name: each.__get__(value)
+        for kind in type(value).__mro__
+        for name, each in vars(kind).items()
+        if isinstance(each, types.MemberDescriptorType) and hasattr(value, name)
+    }
+    return slots | (vars(value) if type(value).__dictoffset__ else {})
+
+
+def _of_function(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """What it has closed over, and its defaults."""
+    found: list[tuple[str, Any]] = [("defaults", function.__defaults__), ("keywords", function.__kwdefaults__)]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found.append((name, cell.cell_contents))
+        except ValueError:  # not yet filled
+            continue
+    return found
+
+
+def _holds_tensors(value: Any) -> bool:
+    inside = list(_attributes(value).values()) if is_own_kind(value) else value
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(inside))
+
+
+class _Holder:
+    """The attributes of an object, or a dictionary or list: what it leads to, and plain values that can be put back."""
+
+    def __init__(self, content: dict[Any, Any] | list[Any]) -> None:
+        self.content = content
+        values, self.kinds = self._values()
+        names = list(content) if isinstance(content, dict) else list(range(len(values)))
+        self.plain = [n for n, kind in enumerate(self.kinds) if kind in LEAVES or is_generator(values[n])]
+        self.links = [
+            (n, value)
+            for n, (name, value) in enumerate(zip(names, values, strict=True))
+            if name not in STANDARD and self.kinds[n] not in LEAVES and not isinstance(value, nn.Module | Tensor)
+        ]
+        self.links = [(n, value) for n, value in self.links if is_generator(value) or not _holds_tensors(value)]
+
+    def _values(self) -> tuple[list[Any], tuple[type, ...]]:
+        values = list(self.content.values()) if isinstance(self.content, dict) else self.content
+        return values, tuple(map(type, values))
+
+    def keep(self) -> bool:
+        """Note what is in it; False where it does not lead where it did when it was first looked at."""
+        values, kinds = self._values()
+        if kinds != self.kinds or not all(values[n] is value for n, value in self.links):
+            return False
+        self.names = tuple(self.content)  # of a list: what is in it
+        self.kept = [values[n] for n in self.plain]
+        return True
+
+    def put_back(self) -> None:
+        """What it held when it was noted, but for tensors and what holds them."""
+        content = self.content
+        if isinstance(content, list):
+            content[:] = self.names
+            return
+        names = set(self.names)
+        for name in [name for name in content if name not in names]:
+            del content[name]
+        content.update({self.names[n]: value for n, value in zip(self.plain, self.kept, strict=True)})
+        content.update({self.names[n]: value for n, value in self.links})
+
+
+class Belongings:
+    """The generators that some objects own, and their plain attributes.
+
+    Attributes:
+        generators: by the path that leads to each.
+
+    Args:
+        roots: the objects, by name.
+        into_data: look into data sets as well.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], *, into_data: bool = False) -> None:
+        self.roots = roots
+        self.into_data = into_data
+        self._look()
+
+    def _look(self) -> None:
+        self.generators: dict[str, Any] = {}
+        self._sizes: list[
+            dict[str, Any]
+        ] = []  # of libraries' modules too, which come to hold nothing else by themselves
+        self._holders: list[_Holder] = []
+        for path, value, changes in walk(self.roots, into_data=self.into_data):
+            if is_generator(value):
+                self.generators[path] = value
+            if isinstance(value, nn.Module):
+                self._sizes += [vars(value), value._modules]
+            content = value if type(value) in CONTAINERS else getattr(value, "__dict__", None)
+            if not changes or not isinstance(content, dict | list) or is_generator(value):
+                continue
+            if content is not value or not _holds_tensors(value):
+                self._holders.append(_Holder(content))
+        self._size = self._count()
+
+    def _count(self) -> int:
+        return sum(map(len, self._sizes))
+
+    def keep(self) -> bool:
+        """Note what there is; whether the generators are the same ones as before."""
+        if self._size == self._count() and all(holder.keep() for holder in self._holders):
+            return True
+        before = list(self.generators.values())
+        self._look()
+        for holder in self._holders:
+            holder.keep()
+        now = list(self.generators.values())
+        return len(now) == len(before) and all(map(operator.is_, now, before))
+
+    def put_back(self) -> None:
+        """Bind again what was bound when it was noted: no state of a generator."""
+        for holder in self._holders:
+            holder.put_back()
