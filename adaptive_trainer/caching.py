@@ -30,6 +30,7 @@ from adaptive_trainer.fingerprint import fingerprint, refuse_own_transforms
 from adaptive_trainer.memory.plan_cache import default_folder
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.report import is_watched
+from adaptive_trainer.splitting import source
 from adaptive_trainer.store import Decoded, Stored, alone, available_memory, open_decoded, removed_leftovers, written
 
 __all__ = ["with_cache"]
@@ -98,7 +99,7 @@ class _Builder:
         Raises:
             _NoRoom: they do not fit.
         """
-        sources = [_source(part) for part in (self.sets.train, self.sets.val)]
+        sources = [source(part) for part in (self.sets.train, self.sets.val)]
         bases: dict[int, _Base] = {}
         for base, index in sources:
             known = bases.get(id(base))
@@ -261,14 +262,6 @@ def _filler(images: Array) -> Callable[[Array], None]:
         done += len(more)
 
     return write
-
-
-def _source(data: Any) -> tuple[Any, Array]:
-    """The data set below all subsets that give its samples as they are, and the index there of every sample."""
-    index = np.arange(len(data))
-    while isinstance(data, Subset) and type(data).__getitem__ is Subset.__getitem__:
-        data, index = data.dataset, np.asarray(data.indices)[index]
-    return data, index
 
 
 @dataclass(frozen=True)

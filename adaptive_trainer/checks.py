@@ -70,6 +70,7 @@ def _out_of_range(config: Config) -> list[str]:
         ("trainer.log_every", t.log_every, 1),
         ("trainer.label_smoothing", t.label_smoothing, 0),
         ("data.image_size", d.image_size, 1),
+        ("data.max_pixels", d.max_pixels, 1),
         ("data.num_workers", d.num_workers, 0),
         ("optimizer.lr", o.lr, 0),
         ("optimizer.weight_decay", o.weight_decay, 0),

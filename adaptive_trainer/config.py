@@ -78,6 +78,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     num_workers: int = 2
     on_error: str = "raise"
+    max_pixels: int | None = None  # of a file: larger ones are broken; null: Pillow's own limit, 178,956,970
     cache: str = "none"  # ram, disk: images are decoded once and augmented on the device
 
 

@@ -11,8 +11,10 @@ import errno
 import functools
 import operator
 import random
+import re
 import signal
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +36,7 @@ from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
 from adaptive_trainer.randomness import put, state_of
 from adaptive_trainer.randomness import seed as seed_generator
-from adaptive_trainer.transforms import Transform, build_transform, to_rgb
+from adaptive_trainer.transforms import TOO_LARGE, Transform, build_transform, to_rgb, wrong_range
 
 __all__ = [
     "Batch",
@@ -50,7 +52,7 @@ __all__ = [
     "plain_loader",
 ]
 
-BROKEN = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # what PIL raises for a bad file
+BROKEN = (OSError, SyntaxError, EOFError, struct.error, *TOO_LARGE)  # what PIL raises for a bad file
 NOT_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 SECONDS_AFTER_SIGTERM = 30
 FEWER_WORKERS = {4: 2, 2: 0, 1: 0}
@@ -187,32 +189,36 @@ class _View(Dataset[Any]):
 
     def _draw(self, key: Key) -> tuple[Tensor, int] | str:
         index = key[2]
-        problem = ""
-        with _seeded(key_seed(*key), self._belongings.generators.values()):
+        problem, advice = "", "repair or remove it"
+        seeded = _seeded(key_seed(*key), self._belongings.generators.values())
+        with seeded, _pixels_allowed(self.config.max_pixels):
             try:
                 image, label = self._pair(self.data[index], index)
             except BROKEN as error:
                 if getattr(error, "errno", None) in NOT_THE_FILE or oom.describe(error).is_of_loading:
                     raise
                 problem = f"{type(error).__name__}: {error}"
+                if isinstance(error, TOO_LARGE):
+                    advice = f"make it smaller, allow it with data.max_pixels={_pixels(problem)}"
             if not problem:
                 check_label(self.data, index, label, self.num_classes)
                 return self.transform(image), label
         name = sample_name(self.data, index)
         if self.config.on_error == "skip":
             return name
-        raise SampleError(f"{name} cannot be read ({problem}); repair or remove it, or use data.on_error=skip")
+        raise SampleError(f"{name} cannot be read ({problem}); {advice}, or use data.on_error=skip")
 
     def _pair(self, sample: Any, index: int) -> tuple[Image.Image | Tensor, int]:
         problem = ""
         try:
             image, label = sample if isinstance(sample, tuple | list) else (sample, None)
-            return to_rgb(image), operator.index(label)
+            pair = to_rgb(image), operator.index(label)
+            problem = wrong_range(image, self.config)
+            if not problem:
+                return pair
         except (TypeError, ValueError) as error:
-            problem = str(error)
-        raise SampleError(
-            f"{sample_name(self.data, index)} is not a pair of an image and a whole number as its label: {problem}"
-        )
+            problem = f"is not a pair of an image and a whole number as its label: {error}"
+        raise SampleError(f"{sample_name(self.data, index)} {problem}")
 
 
 @dataclass(frozen=True)
@@ -266,6 +272,28 @@ def _seeded(seed: int, own: Iterable[Any] = ()) -> Iterator[None]:
         generator.set_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _pixels_allowed(most: int | None) -> Iterator[None]:
+    """Pillow raises for images of more pixels than these, and is silent about the others; None: it does as it likes."""
+    if most is None:
+        yield
+        return
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # which it raises from twice the limit on
+            Image.MAX_IMAGE_PIXELS = most
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _pixels(problem: str) -> str:
+    """The number of pixels that Pillow names."""
+    found = re.search(r"\d+", problem)
+    return found[0] if found else "NUMBER"
 
 
 class _DataLoader(DataLoader[Any]):

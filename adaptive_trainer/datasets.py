@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.folders import check_root
 from adaptive_trainer.image_files import image_folder
-from adaptive_trainer.position import key_seed
+from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform
 
 __all__ = ["DataSets", "MapDataset", "build_datasets", "described", "digits", "image_folder", "sample_name"]
 
+Array = np.ndarray[Any, Any]
 SCAN_LIMIT = 4096  # samples whose labels are read one by one where there is no list of them
 
 
@@ -43,7 +44,8 @@ class DataSets:
         classes: their names, in order.
         config: how images are transformed and what happens to broken ones.
         stored: the training and the validation set decoded, where `data.cache` keeps them.
-        is_held_out: whether the validation set was taken from the training set here.
+        split: how the validation set was held out of the training set; None where it is a set of its own.
+        notes: what was noticed or decided on the way, in words.
     """
 
     train: MapDataset
@@ -52,7 +54,8 @@ class DataSets:
     classes: tuple[str, ...]
     config: DataConfig
     stored: tuple[Stored, Stored] | None = None
-    is_held_out: bool = False
+    split: Split | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Digits(Dataset[tuple[Image.Image, int]]):
@@ -80,10 +83,19 @@ def digits() -> Digits:
     return Digits((data.images * (255 / 16)).astype(np.uint8), [int(label) for label in data.target])
 
 
-def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Dataset[Any] | None = None) -> DataSets:
+def build_datasets(
+    config: Config,
+    train: Dataset[Any] | None = None,
+    val: Dataset[Any] | None = None,
+    *,
+    split: Split | None = None,
+) -> DataSets:
     """The data sets of the configuration, or the given ones, checked, and with a validation set in any case.
 
-    Where there is none, `data.val_fraction` of the training set is taken for it, chosen by the seed.
+    Where there is none, `data.val_fraction` of every class of the training set is held out for it, chosen by the seed.
+
+    Args:
+        split: how an earlier run held it out, which is done again.
 
     Raises:
         ConfigError: the configuration does not name a data set, or contradicts it.
@@ -96,15 +108,21 @@ def build_datasets(config: Config, train: Dataset[Any] | None = None, val: Datas
         train = _instantiate(data.train, "train")
         val = val if val is not None or not data.val else _instantiate(data.val, "val")
     training = _map_style(train, "training")
+    names, labels = _class_names(training), known_labels(training)
+    if labels is None and not names and not _counted(training) and config.model.num_classes is None:
+        labels = _read_labels(training)
     if val is None:
-        training, validation = _split(training, data.val_fraction, config.seed)
+        parts, split = _split(training, labels, data.val_fraction, split or Split(STRATIFIED, config.seed))
     else:
         validation = _map_style(val, "validation")
-    check_batch_size(config, len(training))
-    names = _common_names(training, validation)
-    count = _class_count(training, names, config.model.num_classes)
+        parts, split = (_Part(training, labels), _Part(validation, known_labels(validation))), None
+        names = _common_names(training, validation)
+    check_batch_size(config, len(parts[0].data))
+    count = _class_count(training, names, labels, config.model.num_classes)
+    ours, theirs = (_checked(part, name, count) for part, name in zip(parts, ("training", "validation"), strict=True))
+    notes = [*_of_split(split, labels, training), *_of_classes(ours, theirs, names, count)]
     classes = names or tuple(str(n) for n in range(count))
-    return DataSets(training, validation, count, classes, data, is_held_out=val is None)
+    return DataSets(ours.data, theirs.data, count, classes, data, split=split, notes=tuple(notes))
 
 
 def check_batch_size(config: Config, samples: int) -> None:
@@ -121,12 +139,12 @@ def check_batch_size(config: Config, samples: int) -> None:
 
 
 def described(data: DataSets) -> tuple[str, list[str]]:
-    """How much there is of what, and what of it is not used, in words."""
-    source = "held out of the training set" if data.is_held_out else "of a set of their own"
+    """How much there is of what; what of it is not used, and what else was noticed, in words."""
+    source = "of a set of their own" if data.split is None else "held out of the training set"
     names = shorten(", ".join(data.classes), 200, placeholder="...")
     counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
-    parts = [_source(part, 0)[0] for part in (data.train, *(() if data.is_held_out else (data.val,)))]
-    return f"{counts}: {names}", [text for part in parts for text in getattr(part, "not_used", ())]
+    parts = [_source(part, 0)[0] for part in (data.train, *((data.val,) if data.split is None else ()))]
+    return f"{counts}: {names}", [text for part in parts for text in getattr(part, "not_used", ())] + [*data.notes]
 
 
 def _common_names(training: MapDataset, validation: MapDataset) -> tuple[str, ...]:
@@ -183,13 +201,88 @@ def _map_style(data: Any, name: str) -> MapDataset:
     return checked
 
 
-def _split(data: Any, fraction: float, seed: int) -> tuple[MapDataset, MapDataset]:
-    total = len(data)
-    if total < 2:
+@dataclass(frozen=True)
+class _Part:
+    """A training or validation set, and its labels (N,) where there is a list of them."""
+
+    data: MapDataset
+    labels: Array | None
+
+
+def _split(data: Any, labels: Array | None, fraction: float, wanted: Split) -> tuple[tuple[_Part, _Part], Split]:
+    if len(data) < 2:
         raise DataError("the training set has 1 sample, and a validation set is to be split from it; give more")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(key_seed(seed))).tolist()
-    held_out = min(max(1, round(total * fraction)), total - 1)
-    return Subset(data, sorted(order[held_out:])), Subset(data, sorted(order[:held_out]))
+    chosen, split = held_out(len(data), fraction, wanted, labels)
+    rest = np.setdiff1d(np.arange(len(data)), chosen, assume_unique=True).tolist()
+    train, val = (_Part(Subset(data, part), None if labels is None else labels[part]) for part in (rest, chosen))
+    return (train, val), split
+
+
+def _of_split(split: Split | None, labels: Array | None, data: Any) -> list[str]:
+    """What is to be said of a split that takes no notice of the classes."""
+    if split is None or split.kind != RANDOM:
+        return []
+    why = "as in the run that is resumed"
+    if labels is None:
+        kind = type(_source(data, 0)[0]).__name__
+        why = f"since {kind} has no list of its labels (`targets`)"
+    elif len(np.unique(labels)) == len(labels):
+        why = "since every class has one image only"
+    return [f"validation images are held out at random, and not a share of every class, {why}"]
+
+
+def _of_classes(train: _Part, val: _Part, names: tuple[str, ...], count: int) -> list[str]:
+    """Which classes have no images to train on, or none to validate on, as far as there are lists of labels."""
+    if train.labels is None:
+        return []
+    notes, seen = [], np.bincount(train.labels, minlength=count)
+    if len(absent := np.flatnonzero(seen == 0)):
+        note = f"classes without training images: {_listed(absent, names)}; the network cannot learn them"
+        if not names:
+            note += (
+                f". The labels are {_listed(np.flatnonzero(seen), names)}, and the network gets {count} outputs: leave "
+                "out the samples of a label that means none, and number the others from 0 without gaps"
+            )
+        notes.append(note)
+    if val.labels is None:
+        return notes
+    absent = np.flatnonzero((np.bincount(val.labels, minlength=count) == 0) & (seen > 0))
+    if len(absent):
+        few = absent[seen[absent] == 1]
+        note = f"classes without validation images: {_listed(absent, names)}; they are trained on and not validated"
+        notes.append(note + (f" ({len(few)} have a single image)" if len(few) else ""))
+    return notes
+
+
+def _listed(classes: Array, names: tuple[str, ...]) -> str:
+    """The names of classes, or their numbers as ranges."""
+    if names:
+        return shorten(", ".join(names[number] for number in classes), 200, placeholder=" ...")
+    runs = np.split(classes, np.flatnonzero(np.diff(classes) > 1) + 1)
+    texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return shorten(", ".join(texts), 200, placeholder=" ...")
+
+
+def _checked(part: _Part, name: str, count: int) -> _Part:
+    """The part, without its list of labels where the data set gives others.
+
+    Raises:
+        DataError: there are labels that are no classes.
+    """
+    wrong = np.flatnonzero([] if part.labels is None else (part.labels < 0) | (part.labels >= count))
+    if part.labels is None or not len(wrong):
+        return part
+    given = None
+    with suppress(Exception):  # a broken sample, say, which is met again when it is its turn
+        given = int(part.data[int(wrong[0])][1])
+    if given != part.labels[wrong[0]]:
+        return replace(part, labels=None)
+    values, found = np.unique(part.labels[wrong], return_counts=True)
+    each = ", ".join(f"{value} ({number} samples)" for value, number in zip(values[:5], found[:5], strict=True))
+    raise DataError(
+        f"the {name} set has labels that are no classes: {each}{', ...' if len(values) > 5 else ''}; allowed are 0 to "
+        f"{count - 1} ({count} classes). Leave those samples out, correct the labels, or set model.num_classes"
+    )
 
 
 def _source(data: Any, index: int) -> tuple[Any, int]:
@@ -215,14 +308,16 @@ def _class_names(data: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in found) if isinstance(found, list | tuple) else ()
 
 
-def _class_count(data: Any, names: tuple[str, ...], asked: int | None) -> int:
-    """The number of classes, by names, a list of labels, or reading them.
+def _class_count(data: Any, names: tuple[str, ...], labels: Array | None, asked: int | None) -> int:
+    """The number of classes: of their names, as the data set says, by its labels, or as asked for.
 
     Raises:
-        ConfigError: `model.num_classes` is smaller, or has to be given because labels cannot be read quickly.
+        ConfigError: `model.num_classes` is smaller.
         DataError: there is only one class.
     """
-    found = len(names) or _largest_label(data, asked) + 1
+    if (listed := known_labels(_source(data, 0)[0])) is not None:
+        labels = listed  # those of the whole, of which this is a part
+    found = len(names) or _counted(data) or (asked or 0 if labels is None else int(labels.max()) + 1)
     if asked is not None and asked < found:
         raise ConfigError(f"model.num_classes={asked} and the data has {found} classes; use null or {found}")
     if found < 2:
@@ -230,18 +325,19 @@ def _class_count(data: Any, names: tuple[str, ...], asked: int | None) -> int:
     return asked or found
 
 
-def _largest_label(data: Any, asked: int | None) -> int:
-    base, _ = _source(data, 0)
-    known = getattr(base, "num_classes", None)
-    if isinstance(known, int):
-        return known - 1
-    for name in ("targets", "labels"):
-        if (listed := getattr(base, name, None)) is not None:
-            return int(np.asarray(listed).max())
-    if isinstance(base, TensorDataset):
-        return int(base.tensors[-1].max())
-    if asked is not None:
-        return asked - 1
+def _counted(data: Any) -> int:
+    """The number of classes that the data set says itself; 0 where it does not."""
+    known = getattr(_source(data, 0)[0], "num_classes", None)
+    return known if isinstance(known, int) else 0
+
+
+def _read_labels(data: Any) -> Array:
+    """The labels of all samples, which are read for them.
+
+    Raises:
+        ConfigError: there are many.
+    """
     if len(data) > SCAN_LIMIT:
-        raise ConfigError(f"{type(base).__name__} has no `classes` or `targets`; give model.num_classes")
-    return max(int(data[index][1]) for index in range(len(data)))
+        kind = type(_source(data, 0)[0]).__name__
+        raise ConfigError(f"{kind} has no `classes` or `targets`; give model.num_classes")
+    return np.array([int(data[index][1]) for index in range(len(data))])

@@ -11,7 +11,7 @@ from typing import Any
 from adaptive_trainer.config import DataConfig
 from adaptive_trainer.errors import DataError
 
-__all__ = ["check_folders", "check_root", "class_folders", "is_hidden", "split_folder"]
+__all__ = ["beside_splits", "check_folders", "check_root", "class_folders", "is_hidden", "split_folder"]
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
@@ -40,7 +40,7 @@ def check_folders(data: DataConfig) -> None:
             with suppress(OSError):  # the data set explains what cannot be looked at
                 folder = split_folder(node.get("root"), node.get("split", "train"))
                 if folder is not None:
-                    class_folders(folder)
+                    class_folders(folder, least=1 if node.get("split") == "val" else 2)
 
 
 def check_root(data: DataConfig) -> None:
@@ -104,14 +104,23 @@ def _shown_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name, True))
 
 
-def class_folders(folder: Path) -> tuple[str, ...]:
+def beside_splits(root: str) -> list[str]:
+    """The names of folders beside those of the splits, which nothing uses; none where there is no `train`."""
+    used = [split_folder(root, split) for split in SPLITS]
+    if used[0] == Path(root).expanduser():
+        return []
+    return [name for name in _shown_folders(Path(root).expanduser()) if name not in [p.name for p in used if p]]
+
+
+def class_folders(folder: Path, least: int = 2) -> tuple[str, ...]:
     """The names of the classes, sorted; hidden folders are left out.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than `least`.
     """
     names = _shown_folders(folder)
-    if len(names) < 2:
+    if len(names) < least:
         found = f"one class folder, {names[0]}" if names else "no class folders"
-        raise DataError(f"{folder} has {found}; two or more are needed, each with images: CLASS/image.jpg")
+        needed = "two or more are" if least > 1 else "one for each class is"
+        raise DataError(f"{folder} has {found}; {needed} needed, each with images: CLASS/image.jpg")
     return tuple(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.folders import class_folders, is_hidden, split_folder
-from adaptive_trainer.transforms import read_as_rgb
+from adaptive_trainer.folders import beside_splits, class_folders, is_hidden, split_folder
+from adaptive_trainer.transforms import TOO_LARGE, read_as_rgb
 
 __all__ = ["ImageFiles", "image_folder"]
 
@@ -30,18 +30,24 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         samples: (path, label) of every image.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, classes: tuple[str, ...] | None = None, beside: Sequence[str] = ()) -> None:
         """Find the files.
+
+        Args:
+            classes: of the training set, for a validation set, which may lack some; None: those that have folders.
+            beside: names of folders beside this one that are not used.
 
         Raises:
             DataError: fewer than two classes, or a class without an image.
         """
-        self.classes = class_folders(folder)
+        self.classes = class_folders(folder) if classes is None else classes
         suffixes, top = _suffixes(), frozenset([_identity(str(folder))])
         hidden = [path.name for path in folder.iterdir() if is_hidden(path.name, path.is_dir())]
-        found = [list(_files_in(str(folder / name), top, hidden)) for name in self.classes]
+        folders = [folder / name for name in self.classes]
+        found = [list(_files_in(str(path), top, hidden)) if path.is_dir() else [] for path in folders]
         files = [[path for path in paths if path.lower().endswith(suffixes)] for paths in found]
-        if empty := [name for name, paths in zip(self.classes, files, strict=True) if not paths]:
+        empty = [name for name, paths in zip(self.classes, files, strict=True) if not paths]
+        if empty and classes is None:
             raise DataError(
                 f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(suffixes)}) "
                 "or remove the folder"
@@ -49,6 +55,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         # counters, since the fingerprint of the images leaves them out
         self._others = _others(found, suffixes)
         self._hidden = Counter("._*" if name.startswith("._") else name for name in hidden)
+        self._beside = Counter(beside)
         self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
         self.targets = [label for _, label in self.samples]
 
@@ -57,7 +64,9 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         """What else is there, in words."""
         others = f"{_counted(self._others)} are not used: images are {' '.join(_suffixes())}"
         hidden = f"{self._hidden.total()} hidden files and folders are left out: {_counted(self._hidden)}"
-        return [text for text, found in ((others, self._others), (hidden, self._hidden)) if found]
+        beside = f"beside the training images, nothing uses the folders {', '.join(self._beside)}"
+        texts = {others: self._others, hidden: self._hidden, beside: self._beside}
+        return [text for text, found in texts.items() if found]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -75,9 +84,12 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
                 warnings.filterwarnings(
                     "ignore", category=UserWarning, module="PIL"
                 )  # of broken data beside the pixels
+                warnings.filterwarnings(
+                    "ignore", category=Image.DecompressionBombWarning, append=True
+                )  # it can be read
                 with Image.open(path) as image:
                     return read_as_rgb(image), label
-        except OSError:
+        except (OSError, *TOO_LARGE):
             raise
         except Exception as error:  # Pillow's decoders raise every kind of error for a broken file
             if oom.describe(error).kind is not oom.Kind.OTHER:
@@ -145,10 +157,14 @@ def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:
     Args:
         root: the folder.
         split: `train` (also found as `training`) or `val` (also `valid` or `validation`), in whatever case. None comes
-            back for `val` where there is no such folder: it is then split from the training images.
+            back for `val` where there is no such folder: it is then split from the training images. Classes without
+            validation images are no mistake.
 
     Raises:
         DataError: a folder is missing, has fewer than two classes, or a class without an image.
     """
-    folder = split_folder(root, split)
-    return None if folder is None else ImageFiles(folder)
+    folder, train = split_folder(root, split), split_folder(root, "train")
+    if folder is None or train is None or split == "train":
+        return None if folder is None else ImageFiles(folder, beside=beside_splits(str(root)))
+    classes, own = class_folders(train), class_folders(folder, least=1)
+    return ImageFiles(folder, classes if set(own) <= set(classes) else own)

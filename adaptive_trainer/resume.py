@@ -13,13 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer import checkpoint, earlier
 from adaptive_trainer.config import Config, OptimizerConfig, asked, with_asked
 from adaptive_trainer.contents import OF_A_RUN, checked
+from adaptive_trainer.datasets import DataSets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder import WHOLE, stage_names
 from adaptive_trainer.optimizers import kind_of_state
+from adaptive_trainer.splitting import RANDOM, Split
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.trust import trusted
 
-__all__ = ["Start", "check_data", "check_stages", "load", "start", "take_up"]
+__all__ = ["Start", "check_data", "check_stages", "load", "split_before", "start", "take_up"]
 
 
 @dataclass
@@ -97,22 +99,38 @@ def check_stages(saved: dict[str, Any], names: Sequence[str]) -> None:
         )
 
 
-def check_data(saved: dict[str, Any], samples: int, classes: Sequence[str]) -> None:
-    """Refuse a checkpoint that was made with another number of training samples, or with other classes.
+def split_before(saved: dict[str, Any] | None) -> Split | None:
+    """How the run of a checkpoint held out its validation set, so that this one does the same; None if there is none.
+
+    Checkpoints that do not say are of a time when samples were chosen at random.
+    """
+    if saved is None:
+        return None
+    known = saved.get("split")
+    return Split(RANDOM, saved["config"]["seed"]) if known is None else Split(known["kind"], known["seed"])
+
+
+def check_data(saved: dict[str, Any], data: DataSets) -> None:
+    """Refuse a checkpoint that was made with other training samples, as far as can be known, or with other classes.
 
     Raises:
         CheckpointError: it was.
     """
     advice = "use the same data, or start anew with resume=null"
-    if saved["position"]["size"] != samples:
+    size, before = len(data.train), saved["position"]["size"]
+    if before != size:
         raise CheckpointError(
-            f"the checkpoint was made with {saved['position']['size']} training samples and there are {samples} now; "
-            f"{advice}"
+            f"the checkpoint was made with {before} training samples and there are {size} now; {advice}"
         )
-    if saved["classes"] != list(classes):
-        gone, new = sorted(set(saved["classes"]) - set(classes)), sorted(set(classes) - set(saved["classes"]))
+    if saved["classes"] != list(data.classes):
+        gone, new = sorted(set(saved["classes"]) - set(data.classes)), sorted(set(data.classes) - set(saved["classes"]))
         what = f"gone {gone}, new {new}" if gone or new else "their order"
         raise CheckpointError(f"the classes are others than those of the checkpoint: {what}; {advice}")
+    if data.split is not None and saved.get("split", asdict(data.split)) != asdict(data.split):
+        raise CheckpointError(
+            "other samples would be held out for validation than in the run of the checkpoint, which has trained on "
+            f"some of them; {advice}"
+        )
 
 
 def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: torch.device) -> list[str]:

@@ -438,6 +438,7 @@ class Stage:
             "metrics": self.metrics,
             "num_classes": self.parts.num_classes,
             "classes": list(self.data.classes),
+            "split": None if self.data.split is None else asdict(self.data.split),
         })  # fmt: skip
 
     @property

@@ -129,7 +129,8 @@ class Trainer:
         first = ladders[0][2][0].settings
         for _, _, ladder in ladders:
             check_names(ladder, own_model=self._make_model is not build_model)
-        data = build_datasets(typed(ladders[0][1]), *self._data)
+        saved, start.saved = start.saved, None  # it is large, and the first stage lets it go
+        data = build_datasets(typed(ladders[0][1]), *self._data, split=resume.split_before(saved))
         num_classes = first.model.num_classes or data.num_classes
         for _, settings, _ in ladders[1:]:  # the first has just been looked at
             check_batch_size(typed(settings), len(data.train))
@@ -148,10 +149,9 @@ class Trainer:
             capacity=capacity,
             made=self._made,
         )
-        saved, start.saved = start.saved, None  # it is large, and the first stage lets it go
         if saved is not None:
             resume.check_stages(saved, [name for name, _, _ in ladders])
-            resume.check_data(saved, len(data.train), data.classes)
+            resume.check_data(saved, data)
         if self._make_model is build_model:
             ladders = _with_layout(start.cfg, ladders, len(data.train), device, record, saved)
         data, ladders = _with_cache(data, ladders, record)

@@ -14,7 +14,7 @@ from torch import Tensor
 from adaptive_trainer.config import EVAL_CROP, DataConfig
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["Transform", "build_transform", "read_as_rgb", "to_rgb"]
+__all__ = ["TOO_LARGE", "Transform", "build_transform", "read_as_rgb", "to_rgb", "wrong_range"]
 
 Transform = Callable[[Any], Tensor]
 AUTO_AUGMENT = {
@@ -23,6 +23,9 @@ AUTO_AUGMENT = {
     "imagenet": "AutoAugment",
     "augmix": "AugMix",
 }  # names of torchvision's reference scripts
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # what Pillow raises for a large image
+WHOLE_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+MOST = 32.0  # that floats which go to 1, or some range of the user's own, have; an image of 0 to 255 has more
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,6 +55,25 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
             return planes[:1].expand(3, -1, -1)
     got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
     raise TypeError(f"the image is {got}; a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels is needed")
+
+
+def wrong_range(image: Any, config: DataConfig) -> str:
+    """Why a tensor's values would be taken for others; empty where they are as they should be, or nothing uses them so.
+
+    Floats from 0 to 255, say, which are scaled as if they went to 1. With `data.transforms=none` floats may have any
+    range, but for a cache, which stores bytes.
+    """
+    if not isinstance(image, Tensor) or not image.numel():
+        return ""
+    if image.dtype in WHOLE_NUMBERS:
+        return f"is a tensor of {image.dtype}; give bytes (torch.uint8), or floats from 0 to 1"
+    are_scaled = config.transforms != "none" or config.cache != "none"
+    if are_scaled and image.is_floating_point() and image.min() >= 0 and image.max() > MOST:
+        return (
+            f"has floats from {float(image.min()):g} to {float(image.max()):g}, which are taken to go from 0 to 1; "
+            "divide them by 255, or give bytes (torch.uint8)"
+        )
+    return ""
 
 
 def read_as_rgb(image: Image.Image) -> Image.Image:

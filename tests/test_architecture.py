@@ -41,6 +41,7 @@ descent
 data
 datasets
 image_files
+splitting
 transforms
 store
 fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pytest
 import torch
 from PIL import Image, features
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer, caching
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.config import Config, DataConfig, compose_config, typed
 from adaptive_trainer.data import Batch, Loader, build_datasets
-from adaptive_trainer.datasets import described
+from adaptive_trainer.datasets import DataSets, described
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.feed import eval_feed
 from adaptive_trainer.folders import check_folders, check_root
@@ -240,3 +242,93 @@ def test_a_folder_with_such_a_name_is_trained_on(tmp_path: Path) -> None:
     cfg = compose_config(["data=imagefolder", "trainer.batch_size=2", "data.num_workers=0", "data.image_size=32"])
     cfg.data.root, cfg.model.name = str(root), "test_resnet"
     assert Trainer(cfg, output_dir=tmp_path / "out").fit().outcome == "trained"
+
+
+def loaded(data: Any, **how: Any) -> list[Batch]:
+    """A pass over the data set, by way of what the settings ask for."""
+    sets = DataSets(data, data, 2, ("cat", "dog"), DataConfig(num_workers=0, **how))
+    if sets.config.cache != "none":
+        sets = with_cache(sets, 16, event=lambda text: None)
+        return list(eval_feed(sets, batch_size=8, image_size=16, device=CPU, channels_last=False))
+    with closing(Loader(sets, batch_size=8, image_size=16, num_workers=0, pin_memory=False)) as loader:
+        return list(loader.evaluate(8))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", [{}, {"transforms": "timm"}, {"cache": "ram"}], ids=str)
+@pytest.mark.parametrize("kind", [ImageFiles, ImageFolder])
+@pytest.mark.parametrize("limit", [300, 400])  # below half of the image Pillow raises an error, above a warning
+def test_images_above_the_pixel_limit_can_be_allowed(
+    limit: int, kind: Any, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog"):
+        photograph(tmp_path / name / "1.png", 1)
+    (tmp_path / "dog" / "1.png").unlink()
+    Image.new("RGB", (25, 28)).save(tmp_path / "dog" / "1.png")
+    photographed = kind(str(tmp_path)) if kind is ImageFolder else kind(tmp_path)
+    message = r"1\.png cannot be read \(.*512 pixels.*; make it smaller, allow it with data\.max_pixels=512, or use"
+    with pytest.raises(DataError, match=message):
+        loaded(photographed, max_pixels=511, **how)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(DataError, match=r"allow it with data\.max_pixels=(512|700), or use data\.on_error=skip"):
+        loaded(photographed, **{**how, "max_pixels": None if kind is ImageFolder else 511})
+    assert [len(batch.labels) for batch in loaded(photographed, max_pixels=700, **how)] == [2]
+    skipped = loaded(photographed, max_pixels=600, on_error="skip", **how)
+    assert [batch.skipped for batch in skipped] == [[str(tmp_path / "dog" / "1.png")]]
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_images_that_pillow_only_warns_of_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photograph(tmp_path / "cat" / "1.png", 1)
+    photograph(tmp_path / "dog" / "1.png", 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.resetwarnings()
+        assert [len(batch.labels) for batch in loaded(ImageFiles(tmp_path))] == [2]
+    assert said == []
+
+
+GIVEN = {
+    "floats to 255": (255 * torch.rand(3, 20, 20), r"floats from [\d.]+ to 25\d.*, which are taken to go from 0 to 1"),
+    "dark floats": (torch.full((3, 20, 20), 40.0), "has floats from 40 to 40, which are taken"),
+    "halves": (torch.full((1, 20, 20), 200.0, dtype=torch.float16), "has floats from 200 to 200"),
+    "doubles": (torch.full((20, 20), 200.0, dtype=torch.float64), "has floats from 200 to 200"),
+    "int64": (torch.full((3, 20, 20), 200), r"is a tensor of torch\.int64; give bytes \(torch\.uint8\), or floats"),
+    "int32": (torch.zeros((3, 20, 20), dtype=torch.int32), r"is a tensor of torch\.int32"),
+    "an array": (np.zeros((20, 20, 3), np.float32), "the image is ndarray; a PIL image or a tensor"),
+    "mode F": (Image.fromarray(np.full((20, 20), 200, np.float32)), "its shades are numbers of 32 bits"),
+}
+
+
+class Given(Dataset[Any]):
+    def __init__(self, image: Any) -> None:
+        self.image = image
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.image, index
+
+
+@pytest.mark.parametrize("how", [{}, {"transforms": "timm"}, {"cache": "ram"}, {"transforms": "none", "cache": "ram"}])
+@pytest.mark.parametrize("kind", GIVEN)
+def test_images_of_another_range_are_noticed(kind: str, how: dict[str, Any]) -> None:
+    image, message = GIVEN[kind]
+    with pytest.raises(DataError, match=f"^sample 0 .*{message}"):
+        loaded(Given(image), **how)
+
+
+@pytest.mark.parametrize(
+    ("image", "how"),
+    [
+        (torch.rand(3, 20, 20), {}),
+        (1.05 * torch.ones(3, 20, 20), {}),
+        (torch.randn(3, 20, 20), {}),
+        (200 * torch.ones(3, 20, 20), {"transforms": "none"}),
+        (torch.zeros(3, 20, 20, dtype=torch.uint8), {}),
+        (torch.ones(3, 20, 20, dtype=torch.bool), {}),
+    ],
+)
+def test_images_of_a_range_that_is_meant_are_let_through(image: Any, how: dict[str, Any]) -> None:
+    assert [len(batch.labels) for batch in loaded(Given(image), **how)] == [2]
