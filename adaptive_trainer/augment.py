@@ -16,7 +16,7 @@ import torchvision  # noqa: F401  # registers the operator
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import EVAL_CROP, DataConfig
+from adaptive_trainer.config import EVAL_CROP, DataConfig, with_usual
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.usage import is_short
 from adaptive_trainer.position import key_seed
@@ -82,14 +82,18 @@ def _largest_centre(sizes: Array) -> Array:
     return np.stack(((height - used_height) // 2, (width - used_width) // 2, used_height, used_width), axis=1)
 
 
-def center_windows(sizes: Array, image_size: int) -> Array:
-    """What is left of the originals after Resize(image_size / 0.875) and CenterCrop(image_size).
+def center_windows(sizes: Array, image_size: int, crop_pct: float = EVAL_CROP, crop_mode: str = "center") -> Array:
+    """What is left of the originals after Resize(image_size / crop_pct) and CenterCrop(image_size).
+
+    Args:
+        crop_mode: `squash` resizes both sides, `center` the shorter one.
 
     Returns:
         top, left, height, width in pixels of the original, float64 (N, 4).
     """
-    shorter = round(image_size / EVAL_CROP)
-    resized = (shorter * sizes / sizes.min(axis=1, keepdims=True)).astype(np.int64)
+    side = round(image_size / crop_pct)
+    shorter = sizes if crop_mode == "squash" else sizes.min(axis=1, keepdims=True)
+    resized = (side * sizes / shorter).astype(np.int64)
     start = np.rint((resized - image_size) / 2)
     boxes = np.concatenate((start, np.full_like(start, image_size)), axis=1)
     return np.asarray(boxes * np.tile(sizes / resized, 2))
@@ -111,7 +115,8 @@ def windows(
     flip: Array = np.zeros(len(sizes))
     boxes: Array = np.concatenate((np.zeros_like(sizes), sizes), axis=1)
     if config.transforms != "none" and epoch is None:
-        boxes = center_windows(sizes, image_size)
+        used = with_usual(config)
+        boxes = center_windows(sizes, image_size, used.crop_pct or EVAL_CROP, used.crop_mode or "")
     elif config.transforms != "none" and epoch is not None:
         draws = uniform(key_seed(seed, epoch), index, DRAWS)
         boxes = crop_windows(sizes, draws, (config.crop_scale[0], config.crop_scale[1]))
@@ -153,10 +158,10 @@ class DeviceBatch:
         self.sent, self.labels = (torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(2))
         self.stored = torch.empty(capacity, 3, stored_size, stored_size, dtype=torch.uint8, device=device)
         self.images = torch.empty(capacity, 3, *sides, device=device, memory_format=layout)
-        if config is None or config.transforms == "none":
-            mean, std = [0.0] * 3, [1.0] * 3
-        else:
-            mean, std = config.mean, config.std
+        mean, std = [0.0] * 3, [1.0] * 3
+        if config is not None and config.transforms != "none":
+            used = with_usual(config)
+            mean, std = used.mean or mean, used.std or std
         self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from adaptive_trainer.config import LARGEST, CardConfig, Config, DataConfig, TrainerConfig
+from adaptive_trainer.config import LARGEST, CardConfig, Config, DataConfig, TrainerConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
 __all__ = ["PRECISIONS", "TASKS", "check", "check_no_card"]
@@ -16,6 +16,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 ENGINES = ("auto", "eager", "graph", "compile")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")
 TRANSFORMS = ("torchvision", "timm", "none")
+CROP_MODES = ("center", "squash")
+INTERPOLATIONS = ("bilinear", "bicubic")
 ON_ERROR = ("raise", "skip")
 CACHES = ("none", "ram", "disk")
 TASKS = ("train", "plan", "memory")
@@ -108,9 +110,12 @@ def _no_transform(data: DataConfig) -> list[str]:
         problems.append(f"data.crop_scale={data.crop_scale} is no pair of shares of the image, 0 < least <= most <= 1")
     if not 0 <= data.hflip <= 1:
         problems.append(f"data.hflip={data.hflip} is no probability from 0 to 1")
-    are_finite = all(map(isfinite, [*data.mean, *data.std]))
-    if len(data.mean) != 3 or len(data.std) != 3 or not are_finite or not min(data.std) > 0:
-        problems.append(f"data.mean={data.mean}, data.std={data.std} are not three numbers each, data.std above 0")
+    used = with_usual(data)
+    mean, std = used.mean or [], used.std or []
+    if len(mean) != 3 or len(std) != 3 or not all(map(isfinite, [*mean, *std])) or not min(std) > 0:
+        problems.append(f"data.mean={mean}, data.std={std} are not three numbers each, data.std above 0")
+    if not 0 < (used.crop_pct or 0) < 2:
+        problems.append(f"data.crop_pct={data.crop_pct} is not between 0 and 2")
     per_sample = "transforms=timm" if data.transforms == "timm" else f"auto_augment={data.auto_augment}"
     if data.cache != "none" and (data.transforms == "timm" or data.auto_augment):
         problems.append(
@@ -128,7 +133,13 @@ def _not_a_choice(config: Config) -> list[str]:
         ("trainer.engine", config.trainer.engine, ENGINES),
         ("trainer.lr_policy", config.trainer.lr_policy, LR_POLICIES),
         ("data.transforms", config.data.transforms, TRANSFORMS),
+        ("data.crop_mode", config.data.crop_mode, (None, *CROP_MODES)),
+        ("data.interpolation", config.data.interpolation, (None, *INTERPOLATIONS)),
         ("data.on_error", config.data.on_error, ON_ERROR),
         ("data.cache", config.data.cache, CACHES),
     ]
-    return [f"{key}={value} is none of {', '.join(allowed)}" for key, value, allowed in choices if value not in allowed]
+    return [
+        f"{key}={value} is none of {', '.join(filter(None, allowed))}"
+        for key, value, allowed in choices
+        if value not in allowed
+    ]

@@ -31,6 +31,7 @@ from adaptive_trainer.errors import ConfigError, quoted
 
 __all__ = [
     "LARGEST",
+    "USUAL",
     "Asked",
     "Config",
     "apply_overrides",
@@ -44,10 +45,18 @@ __all__ = [
     "register",
     "typed",
     "with_asked",
+    "with_usual",
 ]
 
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
+USUAL: dict[str, Any] = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "crop_pct": EVAL_CROP,
+    "crop_mode": "center",
+    "interpolation": "bilinear",
+}  # what the settings of these names in `data` are where neither the user nor a pretrained network says
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 
 
@@ -74,12 +83,21 @@ class DataConfig:
     hflip: float = 0.5
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
     auto_augment: str | None = None
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    # null in these five: as the weights of a pretrained network expect, else USUAL
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    crop_pct: float | None = None  # side of the crop over that of the resized image, in evaluation
+    crop_mode: str | None = None  # center: of the image, resized by its shorter side; squash: of both sides resized
+    interpolation: str | None = None
     num_workers: int = 2
     on_error: str = "raise"
     max_pixels: int | None = None  # of a file: larger ones are broken; null: Pillow's own limit, 178,956,970
     cache: str = "none"  # ram, disk: images are decoded once and augmented on the device
+
+
+def with_usual(data: DataConfig) -> DataConfig:
+    """The same settings with `USUAL` for what is null."""
+    return replace(data, **{key: value for key, value in USUAL.items() if getattr(data, key) is None})
 
 
 @dataclass

@@ -38,7 +38,7 @@ def settle(stage: Stage, settings: DictConfig) -> None:
     else:
         size, why = _found(stage)
     stage.largest, stage.why = size, why
-    stage.ladder = resolve(settings, size, why)
+    stage.ladder = stage.parts.prepare(resolve(settings, size, why))
     for note in stage.ladder[0].notes:
         stage.record.event(note)
 

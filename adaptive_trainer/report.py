@@ -43,6 +43,7 @@ class Result:
         requested, used: what was asked for and what trained.
         changes: every setting that differs, and why.
         events: what else was decided on the way, in words, in order.
+        images: how they were normalised, cropped and resampled: `mean`, `std`, ... of the settings of `data`.
         metrics: of the last evaluation, plus the best one.
         attempts: every rung tried, in order.
         stages: for staged training, name, rung and metrics of each stage.
@@ -59,6 +60,7 @@ class Result:
     attempts: list[Attempt]
     output_dir: str
     stages: list[dict[str, Any]] = field(default_factory=list)
+    images: dict[str, Any] = field(default_factory=dict)
 
 
 class Record:

@@ -11,13 +11,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer import checkpoint, earlier
-from adaptive_trainer.config import Config, OptimizerConfig, asked, with_asked
+from adaptive_trainer.config import USUAL, Config, OptimizerConfig, asked, with_asked
 from adaptive_trainer.contents import OF_A_RUN, checked
 from adaptive_trainer.datasets import DataSets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder import WHOLE, stage_names
 from adaptive_trainer.optimizers import kind_of_state
-from adaptive_trainer.splitting import RANDOM, Split
+from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.trust import trusted
 
@@ -103,11 +103,18 @@ def split_before(saved: dict[str, Any] | None) -> Split | None:
     """How the run of a checkpoint held out its validation set, so that this one does the same; None if there is none.
 
     Checkpoints that do not say are of a time when samples were chosen at random.
+
+    Raises:
+        CheckpointError: what the checkpoint says cannot be what was saved.
     """
     if saved is None:
         return None
-    known = saved.get("split")
-    return Split(RANDOM, saved["config"]["seed"]) if known is None else Split(known["kind"], known["seed"])
+    if (known := saved.get("split")) is None:
+        return Split(RANDOM, saved["config"]["seed"])
+    is_one = isinstance(known, dict) and set(known) == set(asdict(Split("", 0))) and type(known["seed"]) is int
+    if not is_one or known["kind"] not in (STRATIFIED, RANDOM):
+        raise CheckpointError(f"the checkpoint is damaged: 'split' is not what was saved ({known}); use another one")
+    return Split(known["kind"], known["seed"])
 
 
 def check_data(saved: dict[str, Any], data: DataSets) -> None:
@@ -156,6 +163,7 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
         told.append(f"seed={asked['seed']} is left out: a resumed run goes on with seed {before['seed']}")
     for group in ("model", "data", "optimizer", "schedule", "trainer"):
         for key, value in asked[group].items():
-            if before[group].get(key) != value:
-                told.append(f"resumed with another {group}.{key}: {before[group].get(key)} -> {value}")
+            then = before[group].get(key)
+            if then != value and not (key in USUAL and then is None):  # an earlier version had none of these settings
+                told.append(f"resumed with another {group}.{key}: {then} -> {value}")
     return told

@@ -7,7 +7,7 @@ another optimizer, or one whose state is of another kind, starts anew on the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, OutOfMemory
-from adaptive_trainer.ladder import Recipe, recipe
+from adaptive_trainer.ladder import Recipe, Rung, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
@@ -49,6 +49,7 @@ class Parts:
         request: what was asked for, as YAML.
         num_classes: width of the model's head.
         train_size: samples in the training set.
+        prepare: fills in, for each rung of a ladder, how its network is given images.
         made: by `model.name`, the class of the network that the caller's own `make_model` has made for it.
     """
 
@@ -60,6 +61,7 @@ class Parts:
     device: torch.device
     capacity: Capacity
     made: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[Sequence[Rung[Config]]], tuple[Rung[Config], ...]] = tuple
 
     def recipe(self, config: Config) -> Recipe:
         """The recipe of complete settings for people: a network of the caller's own goes by the name of its class."""

@@ -27,6 +27,7 @@ from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.planning import single_sample
+from adaptive_trainer.preprocessing import remark
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.resume import take_up
@@ -200,7 +201,7 @@ class Stage:
             if rung.passed_over or not self.forecast.refusal(above.settings, rung.settings):
                 continue
             self._refused[rung.name] = {}
-            rungs = resolve(self.settings, self.largest or DEFAULT_BATCH, self.why, self._refuse)
+            rungs = self.parts.prepare(resolve(self.settings, self.largest or DEFAULT_BATCH, self.why, self._refuse))
             self.ladder = (*self.ladder[: self._looked_at], *rungs[self._looked_at :])
             rung = self.ladder[self._looked_at]
             reasons = tuple(filter(None, self._refused[rung.name].values()))
@@ -317,6 +318,8 @@ class Stage:
         problem = single_sample(session.config)
         if problem and has_batch_norm(session.state.model):
             raise ConfigError(problem)
+        if (text := remark(session.config, self.parts.make_model)) and text not in self.record.events:
+            self.record.event(text)
         if self.saved is not None:
             self._resume(session, self.saved)
         elif self.weights is not None and self.weights[0] == session.config.model:

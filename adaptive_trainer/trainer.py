@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from adaptive_trainer import checkpoint, oom, resume
 from adaptive_trainer.arguments import check_arguments, noting
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
-from adaptive_trainer.config import LARGEST, Config, ModelConfig, apply_overrides, typed
+from adaptive_trainer.config import LARGEST, USUAL, Config, ModelConfig, apply_overrides, typed
 from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described
@@ -34,6 +35,7 @@ from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
 from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.planning import check_names
+from adaptive_trainer.preprocessing import settled
 from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.report import Record, Result, rung_table
 from adaptive_trainer.resume import Start
@@ -148,6 +150,7 @@ class Trainer:
             device=device,
             capacity=capacity,
             made=self._made,
+            prepare=partial(settled, make_model=self._make_model, saved=None if saved is None else saved["config"]),
         )
         if saved is not None:
             resume.check_stages(saved, [name for name, _, _ in ladders])
@@ -155,6 +158,7 @@ class Trainer:
         if self._make_model is build_model:
             ladders = _with_layout(start.cfg, ladders, len(data.train), device, record, saved)
         data, ladders = _with_cache(data, ladders, record)
+        ladders = [(name, settings, parts.prepare(ladder)) for name, settings, ladder in ladders]
 
         def accepted() -> None:  # nothing is refused any more
             if record.has_begun:
@@ -234,8 +238,9 @@ class Trainer:
             rung=rung.name,
             requested=stage.parts.recipe(stage.ladder[0].settings),
             used=stage.parts.recipe(rung.settings),
-            changes=stage.changes(rung, asked),
+            changes=stage.changes(rung, replace(asked, data=stage.ladder[0].settings.data)),
             events=record.events,
+            images={key: getattr(rung.settings.data, key) for key in USUAL},
             metrics={key: value for key, value in stage.metrics.items() if isinstance(value, int | float)},
             attempts=record.attempts,
             output_dir=str(self.output_dir),

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from adaptive_trainer.config import EVAL_CROP, DataConfig
+from adaptive_trainer.config import DataConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
 __all__ = ["TOO_LARGE", "Transform", "build_transform", "read_as_rgb", "to_rgb", "wrong_range"]
@@ -114,6 +114,7 @@ def build_transform(config: DataConfig, image_size: int, *, training: bool) -> T
     Raises:
         ConfigError: `data.auto_augment` or another setting of the augmentation is not known.
     """
+    config = with_usual(config)
     if config.transforms == "timm":
         return _timm(config, image_size, training)
     return _torchvision(config, image_size, training)
@@ -125,12 +126,15 @@ def _torchvision(config: DataConfig, size: int, training: bool) -> Transform:
     to_float: list[Any] = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     if config.transforms == "none":
         return v2.Compose([*to_float, v2.Resize((size, size), antialias=True)])  # type: ignore[no-any-return]
+    how: dict[str, Any] = {"interpolation": v2.InterpolationMode(config.interpolation), "antialias": True}
     if training:
-        steps = [v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), antialias=True)]
+        steps = [v2.RandomResizedCrop(size, scale=tuple(config.crop_scale), **how)]
         steps += [v2.RandomHorizontalFlip(config.hflip)] if config.hflip else []
         steps += [_auto_augment(config.auto_augment)] if config.auto_augment else []
     else:
-        steps = [v2.Resize(round(size / EVAL_CROP), antialias=True), v2.CenterCrop(size)]
+        resized = round(size / (config.crop_pct or 1))
+        sides = (resized, resized) if config.crop_mode == "squash" else resized
+        steps = [v2.Resize(sides, **how), v2.CenterCrop(size)]
     return v2.Compose([*steps, *to_float, v2.Normalize(config.mean, config.std)])  # type: ignore[no-any-return]
 
 
@@ -153,10 +157,11 @@ def _timm(config: DataConfig, size: int, training: bool) -> Transform:
         "hflip": config.hflip,
         "color_jitter": None,
         "auto_augment": config.auto_augment,
-        "interpolation": "bilinear",
-        "mean": tuple(config.mean),
-        "std": tuple(config.std),
-        "crop_pct": EVAL_CROP,
+        "interpolation": config.interpolation,
+        "mean": tuple(config.mean or ()),
+        "std": tuple(config.std or ()),
+        "crop_pct": config.crop_pct,
+        "crop_mode": config.crop_mode,
     }
     problem = ""
     try:

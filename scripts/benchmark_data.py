@@ -33,7 +33,7 @@ from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.config import Config
+from adaptive_trainer.config import USUAL, Config
 from adaptive_trainer.data import Batch, DataSets, Loader, build_datasets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.feed import train_feed
@@ -119,7 +119,7 @@ class Bench:
         loader = create_loader(
             ImageFolder(f"{data.root}/train"), (3, data.image_size, data.image_size), self.config.trainer.batch_size,
             is_training=True, use_prefetcher=True, scale=(least, most), hflip=data.hflip, color_jitter=0.0,
-            interpolation="bilinear", mean=tuple(data.mean), std=tuple(data.std), num_workers=data.num_workers,
+            interpolation="bilinear", mean=tuple(USUAL["mean"]), std=tuple(USUAL["std"]), num_workers=data.num_workers,
             pin_memory=self.device.type == "cuda", persistent_workers=data.num_workers > 0, device=self.device,
         )  # fmt: skip
         return lambda _: loader

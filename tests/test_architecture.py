@@ -46,6 +46,7 @@ transforms
 store
 fingerprint
 augment
+preprocessing
 predicting
 planning
 models optimizers

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from adaptive_trainer.augment import CHUNK, DeviceBatch, center_windows, crop_windows, uniform, windows
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config import USUAL, DataConfig
 from adaptive_trainer.transforms import build_transform
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def test_windows_flip_and_normalise_each_sample_for_itself(channels_last: bool) 
         if max(right - left, bottom - top) > 24:
             continue  # shrunk: the mean of several points
         expected = torch.nn.functional.grid_sample(source, grid[None], padding_mode="border", align_corners=False)[0]
-        expected = v2.functional.normalize(expected, config.mean, config.std)
+        expected = v2.functional.normalize(expected, USUAL["mean"], USUAL["std"])
         assert (images[n] - expected).abs().max() < 1e-3
 
 
