@@ -275,7 +275,7 @@ def test_no_room_for_the_copies(warm: bool, capacity: Capacity, monkeypatch: pyt
             run.advance(update)
         tally.compare(run, expected)
         at, more = at + 1, refusing.count > at
-    assert at > 20
+    assert at > 15
     assert sorted(set(tally.differing)) == []
 
 
