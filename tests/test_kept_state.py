@@ -390,7 +390,7 @@ class Block(nn.Module):
         self.body, self.noisy = nn.Linear(6, 6), Noisy(kind, "list")
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.noisy(torch.relu(self.body(x)))
+        out: Tensor = torch.relu(self.body(self.noisy(x)))
         return out
 
 
