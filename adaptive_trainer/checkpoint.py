@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import random
 import zipfile
@@ -43,6 +42,7 @@ T = TypeVar("T")
 FORMAT = "adaptive_trainer checkpoint"
 VERSION = 1
 DAMAGE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError)  # what reading it raises
+LARGEST_NUMBER = 2.0**63  # of what a kernel takes
 IMPLEMENTATION = ("fused", "foreach")  # of an optimizer's step: this run's own choice
 
 
@@ -397,7 +397,7 @@ def _kind_of(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_kind_of(each) for each in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return "number" if math.isfinite(value) else "no number"
+        return "number" if abs(value) < LARGEST_NUMBER else "no number"  # nor is NaN
     return type(value)
 
 

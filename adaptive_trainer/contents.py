@@ -34,6 +34,8 @@ def checked(content: dict[str, Any], path: Path, keys: Sequence[str]) -> dict[st
     problem, found = "", dict(content)
     for key in keys:
         if key not in content:
+            if key in SINCE_LATER:
+                continue
             problem = f"it lacks {key!r}"
             break
         try:
@@ -70,7 +72,7 @@ def _need(holds: bool, value: Any, wanted: str) -> Any:
 
 
 def _whole(value: Any, least: int = 0) -> Any:
-    return _need(type(value) is int and value >= least, value, f"a whole number from {least} on")
+    return _need(type(value) is int and least <= value < 2**63, value, f"a whole number from {least} on")
 
 
 def _text(value: Any) -> Any:
@@ -108,9 +110,10 @@ def _meters(value: Any) -> Any:
 
 
 def _optimizer(value: Any) -> Any:
-    states, groups = value["state"], value["param_groups"]
+    states, groups = _named(value)["state"], value["param_groups"]
     _need(isinstance(states, dict) and all(isinstance(each, dict) for each in states.values()), states, "its state")
-    _need(isinstance(groups, list) and all(isinstance(each["params"], list) for each in groups), groups, "its groups")
+    are_groups = isinstance(groups, list) and all(isinstance(_named(each)["params"], list) for each in groups)
+    _need(are_groups, groups, "its groups")
     return value
 
 
@@ -121,7 +124,7 @@ def _config(value: Any) -> Any:
 
 def _position(value: Any) -> Any:
     for name in ("seed", "epoch", "cursor", "size"):
-        _need(type(value[name]) is int, value[name], "a whole number")
+        _need(type(_named(value)[name]) is int, value[name], "a whole number")
     return Position.from_dict(value).to_dict()
 
 
@@ -132,7 +135,7 @@ def _requested(value: Any) -> Any:
 
 def _random(value: Any) -> Any:
     """Tried on generators of its own."""
-    torch.Generator().set_state(value["torch"])
+    torch.Generator().set_state(_named(value)["torch"])
     cuda = value["cuda"]
     _need(cuda is None or (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8), cuda, "the state of a generator")
     version, words, gauss = value["python"]
@@ -151,6 +154,7 @@ def numpy_state(saved: Any) -> Any:
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "model": _named,
+    "made_buffers": _texts,
     "ema": _or_none(_named),
     "config": _config,
     "num_classes": lambda value: _whole(value, 1),
@@ -159,6 +163,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "rung": _text,
     "request": _text,
     "requested": _requested,
+    "largest_batch": _or_none(lambda value: _whole(value, 1)),
     "capacity": _or_none(_whole),
     "metrics": _plain,
     "buffers": _named,
@@ -171,5 +176,6 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "meters": _meters,
     "random": _random,
 }
+SINCE_LATER = ("made_buffers", "largest_batch")  # older checkpoints do without
 OF_A_RUN = tuple(CHECKS)
-OF_A_MODEL = ("model", "ema", "config", "num_classes")
+OF_A_MODEL = ("model", "made_buffers", "ema", "config", "num_classes")

@@ -151,7 +151,8 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
     """
     asked, before = asdict(config), saved["config"]
     was, wanted = before["optimizer"], asked["optimizer"]
-    with_optimizer = kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
+    same_name = was["name"] == wanted["name"]  # one that is altered is none that could be looked up
+    with_optimizer = same_name and kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
     lost = checkpoint.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
     told = [
         f"the random numbers of {path} start anew: there is no such generator, or one of another kind" for path in lost

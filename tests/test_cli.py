@@ -685,3 +685,42 @@ def test_a_users_mistake_does_not_end_a_sweep(cli: Any, tmp_path: Path) -> None:
     assert ended.code == 2
     assert "Traceback" not in ended.text
     assert [result(tmp_path / "sweep" / n)["outcome"] for n in "01"] == ["failed", "trained"]
+
+
+def test_every_job_of_a_sweep_leaves_a_result(cli: Any, tmp_path: Path) -> None:
+    """Those with a bad value too, whenever it is seen to be one."""
+    ended = cli("-m", *NO_LADDER, "hydra.sweep.dir=sweep", "trainer.batch_size=0,8", "model.name=nosuch,test_resnet")
+    assert ended.code == 2
+    outcomes = [result(tmp_path / "sweep" / n) for n in "0123"]
+    assert [each["outcome"] for each in outcomes] == ["failed", "failed", "failed", "trained"]
+    assert "trainer.batch_size=0 is neither" in outcomes[0]["message"]
+
+
+def test_what_a_sweep_sweeps_is_not_typed_as_well(cli: Any, tmp_path: Path) -> None:
+    for typed in ("optimizer.lr=0.5", "optimizer.lr=1,2", "++optimizer.lr=1"):
+        ended = cli("-m", *NO_LADDER, "+sweep=lr", typed, "hydra.sweep.dir=sweep")
+        assert ended.code == 2
+        assert f"{typed} is typed, and +sweep=... sweeps optimizer.lr; leave one of them out" in ended.text
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_the_settings(tmp_path: Path) -> None:
+    lines = ["import signal", "signal.signal(signal.SIGINT, signal.default_int_handler)"]
+    (tmp_path / "torch.py").write_text("\n".join([*lines, "signal.raise_signal(signal.SIGINT)"]))
+    assert python_m("-m", "adaptive_trainer", *NO_LADDER, "output_dir=mine", cwd=tmp_path).returncode == 130
+    (tmp_path / "torch.py").unlink()
+    again = python_m("-m", "adaptive_trainer", "resume=auto", "output_dir=mine", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert result(tmp_path / "mine")["used"]["model"] == "mobilenetv3_small_050"
+    assert "has left no checkpoint" in result(tmp_path / "mine")["events"][0]
+
+
+def test_no_half_of_a_file_stays_on_a_full_disk(cli: Any, tmp_path: Path) -> None:
+    assert cli(*NO_LADDER, largest_file=10).code != 0
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_what_changed_names_the_rung_that_is_used_and_what_became_of_those_above(cli: Any, tmp_path: Path) -> None:
+    assert cli(*SMALL, *HALVED).code == 0
+    [why] = [change["why"] for change in result(tmp_path / "out")["changes"] if change["key"] == "trainer.batch_size"]
+    assert re.fullmatch(r"rung batch-\d+ is used; (out of memory|predicted not to fit): requested.*", why)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer import cli
 from adaptive_trainer.checks import check
-from adaptive_trainer.config import Config, apply_overrides, at_home, compose_config, config_dir, typed
+from adaptive_trainer.config import Config, apply_overrides, asked, at_home, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.ladder import stages
 
 GROUPS = sorted(p for p in Path(config_dir()).glob("*/*.yaml") if p.parent.name != "sweep")
 SWEEPS = sorted(Path(config_dir()).glob("sweep/*.yaml"))
@@ -258,3 +260,53 @@ def test_settings_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_number_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=f"optimizer.lr={value} is no number"):
         check(typed(compose_config([f"optimizer.lr={value}"])))
+
+
+TYPED = (
+    ["data.image_size=32", "trainer.batch_size=8", "trainer.epochs=1"],
+    ["optimizer=sgd", "optimizer.lr=1e-4", "trainer.precision=bf16"],
+    ["++data.num_workers=7", "trainer.micro_batch_size=2", "trainer.batch_size=max", "ladder=none"],
+)
+
+
+@pytest.mark.parametrize("typed_", TYPED)
+def test_what_is_typed_wins_over_presets_and_stages(typed_: list[str], tmp_path: Path) -> None:
+    """In whatever order, on what a file says of its stages by values, choices and presets."""
+    (tmp_path / "phases").mkdir()
+    (tmp_path / "phases" / "mine.yaml").write_text(
+        "stages:\n"
+        "  - {name: a, overrides: [preset=minimum, optimizer=lion, trainer.precision=fp16, ladder=faithful]}\n"
+        "  - {name: b, overrides: [trainer.epochs=7, data.num_workers=1, optimizer.weight_decay=0.25]}\n"
+    )
+    alone = typed(compose_config(typed_))
+    keys = [text.lstrip("+").partition("=")[0] for text in typed_]
+    for files in (["preset=maximum"], ["phases=staged"], ["phases=mine", "preset=balanced"]):
+        for overrides in ([*files, *typed_], [*typed_, *files]):
+            for _, settings in stages(compose_config(overrides, config_folder=tmp_path)):
+                for key in keys:
+                    assert OmegaConf.select(settings, f"{key}.name" if key == "optimizer" else key) == OmegaConf.select(
+                        OmegaConf.structured(alone), f"{key}.name" if key == "optimizer" else key
+                    ), (key, overrides)
+    stage = stages(compose_config(["phases=mine", *typed_], config_folder=tmp_path))[1][1]
+    assert stage.optimizer.weight_decay == 0.25 or "optimizer=sgd" in typed_
+
+
+def test_a_stage_that_is_typed_says_what_it_says() -> None:
+    [(_, settings)] = stages(
+        compose_config(["phases.stages=[{name: a, overrides: ['trainer.epochs=5']}]", "trainer.epochs=1"])
+    )
+    assert settings.trainer.epochs == 5
+
+
+def test_settings_remember_what_was_typed_and_what_was_set_since() -> None:
+    cfg = compose_config(["trainer.epochs=3"])
+    cfg.model.name, cfg.model.kwargs = 'a "b" \\', {"a": [1, None, True, 1e-5], "b": {"c": "x y"}}
+    changed = apply_overrides(compose_config(), asked(copy.deepcopy(cfg)).overrides)
+    assert typed(changed) == typed(cfg)
+    assert asked(DictConfig(OmegaConf.merge(cfg, {"seed": 3}))).overrides[-1] == "++seed=3"
+
+
+@pytest.mark.parametrize("choice", ["../../x", "/etc/x", "a/../../x"])
+def test_a_choice_is_no_path_to_elsewhere(choice: str) -> None:
+    with pytest.raises(ConfigError, match="no name of a file in a folder of configs"):
+        apply_overrides(compose_config(), [f"data={choice}"])

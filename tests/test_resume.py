@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, errors, oom, report
+from adaptive_trainer.config import Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.report import Record, Result
@@ -617,6 +620,94 @@ def test_auto_names_the_run_that_it_passes_over(tmp_path: Path) -> None:
         "(it was killed before the first one, or is still at it)"
     )
     assert said(run("16-00-00", "trainer.epochs=4")) == [], "it goes on from its own"
+
+
+def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *overrides: str) -> None:
+    """A run that Ctrl-C ends before it has saved anything."""
+
+    def stopped(*args: Any, **how: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fit(folder, *overrides)
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+@pytest.mark.parametrize(
+    "where",
+    ["trainer.build_datasets", "trainer.Forecast", "stage.prove", "session.build_optimizer", "checkpoint.save"],
+)
+def test_auto_begins_anew_what_was_stopped_before_its_first_checkpoint(
+    where: str, end: str, batch_16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own folder and from that of the next run, though an older run has a checkpoint."""
+    shutil.copytree(batch_16.parent.parent, tmp_path / "2024-05-01" / "10-00-00")
+    first = tmp_path / "2024-05-01" / "11-00-00"
+    asked = ("trainer.epochs=2", "optimizer.lr=3e-4", "trainer.batch_size=12")
+    stopped_early(first, monkeypatch, f"adaptive_trainer.{where}", *asked)
+    if end == "killed":
+        (first / "result.json").unlink()
+    for folder in (tmp_path / "2024-05-01" / "12-00-00", first):
+        result = Trainer(compose_config(["resume=auto"]), output_dir=folder).fit()
+        assert (result.requested.lr, result.requested.batch_size, result.metrics["epoch"]) == (3e-4, 12, 2)
+        assert any(f"{first} has left no checkpoint" in event for event in result.events), result.events
+        if folder != first:
+            shutil.rmtree(folder)
+
+
+def test_auto_passes_over_a_run_that_is_still_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tmp_path / "2024-05-01" / "10-00-00")
+    running = tmp_path / "2024-05-01" / "11-00-00"
+    stopped_early(running, monkeypatch, "adaptive_trainer.stage.prove")
+    (running / "result.json").unlink()
+    with Record(running).held():
+        result = fit(tmp_path / "2024-05-01" / "12-00-00", "resume=auto", "trainer.epochs=2")
+    assert f"{running} is passed over" in result.events[0]
+    assert result.metrics["epoch"] == 2
+
+
+def test_in_python_the_saved_settings_are_taken_too(tmp_path: Path) -> None:
+    """What is typed, or set since, wins; a setting that is typed wins although it is the default."""
+    fit(tmp_path, "trainer.epochs=3", "optimizer=sgd", "trainer.batch_size=12")
+    cfg = compose_config(["resume=auto", "trainer.epochs=4"])
+    cfg.optimizer.lr = 0.01
+    result = Trainer(cfg, output_dir=tmp_path).fit()
+    assert (result.metrics["epoch"], result.requested.batch_size) == (4, 12)
+    assert (result.requested.optimizer, result.requested.lr) == ("sgd", 0.01)
+    bare = OmegaConf.merge(OmegaConf.structured(Config), compose_config(["trainer.epochs=5"]))
+    assert isinstance(bare, DictConfig)
+    bare.resume = "auto"
+    assert Trainer(bare, output_dir=tmp_path).fit().metrics["epoch"] == 5
+    back = Trainer(
+        compose_config(["resume=auto", "trainer.batch_size=24", "trainer.epochs=6"]), output_dir=tmp_path
+    ).fit()
+    assert back.requested.batch_size == 24
+
+
+def test_a_folder_of_ones_own_is_looked_in_when_resumed(tmp_path: Path) -> None:
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder" / "mine.yaml").write_text("rungs: [{name: tiny, overrides: [trainer.batch_size=2]}]\n")
+    fit(tmp_path / "run", "memory.limit=none")
+    cfg = compose_config(["resume=auto", "ladder=mine", "trainer.epochs=2"], config_folder=tmp_path)
+    trainer = Trainer(cfg, output_dir=tmp_path / "run")
+    assert trainer.fit().metrics["epoch"] == 2
+    assert "name: tiny" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_stages_keep_what_was_typed_when_resumed(tmp_path: Path) -> None:
+    (tmp_path / "phases").mkdir()
+    stages = "[{name: a, overrides: [trainer.epochs=3]}, {name: b, overrides: [trainer.epochs=4]}]"
+    (tmp_path / "phases" / "mine.yaml").write_text(f"stages: {stages}\n")
+    cfg = compose_config([*SETTINGS, "memory.limit=none", "phases=mine", "trainer.epochs=1"], config_folder=tmp_path)
+    first = Trainer(cfg, output_dir=tmp_path / "run").fit()
+    assert [stage["metrics"]["epoch"] for stage in first.stages] == [1, 1]
+    assert "stage a: trainer.epochs=1, as typed, and not what its file says" in first.events
+    again = Trainer(compose_config(["resume=auto"]), output_dir=tmp_path / "run").fit()
+    assert again.metrics["epoch"] == 1
+    more = Trainer(compose_config(["resume=auto", "trainer.epochs=2"]), output_dir=tmp_path / "run").fit()
+    assert more.metrics["epoch"] == 2
 
 
 class Pixels(torch.utils.data.Dataset[Any]):
