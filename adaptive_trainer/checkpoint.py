@@ -243,10 +243,10 @@ def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, wi
     if with_optimizer:
         _load_optimizer(content["optimizer"], state.optimizer, keep_groups=keep_groups)
     _refuse_no_numbers(state)
-    if content["meters"].keys() != state.meters.keys():
+    if content["meters"].keys() - {"weight"} != state.meters.keys() - {"weight"}:  # which only some losses have
         raise ValueError(f"its meters are {', '.join(content['meters'])}, and this run's {', '.join(state.meters)}")
     for name, value in content["meters"].items():
-        state.meters[name].copy_(value)
+        state.meters.setdefault(name, torch.zeros_like(state.meters["seen"])).copy_(value)
     if state.scaler.is_enabled() and content["scaler"]:
         _check_alike(content["scaler"], state.scaler.state_dict(), "scaler")
         state.scaler.load_state_dict(content["scaler"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from adaptive_trainer.config import LARGEST, CardConfig, Config, DataConfig, TrainerConfig, with_usual
+from adaptive_trainer.config import BALANCED, LARGEST, CardConfig, Config, DataConfig, TrainerConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
 __all__ = ["PRECISIONS", "TASKS", "check", "check_no_card"]
@@ -28,7 +28,7 @@ LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
 def check(config: Config) -> None:
     """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
     problems = [*_out_of_range(config), *_no_transform(config.data), *_not_a_choice(config)]
-    problems += _no_batch(config.trainer)
+    problems += [*_no_batch(config.trainer), *_no_class_weights(config)]
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -59,6 +59,19 @@ def _no_batch(trainer: TrainerConfig) -> list[str]:
         return [f"trainer.batch_size={batch} is neither a whole number above 0 nor {LARGEST}, the largest that fits"]
     if micro is not None and micro > batch:
         return [f"trainer.micro_batch_size={micro} is above trainer.batch_size={batch}; make it at most {batch}"]
+    return []
+
+
+def _no_class_weights(config: Config) -> list[str]:
+    weights, classes = config.trainer.class_weights, config.model.num_classes
+    if weights in (None, BALANCED):
+        return []
+    is_list = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
+    if not is_list or not all(isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        allowed = f"null, {BALANCED}, or a list of numbers from 0 up, one for each class and not all 0"
+        return [f"trainer.class_weights={weights} is none of what is allowed: {allowed}"]
+    if classes is not None and len(weights) != classes:
+        return [f"trainer.class_weights has {len(weights)} numbers and model.num_classes={classes}; give one for each"]
     return []
 
 

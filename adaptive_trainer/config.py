@@ -30,6 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from adaptive_trainer.errors import ConfigError, quoted
 
 __all__ = [
+    "BALANCED",
     "LARGEST",
     "USUAL",
     "Asked",
@@ -48,6 +49,7 @@ __all__ = [
     "with_usual",
 ]
 
+BALANCED = "balanced"  # of trainer.class_weights: each class counts as much as any other
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
 USUAL: dict[str, Any] = {
@@ -142,6 +144,7 @@ class TrainerConfig:
     clip_grad: float | None = None
     ema_decay: float | None = None
     label_smoothing: float = 0.0
+    class_weights: Any = None  # balanced, or a number for each class
     lr_policy: str = "auto"
     deterministic: bool = False
     engine: str = "auto"

@@ -19,7 +19,16 @@ from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split, held_out, know
 from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform
 
-__all__ = ["DataSets", "MapDataset", "build_datasets", "described", "digits", "image_folder", "sample_name"]
+__all__ = [
+    "DataSets",
+    "MapDataset",
+    "build_datasets",
+    "described",
+    "digits",
+    "image_folder",
+    "labels_of",
+    "sample_name",
+]
 
 Array = np.ndarray[Any, Any]
 SCAN_LIMIT = 4096  # samples whose labels are read one by one where there is no list of them
@@ -306,6 +315,12 @@ def _class_names(data: Any) -> tuple[str, ...]:
     base, _ = _source(data, 0)
     found = getattr(base, "classes", None)
     return tuple(str(name) for name in found) if isinstance(found, list | tuple) else ()
+
+
+def labels_of(data: Any) -> Array:
+    """The label of every sample, (N,): from a list of them, or read one by one where the data set has none."""
+    known = known_labels(data)
+    return np.array([int(data[index][1]) for index in range(len(data))]) if known is None else known
 
 
 def _class_count(data: Any, names: tuple[str, ...], labels: Array | None, asked: int | None) -> int:

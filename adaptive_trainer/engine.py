@@ -77,7 +77,7 @@ class Engine:
         else:
             self._run_whole(images, labels, samples)
 
-    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
         """One evaluation batch, as `Update.evaluate`."""
         return self.beside_graph(lambda: self.update.evaluate(model, images, labels))
 

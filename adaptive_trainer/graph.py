@@ -217,8 +217,9 @@ def _changing_values(groups: list[dict[str, Any]], rates: list[Tensor]) -> Itera
 @contextmanager
 def _unchanged_host(update: Update) -> Iterator[None]:
     """Put back what is changed on the host, and refuse an update that does so, which a replay would not repeat."""
-    model, loss, places = update.state.model, update.loss, Places(_tensors(update))
+    model, loss, places = update.state.model, update.criterion.loss, Places(_tensors(update))
     model.train()  # as any update does; after an evaluation that would be a change
+    update.criterion.train()
     host, drawn = HostState([model, loss] if isinstance(loss, nn.Module) else [model]), _drawn(update)
     try:
         yield
@@ -255,7 +256,8 @@ def refusal(update: Update) -> str:
         return f"graphs need a CUDA card, and this is {update.device.type}"
     if torch.cuda.get_allocator_backend() != "native":
         return "graphs need torch's own allocator"
-    if not isinstance(update.loss, nn.Module) and not update.loss.__module__.startswith("torch."):
+    loss = update.criterion.loss
+    if not isinstance(loss, nn.Module) and not loss.__module__.startswith("torch."):
         return "what a loss function changes on the host cannot be seen; a loss that is an nn.Module can be recorded"
     return ""
 

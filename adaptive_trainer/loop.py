@@ -80,8 +80,8 @@ class _Loss:
 
     def ask(self, meters: dict[str, Tensor], updates: int) -> None:
         self.asked_after = updates
-        for there, name in zip(self._sums, ("loss", "seen"), strict=True):
-            there.copy_(meters[name], non_blocking=True)
+        for there, here in zip(self._sums, (meters["loss"], meters.get("weight", meters["seen"])), strict=True):
+            there.copy_(here, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         self.is_asked = True
@@ -90,8 +90,8 @@ class _Loss:
         if self._copied is not None:
             self._copied.synchronize()
         self.is_asked = False
-        loss, seen = self._sums.tolist()
-        return float(loss / max(seen, 1))
+        loss, weight = self._sums.tolist()
+        return float(loss / (weight or 1))
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ class Loop:
         if batch.skipped and len(batch.labels) == 1 and self.session.update.avoid_single:
             batch = self._without_the_last(batch)
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
+        self._tell_kind_of_loss()
         if self.growth.is_due(state.updates, trainer.log_every):
             self.growth.note(state.updates, self.session.update.capacity.usage().allocated)
         bar.update(batch.samples)
@@ -229,6 +230,13 @@ class Loop:
             self._save()
         self._stop_if_asked()
         self._failures = 0
+
+    def _tell_kind_of_loss(self) -> None:
+        """Once, what the first update has found out."""
+        criterion = self.session.update.criterion
+        if criterion.note:
+            self.hooks.event(criterion.note)
+            criterion.note = ""
 
     def _without_the_last(self, batch: Batch) -> Batch:
         """The batch with no sample, where broken ones have left BatchNorm a single one."""
@@ -311,7 +319,8 @@ class Loop:
         seen = meters["seen"]
         if not seen:
             raise DataError("no image of the training set can be read; repair the files, or name another data.root")
-        self._check_number("training", meters["loss"] / seen)
+        train_loss = meters["loss"] / (meters.get("weight", seen) or 1)
+        self._check_number("training", train_loss)
         loss, accuracy = self.evaluate()
         self._check_number("validation", loss)
         is_scored = not math.isnan(accuracy)
@@ -325,7 +334,7 @@ class Loop:
             "updates": state.updates,
             "rung": self.rung,
             "lr": state.optimizer.param_groups[0]["lr"],
-            "train_loss": meters["loss"] / seen,
+            "train_loss": train_loss,
             "train_accuracy": meters["correct"] / seen if is_scored else math.nan,
             "val_loss": loss,
             "val_accuracy": accuracy,
@@ -382,7 +391,7 @@ class Loop:
             Interrupted: a signal came; nothing is saved yet.
         """
         total = len(self.data.val)
-        loss, correct, done, seen = 0.0, 0.0, 0, 0
+        loss, weight, correct, done, seen = 0.0, 0.0, 0.0, 0, 0
         with tqdm(total=total, desc="evaluation", unit="img", disable=not is_watched(), leave=False) as bar:
             while done < total:
                 batch, size = None, min(self.eval_batch_size, total - done)
@@ -391,7 +400,7 @@ class Loop:
                         for batch in batches:
                             self._tell_broken(batch)
                             sums = self._evaluate_batch(batch)
-                            loss, correct = loss + sums[0], correct + sums[1]
+                            loss, weight, correct = loss + sums[0], weight + sums[1], correct + sums[2]
                             done, seen = done + batch.samples, seen + len(batch.labels)
                             size = min(self.eval_batch_size, total - done)
                             bar.update(batch.samples)
@@ -405,12 +414,14 @@ class Loop:
                 self._halve_evaluation(size)
         if not seen:
             raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
-        return loss / seen, correct / seen
+        if not weight:
+            raise DataError("the loss counts no label of the validation set: all have the weight 0")
+        return loss / weight, correct / seen
 
-    def _evaluate_batch(self, batch: Batch) -> tuple[float, float]:
+    def _evaluate_batch(self, batch: Batch) -> tuple[float, float, float]:
         """Sums over one batch."""
         if not len(batch.labels):
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         state = self.session.state
         model = state.model if state.ema is None else state.ema.module
         return self.engine.evaluate(model, batch.images, batch.labels)

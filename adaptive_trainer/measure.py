@@ -11,9 +11,9 @@ from adaptive_trainer.config import Config
 from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe, stored_size
+from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
-from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.process import private_process_state
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter

@@ -12,18 +12,16 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from adaptive_trainer.config import Config, OptimizerConfig, ScheduleConfig
+from adaptive_trainer.config import OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [
-    "CrossEntropy",
     "Schedule",
     "build_ema",
-    "build_loss",
     "build_optimizer",
     "build_scaler",
     "build_schedule",
@@ -245,42 +243,6 @@ def _curve(name: str, lr: float, floor: float, end: int, updates_per_epoch: int,
     if hasattr(curve, "get_cycle_length"):
         curve.t_initial *= end * TICKS / curve.get_cycle_length()
     return curve
-
-
-class CrossEntropy(nn.CrossEntropyLoss):
-    """Cross entropy that refuses scores of another shape: on a card, a missing one would end the whole process.
-
-    Args:
-        num_classes: the least number of scores.
-        label_smoothing: as `nn.CrossEntropyLoss` has it.
-    """
-
-    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
-        super().__init__(label_smoothing=label_smoothing)
-        self.num_classes = num_classes
-
-    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of scores (N, classes) and labels (N,).
-
-        Raises:
-            ConfigError: these are no scores, or too few.
-        """
-        if not isinstance(output, Tensor):
-            raise ConfigError(
-                f"the network gives a {type(output).__name__}, and cross entropy takes a tensor of scores; give the "
-                "Trainer a loss that takes it"
-            )
-        if output.ndim < 2 or output.shape[1] < self.num_classes:
-            raise ConfigError(
-                f"the network gives scores of shape {tuple(output.shape)}, and there are {self.num_classes} classes; "
-                "(images, classes) is needed"
-            )
-        return super().forward(output, labels)
-
-
-def build_loss(config: Config, num_classes: int) -> nn.Module:
-    """Mean cross entropy of (output, labels), with `trainer.label_smoothing`."""
-    return CrossEntropy(num_classes, config.trainer.label_smoothing)
 
 
 def build_ema(model: nn.Module, decay: float | None) -> ModelEmaV3 | None:

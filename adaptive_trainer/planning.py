@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
+from adaptive_trainer.losses import Criterion, Loss, build_loss
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
 from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
@@ -34,7 +35,7 @@ from adaptive_trainer.models import (
     outline,
     without_memory,
 )
-from adaptive_trainer.optimizers import build_loss, build_optimizer, check_optimizer
+from adaptive_trainer.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.search import largest
 from adaptive_trainer.target import Target
@@ -65,7 +66,7 @@ ATTENTION: tuple[Callable[[], bool], ...] = (
 )
 
 ModelFactory = Callable[[ModelConfig, int], nn.Module]
-LossFactory = Callable[[Config, int], Callable[[Tensor, Tensor], Tensor]]
+LossFactory = Callable[[Config, int], Loss | Criterion]
 
 
 def other_allocator() -> bool:
@@ -223,6 +224,7 @@ class Planner:
             "precision": used.precision,
             "checkpoint_activations": used.checkpoint_activations,
             "label_smoothing": config.trainer.label_smoothing > 0,
+            "class_weights": config.trainer.class_weights is not None,
             "ema": config.trainer.ema_decay is not None,
             "clip_grad": config.trainer.clip_grad is not None,
             "channels_last": bool(config.trainer.channels_last),
@@ -236,7 +238,9 @@ class Planner:
 
     def classes(self, config: Config) -> int:
         """Width of the model's head under these settings."""
-        return config.model.num_classes or self.num_classes or ASSUMED_CLASSES
+        weights = config.trainer.class_weights
+        known = len(weights) if isinstance(weights, list) else ASSUMED_CLASSES
+        return config.model.num_classes or self.num_classes or known
 
     def _stored_size(self, config: Config) -> int:
         """As `ladder.stored_size`; what waits on a CPU is not counted."""
@@ -259,6 +263,7 @@ class Planner:
         device = torch.device("cuda" if cuda else "cpu")
         key = self.key(config)
         model_key = repr((key["model"], used.checkpoint_activations))
+        loss = Criterion.of(self.make_loss(config, self.classes(config)))
         parts = micro_batches(used.batch_size, used.micro_batch_size, False)
         if 1 in parts and self._has_batch_norm(config):
             parts = micro_batches(used.batch_size, used.micro_batch_size, True)
@@ -268,7 +273,7 @@ class Planner:
             (3, used.image_size, used.image_size),
             tuple(parts),
             used.eval_batch(self.val_size),
-            loss=self.make_loss(config, self.classes(config)),
+            loss=loss,
             precision=used.precision,
             channels_last=bool(config.trainer.channels_last),
             ema=config.trainer.ema_decay is not None,
@@ -276,7 +281,7 @@ class Planner:
             undo=cuda,
             cuda=cuda,
             stored_size=self._stored_size(config),
-            key=repr((model_key, key["optimizer"], key["label_smoothing"])),
+            key=repr((model_key, key["optimizer"], key["label_smoothing"], loss.kind)),
         )
 
     def _outline(self, config: Config) -> nn.Module | None:

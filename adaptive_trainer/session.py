@@ -19,6 +19,7 @@ from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder import Recipe, Rung, recipe
 from adaptive_trainer.layout import to_channels_last
+from adaptive_trainer.losses import Criterion, Loss
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.optimizers import (
@@ -31,7 +32,7 @@ from adaptive_trainer.optimizers import (
 )
 from adaptive_trainer.position import Position, updates_per_epoch
 from adaptive_trainer.transaction import TrainState, layout
-from adaptive_trainer.update import Loss, Update
+from adaptive_trainer.update import Update
 
 __all__ = ["Parts", "Session", "enter", "settle"]
 
@@ -45,7 +46,7 @@ class Parts:
 
     Attributes:
         make_model: builds a network from the model settings and the number of classes.
-        make_loss: builds the mean loss of (output, labels) from (settings, number of classes).
+        make_loss: builds the loss of (output, labels) from (settings, number of classes).
         request: what was asked for, as YAML.
         num_classes: width of the model's head.
         train_size: samples in the training set.
@@ -54,7 +55,7 @@ class Parts:
     """
 
     make_model: ModelFactory
-    make_loss: Callable[[Config, int], Loss]
+    make_loss: Callable[[Config, int], Loss | Criterion]
     request: str
     num_classes: int
     train_size: int
@@ -167,9 +168,8 @@ def settle(config: Config, state: TrainState) -> None:
 
 def _around(state: TrainState, config: Config, parts: Parts) -> Session:
     used = recipe(config)
-    loss = parts.make_loss(config, parts.num_classes)
-    if isinstance(loss, nn.Module):
-        loss.to(parts.device)
+    loss = Criterion.of(parts.make_loss(config, parts.num_classes))
+    loss.to(parts.device)
     update = Update(
         state,
         loss,

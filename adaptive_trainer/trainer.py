@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,10 +20,19 @@ from adaptive_trainer import checkpoint, oom, resume
 from adaptive_trainer.arguments import check_arguments, noting
 from adaptive_trainer.caching import with_cache
 from adaptive_trainer.checks import check_no_card
-from adaptive_trainer.config import LARGEST, USUAL, Config, ModelConfig, apply_overrides, typed
+from adaptive_trainer.config import (
+    BALANCED,
+    LARGEST,
+    USUAL,
+    Config,
+    ModelConfig,
+    TrainerConfig,
+    apply_overrides,
+    typed,
+)
 from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data import DataSets, build_datasets
-from adaptive_trainer.datasets import check_batch_size, described
+from adaptive_trainer.datasets import check_batch_size, described, labels_of
 from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
@@ -31,9 +41,9 @@ from adaptive_trainer.ladder import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
+from adaptive_trainer.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model, check_image_size
-from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.planning import check_names
 from adaptive_trainer.preprocessing import settled
 from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything
@@ -43,7 +53,6 @@ from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.supply import told_by_the_loader
 from adaptive_trainer.trust import LOADS, check_model, frozen
-from adaptive_trainer.update import Loss
 
 __all__ = ["Trainer", "load_model"]
 
@@ -60,7 +69,9 @@ class Trainer:
         cfg: settings from `compose_config`, or Hydra's own.
         model: builds the network from (model settings, number of classes); by name from timm or torchvision if None.
         train_data, val_data: map-style data sets of (image, label), instead of the configured ones.
-        loss: mean loss of (output, labels); cross entropy with `trainer.label_smoothing` if None.
+        loss: of (output, labels), a mean, a sum, or a pair of its sum and its denominator; if None, cross entropy with
+            `trainer.label_smoothing` and `trainer.class_weights`. One that is a module is in evaluation mode for the
+            validation loss.
         output_dir: where the record and the checkpoints go; by default `output_dir` of the settings, else
             `outputs/DATE/TIME`.
 
@@ -83,7 +94,8 @@ class Trainer:
         self._made: dict[str, str] = {}
         self._make_model = build_model if model in (None, build_model) else noting(model, self._made)
         self._data = (train_data, val_data)
-        self._loss = loss
+        self._loss = None if loss is None else Criterion(loss)
+        self._weights: list[float] = []  # of the classes, where trainer.class_weights=balanced
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
         self.output_dir = Path(chosen).expanduser().absolute()  # the caller's own code may change folders
         self.model: nn.Module | None = None
@@ -141,6 +153,8 @@ class Trainer:
         if self._make_model is build_model:
             for _, _, ladder in ladders:
                 check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size, num_classes)
+        for _, _, ladder in ladders:
+            self._build_loss(ladder[0].settings, num_classes)  # another number of class weights is refused now
         parts = Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
@@ -172,6 +186,7 @@ class Trainer:
         for text in not_used:
             record.event(text)
         self._tell(start, device, record)
+        self._weigh_classes([rung.settings.trainer for _, _, ladder in ladders for rung in ladder], data, record)
         forecast = Forecast(
             capacity,
             parts.num_classes,
@@ -207,7 +222,8 @@ class Trainer:
             record.event(
                 f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
             )
-        if isinstance(self._loss, nn.Module) and any(p.requires_grad for p in self._loss.parameters()):
+        loss = None if self._loss is None else self._loss.loss
+        if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             record.event("the loss has parameters, which nothing trains: the optimizer is given the network's alone")
         if start.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
             record.event(f"trainer.tf32=true changes nothing: {refusal}")
@@ -227,8 +243,19 @@ class Trainer:
         log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
         return rung
 
-    def _build_loss(self, config: Config, num_classes: int) -> Loss:
-        return self._loss or build_loss(config, num_classes)
+    def _weigh_classes(self, asked: list[TrainerConfig], data: DataSets, record: Record) -> None:
+        """Count the training labels for `trainer.class_weights=balanced`; record what the caller's loss ignores."""
+        if self._loss is None and any(trainer.class_weights == BALANCED for trainer in asked):
+            self._weights = balanced(labels_of(data.train), data.num_classes)
+            each = shorten(", ".join(f"{weight:.3g}" for weight in self._weights), 200, placeholder="...")
+            record.event(f"trainer.class_weights={BALANCED}: by the training labels the classes weigh {each}")
+        ignored = [key for key in ("label_smoothing", "class_weights") if any(getattr(each, key) for each in asked)]
+        if self._loss is not None and ignored:
+            names = " and ".join(f"trainer.{key}" for key in ignored)
+            record.event(f"{names} is not used: it belongs to the trainer's own cross entropy, and the loss is yours")
+
+    def _build_loss(self, config: Config, num_classes: int) -> Criterion | nn.Module:
+        return self._loss or build_loss(config, num_classes, self._weights)
 
     def _result(
         self, asked: Config, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record

@@ -67,7 +67,8 @@ class TrainState:
         best: the highest validation accuracy so far, or less the least loss where accuracy is not known.
         factory: layout of the model's parameters and buffers as they were made, by name; others come of forward passes.
         meters: running sums over this epoch: `loss` (over samples), `correct`, `seen` (samples), `skipped` (updates
-            whose step the GradScaler left out because of an overflow). Scalars on the device.
+            whose step the GradScaler left out because of an overflow), and `weight`, the denominator of the loss, where
+            that is not the samples. Scalars on the device.
     """
 
     model: nn.Module

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from adaptive_trainer import oom
 from adaptive_trainer.device import AUTOCAST
 from adaptive_trainer.errors import ConfigError, DeviceUnusable, OutOfMemory
+from adaptive_trainer.losses import Criterion, Loss, Terms, correct
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.position import Position, micro_batches
 from adaptive_trainer.stepping import StepMemory
 from adaptive_trainer.transaction import Progress, TrainState, Undo, layout
 
-__all__ = ["Loss", "Update"]
+__all__ = ["Update"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Loss = Callable[[Tensor, Tensor], Tensor]
 Accumulate = Callable[[Tensor, Tensor], None]
 
 
@@ -41,7 +41,7 @@ class Update:
 
     Args:
         state: what is trained.
-        loss: mean loss of (output, labels) over the samples it is given.
+        loss: of (output, labels), see `losses`.
         device: where it runs.
         capacity: the memory it may use.
         micro_batch_size: most samples in one forward and backward.
@@ -53,7 +53,7 @@ class Update:
     def __init__(
         self,
         state: TrainState,
-        loss: Loss,
+        loss: Loss | Criterion,
         *,
         device: torch.device,
         capacity: Capacity,
@@ -63,7 +63,8 @@ class Update:
         channels_last: bool = False,
     ) -> None:
         self.state = state
-        self.loss = state.loss = loss
+        self.criterion = Criterion.of(loss)
+        state.loss = self.criterion.loss
         self.device = device
         self.capacity = capacity
         self.micro_batch_size = micro_batch_size
@@ -136,8 +137,7 @@ class Update:
         try:
             yield
         finally:
-            self.held, self.is_proving = None, False
-            self.step_memory.forget()
+            self.held, self.is_proving, self.step_memory.is_warm = None, False, False
             self._undo.let_go()
 
     @contextmanager
@@ -215,30 +215,37 @@ class Update:
         oom.release(self.device, self.held)
 
     def accumulate(self, images: Tensor, labels: Tensor) -> None:
-        """Forward and backward of every micro-batch, each weighted by its share of the samples."""
+        """Forward and backward of every micro-batch, each weighted by its share of the loss's denominator."""
         torch.clear_autocast_cache()  # within autocast of the caller's it holds weights as they were an update ago
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
+        self.criterion.train()
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self.avoid_single)
         parts = [(images, labels)]
         if len(sizes) > 1:
             parts = list(zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True))
+        weights = []
         for part, target in parts:
             self.phase = "forward"
             x = self._to_device(part)
             y = target.to(self.device, non_blocking=True)
             output = self._forward(x)
-            with self._autocast():
-                loss = self.loss(output, y)
-            if not isinstance(loss, Tensor) or loss.ndim:
-                what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise ConfigError(f"the loss of a batch is a {what}, and is to be a tensor of one number")
-            self._measure(output, y, loss)
+            terms = self._terms(output, y)
+            self._measure(output, y, terms)
             self.phase = "backward"
-            share = loss if len(sizes) == 1 else loss * (len(target) / total)
+            share = terms.share(total)
             state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            weights += [] if terms.weight is None else [terms.weight]
+        if len(weights) > 1:
+            correct(self._undo.parameters, total, weights)
+
+    def _terms(self, output: Any, labels: Tensor) -> Terms:
+        """The loss of one part."""
+        self.criterion.learn(output, labels)
+        with self._autocast():
+            return self.criterion(output, labels)
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True, memory_format=self.memory_format)
@@ -254,10 +261,14 @@ class Update:
             return (self._forward_pass or self.state.model)(x)
 
     @torch.no_grad()
-    def _measure(self, output: Any, target: Tensor, loss: Tensor) -> None:
+    def _measure(self, output: Any, target: Tensor, terms: Terms) -> None:
         meters = self.state.meters
-        meters["loss"].add_(loss, alpha=len(target))
+        if terms.weight is not None and "weight" not in meters:
+            meters["weight"] = meters["seen"].clone()
+        meters["loss"].add_(terms.value, alpha=terms.factor)
         meters["seen"].add_(len(target))
+        if "weight" in meters:
+            meters["weight"].add_(len(target) if terms.weight is None else terms.weight)
         if _is_classification(output, target):
             meters["correct"].add_((output.argmax(1) == target).sum())
 
@@ -318,8 +329,10 @@ class Update:
                     averaged[name] = value.detach().clone()
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Sum of the loss and number of right answers of one evaluation batch; NaN where the output is no scores.
+    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+        """Sum of the loss, its denominator and number of right answers of one evaluation batch.
+
+        The last is NaN where the output is no scores.
 
         Raises:
             OutOfMemory: it failed twice; what it changed is as before, and what it held is freed.
@@ -327,14 +340,15 @@ class Update:
         kind = self._kind(images, labels, evaluated=model)
         return self._transact("evaluation", kind, lambda: self._evaluate(model.eval(), images, labels))
 
-    def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
         torch.clear_autocast_cache()
+        self.criterion.train(False)
         y = labels.to(self.device, non_blocking=True)
         with self._autocast():
             output = model(self._to_device(images))
-            loss = float(self.loss(output, y)) * len(labels)
+        loss, weight = self._terms(output, y).sums()
         correct = float((output.argmax(1) == y).sum()) if _is_classification(output, y) else math.nan
-        return loss, correct
+        return loss, weight, correct
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:

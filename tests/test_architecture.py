@@ -57,6 +57,7 @@ memory.predict memory.trace memory.fake memory.plain memory.scratch
 memory.capacity
 memory.card
 memory.usage memory.allocator
+losses
 oom device stepping
 earlier trust ladder layout
 folders

@@ -21,8 +21,8 @@ from adaptive_trainer import Trainer, checkpoint, compose_config
 from adaptive_trainer.config import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder import changes, recipe, resolve
+from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.capacity import limited
-from adaptive_trainer.optimizers import build_loss
 from adaptive_trainer.plan_tasks import run_memory, run_plan
 from adaptive_trainer.planning import Planner
 from adaptive_trainer.predicting import predict

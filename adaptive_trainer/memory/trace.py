@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer.layout import to_channels_last
+from adaptive_trainer.losses import WEIGHTED, Criterion, Loss, correct
 from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
 from adaptive_trainer.stepping import steps_alike
 
@@ -52,7 +53,7 @@ class TraceSpec:
         input_shape: shape of one sample, such as (3, 224, 224).
         micro_batches: samples in each forward and backward of the update, the largest first.
         eval_batch_size: samples in one evaluation batch; None leaves evaluation out.
-        loss: mean loss of (output, labels).
+        loss: of (output, labels).
         precision: "fp32", "bf16" or "fp16" (with a GradScaler).
         channels_last: weights and images in that memory format.
         ema: a moving average of the weights is kept on the device.
@@ -71,7 +72,7 @@ class TraceSpec:
     input_shape: tuple[int, ...]
     micro_batches: tuple[int, ...]
     eval_batch_size: int | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy
+    loss: Loss | Criterion = functional.cross_entropy
     precision: str = "fp32"
     channels_last: bool = False
     ema: bool = False
@@ -208,7 +209,8 @@ class _Training:
             if group.get("foreach", True) is None and not group.get("fused"):
                 group["foreach"] = True
         self.scaler = GradScaler("cpu", enabled=spec.precision == "fp16")
-        self.meters = [torch.zeros(()) for _ in range(METERS)]
+        self.criterion = Criterion.of(spec.loss)
+        self.meters = [torch.zeros(()) for _ in range(METERS + (self.criterion.kind == WEIGHTED))]
         self.average = [torch.empty_like(t) for t in model.state_dict().values()] if spec.ema else []
         buffers = [*model.buffers(), *(model.buffers() if spec.ema else ())]  # the average's are kept too
         self.copies = [torch.empty_like(t) for t in (*buffers, *self.meters)] if spec.undo else []
@@ -244,7 +246,8 @@ class _Training:
         is_whole = not self.spec.cuda or self.spec.stored_size > 0
         images, labels = self._batch(self.spec.batches[1]) if is_whole else (None, None)
         self.held = images, labels, self._waiting(self.spec.batches[1])  # by who asks for the update, to its end
-        start = 0
+        self.criterion.train()
+        start, total, weights = 0, sum(self.spec.micro_batches), []
         for part, samples in enumerate(self.spec.batches[2:-1], start=2):
             self.recorder.part = part
             if images is None or labels is None:
@@ -254,11 +257,14 @@ class _Training:
             with self._autocast():
                 output = self.model(x)
             with self._autocast():
-                loss = self.spec.loss(output, y)
+                terms = self.criterion(output, y)
             self._measure(output, y)
-            share = loss if len(self.spec.micro_batches) == 1 else loss * 0.5
+            share = terms.share(total)
             self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            weights += [] if terms.weight is None else [terms.weight]
             start += samples
+        if len(weights) > 1:
+            correct(list(self.model.parameters()), total, weights)
 
     @torch.no_grad()
     def _measure(self, output: Any, y: Tensor) -> None:
@@ -272,11 +278,12 @@ class _Training:
             self.held = None, None, []
         self.recorder.part = len(self.spec.batches) - 1
         self.model.eval()
+        self.criterion.train(False)
         x, y = self._batch(samples)
         waiting = self._waiting(samples)
         with self._autocast():
             output = self.model(x)
-            self.spec.loss(output, y)
+            self.criterion(output, y)
         self._measure(output, y)
         del waiting
 
