@@ -21,7 +21,6 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from adaptive_trainer import oom
 from adaptive_trainer.data import NOT_THE_FILE, DataSets, check_label, end_workers, fewer_workers, plain_loader
@@ -29,7 +28,7 @@ from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.fingerprint import fingerprint, refuse_own_transforms
 from adaptive_trainer.memory.plan_cache import default_folder
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.report import is_watched
+from adaptive_trainer.progress import Progress
 from adaptive_trainer.splitting import source
 from adaptive_trainer.store import Decoded, Stored, alone, available_memory, open_decoded, removed_leftovers, written
 
@@ -198,13 +197,13 @@ class _Builder:
         started, count = time.perf_counter(), len(base.used)
         parts: list[dict[str, Array]] = []
         with (
-            tqdm(total=count, desc="decoding", unit="img", disable=not is_watched(), leave=False) as bar,
+            Progress("decoding:", count) as progress,
             closing(self._batches(base)) as batches,
         ):
             for images, rows in batches:
                 write(images)
                 parts.append(rows)
-                bar.update(len(images))
+                progress.advance(len(images))
                 self.poll()
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if not rows["is_sound"].any():

@@ -11,36 +11,41 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from adaptive_trainer.checks import TASKS, check, check_no_card
-from adaptive_trainer.config import at_home, config_dir, explained, register, typed, with_asked
+from adaptive_trainer.config import Config, at_home, config_dir, explained, register, typed, with_asked
 from adaptive_trainer.earlier import begin, fail
-from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, DeviceUnusable, Interrupted, UserError, remedy
+from adaptive_trainer.errors import (
+    AdaptiveTrainerError,
+    ConfigError,
+    DeviceUnusable,
+    Interrupted,
+    UserError,
+    quoted,
+    remedy,
+)
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
+from adaptive_trainer.mistakes import options_first
+from adaptive_trainer.screen import show_error
 from adaptive_trainer.trust import frozen
 
 __all__ = ["OutputFolder", "as_list", "main"]
-
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """What `python -m adaptive_trainer` does; ends the process with the exit code."""
     register()
-    is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
-    sys.argv[1:] = [as_list(at_home(argument), is_sweep) for argument in sys.argv[1:]]
     whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands over what went wrong, and prints nothing itself
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
@@ -50,36 +55,22 @@ def main() -> None:
         return _job(cfg, codes, whole_traceback)
 
     try:
+        is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
+        arguments = [as_list(at_home(argument), is_sweep) for argument in sys.argv[1:]]
+        sys.argv[1:] = options_first(arguments, Config)
         hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except SystemExit:
         if not codes:
             raise
-    except Exception as error:
+    except Exception as error:  # of what comes before the jobs and after them
         if isinstance(error, BrokenPipeError) and not codes:  # whoever read what was printed has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return
-        said = "" if codes or whole_traceback else _refusal(error)
-        if said:
-            print(f"{said}\n\nSet the environment variable HYDRA_FULL_ERROR=1 for a stack trace.", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        if not codes:  # before any job began
-            codes.append(UserError.exit_code)
+        said = explained(error)
+        show_error(traceback.format_exc() if whole_traceback or codes or not said else f"error: {said}")
+        codes.append(UserError.exit_code if said else 1)
     if any(codes):
         sys.exit(max(codes))
-
-
-def _refusal(error: Exception) -> str:
-    """What Hydra, a YAML file or the disk has against a job before it begins; "" for an error of another kind."""
-    if isinstance(error, YAMLError | UnicodeDecodeError):
-        return f"a YAML file cannot be read: {error}"
-    # a group that is not there is an OSError too
-    if isinstance(error, HydraException | OmegaConfBaseException | UserError):
-        return explained(error)
-    disk = error if isinstance(error, OSError) else error.__cause__  # of a log file that cannot be opened
-    if isinstance(disk, OSError):
-        return f"the output folder cannot be written: {disk}. {remedy(disk, 'hydra.run.dir')}"
-    return explained(error) if isinstance(error, ValueError) else ""
 
 
 class OutputFolder(Callback):
@@ -87,36 +78,35 @@ class OutputFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a single run."""
-        self._make("hydra.run.dir", config.hydra.run.dir)
+        with suppress(OmegaConfBaseException):  # which Hydra finds too
+            self._make("hydra.run.dir", config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a sweep."""
         for text in config.hydra.overrides.task:
             if text.lstrip("+").startswith("output_dir=") and not {",", "$"} & set(text):
-                print(
-                    f"{text} would be the folder of all jobs of this sweep, which has to be one for each; "
-                    f"hydra.sweep.dir={text.partition('=')[2]} is a folder for the folders of all jobs",
-                    file=sys.stderr,
+                show_error(
+                    f"error: {text} would be the folder of all jobs of this sweep, which has to be one for each; "
+                    f"hydra.sweep.dir={text.partition('=')[2]} is a folder for the folders of all jobs"
                 )
                 sys.exit(UserError.exit_code)
         self._refuse_double(config)
-        self._make("hydra.sweep.dir", config.hydra.sweep.dir)
+        with suppress(OmegaConfBaseException):
+            self._make("hydra.sweep.dir", config.hydra.sweep.dir)
 
     def _refuse_double(self, config: DictConfig) -> None:
         """What is typed beats a file, and would leave a sweep of it jobs that are all the same."""
         typed_keys = {text.lstrip("+").partition("=")[0]: text for text in config.hydra.overrides.task}
         for key in getattr(config.hydra.sweeper, "params", None) or {}:
             if key in typed_keys:
-                print(
-                    f"{typed_keys[key]} is typed, and +sweep=... sweeps {key}; leave one of them out", file=sys.stderr
-                )
+                show_error(f"error: {typed_keys[key]} is typed, and +sweep=... sweeps {key}; leave one of them out")
                 sys.exit(UserError.exit_code)
 
     def _make(self, key: str, folder: str) -> None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            print(f"{key}={folder} cannot be made: {error}. {remedy(error, key)}", file=sys.stderr)
+            show_error(f"error: {key}={folder} cannot be made: {error}. {remedy(error, key)}")
             sys.exit(UserError.exit_code)
 
 
@@ -129,34 +119,53 @@ def as_list(argument: str, is_sweep: bool = False) -> str:
 
 
 def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
-    """One run. Its error leaves as a new exception that holds text only, so nothing of a failed job lives on."""
+    """One run. What goes wrong is shown here, so that nothing of a failed job lives on, and the next job begins."""
     hydra_config = HydraConfig.get()
+    overrides = hydra_config.overrides.task
+    if hydra_config.job.chdir:
+        cfg, overrides = _from_folder(cfg, overrides, Path(hydra_config.runtime.cwd))
     folder = Path(cfg.output_dir or hydra_config.runtime.output_dir).expanduser()
-    failure: AdaptiveTrainerError | None = None
     try:
-        value = _run(cfg, hydra_config.overrides.task, folder)
-    except AdaptiveTrainerError as error:
-        codes.append(error.exit_code)
-        if whole_traceback:
-            raise
-        if isinstance(error, Interrupted):
-            log.error("%s", error)
-            sys.exit(error.exit_code)  # not one job only: a sweep ends too
-        failure = _bare(error)
-        fail(folder, "failed", str(error))
+        value = _run(cfg, overrides, folder)
     except Exception as error:
-        from adaptive_trainer import oom
-
-        found = oom.describe(error)
-        codes.append(DeviceUnusable.exit_code if found.kind is oom.Kind.POISONED else 1)
-        if whole_traceback or found.kind is not oom.Kind.POISONED:
-            raise
-        failure = DeviceUnusable(f"the device is unusable after: {found.text}. What was saved is in {folder}")
-    if failure is None:
+        code, said = _ended(error, folder)
+        codes.append(code)
+        if isinstance(error, UserError):
+            fail(folder, "failed", str(error))
+        show_error(traceback.format_exc() if whole_traceback else said)
+    else:
         codes.append(0)
         return value
-    log.error("%s", failure)
+    if code == Interrupted.exit_code:
+        sys.exit(code)  # not one job only: a sweep ends too
     return float("nan")  # the other jobs of a sweep go on; the exit code tells
+
+
+def _ended(error: Exception, folder: Path) -> tuple[int, str]:
+    """The exit code of a run that ended with an error, and what is shown of it."""
+    if isinstance(error, AdaptiveTrainerError):
+        return error.exit_code, str(error) if isinstance(error, Interrupted) else f"error: {error}"
+    from adaptive_trainer import oom
+
+    found = oom.describe(error)
+    if found.kind is oom.Kind.POISONED:
+        saved = f"What was saved is in {folder}"
+        return DeviceUnusable.exit_code, f"error: the device is unusable after: {found.text}. {saved}"
+    first = str(error).strip().partition("\n")[0]
+    return 1, f"error: {type(error).__name__}: {first}\n\n{traceback.format_exc()}"
+
+
+def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tuple[DictConfig, list[str]]:
+    """Settings, and the overrides typed for them, with relative paths made absolute from where the program started."""
+    cfg, typed_again = cfg.copy(), list(overrides)
+    for key in ("data.root", "output_dir", "resume"):
+        value = OmegaConf.select(cfg, key)
+        if value and value != "auto":
+            path = str(start / Path(value).expanduser())
+            OmegaConf.update(cfg, key, path)
+            is_it = [text.lstrip("+").startswith(f"{key}=") for text in typed_again]
+            typed_again = [f"{key}={quoted(path)}" if it else text for it, text in zip(is_it, typed_again, strict=True)]
+    return cfg, typed_again
 
 
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
@@ -206,10 +215,3 @@ def _check(cfg: DictConfig) -> None:
             resolve(settings)
         check_no_card(typed(cfg).card)
         check_folders(typed(asked[0][1]).data)
-
-
-def _bare(error: AdaptiveTrainerError) -> AdaptiveTrainerError:
-    """The same message and code with no traceback, cause or context."""
-    bare = AdaptiveTrainerError(str(error))
-    bare.exit_code = error.exit_code
-    return bare

@@ -6,13 +6,12 @@ those dataclasses. Nothing here imports torch, so `--help`, `--cfg job` and a mi
 
 from __future__ import annotations
 
-import difflib
 import os.path
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from threading import RLock
@@ -23,10 +22,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
+from adaptive_trainer import mistakes
 from adaptive_trainer.errors import ConfigError, quoted
 
 __all__ = [
@@ -274,54 +274,8 @@ def at_home(override: str) -> str:
 
 
 def explained(error: Exception) -> str:
-    """What Hydra has to say of settings, without its advice to append a key to settings that take no others."""
-    cause = error.__cause__
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return _no_key(cause)
-    in_file = re.match(r"(In '.+'): ConfigKeyError .*\nKey '(.+)' not in '(\w+)'", str(error))
-    if in_file and is_dataclass(kind := globals().get(in_file[3])):
-        return f"{in_file[1]}: there is no {in_file[2]!r}; allowed are {_names(kind)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error}\nA value with = or brackets, or with other letters than a to z, takes quotes: 'KEY=\"VALUE\"'"
-    if type(error) is ValueError:  # a group that is given no text
-        return f"{error}; to choose nothing from a group (card, preset) leave it out"
-    return f"{error}" if cause is None else f"{error}\n{cause}"
-
-
-def _no_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    key, kind = str(error.full_key), error.object_type
-    if not is_dataclass(kind):
-        return _to_be_added(key)
-    return _no_setting(key) if "[" not in key else f"there is no setting {key}; allowed are {_names(kind)}"
-
-
-def _names(kind: Any) -> str:
-    return ", ".join(field.name for field in fields(kind))
-
-
-def _to_be_added(key: str) -> str:
-    return f"there is no setting {key!r}; to add one to a free-form node write +{key}=..."
-
-
-def _no_setting(key: str) -> str:
-    last = {known: known.rpartition(".")[2] for known in sorted(_known())}
-    alike = difflib.get_close_matches(key.rpartition(".")[2], set(last.values()))
-    near = difflib.get_close_matches(key, [known for known in last if last[known] in alike], cutoff=0)
-    return f"there is no setting {key}" + (f"; did you mean {', '.join(near)}?" if near else "; --help lists them all")
-
-
-@cache
-def _known() -> frozenset[str]:
-    return frozenset(_keys(Config()))
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """The full names of all settings."""
-    for name, part in vars(node).items():
-        if is_dataclass(part):
-            yield from _keys(part, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+    """What is wrong with settings and what to do, in a line; empty for an error about something else."""
+    return mistakes.explained(error, Config)
 
 
 @cache
@@ -341,13 +295,13 @@ def typed(cfg: DictConfig) -> Config:
         is_typed = OmegaConf.get_type(cfg) is Config  # what Hydra composed is; a merge takes most of the time
         value = OmegaConf.to_object(cfg if is_typed else OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
-        message = _no_key(error) if isinstance(error, ConfigKeyError | ConfigAttributeError) else str(error)
+        message = explained(error)
     if message:
         raise ConfigError(message)
     if not isinstance(value, Config):
         raise TypeError(f"expected a Config, got {type(value).__name__}")
-    if added := set(_keys(value)) - _known():  # Hydra lets `+key=value` do so
-        raise ConfigError("; ".join(map(_no_setting, sorted(added))))
+    if added := mistakes.keys_of(value) - mistakes.keys(Config):  # Hydra lets `+key=value` do so
+        raise ConfigError("; ".join(mistakes.no_setting(key, Config) for key in sorted(added)))
     return value
 
 
@@ -366,7 +320,7 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
         try:
             _apply(result, text)
         except (HydraException, OmegaConfBaseException, ConfigError) as error:
-            problems.append(f"{text!r}: {str(error).splitlines()[0]}")
+            problems.append(f"{text!r}: {explained(error)}")
     if problems:
         raise ConfigError("; ".join(problems))
     return result
@@ -481,7 +435,7 @@ def _apply(cfg: DictConfig, text: str) -> None:
             OmegaConf.update(cfg, key, value)
     else:
         if not _exists(cfg, key):
-            raise ConfigError(_to_be_added(key))
+            raise ConfigError(mistakes.to_be_added(key, OmegaConf.select(cfg, key.rpartition(".")[0])))
         OmegaConf.update(cfg, key, value)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import operator
 import random
 import re
 import signal
@@ -31,7 +30,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from adaptive_trainer import oom
 from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import DataConfig
-from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, sample_name
+from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, labelled, sample_name
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
 from adaptive_trainer.randomness import put, state_of
@@ -211,8 +210,8 @@ class _View(Dataset[Any]):
     def _pair(self, sample: Any, index: int) -> tuple[Image.Image | Tensor, int]:
         problem = ""
         try:
-            image, label = sample if isinstance(sample, tuple | list) else (sample, None)
-            pair = to_rgb(image), operator.index(label)
+            image, label = labelled(sample)
+            pair = to_rgb(image), label
             problem = wrong_range(image, self.config)
             if not problem:
                 return pair

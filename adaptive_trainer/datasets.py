@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import operator
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from textwrap import shorten
@@ -15,6 +18,7 @@ from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.folders import check_root
 from adaptive_trainer.image_files import image_folder
+from adaptive_trainer.progress import Progress
 from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform
@@ -26,11 +30,15 @@ __all__ = [
     "described",
     "digits",
     "image_folder",
+    "labelled",
     "labels_of",
     "sample_name",
 ]
 
+log = logging.getLogger(__name__)
+
 Array = np.ndarray[Any, Any]
+NUMBERED = "number the classes from 0, and name them in an attribute `classes`"
 SCAN_LIMIT = 4096  # samples whose labels are read one by one where there is no list of them
 
 
@@ -351,8 +359,47 @@ def _read_labels(data: Any) -> Array:
 
     Raises:
         ConfigError: there are many.
+        DataError: a sample cannot be read, or has no label that is a whole number.
     """
-    if len(data) > SCAN_LIMIT:
-        kind = type(_source(data, 0)[0]).__name__
+    kind, count = type(_source(data, 0)[0]).__name__, len(data)
+    if count > SCAN_LIMIT:
         raise ConfigError(f"{kind} has no `classes` or `targets`; give model.num_classes")
-    return np.array([int(data[index][1]) for index in range(len(data))])
+    log.info(
+        "%s has neither `classes` nor `targets`: all %d samples are read once to count the classes; "
+        "model.num_classes=N spares that",
+        kind,
+        count,
+    )
+    labels, problem = np.zeros(count, dtype=np.int64), ""
+    with Progress("counting classes:", count) as progress:
+        for index in range(count):
+            try:
+                labels[index] = labelled(data[index])[1]
+            except OSError as error:
+                problem = f"cannot be read ({error}); repair it, or give model.num_classes"
+            except TypeError as error:
+                problem = f"cannot be used: {error}"
+            if problem:
+                raise DataError(f"{sample_name(data, index)} {problem}")
+            progress.advance(1)
+    return labels
+
+
+def labelled(sample: Any) -> tuple[Any, int]:
+    """The image and the label of a sample.
+
+    Raises:
+        TypeError: it is something else, said in words.
+    """
+    if isinstance(sample, Mapping):
+        keys = ", ".join(map(str, sample))
+        raise TypeError(
+            f"it is a {type(sample).__name__} of {keys}; wrap the data set in one that gives (image, label)"
+        )
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        much = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
+        raise TypeError(f"it is a {type(sample).__name__}{much}, and not a pair (image, label)")
+    image, label = sample
+    if isinstance(label, str):
+        raise TypeError(f"its label is the text {label!r}; {NUMBERED}")
+    return image, operator.index(label)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adaptive_trainer import oom
 from adaptive_trainer.data import Batch, DataSets
@@ -29,8 +28,8 @@ from adaptive_trainer.errors import (
     UserError,
 )
 from adaptive_trainer.leak import Growth
-from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.report import is_watched
+from adaptive_trainer.progress import Progress
+from adaptive_trainer.screen import duration
 from adaptive_trainer.session import Session
 from adaptive_trainer.supply import Supply, told_by_the_loader
 from adaptive_trainer.transaction import Undo
@@ -193,19 +192,15 @@ class Loop:
         state, trainer = self.session.state, self.session.config.trainer
         epoch = state.position.epoch
         self.started = time.perf_counter()
-        bar = tqdm(
-            total=state.position.size,
-            initial=state.position.cursor,
-            desc=f"epoch {epoch + 1}/{trainer.epochs}",
-            unit="img",
-            disable=not is_watched(),
-            leave=False,
-        )
-        with bar, closing(self.supply.train(state.position)) as batches:
+        what = f"epoch {epoch + 1}/{trainer.epochs}:"
+        with (
+            Progress(what, state.position.size, state.position.cursor) as progress,
+            closing(self.supply.train(state.position)) as batches,
+        ):
             for batch in batches:
-                self._train_on(batch, epoch, bar)
+                self._train_on(batch, epoch, progress)
 
-    def _train_on(self, batch: Batch, epoch: int, bar: tqdm[Any]) -> None:
+    def _train_on(self, batch: Batch, epoch: int, progress: Progress) -> None:
         """One update, and what is due after it."""
         state, trainer = self.session.state, self.session.config.trainer
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
@@ -215,13 +210,10 @@ class Loop:
         self._tell_kind_of_loss()
         if self.growth.is_due(state.updates, trainer.log_every):
             self.growth.note(state.updates, self.session.update.capacity.usage().allocated)
-        bar.update(batch.samples)
-        self._tell_broken(batch)
         if self._loss.is_asked:
-            loss = self._read_loss()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if bar.disable:
-                log.info("epoch %d, update %d: train loss %.4f", epoch + 1, self._loss.asked_after, loss)
+            progress.note(f"loss {self._read_loss():.3f}")
+        progress.advance(batch.samples)
+        self._tell_broken(batch)
         if state.updates % trainer.log_every == 0:
             self._loss.ask(state.meters, state.updates)
             self._watch_for_thrashing()
@@ -356,12 +348,12 @@ class Loop:
         return row, is_best
 
     def _tell_epoch(self, row: dict[str, Any]) -> None:
-        accuracy, allocated = row["val_accuracy"], row["peak_allocated_bytes"]
+        epoch, epochs, accuracy = row["epoch"], self.session.config.trainer.epochs, row["val_accuracy"]
+        left = f", {duration(row['seconds'] * (epochs - epoch))} left" if epoch < epochs else ""
         log.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, val accuracy %s, peak memory %s, %.1f s",
-            row["epoch"], self.session.config.trainer.epochs, row["train_loss"], row["val_loss"],
-            "unknown" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %",
-            format_bytes(allocated) if allocated else "not counted", row["seconds"],
+            "epoch %d/%d: loss %.3f, val loss %.3f, val accuracy %s, %s%s",
+            epoch, epochs, row["train_loss"], row["val_loss"],
+            "unknown" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %", duration(row["seconds"]), left,
         )  # fmt: skip
 
     def _check_number(self, kind: str, loss: float, update: int | None = None) -> None:
@@ -392,7 +384,7 @@ class Loop:
         """
         total = len(self.data.val)
         loss, weight, correct, done, seen = 0.0, 0.0, 0.0, 0, 0
-        with tqdm(total=total, desc="evaluation", unit="img", disable=not is_watched(), leave=False) as bar:
+        with Progress("evaluation:", total) as progress:
             while done < total:
                 batch, size = None, min(self.eval_batch_size, total - done)
                 try:
@@ -403,7 +395,7 @@ class Loop:
                             loss, weight, correct = loss + sums[0], weight + sums[1], correct + sums[2]
                             done, seen = done + batch.samples, seen + len(batch.labels)
                             size = min(self.eval_batch_size, total - done)
-                            bar.update(batch.samples)
+                            progress.advance(batch.samples)
                             if self.stop.name:
                                 raise self._interrupted()
                 except OutOfMemory:

@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from adaptive_trainer.errors import ModelError
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder, versions
 from adaptive_trainer.memory.trace import same_random_numbers
 from adaptive_trainer.randomness import put, state_of
+from adaptive_trainer.screen import unlogged
 
 __all__ = [
     "build_model",
@@ -33,14 +35,18 @@ __all__ = [
     "has_batch_norm",
     "outline",
     "without_memory",
+    "without_weights",
 ]
 
 log = logging.getLogger(__name__)
 
 TORCHVISION = "torchvision/"
+TIMM_HELPERS = "timm.models._helpers"  # says that there is no checkpoint, and raises
+CHECKPOINT = "checkpoint_path"  # of model.kwargs, which timm loads as it is
 WITH_AUXILIARY_HEAD = ("googlenet", "inception_v3")  # they return a tuple in training unless told otherwise
 NETWORK_PACKAGES = ("httpx", "httpcore", "huggingface_hub", "requests", "urllib3")
 NETWORK_TIMEOUT = 20.0  # seconds of silence
+HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 LENT = "kept_buffers"  # attribute of a module whose buffers are copies for the time of a second computation
 NEED_INPUT = (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)  # for their gradients, so in place they keep a copy of it
@@ -57,7 +63,7 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     check_name(config.name)
     problem = ""
     try:
-        with _network_timeout():
+        with _network_timeout(), _hub_that_answers(config), unlogged(TIMM_HELPERS):
             make = _from_torchvision if config.name.startswith(TORCHVISION) else _from_timm
             return _uncopied(make(config, num_classes))
     except Exception as error:
@@ -135,6 +141,12 @@ def _explained(config: ModelConfig, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(". ")
     package = type(error).__module__.split(".")[0]
     is_missing = isinstance(error, OSError) or package in NETWORK_PACKAGES or "No pretrained weights" in text
+    if (path := config.kwargs.get(CHECKPOINT)) and isinstance(error, OSError | RuntimeError | ValueError | KeyError):
+        why = "no such file" if isinstance(error, FileNotFoundError) else _brief(error)
+        return (
+            f"model.kwargs.{CHECKPOINT}={path} cannot be loaded into {config.name}: {why}. It needs as many classes "
+            "as the data; for other classes leave it out, or load its weights in a factory of your own (model=)"
+        )
     if config.pretrained and is_missing:
         return (
             f"cannot get the pretrained weights of {config.name}: {text}. Use model.pretrained=false, or connect to "
@@ -145,6 +157,28 @@ def _explained(config: ModelConfig, error: Exception) -> str:
     if config.kwargs and isinstance(error, TypeError | ValueError | AssertionError):
         return f"{config.name} does not take model.kwargs={config.kwargs}: {text}"
     return ""
+
+
+def _brief(error: Exception) -> str:
+    """The first lines, the second of which names the first tensor that does not fit."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2]).rstrip(". ") or type(error).__name__
+
+
+@contextmanager
+def _hub_that_answers(config: ModelConfig) -> Iterator[None]:
+    """Takes weights from the cache alone where the hub does not answer: its client would try for a minute."""
+    from huggingface_hub import constants, get_session
+
+    was_offline = constants.HF_HUB_OFFLINE
+    if not was_offline and (config.pretrained or ":" in config.name) and not config.name.startswith(TORCHVISION):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        except Exception:  # of whatever its client has chosen for the network
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
 
 
 @contextmanager
@@ -166,12 +200,19 @@ def outline(config: ModelConfig, num_classes: int) -> nn.Module | None:
     Raises:
         ModelError: as `build_model`.
     """
-    return _outline(config.name, json.dumps(config.kwargs, sort_keys=True), num_classes, torch.get_default_dtype())
+    kwargs = json.dumps(without_weights(config).kwargs, sort_keys=True)
+    return _outline(config.name, kwargs, num_classes, torch.get_default_dtype())
 
 
 @functools.lru_cache(maxsize=16)
 def _outline(name: str, kwargs: str, num_classes: int, dtype: torch.dtype) -> nn.Module | None:
     return without_memory(lambda: build_model(ModelConfig(name=name, kwargs=json.loads(kwargs)), num_classes).eval())
+
+
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """The same network, for shapes alone: nothing is downloaded or read."""
+    kwargs = {key: value for key, value in config.kwargs.items() if key != CHECKPOINT}
+    return replace(config, pretrained=False, kwargs=kwargs)
 
 
 def without_memory(make: Callable[[], nn.Module]) -> nn.Module | None:
@@ -194,7 +235,8 @@ def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> 
     """
     if (channels := config.kwargs.get("in_chans", 3)) != 3:
         raise ModelError(f"model.kwargs.in_chans={channels}: images have 3 channels, grey ones too; leave it out")
-    made_for, refusal = _refusal(config.name, json.dumps(config.kwargs, sort_keys=True), image_size, num_classes)
+    kwargs = json.dumps(without_weights(config).kwargs, sort_keys=True)
+    made_for, refusal = _refusal(config.name, kwargs, image_size, num_classes)
     if refusal:
         advice = "" if config.name.startswith(TORCHVISION) else f", or +model.kwargs.img_size={image_size} if it has it"
         raise ModelError(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -21,11 +22,14 @@ from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.files import refused_by_disk, write_whole
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
+from adaptive_trainer.memory.capacity import limit_for
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name
 from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
+from adaptive_trainer.screen import nearby, width
+from adaptive_trainer.tables import table
 from adaptive_trainer.target import Target, card_of, target_of
 
 __all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
@@ -53,9 +57,12 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
     config = typed(cfg)
-    is_simulated = _is_simulated(config)
-    if is_simulated:
-        config.device = "cpu"
+    device, is_open = device_of(config.device), _is_open(config)
+    limit = limit_for(config, device)
+    if is_open and limit is None and device.type == "cpu":
+        config.device = "cpu"  # the simulated card that training would take
+    if config.device == "cpu":
+        config.memory.limit = limit
     planner = _planner(config, stored_size(typed(settings) for _, settings in stages(cfg)))
     asked, made = stages(cfg), dict[str, Plan]()
     for name, settings in asked:
@@ -65,22 +72,22 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
             raise ModelError(made[name].rows[0].reason)
     for name, each in made.items():
         log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
-    if is_simulated:
-        log.info(
-            "there is no CUDA here: this is the simulated card that training would take; card=rtx2060 names another"
-        )
+    if is_open and device.type == "cpu":
+        card = "this is the simulated card that training would take; card=rtx2060 names another"
+        none = "training on your own data takes the CPU, with no limit; card=rtx2060 names a card to plan for"
+        log.info("there is no CUDA here: %s", none if limit else card)
     if cfg.model.num_classes is None:
         log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
     contents = [{"stage": name, **_content(each)} for name, each in made.items()]
     content = contents[0] if len(contents) == 1 else {"stages": contents}
     _write(output_dir, "plan.json", json.dumps(content, indent=2) + "\n")
+    _log_files(output_dir, "plan.json")
     return each
 
 
-def _is_simulated(config: Config) -> bool:
-    """Whether the card that is asked about is the one that is simulated for a training where there is none."""
-    is_named = config.card != CardConfig() or config.memory.limit is not None or config.device != "auto"
-    return not is_named and device_of(config.device).type == "cpu"
+def _is_open(config: Config) -> bool:
+    """Whether neither a card nor a limit nor a device is named: what training would take is asked about."""
+    return config.card == CardConfig() and config.memory.limit is None and config.device == "auto"
 
 
 def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...], bool]:
@@ -126,7 +133,8 @@ def plan_table(made: Plan) -> str:
     target = made.target
     room = "" if target.capacity is None else f"; {format_bytes(target.capacity)} for tensors"
     outside = f", {format_bytes(target.context)} for the CUDA context" if target.context else ""
-    return f"for {target.description}{room}{outside} (sizes in MiB)\n{_aligned(lines)}\n{_landing(made)}"
+    title = f"for {target.description}{room}{outside} (sizes in MiB)"
+    return "\n".join((*textwrap.wrap(title, width()), table(lines, left=(0, 1)), _landing(made)))
 
 
 def _landing(made: Plan) -> str:
@@ -140,20 +148,6 @@ def _landing(made: Plan) -> str:
 
 def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / MiB:.0f}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns: the first two and the last to the left, the sizes to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    last = len(widths) - 1
-    text = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 1, last) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +194,7 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
     _write(output_dir, "memory.txt", text + "\n")
     _write(output_dir, "memory.csv", _csv(cells))
     _draw(cells, head, Path(output_dir) / "memory.png")
+    _log_files(output_dir, "memory.txt", "memory.csv", "memory.png")
     return cells
 
 
@@ -238,12 +233,12 @@ def memory_table(cells: Sequence[Cell]) -> str:
     """Cells as text: predicted peak allocated MiB, a row for each batch size; measured ones in brackets beside them."""
     sizes = list(dict.fromkeys(cell.size for cell in cells))
     by_place = {(cell.batch, cell.size): cell for cell in cells}
-    lines = [["batch", "", *(f"{size} px" for size in sizes), ""]]
+    lines = [["batch", *(f"{size} px" for size in sizes), ""]]
     for batch in dict.fromkeys(cell.batch for cell in cells):
         row = [by_place[batch, size] for size in sizes]
         notes = "; ".join(dict.fromkeys(cell.reason for cell in row if cell.reason))
-        lines.append([str(batch), "", *(_shown(cell) for cell in row), notes])
-    return _aligned(lines)
+        lines.append([str(batch), *(_shown(cell) for cell in row), notes])
+    return table(lines)
 
 
 def _shown(cell: Cell) -> str:
@@ -286,6 +281,11 @@ def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     _write(path.parent, path.name, picture.getvalue())
+
+
+def _log_files(output_dir: str | Path, *names: str) -> None:
+    written = [name for name in names if (Path(output_dir) / name).exists()]
+    log.info("written: %s in %s", ", ".join(written), nearby(Path(output_dir).absolute()))
 
 
 def _write(output_dir: str | Path, name: str, content: str | bytes) -> None:

@@ -34,6 +34,7 @@ from adaptive_trainer.models import (
     has_batch_norm,
     outline,
     without_memory,
+    without_weights,
 )
 from adaptive_trainer.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
@@ -254,7 +255,7 @@ class Planner:
         if outlined is not None:
             model = copy.deepcopy(outlined)  # faster than making it
         else:
-            model = self.make_model(replace(config.model, pretrained=False), self.classes(config))
+            model = self.make_model(without_weights(config.model), self.classes(config))
         checkpoint_activations(model, config.trainer.checkpoint_activations)
         return model
 

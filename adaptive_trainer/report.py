@@ -1,17 +1,15 @@
-"""The record of a run, for people and for programs: result.json, attempts.jsonl, metrics.csv, the table of rungs."""
+"""The record of a run, for people and for programs: result.json, attempts.jsonl, metrics.csv."""
 
 from __future__ import annotations
 
 import csv
 import io
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.descent import Attempt
@@ -21,16 +19,11 @@ from adaptive_trainer.files import append, as_json, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Change, Recipe
 from adaptive_trainer.store import alone
 
-__all__ = ["Record", "Result", "is_watched", "rung_table"]
+__all__ = ["Record", "Result"]
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
-
-
-def is_watched() -> bool:
-    """Whether progress bars are for somebody: standard error is a terminal. Where it is closed it is None."""
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,24 +166,3 @@ def _csv(rows: Sequence[dict[str, Any]], *, with_header: bool) -> str:
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def rung_table(attempts: Sequence[Attempt]) -> str:
-    """A table of the rungs tried, a line each."""
-    rows = [("rung", "outcome", "peak MiB", "reserved MiB", "seconds", "phase: reason")]
-    for entry in attempts:
-        where = f"{entry.phase}: {entry.reason}" if entry.phase else entry.reason
-        peaks = (_mib(entry.peak_allocated_bytes), _mib(entry.peak_reserved_bytes))
-        rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", shorten(where, 90, placeholder=" ...")))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    aligned = [
-        "  ".join(
-            [row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(row[c].rjust(widths[c]) for c in (2, 3, 4)), row[5]]
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in aligned)
-
-
-def _mib(size: int | None) -> str:
-    return f"{size / 2**20:.0f}" if size else "-"

@@ -32,6 +32,7 @@ from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.resume import take_up
 from adaptive_trainer.session import Parts, Session, enter, settle
+from adaptive_trainer.summary import brief, change_text
 
 __all__ = ["Stage"]
 
@@ -170,7 +171,7 @@ class Stage:
         self._tell_new_optimizer(before, found.rung)
         changed = self.changes(found.rung)
         for change in changed:
-            log.info("changed: %s %s -> %s (%s)", change.key, change.asked, change.used, change.why)
+            log.info("changed: %s", change_text(change))
         for note in found.rung.notes:
             if note not in [change.why for change in changed] and note not in self.record.events:
                 log.info("rung %s: %s", found.rung.name, note)
@@ -262,10 +263,14 @@ class Stage:
 
     def _attempted(self, entry: Attempt) -> None:
         self.record.attempt(entry)
+        if entry.outcome == "failed":
+            return  # the error itself is on its way to the user
         peak = f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB" if entry.peak_allocated_bytes else ""
         where = f" in {entry.phase}" if entry.phase else ""
-        why = f": {entry.reason}" if entry.reason else ""
-        log.info("rung %s: %s%s%s, %.2f s%s", entry.rung, entry.outcome, where, peak, entry.seconds, why)
+        reason = brief(entry.reason) if entry.outcome == "oom" else entry.reason
+        why = f": {reason}" if reason else ""
+        took = f", {entry.seconds:.2f} s" if entry.outcome != "skipped" else ""
+        log.info("rung %s: %s%s%s%s%s", entry.rung, entry.outcome, where, peak, took, why)
         if entry.outcome == "oom" or (entry.outcome == "skipped" and entry.predicted_bytes is not None):
             self._room[entry.rung] = self.parts.capacity.room()
 

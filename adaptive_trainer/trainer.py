@@ -42,15 +42,17 @@ from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.losses import Criterion, Loss, balanced, build_loss
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.capacity import Capacity, limit_for, limited
 from adaptive_trainer.models import build_model, check_image_size
 from adaptive_trainer.planning import check_names
 from adaptive_trainer.preprocessing import settled
 from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything
-from adaptive_trainer.report import Record, Result, rung_table
+from adaptive_trainer.report import Record, Result
 from adaptive_trainer.resume import Start
+from adaptive_trainer.screen import showing
 from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
+from adaptive_trainer.summary import rung_table, summary
 from adaptive_trainer.supply import told_by_the_loader
 from adaptive_trainer.trust import LOADS, check_model, frozen
 
@@ -116,7 +118,7 @@ class Trainer:
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)
         record = Record(self.output_dir)
-        with alone_in_process(), record.held():
+        with showing(), alone_in_process(), record.held():
             return self._recorded(start, ladders, device, record)
 
     def _recorded(self, start: Start, ladders: Ladders, device: torch.device, record: Record) -> Result:
@@ -128,7 +130,8 @@ class Trainer:
             process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
             with process, _current(device):
                 seed_everything(asked.seed)
-                with limited(device, asked.memory.limit) as capacity:
+                limit = limit_for(asked, device, is_own_data=self._data[0] is not None)
+                with limited(device, limit) as capacity:
                     log.info("%s", capacity.description)
                     return self._run(start, ladders, device, capacity, record)
         except (Exception, KeyboardInterrupt) as error:
@@ -274,7 +277,15 @@ class Trainer:
             stages=stages if len(stages) > 1 else [],
         )
         record.result(result)
+        log.info("%s", self._summary(result, asked.trainer.epochs, stage))
         return result
+
+    def _summary(self, result: Result, epochs: int, stage: Stage) -> str:
+        is_own_model = self._make_model is not build_model
+        is_typed = not is_own_model and self._loss is None and self._data == (None, None) and not result.stages
+        more = f"{way_on(self.output_dir)} trainer.epochs={2 * epochs}" if is_typed else ""
+        best = None if stage.session is None else stage.session.state.best
+        return summary(result, best=best, way_on=more, is_own_model=is_own_model)
 
 
 def _with_layout(

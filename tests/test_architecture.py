@@ -25,6 +25,7 @@ supply
 measure
 session
 resume
+summary
 caching
 feed
 checkpoint
@@ -63,13 +64,17 @@ earlier trust ladder layout
 folders
 checks
 config
+mistakes
 search
 files
+progress tables
+screen
 errors
 """
 ORDER = {name: rank for rank, name in enumerate(LAYERS.split())}
 WITHOUT_TORCH = (
-    "__init__", "__main__", "cli", "checks", "config", "earlier", "errors", "files", "folders", "ladder", "trust"
+    "__init__", "__main__", "cli", "checks", "config", "earlier", "errors", "files", "folders", "ladder", "mistakes",
+    "screen", "tables", "trust",
 )  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 

@@ -296,7 +296,7 @@ BAD_INPUT = [
     ("trainer.batchsize=3", ["there is no setting trainer.batchsize; did you mean trainer.batch_size"]),
     ("+foo=1", ["there is no setting foo; --help lists them all"]),
     ("optimizer.kwargs.speed=1", ["write +optimizer.kwargs.speed="]),
-    ("trainer.epochs=many", ["trainer.epochs=many", "Integer"]),
+    ("trainer.epochs=many", ["trainer.epochs=many is not a whole number"]),
     ("trainer.epochs=0", ["trainer.epochs=0 is below 1"]),
     ("trainer.batch_size=maximum", ["trainer.batch_size=maximum is neither a whole number above 0 nor max"]),
     ("ladder=nowhere", ["ladder/nowhere", "default", "faithful", "none"]),

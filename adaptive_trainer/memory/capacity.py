@@ -17,17 +17,19 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_trainer import oom
+from adaptive_trainer.config import Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.allocator import SMALL_SEGMENT
 from adaptive_trainer.memory.card import SimulatedCard
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
-__all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limited", "parse_limit"]
+__all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limit_for", "limited", "parse_limit"]
 
 COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
 
 DEFAULT_SIMULATED = 512 * 2**20
+DEMO_DATA = ("adaptive_trainer.data.digits", "torchvision.datasets.FakeData")  # which show what the ladder does
 
 UNITS = {"b": 1} | {
     f"{letter}{suffix}": base**power
@@ -208,6 +210,17 @@ class Capacity:
         return usage.describe_users(self.device)
 
 
+def limit_for(config: Config, device: torch.device, *, is_own_data: bool = False) -> object:
+    """`memory.limit` for a training: where it is null and there is no CUDA, a simulated card for the demo data alone.
+
+    Args:
+        is_own_data: the data is the caller's, and not what the settings name.
+    """
+    is_demo = not is_own_data and config.data.train.get("_target_") in DEMO_DATA
+    is_open = parse_limit(config.memory.limit) == Limit()
+    return "none" if device.type == "cpu" and is_open and not is_demo else config.memory.limit
+
+
 def limited(device: torch.device, limit: object) -> AbstractContextManager[Capacity]:
     """Limit what training may use of `device` while the context is open; contexts may be nested.
 
@@ -255,10 +268,10 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
 @contextmanager
 def _on_cpu(device: torch.device, asked: Limit) -> Iterator[Capacity]:
     if asked.lifted:
-        yield Capacity(device, None, "the CPU, with no limit on memory (memory.limit=none)")
+        yield Capacity(device, None, "the CPU, with no limit on memory (memory.limit=512MiB simulates a card)")
         return
     size = asked.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
-    text = f"a simulated card of {format_bytes(size)} (no CUDA here; memory.limit sets its size, none lifts it)"
+    text = f"a simulated card of {format_bytes(size)} (no CUDA here; memory.limit=none lifts it)"
     card = SimulatedCard(size)
     usage.simulated_cards.append(card)
     try:

@@ -28,10 +28,12 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import WEIGHTED, Criterion, Loss, correct
 from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
+from adaptive_trainer.screen import unlogged
 from adaptive_trainer.stepping import steps_alike
 
 __all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "no_collection", "same_random_numbers", "trace"]
 
+FAKE_TENSOR = "torch._subclasses.fake_tensor"  # logs 30 lines of an operator that refuses its shapes
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion
 METERS = 4  # scalars that add up the loss and the right answers
@@ -131,7 +133,12 @@ def trace(spec: TraceSpec) -> Trace:
     reason = ""
     for on_meta in (True, False):  # a few networks look at values while they are built: those are built for real
         try:
-            with no_collection(), same_random_numbers(), torch.autograd.set_detect_anomaly(False):
+            with (
+                no_collection(),
+                unlogged(FAKE_TENSOR),
+                same_random_numbers(),
+                torch.autograd.set_detect_anomaly(False),
+            ):
                 return _trace(spec, on_meta=on_meta)
         except NotFollowed as error:
             reason = str(error)

@@ -1,0 +1,156 @@
+"""The screen: log records as plain lines, without colours, on standard output; errors on standard error.
+
+Nothing else in the package writes to the screen but bars (`progress`), above which the lines are kept, and the
+functions that print GPU memory when they are called.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from textwrap import wrap
+from typing import IO, Any
+
+__all__ = [
+    "Screen",
+    "duration",
+    "is_terminal",
+    "log_file",
+    "nearby",
+    "show",
+    "show_error",
+    "showing",
+    "unlogged",
+    "width",
+]
+
+log = logging.getLogger(__name__)
+
+PACKAGE = __name__.partition(".")[0]
+USUAL_WIDTH = 80  # columns, where there is no terminal to ask
+
+
+class Screen(logging.Handler):
+    """Shows log records: of this package all, of others warnings and errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        is_ours = record.name.partition(".")[0] == PACKAGE
+        is_error = record.levelno >= logging.ERROR
+        if is_ours or (record.levelno >= logging.WARNING and not _shows_itself(record.name)):
+            show(self.format(record), sys.stderr if is_error or not is_ours else sys.stdout)
+
+
+def _shows_itself(name: str) -> bool:
+    """Whether a library has a handler of its own beside those of the program, as huggingface_hub and torch have."""
+    return bool(logging.getLogger(name.partition(".")[0]).handlers)
+
+
+def show(text: str, stream: IO[str] | None) -> None:
+    """Write lines, above the bars; long ones are broken between words on a terminal. Whoever reads no more is let go.
+
+    A reader that has gone, a closed stream or letters that a terminal does not have are no reason to stop training.
+    """
+    if stream is None:
+        return
+    if is_terminal(stream):
+        text = "\n".join(_broken(line, width(stream)) for line in text.splitlines())
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)
+    bars = sys.modules.get("tqdm")
+    try:
+        if bars is None:
+            print(text, file=stream, flush=True)
+        else:
+            bars.tqdm.write(text, file=stream)
+            stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # a full disk; closed
+        pass
+
+
+def show_error(text: str) -> None:
+    """Write what has gone wrong to standard error, and to the log files, whatever else logging is set up to do."""
+    show(text, sys.stderr)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+
+
+def _broken(line: str, columns: int) -> str:
+    if len(line) <= columns:
+        return line
+    indent = (len(line) - len(line.lstrip()) + 2) * " "
+    return "\n".join(wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
+@contextmanager
+def showing() -> Iterator[None]:
+    """Show this package's log while the block runs, unless the caller has configured logging."""
+    ours = logging.getLogger(PACKAGE)
+    if ours.handlers or logging.getLogger().handlers:
+        yield
+        return
+    handler, level = Screen(), ours.level
+    ours.addHandler(handler)
+    ours.setLevel(level or logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+
+
+@contextmanager
+def unlogged(name: str) -> Iterator[None]:
+    """What a library logs under this name, before it raises the same, is left out: whoever catches it says it."""
+    logger = logging.getLogger(name)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def log_file() -> Path | None:
+    """The file that log records go to, where there is one."""
+    handlers = [*logging.getLogger(PACKAGE).handlers, *logging.getLogger().handlers]
+    return next((Path(each.baseFilename) for each in handlers if isinstance(each, logging.FileHandler)), None)
+
+
+def nearby(path: Path) -> str:
+    """A path as it can be typed in the shell that started the program: relative if it is below the shell's folder."""
+    with suppress(OSError):  # the folder is gone
+        here = Path.cwd()
+        is_the_shells = here.samefile(os.environ.get("PWD", here))  # neither Hydra nor a script has left it
+        return str(path.relative_to(here) if is_the_shells and path.is_relative_to(here) else path)
+    return str(path)
+
+
+def width(stream: IO[str] | None = None) -> int:
+    """Columns of the terminal that a stream, by default standard output, ends at; 80 where it ends elsewhere."""
+    stream = stream or sys.stdout
+    with suppress(OSError, ValueError):
+        if is_terminal(stream):
+            return os.get_terminal_size(stream.fileno()).columns or USUAL_WIDTH  # 0 where none was ever set
+    return USUAL_WIDTH
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream ends at a terminal; not one that is closed or None."""
+    with suppress(ValueError, AttributeError):
+        return bool(stream.isatty())
+    return False
+
+
+def duration(seconds: float) -> str:
+    """A length of time in one or two units."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,82 @@
+"""The end of a run on the screen: the rungs tried, what came of it, where everything is, what to type next."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from adaptive_trainer.descent import Attempt
+from adaptive_trainer.ladder import Change
+from adaptive_trainer.report import Result
+from adaptive_trainer.screen import log_file, nearby
+from adaptive_trainer.tables import table
+
+__all__ = ["brief", "change_text", "rung_table", "summary"]
+
+COMMAND = "python -m adaptive_trainer"
+
+
+def rung_table(attempts: Sequence[Attempt]) -> str:
+    """A table of the rungs tried."""
+    rows = [("rung", "outcome", "peak MiB", "reserved MiB", "seconds", "phase: reason")]
+    for entry in attempts:
+        where = brief(f"{entry.phase}: {entry.reason}" if entry.phase else entry.reason)
+        peaks = (_mib(entry.peak_allocated_bytes), _mib(entry.peak_reserved_bytes))
+        rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", where))
+    return table(rows, left=(0, 1))
+
+
+def brief(reason: str) -> str:
+    """The beginning of a reason: an allocator's runs to several lines, and the record has all of it."""
+    return shorten(reason, 90, placeholder=" ...")
+
+
+def _mib(size: int | None) -> str:
+    return f"{size / 2**20:.0f}" if size else "-"
+
+
+def change_text(change: Change) -> str:
+    """One setting that differs from what was asked for, and why."""
+    text = f"{change.key} {_short(change.asked)} -> {_short(change.used)}"
+    rule = re.sub(r"^learning rate \S+ -> \S+: ", "", change.why)  # which has just been said
+    return f"{text} ({rule})" if rule == change.why else f"{text}: {rule}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bool) -> str:
+    """The end of a run that has trained.
+
+    Args:
+        best: validation accuracy of the best epoch; less the loss where accuracy is not known.
+        way_on: overrides with which the command line trains on; empty where it cannot.
+        is_own_model: whether the network was made by the caller, who has to make it again.
+    """
+    folder = Path(result.output_dir)
+    log = log_file()
+    model = nearby(folder / "checkpoints" / "best.pt")
+    lines = [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
+    lines += [f"changed: {change_text(change)}" for change in result.changes]
+    lines.append(f"best model: {model}")
+    lines.append(f"record: {nearby(folder / 'result.json')}")
+    if log is not None:
+        lines.append(f"log: {nearby(log)}")
+    factory = ", your_factory" if is_own_model else ""
+    lines.append(f"use it: load_model({model!r}{factory})")
+    if way_on:
+        lines.append(f"train on: {COMMAND} {way_on}")
+    return "\n".join(lines)
+
+
+def _metrics(result: Result, best: float | None) -> list[str]:
+    accuracy, loss = (result.metrics.get(name, math.nan) for name in ("val_accuracy", "val_loss"))
+    if best is None or math.isnan(loss):  # nothing was left to train
+        return []
+    if math.isnan(accuracy):
+        return [f"result: val loss {loss:.3f}, best {-best:.3f}"]
+    return [f"result: val accuracy {100 * accuracy:.2f} %, best {100 * best:.2f} %, val loss {loss:.3f}"]
