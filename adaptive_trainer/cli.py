@@ -145,6 +145,8 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
     """The exit code of a run that ended with an error, and what is shown of it."""
     if isinstance(error, AdaptiveTrainerError):
         return error.exit_code, str(error) if isinstance(error, Interrupted) else f"error: {error}"
+    if isinstance(error, OmegaConfBaseException):  # a value that does not resolve
+        return UserError.exit_code, f"error: {explained(error)}"
     from adaptive_trainer import oom
 
     found = oom.describe(error)
