@@ -173,6 +173,7 @@ def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tupl
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
     _check_mode()
+    typed(cfg)  # names a setting that does not resolve
     cfg = with_asked(cfg, overrides)
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
