@@ -116,14 +116,22 @@ def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
         return {}
     if config.kwargs.get("dampening"):  # would apply to the first step too, with a momentum that is there before it
         return {}
-    is_fused = get_optimizer_class(config.name, bind_defaults=False) in FUSED
-    return {"fused": True} if is_fused else {}
+    return {"fused": True} if _class_of(config.name) in FUSED else {}
+
+
+def _class_of(name: str) -> Any:
+    """The optimizer's class; None where the package that has it is not installed, or is for CUDA alone."""
+    try:
+        return get_optimizer_class(name, bind_defaults=False)
+    except (ImportError, AssertionError):
+        return None
 
 
 def kind_of_state(config: OptimizerConfig) -> tuple[Any, ...]:
     """What decides which state, and which groups of parameters, an optimizer of these settings has."""
     name = config.name.lower()
-    taken = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    kind = _class_of(name)
+    taken = {} if kind is None else inspect.signature(kind).parameters
     settings = {key: parameter.default for key, parameter in taken.items()} | config.kwargs
     kinds = {key: _kind_of_setting(value) for key, value in settings.items() if key not in ("lr", "weight_decay")}
     return name, kinds, config.weight_decay > 0, get_optimizer_info(name).has_momentum and config.momentum > 0

@@ -1,7 +1,7 @@
 """Print constraints that hold this package's own dependencies at the lowest versions that pyproject.toml allows.
 
-`make lowest` runs the tests with them. What the dependencies need themselves is left to pip; the tools that run the tests
-are those of constraints.txt.
+`make lowest` runs the tests with them. What the dependencies need themselves is left to pip; the tools that run the
+tests are those of constraints.txt.
 """
 
 from __future__ import annotations

@@ -112,6 +112,8 @@ def test_built_optimizer_learns(name: str) -> None:
         (OptimizerConfig("adamw", kwargs={"capturable": True}), "cannot be built: capturable=True is for a CUDA card"),
         (OptimizerConfig("sgd", kwargs={"differentiable": True}), "cannot be built: differentiable=True is for"),
         (OptimizerConfig("adahessian"), "second derivatives"),
+        (OptimizerConfig("bnbadam"), "bnbadam cannot be built: "),
+        (OptimizerConfig("fusedadam"), "fusedadam cannot be built: "),
     ],
 )
 def test_what_cannot_be_built_is_explained(config: OptimizerConfig, message: str) -> None:

@@ -110,8 +110,9 @@ def is_short(device: torch.device) -> bool:
     try:
         reserved = snapshot(device).reserved
         if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            room = min(free + reserved, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+            index = torch.cuda.current_device() if device.index is None else device.index
+            free, total = torch.cuda.mem_get_info(index)
+            room = min(free + reserved, int(torch.cuda.get_per_process_memory_fraction(index) * total))
             return reserved > SHORT * room
         return bool(simulated_cards) and reserved > SHORT * simulated_cards[-1].capacity
     except RuntimeError:
