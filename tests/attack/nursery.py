@@ -97,6 +97,8 @@ def _raise(request: Request, root: Path) -> tuple[int | None, float]:
         status = RAW
         try:
             status = _child(root, request)
+        except KeyboardInterrupt:  # sent before the training began
+            status = INTERRUPTED
         finally:
             os._exit(status)
     sends = request.sends

@@ -109,7 +109,7 @@ def test_the_command_line_is_killed(name: str, arena: Arena, tally: Tally, tmp_p
         delay = tally.dice.uniform(0.4, 0.9) * whole[1] if attempt < 3 else None
         status, seconds, said = _command(tmp_path / "killed", [*overrides, "resume=auto"], name, delay)
         done.append(f"{name} after {seconds:.1f} s -> {status}")
-        if status not in ALLOWED or (status < 0 and f"SIG{name}" == "SIGINT"):
+        if status not in ALLOWED:
             kind, bad = Kind.RAW, f"status {status}: {said[-300:]}"
         if status == 0 or bad:
             break

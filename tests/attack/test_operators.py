@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 def test_one_out_of_memory_changes_nothing(case: Case, arena: Arena, tally: Tally) -> None:
     """Before the operator runs, or (where it takes memory) when it has run: the same samples once more."""
     dice = tally.dice
-    for site in choose(arena.sites(case, "operator"), tally.share(80), dice):
+    for site in choose(arena.sites(case, "operator"), tally.share(70), dice):
         fault = Fault("operator", site.number, "oom", after=site.allocates and dice.random() < 0.5)
         tally.add(arena.judge(case, fault, allocates=site.allocates))
     tally.close()
