@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
-from tests.attack.cases import Case
+from tests.attack.cases import UPDATES, Case
 from tests.attack.evidence import Evidence, differences, evidence
 from tests.attack.injector import Fault, Injector, Site
 
@@ -39,6 +39,8 @@ class Kind(StrEnum):
     UNUSABLE = "DEVICE UNUSABLE after one out-of-memory"
     HANG = "HANG"
 
+
+IN_UPDATE = ("begin", "forward", "backward", "clipping", "optimizer step")  # phases of an attempt
 
 BAD = (Kind.DIFFERENT, Kind.RAW, Kind.UNUSABLE, Kind.HANG)
 
@@ -246,7 +248,8 @@ def _left_after(attempts: Sequence[tuple[str, str, str]]) -> int | None:
     for _, outcome, phase in attempts:
         if outcome == "oom":
             after = re.search(r"after update (\d+)", phase)
-            if "evaluation, after" in phase:  # the state before an evaluation is in no checkpoint
+            ends_epoch = after is not None and int(after[1]) % (UPDATES // 2) == 0
+            if ends_epoch and not phase.startswith(IN_UPDATE):  # the state before an evaluation is in no checkpoint
                 return None
             found.append(int(after[1]) if after else found[-1] if found else 0)
     return found[0] if found and len(set(found)) == 1 else None
