@@ -553,6 +553,53 @@ def test_which_optimizers_are_recorded_whole() -> None:
     assert len(found[PASSES]) > 50
 
 
+def test_a_step_that_comes_to_need_memory_is_undone() -> None:
+    """It allocates nothing in five steps; in the sixth it needs 64 MiB and finds 8, as often as it is tried."""
+    ballast: list[Tensor] = []
+
+    def fill(*_: object) -> None:
+        ballast.clear()
+        oom.release(gpu_checks.CUDA)
+        room = (1500 << 20) - torch.cuda.memory_reserved() - (8 << 20)
+        ballast.append(torch.empty(room >> 21 << 21, dtype=torch.uint8, device="cuda"))
+
+    with limited(gpu_checks.CUDA, "1500MiB") as capacity:
+        update = made("radamlegacy", capacity, net=Net(width=128, hidden=4096))
+        engine = Engine(update, "eager", 8, print)
+        advance(engine, 5, size=256)
+        before, hook = dump(update.state), update.state.optimizer.register_step_pre_hook(fill)
+        with pytest.raises(OutOfMemory, match="in optimizer step"):
+            advance(engine, 1, size=256)
+        hook.remove()
+        ballast.clear()
+        assert set(differences(dump(update.state), before)) <= {"groups"}  # the rate was set before the update
+        advance(engine, 1, size=256)
+    assert update.state.updates == 6
+
+
+def test_gradients_that_an_optimizer_comes_to_keep_are_not_written_over() -> None:
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        update = made("nadamw", capacity)
+        kept: list[Tensor] = []
+
+        def keep(*_: object) -> None:
+            gradients = [p.grad for p in update.state.model.parameters() if p.grad is not None]
+            kept[:] = [gradient.detach() for gradient in gradients] if update.state.updates >= 9 else []
+
+        update.state.optimizer.register_step_post_hook(keep)
+        engine = Engine(update, "graph", 8, events.append)
+        advance(engine, 9)
+        had_graph = engine._graph is not None
+        advance(engine, 1)
+        before = [(tensor, tensor.clone()) for tensor in kept]
+        advance(engine, 1)
+        assert before
+        assert all(torch.equal(tensor, copy) for tensor, copy in before)
+    assert (had_graph, engine._graph is not None) == (True, False), events
+    assert "keeps gradients" in events[-1]
+
+
 @pytest.mark.parametrize("name", ["graph", "auto"])
 def test_where_the_step_has_no_memory_beside_the_graph_it_goes_and_the_update_is_made(name: str) -> None:
     """A step that needs 64 MiB finds 32; with the graph, much more goes."""
