@@ -54,6 +54,10 @@ class StepMemory:
         self._allocates: bool | None = None
         self._measured: set[int] = set()  # ids of the parameters that had gradients
 
+    def forget(self) -> None:
+        """The step that was looked at is undone, and with it the state that it made; what was measured holds."""
+        self.may_allocate, self.is_warm = None, False
+
     def look(self) -> None:
         """Find out about the step that comes next, whose gradients are there."""
         moving = [parameter for parameter in self.parameters if parameter.grad is not None]

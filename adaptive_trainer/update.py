@@ -137,7 +137,8 @@ class Update:
         try:
             yield
         finally:
-            self.held, self.is_proving, self.step_memory.is_warm = None, False, False
+            self.held, self.is_proving = None, False
+            self.step_memory.forget()
             self._undo.let_go()
 
     @contextmanager

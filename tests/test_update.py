@@ -902,3 +902,14 @@ def test_a_step_whose_copies_fail_is_not_restored_from_them(
     with pytest.raises(OutOfMemory, match="in clipping"):
         update.run(run.images[:7], run.labels[:7], samples=7)
     assert differences(dump(run.state), before) == []
+
+
+def test_after_a_proof_nothing_is_known_of_a_step_whose_state_is_still_to_be_made(capacity: Capacity) -> None:
+    """Only a step that finds all of its state shows whether a graph can record it."""
+    run = start(Case("adamw-fused", "fp32", warm=False, accumulate=False), capacity)
+    update, known = run.update(), list[bool | None]()
+    prove(update, SHAPES)
+    for _ in range(3):
+        known.append(update.step_memory.may_allocate)
+        run.advance(update)
+    assert known == [None, None, False]
