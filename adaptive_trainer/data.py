@@ -256,12 +256,12 @@ def _seeded(seed: int, own: Iterable[Any] = ()) -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), generator.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     of_own = [(each, state_of(each)) for each in own]
-    for number, (each, _) in enumerate(of_own, start=1):
-        seed_generator(each, (seed + number) % 2**63)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    generator.manual_seed(seed)
     try:
+        for number, (each, _) in enumerate(of_own, start=1):
+            seed_generator(each, (seed + number) % 2**63)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        generator.manual_seed(seed)
         yield
     finally:
         for each, state in of_own:

@@ -368,9 +368,9 @@ def _recomputed_later(
 def _drawing(states: list[tuple[Any, Any]]) -> Iterator[None]:
     """Generators in these states, and afterwards as they were."""
     now = [(generator, state_of(generator)) for generator, _ in states]
-    for generator, state in states:
-        put(generator, state)
     try:
+        for generator, state in states:
+            put(generator, state)
         yield
     finally:
         for generator, state in now:

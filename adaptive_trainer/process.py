@@ -51,11 +51,11 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     dtype, autocast = torch.get_default_dtype(), {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
-    if deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
     try:
+        if deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
         torch.set_default_dtype(torch.float32)
         for kind in autocast:
             torch.set_autocast_enabled(kind, False)

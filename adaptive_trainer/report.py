@@ -145,7 +145,7 @@ class Record:
         """Write result.json for a run that did not end well, if it has begun."""
         if not self.has_begun:
             return
-        with suppress(CheckpointError):  # the disk may be full, and the first error is the one to show
+        with suppress(Exception):  # disk or memory may be full, and the first error is the one to show
             self.write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
 
     def write(self, name: str, text: str) -> None:

@@ -97,9 +97,9 @@ def showing() -> Iterator[None]:
         yield
         return
     handler, level = Screen(), ours.level
-    ours.addHandler(handler)
-    ours.setLevel(level or logging.INFO)
     try:
+        ours.addHandler(handler)
+        ours.setLevel(level or logging.INFO)
         yield
     finally:
         ours.removeHandler(handler)

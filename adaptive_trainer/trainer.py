@@ -113,6 +113,16 @@ class Trainer:
             Exception: whatever is not about memory, unchanged.
         """
         self.model = None  # one of an earlier call would take its memory from this one
+        shortage = ""
+        try:
+            return self._fit()
+        except Exception as error:
+            shortage = _shortage(error, way_on(self.output_dir))
+            if not shortage:
+                raise
+        raise UserError(shortage)
+
+    def _fit(self) -> Result:
         start = resume.start(self.cfg, self.output_dir)
         device = device_of(start.cfg.device)
         ladders = [(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
@@ -135,11 +145,8 @@ class Trainer:
                     log.info("%s", capacity.description)
                     return self._run(start, ladders, device, capacity, record)
         except (Exception, KeyboardInterrupt) as error:
-            shortage = _shortage(error, way_on(self.output_dir))
-            record.failure(_outcome(error), shortage or str(error))
-            if not shortage:
-                raise
-        raise UserError(shortage)
+            record.failure(_outcome(error), _shortage(error, way_on(self.output_dir)) or str(error))
+            raise
 
     def _run(self, start: Start, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""

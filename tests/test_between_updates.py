@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer import Trainer, checkpoint, compose_config
+from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, report, resume, trainer
 from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted, OutOfMemory, UserError
 from adaptive_trainer.loop import Loop, _Loss
 from adaptive_trainer.memory.capacity import Capacity
@@ -72,11 +72,11 @@ def pictures(count: int) -> TensorDataset:
 
 
 def trained(folder: Path, *overrides: str) -> Result:
-    trainer = Trainer(
+    training = Trainer(
         compose_config([*SETTINGS, *overrides]), model=lambda *_: Restless(), train_data=pictures(21),
         val_data=pictures(14), output_dir=folder,
     )  # fmt: skip
-    return trainer.fit()
+    return training.fit()
 
 
 def end_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -210,6 +210,29 @@ def test_a_checkpoint_that_cannot_be_put_together_is_the_users_to_mend(
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*last\.pt: out of memory \(no room\)"):
         trained(tmp_path)
     assert refusing.raised == 2
+
+
+BESIDE: dict[str, tuple[Any, str]] = {
+    "settings": (resume, "start"),
+    "a folder's lock": (Record, "held"),
+    "the first file": (Record, "begin"),
+    "data": (trainer, "build_datasets"),
+    "the result": (Record, "result"),
+}
+
+
+@pytest.mark.parametrize("place", BESIDE)
+@pytest.mark.parametrize("record_fails", [False, True])
+def test_memory_that_runs_out_beside_training_is_the_users_to_mend(
+    place: str, record_fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the record of that failure finds no memory either."""
+    owner, name = BESIDE[place]
+    monkeypatch.setattr(owner, name, Refusing(getattr(owner, name), MemoryError("no room"), lambda _: True))
+    if record_fails:
+        monkeypatch.setattr(report, "failure", Refusing(earlier.failure, MemoryError("none at all"), lambda _: True))
+    with pytest.raises(UserError, match=r"out of memory.*no room"):
+        trained(tmp_path)
 
 
 # -- evaluation

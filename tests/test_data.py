@@ -127,6 +127,22 @@ def test_loading_leaves_the_random_numbers_alone(num_workers: int, kind: type[No
     assert (random.getstate(), repr(np.random.get_state())) == before[1:]
 
 
+@pytest.mark.parametrize("owner", [random, np.random])
+def test_a_seed_that_finds_no_memory_leaves_the_random_numbers_alone(
+    owner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError("no room for a seed")
+
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    data = plain(Noise(), transforms="torchvision")
+    monkeypatch.setattr(owner, "seed", refuse)
+    with pytest.raises(MemoryError, match="seed"):
+        batches(data, Position(0, 0, 0, 23))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), repr(np.random.get_state())) == before[1:]
+
+
 def test_evaluation_is_in_order_and_can_start_anywhere() -> None:
     def load(batch_size: int, start: int, num_workers: int) -> Tensor:
         with closing(opened(plain(Noise()), num_workers=num_workers)) as loader:

@@ -22,6 +22,7 @@ CLASSES = 3
 TRAIN, VAL = 24, 10  # samples
 UPDATES = 8
 COMMON = (
+    "device=cpu",
     "data.image_size=16",
     "data.num_workers=0",
     "trainer.batch_size=6",
