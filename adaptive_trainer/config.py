@@ -351,7 +351,7 @@ def with_asked(cfg: DictConfig, overrides: Sequence[str], search_path: str = "")
     parsed = [(_parsed(text).key_or_group, text) for text in overrides]
     parsed = [(key, text) for key, text in parsed if not key.startswith("hydra") and not _parsed(text).is_delete()]
     kept: list[str] = []
-    if not any(key.startswith("phases.") for key, _ in parsed):
+    if parsed and not any(key.startswith("phases.") for key, _ in parsed):
         for number, stage in enumerate(cfg.phases.stages, start=1):
             beaten = _beaten(cfg, list(stage.overrides), parsed)
             stage.overrides = [*stage.overrides, *beaten]
@@ -452,7 +452,7 @@ def _exists(cfg: DictConfig, key: str) -> bool:
 
 
 def _choose(cfg: DictConfig, group: str, choice: str) -> None:
-    if Path(choice).is_absolute() or ".." in Path(choice).parts:
+    if Path(choice).is_absolute() or ".." in choice:  # between quotes too, which the name of a part would hide
         raise ConfigError("is no name of a file in a folder of configs")
     memory: Asked = getattr(cfg._metadata, "typed", Asked())
     content = _compose_alone(f"+{group}={choice}", memory.search_path)

@@ -118,6 +118,7 @@ def _optimizer(value: Any) -> Any:
 
 
 def _config(value: Any) -> Any:
+    _need("${" not in str(value), value, "settings without references")  # which may call what they name
     settings = OmegaConf.merge(OmegaConf.structured(Config), _named(value))
     return asdict(typed(settings)) if isinstance(settings, DictConfig) else None
 

@@ -25,7 +25,7 @@ from adaptive_trainer.ladder import resolve, stages
 __all__ = ["LOADS", "check_model", "frozen", "trusted"]
 
 TARGET = "_target_"
-REFERENCE = re.compile(r"\$\{[\w.-]*\}")  # to another setting; one with a colon in it calls a resolver
+REFERENCE = re.compile(r"(?<!\\)\$\{[\w.-]*\}")  # to another setting; one with a colon in it calls a resolver
 LOADS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")  # of timm.create_model
 Names = dict[tuple[str, str], str]  # by the setting and what it names: what to type to allow it
 
@@ -84,7 +84,8 @@ def _without_calls(raw: Any, resolved: Any) -> Any:
         return {key: _without_calls(value, resolved[key]) for key, value in raw.items()}
     if isinstance(raw, list):
         return [_without_calls(*pair) for pair in zip(raw, resolved, strict=True)]
-    return resolved if isinstance(raw, str) and _calls(raw) else raw
+    calls = isinstance(raw, str) and "${" in REFERENCE.sub("", raw.replace("\\${", ""))
+    return resolved if calls else raw
 
 
 def _read(text: Any, source: Path, own: Any) -> DictConfig:
@@ -93,9 +94,15 @@ def _read(text: Any, source: Path, own: Any) -> DictConfig:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(text, str) else None
         if isinstance(plain, dict) and plain:
-            known = {value for _, value, _ in _leaves(own)}
-            calls = [leaf for leaf in _leaves(plain) if _calls(leaf[1]) and leaf[1] not in known]
-            _refuse(source, {(place, value): how for place, value, how in calls})
+            known, names = {value for _, value, _ in _leaves(own)}, _names(plain)
+            _refuse(
+                source,
+                {
+                    (place, value): how
+                    for place, value, how in _leaves(plain)
+                    if value not in known and (_calls(value) or ((place, value) in names and "$" in value))
+                },
+            )
             saved = OmegaConf.merge(OmegaConf.structured(Config), plain)
             saved.card = CardConfig()  # a training has none
     except (OmegaConfBaseException, YAMLError, TypeError, AttributeError, RecursionError) as error:
@@ -115,10 +122,15 @@ def _blamed(saved: DictConfig, source: Path) -> CheckpointError | None:
 
 
 def _named_by(cfg: DictConfig) -> Names:
-    """What is named by everything that these settings come to: each stage, and each of its rungs."""
+    """What is named by everything that these settings can come to: each stage, its rungs, each override of a rung."""
     named: Names = {}
+
+    def note(_: str, before: Config, after: Config) -> str:
+        named.update(_names(asdict(after)))
+        return "each is looked at alone"  # as the network may refuse those that hide another in the rung
+
     for _, settings in stages(cfg):
-        for rung in resolve(settings):
+        for rung in (*resolve(settings), *resolve(settings, refuse=note)):
             named |= _names(asdict(rung.settings))
     return named
 
@@ -163,7 +175,11 @@ def _shipped() -> frozenset[str]:
 
 
 def _calls(value: Any) -> bool:
-    return isinstance(value, str) and "${" in REFERENCE.sub("", value)
+    """Whether a text holds a resolver, or a dollar that can become one.
+
+    It can in the texts of overrides, which have escapes of their own, and where Hydra resolves what it instantiates.
+    """
+    return isinstance(value, str) and "$" in REFERENCE.sub("", value)
 
 
 def _last(place: str) -> str:

@@ -104,6 +104,27 @@ DOORS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "resolver of a whole group": put("data", "${code:1}"),
     "resolver in a stage": stage("data.root=${code:1}"),
     "resolver in a rung": rung("trainer.batch_size=${code:1}"),
+    "resolver behind backslashes in a stage": stage(r"data.root=$\{code:1\}"),
+    "resolver behind backslashes in a rung": rung(r"+model.kwargs.x=$\{code\:1\}"),
+    "resolver behind backslashes, two levels down": stage(
+        r"ladder.rungs=[{name: a, overrides: ['seed=$\\{code:1\\}']}]"
+    ),
+    "resolver put together": lambda settings: (
+        put("data.train.a", "$")(settings),
+        put("data.train.transform", "${data.train.a}{code:1}")(settings),
+    ),
+    "node put together": lambda settings: (
+        put("data.train.a", "$")(settings),
+        put("data.train.transform", "${data.train.a}{oc.create:'{_target_: " + RUNS + ", command: touch PWNED}'}")(
+            settings
+        ),
+    ),
+    "rung that takes back what it says": rung("model.name=local-dir:evil", "model.name=test_vit"),
+    "rung by another setting": lambda settings: (
+        put("model.name", "${optimizer.name}")(settings),
+        put("optimizer.name", "test_resnet")(settings),
+        rung("optimizer.name=local-dir:evil", "optimizer.name=adamw")(settings),
+    ),
 }
 
 
@@ -210,3 +231,18 @@ def test_a_network_is_loaded_without_the_file_that_it_began_with(trained: Path, 
     torch.save(content, tmp_path / "best.pt")
     weights = load_model(tmp_path / "best.pt").state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in content["model"].items())
+
+
+def test_settings_that_were_used_call_no_resolver(trained: Path, tmp_path: Path) -> None:
+    """A checkpoint has them without interpolations; reading its model, or going on with it, makes none of them."""
+    called: list[Any] = []
+    OmegaConf.register_new_resolver("code", called.append, replace=True)
+    for name in ("best.pt", "last.pt"):
+        content = torch.load(trained / "checkpoints" / name, weights_only=True)
+        content["config"]["output_dir"] = "${code:1}"
+        torch.save(content, tmp_path / name)
+        with pytest.raises(CheckpointError, match=rf"{name} is no checkpoint to go on with: 'config' is not what"):
+            load_model(tmp_path / name)
+    with pytest.raises(CheckpointError, match="'config' is not what was saved"):
+        Trainer(compose_config([f"resume={tmp_path / 'last.pt'}"]), output_dir=tmp_path / "out").fit()
+    assert called == []
