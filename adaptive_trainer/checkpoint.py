@@ -27,6 +27,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.belongings import Belongings, walk
 from adaptive_trainer.contents import numpy_state
 from adaptive_trainer.errors import CheckpointError, override, remedy
+from adaptive_trainer.losses import changing_buffers
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
 from adaptive_trainer.randomness import made as made_generator
@@ -182,7 +183,7 @@ def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
         "model": state.model.state_dict(),
         "made_buffers": made_buffers(state),
         "buffers": _not_persistent(state.model),
-        "loss_buffers": dict(state.loss.named_buffers()) if isinstance(state.loss, nn.Module) else {},
+        "loss_buffers": changing_buffers(state.loss),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "ema": None if average is None else average.state_dict(),

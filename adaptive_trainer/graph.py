@@ -219,7 +219,6 @@ def _unchanged_host(update: Update) -> Iterator[None]:
     """Put back what is changed on the host, and refuse an update that does so, which a replay would not repeat."""
     model, loss, places = update.state.model, update.criterion.loss, Places(_tensors(update))
     model.train()  # as any update does; after an evaluation that would be a change
-    update.criterion.train()
     host, drawn = HostState([model, loss] if isinstance(loss, nn.Module) else [model]), _drawn(update)
     try:
         yield

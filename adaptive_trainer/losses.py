@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adaptive_trainer import oom
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import BALANCED, Config
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.randomness import RandomStates
 
-__all__ = ["Criterion", "CrossEntropy", "Loss", "Terms", "balanced", "build_loss", "correct"]
+__all__ = ["Criterion", "CrossEntropy", "Loss", "Terms", "balanced", "build_loss", "changing_buffers", "correct"]
 
 Loss = Callable[[Tensor, Tensor], Any]  # of (output, labels): a tensor of one number, or a pair (sum, denominator)
 MEAN, SUM, WEIGHTED, OTHER = "mean", "sum", "weighted", "other"
@@ -131,7 +134,7 @@ class Terms:
     def share(self, samples: int) -> Tensor:
         """What this part adds to the loss of an update of so many samples.
 
-        With a denominator of its own it is the sum divided by the samples: `corrected` does the rest, when the
+        With a denominator of its own it is the sum divided by the samples: `correct` does the rest, when the
         denominator of the whole update is known.
         """
         whole = self.samples == samples
@@ -156,21 +159,23 @@ def _inverse(weight: Tensor) -> Tensor:
 class Criterion:
     """A loss, and how those of parts make that of the whole.
 
-    torch's own losses say it themselves. Of others it is found out by their values, once (`learn`).
+    torch's own losses say it themselves. Of others it is found out by their values, once (`learn`); in evaluation mode
+    a module may be another kind of loss.
 
     Attributes:
         loss: of (output, labels).
-        kind: `mean` over samples, `sum`, `weighted` (a mean with a denominator of its own), `other`, or empty: not
-            known yet.
+        num_classes: labels are less; None where that is not known.
         note: what is to be said of it, in words; empty where it is a plain mean.
     """
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, num_classes: int | None = None) -> None:
         self.loss = loss
-        self.kind = _kind(loss)
+        self.num_classes = num_classes
         self.note = ""
-        self._weights: Tensor | None = None  # of the classes, where they were found out
-        if self.kind == SUM:
+        kind = _kind(loss)
+        # by mode: whether it is training, kind, weights of the classes where they were found out
+        self._known: dict[bool, tuple[str, Tensor | None]] = dict.fromkeys((True, False), (kind, None)) if kind else {}
+        if kind == SUM:
             self._note()
 
     @classmethod
@@ -178,10 +183,30 @@ class Criterion:
         """The loss itself where it is one."""
         return loss if isinstance(loss, Criterion) else cls(loss)
 
-    def train(self, mode: bool = True) -> None:
-        """Put a loss that is a module into training or evaluation mode."""
-        if isinstance(self.loss, nn.Module) and self.loss.training != mode:
-            self.loss.train(mode)
+    @property
+    def _mode(self) -> bool:
+        return getattr(self.loss, "training", True) is not False
+
+    @property
+    def kind(self) -> str:
+        """`mean` over samples, `sum`, `weighted` (a mean with a denominator of its own), `other`, or empty: not known
+        yet.
+        """
+        return self._known.get(self._mode, ("", None))[0]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, a loss that is a module is in evaluation mode."""
+        modes = (
+            [(module, module.training) for module in self.loss.modules()] if isinstance(self.loss, nn.Module) else []
+        )
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:  # each its own: a part may be kept in evaluation mode
+                module.training = mode
 
     def to(self, device: torch.device) -> None:
         """Move a loss that is a module."""
@@ -195,15 +220,16 @@ class Criterion:
             ConfigError: it is neither a tensor of one number nor a pair of such.
         """
         samples = len(labels)
-        if self.kind == WEIGHTED and self._weights is not None:
-            return self._weighed(output, labels, self._weights.to(labels.device)[labels].sum())
-        weight = _denominator(self.loss, labels) if self.kind == WEIGHTED else None
+        kind, weights = self._known.get(self._mode, ("", None))
+        if weights is not None:
+            return self._weighed(output, labels, weights.to(labels.device)[labels].sum())
+        weight = _denominator(self.loss, labels) if kind == WEIGHTED else None
         if weight is not None:
             value = _summed(self.loss, output, labels)
             return Terms(value, samples, weight.to(torch.promote_types(value.dtype, torch.float32)))
         value = self.loss(output, labels)
         if isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)):
-            self.kind = WEIGHTED
+            self._known[self._mode] = WEIGHTED, None
             total, weight = value
             return Terms(total, samples, weight.detach().to(torch.promote_types(total.dtype, torch.float32)))
         if not _is_number(value):
@@ -211,7 +237,7 @@ class Criterion:
             raise ConfigError(
                 f"the loss of a batch is a {what}, and is to be a tensor of one number, or two: (sum, denominator)"
             )
-        return Terms(value, samples, is_sum=self.kind == SUM)
+        return Terms(value, samples, is_sum=kind == SUM)
 
     def _weighed(self, output: Tensor, labels: Tensor, weight: Tensor) -> Terms:
         """The sum of a mean whose denominator was found out; of no label that counts it is 0, not 0 / 0."""
@@ -222,34 +248,56 @@ class Criterion:
 
     @torch.no_grad()
     def learn(self, output: Any, labels: Tensor) -> None:
-        """Find out what kind of loss it is by its values, if that is not known; it waits for the device."""
-        if self.kind:
+        """Find out what kind of loss it is by its values, if that is not known; it waits for the device.
+
+        Nothing is drawn for that, and nothing changes in a loss that is a module.
+        """
+        if self._mode in self._known:
             return
-        loss = self.loss
-        if isinstance(loss, nn.Module):  # a copy of what it may change
-            loss = copy.deepcopy(loss, {id(parameter): parameter for parameter in loss.parameters()})
-        with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
-            try:
-                self.kind, self._weights = _found_out(loss, output, labels)
-            except Exception as error:  # a loss of the caller's may raise anything when made-up scores do not suit it
-                if oom.describe(error).kind is not oom.Kind.OTHER:
-                    raise
-                self.kind = OTHER
-        self._note()
+        random = RandomStates(labels.device)
+        before = random.read(Belongings({"loss": self.loss}).generators.values())
+        try:
+            found = _found_out(_copy_of(self.loss), output, labels, self.num_classes)
+        except Exception as error:  # a loss of the caller's may raise anything when made-up scores do not suit it
+            if oom.describe(error).kind is not oom.Kind.OTHER:
+                raise
+            found = OTHER, None
+        finally:
+            random.write(before)
+        is_said = found[0] in [kind for kind, _ in self._known.values()]
+        self._known[self._mode] = found
+        if not is_said:
+            self._note()
 
     def _note(self) -> None:
-        if self.kind == SUM:
+        kind, weights = self._known[self._mode]
+        if kind == SUM:
             self.note = "the loss is a sum over samples: those of micro-batches are added, and are not divided"
-        elif self.kind == OTHER:
+        elif kind == OTHER:
             self.note = (
                 "the loss is neither a mean over samples nor a sum, by its values: parts are weighted by their "
                 "samples, so that micro-batches and trainer.eval_batch_size have a part in the result; " + ADVICE
             )
-        elif self._weights is not None:
+        elif weights is not None:
             self.note = (
                 "the loss is a mean weighted by class, by its values: micro-batches are weighted by what their labels "
                 "count"
             )
+
+
+def _copy_of(loss: Loss) -> Loss:
+    """What may be called without changing the loss; parameters, which no loss changes, are not copied."""
+    if not isinstance(loss, nn.Module):
+        return loss
+    return copy.deepcopy(loss, {id(parameter): parameter for parameter in loss.parameters()})
+
+
+def changing_buffers(loss: Any) -> dict[str, Tensor]:
+    """The buffers of a loss that its calls may change, by name: those of torch's own losses are settings."""
+    if not isinstance(loss, nn.Module):
+        return {}
+    settings = {id(buffer) for module in loss.modules() if _is_of_torch(module) for buffer in module._buffers.values()}
+    return {name: buffer for name, buffer in loss.named_buffers() if id(buffer) not in settings}
 
 
 def _is_number(value: Any) -> bool:
@@ -260,12 +308,17 @@ def _kind(loss: Any) -> str:
     """What torch's own losses, and those that only add settings to them, say of themselves."""
     if loss in PLAIN or (type(loss) is CrossEntropy and loss.weight is None):
         return MEAN  # its labels are checked to be classes, so none is left out
-    forward = type(loss).forward if isinstance(loss, nn.Module) else None
-    if forward is not CrossEntropy.forward and getattr(forward, "__module__", "") != OF_TORCH:
+    if not _is_of_torch(loss):
         return ""
     if loss.reduction == "sum":
         return SUM
     return WEIGHTED if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else MEAN
+
+
+def _is_of_torch(loss: Any) -> bool:
+    """Whether it is one of torch's losses, ours, or a subclass that leaves the forward pass as it is."""
+    forward = type(loss).forward if isinstance(loss, nn.Module) else None
+    return forward is CrossEntropy.forward or getattr(forward, "__module__", "") == OF_TORCH
 
 
 def _denominator(loss: Any, labels: Tensor) -> Tensor | None:
@@ -289,17 +342,20 @@ def _summed(loss: Any, output: Tensor, labels: Tensor) -> Tensor:
         loss.reduction = "mean"
 
 
-def _found_out(loss: Loss, output: Any, labels: Tensor) -> tuple[str, Tensor | None]:
+def _found_out(loss: Loss, output: Any, labels: Tensor, classes: int | None) -> tuple[str, Tensor | None]:
     """The kind of a loss, and the weights of classes where it has some."""
     value = loss(output, labels)
     if isinstance(value, tuple):
         return WEIGHTED, None
     are_scores = isinstance(output, Tensor) and output.ndim == 2 and labels.ndim == 1
-    if not are_scores or labels.is_floating_point() or output.shape[1] > MOST_CLASSES:
+    # A label that the loss does not know would end the process on a CUDA device. Scores are not always as many as
+    # classes: one number may decide between two, and others are features.
+    classes = classes or max(output.shape[1] if are_scores else 0, int(labels.max()) + 1)
+    if not are_scores or labels.is_floating_point() or classes > MOST_CLASSES:
         return _kind_of_parts(loss, output, labels, value), None
     for dtype in (torch.float64, torch.float32):
         try:
-            return _kind_of_classes(loss, output.shape[1], labels, dtype)
+            return _kind_of_classes(loss, (output.shape[1], classes), labels, dtype)
         except RuntimeError as error:  # of a loss whose own tensors have another type
             if oom.describe(error).kind is not oom.Kind.OTHER:
                 raise
@@ -320,16 +376,23 @@ def _kind_of_parts(loss: Loss, output: Any, labels: Tensor, whole: Tensor) -> st
     return next((kind for kind, value in means.items() if math.isclose(value, float(whole), rel_tol=1e-4)), OTHER)
 
 
-def _kind_of_classes(loss: Loss, classes: int, labels: Tensor, dtype: torch.dtype) -> tuple[str, Tensor | None]:
-    """By made-up scores: pairs of samples tell how much each class counts, and a batch whether that is all."""
-    scores = torch.randn(CHECKED, classes, generator=torch.Generator().manual_seed(0)).to(labels.device, dtype)
+def _kind_of_classes(
+    loss: Loss, sizes: tuple[int, int], labels: Tensor, dtype: torch.dtype
+) -> tuple[str, Tensor | None]:
+    """By made-up scores: pairs of samples tell how much each class counts, and a batch whether that is all.
+
+    Args:
+        sizes: scores of a sample, and classes.
+    """
+    width, classes = sizes
+    scores = torch.randn(CHECKED, width, generator=torch.Generator().manual_seed(0)).to(labels.device, dtype)
     theirs = torch.arange(CHECKED, device=labels.device, dtype=labels.dtype) * 7 % classes
     alone = torch.stack([loss(scores[i : i + 1], theirs[i : i + 1]) for i in range(CHECKED)]).cpu()
     whole = loss(scores, theirs).cpu()
     if torch.isclose(whole, alone.sum(), rtol=RTOL):
         return SUM, None
     for reference in range(min(classes, 4)):  # one that counts
-        weights = _weights_of(loss, classes, reference, labels, dtype)
+        weights = _weights_of(loss, sizes, reference, labels, dtype)
         mine = weights[theirs.cpu()]
         mean = (mine * alone.nan_to_num()).sum() / mine.sum()
         if not weights.isfinite().all() or (weights < 0).any() or not torch.isclose(whole, mean, rtol=RTOL):
@@ -340,13 +403,14 @@ def _kind_of_classes(loss: Loss, classes: int, labels: Tensor, dtype: torch.dtyp
     return OTHER, None
 
 
-def _weights_of(loss: Loss, classes: int, reference: int, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def _weights_of(loss: Loss, sizes: tuple[int, int], reference: int, labels: Tensor, dtype: torch.dtype) -> Tensor:
     """How much each class counts in the mean (classes,), against a reference that counts 1.
 
     Of a pair the loss is p = (w a + b) / (w + 1), where a and b are those of the two alone: w = (p - b) / (a - p).
     """
-    scores = torch.zeros(2, classes, device=labels.device, dtype=dtype)
-    scores[1, reference] = 3 + math.log(classes)  # this one is right, and the other says nothing: they differ
+    width, classes = sizes
+    scores = torch.zeros(2, width, device=labels.device, dtype=dtype)
+    scores[1, reference % width] = 3 + math.log(classes)  # this one is right, and the other says nothing: they differ
     pairs = [torch.tensor([label, reference], device=labels.device, dtype=labels.dtype) for label in range(classes)]
     b = loss(scores[1:], pairs[0][1:])
     a = torch.stack([loss(scores[:1], pair[:1]) for pair in pairs])

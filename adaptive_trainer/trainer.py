@@ -265,7 +265,10 @@ class Trainer:
             record.event(f"{names} is not used: it belongs to the trainer's own cross entropy, and the loss is yours")
 
     def _build_loss(self, config: Config, num_classes: int) -> Criterion | nn.Module:
-        return self._loss or build_loss(config, num_classes, self._weights)
+        if self._loss is None:
+            return build_loss(config, num_classes, self._weights)
+        self._loss.num_classes = num_classes
+        return self._loss
 
     def _result(
         self, asked: Config, rung: Rung[Config], stage: Stage, stages: list[dict[str, Any]], record: Record

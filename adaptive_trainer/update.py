@@ -221,7 +221,6 @@ class Update:
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
-        self.criterion.train()
         total = len(labels)
         sizes = micro_batches(total, self.micro_batch_size, self.avoid_single)
         parts = [(images, labels)]
@@ -343,11 +342,11 @@ class Update:
 
     def _evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
         torch.clear_autocast_cache()
-        self.criterion.train(False)
         y = labels.to(self.device, non_blocking=True)
         with self._autocast():
             output = model(self._to_device(images))
-        loss, weight = self._terms(output, y).sums()
+        with self.criterion.evaluating():
+            loss, weight = self._terms(output, y).sums()
         correct = float((output.argmax(1) == y).sum()) if _is_classification(output, y) else math.nan
         return loss, weight, correct
 

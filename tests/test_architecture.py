@@ -51,7 +51,7 @@ preprocessing
 predicting
 planning
 models optimizers
-position process host_state belongings randomness
+position process host_state
 target
 memory.plan_cache
 memory.predict memory.trace memory.fake memory.plain memory.scratch
@@ -59,6 +59,7 @@ memory.capacity
 memory.card
 memory.usage memory.allocator
 losses
+belongings randomness
 oom device stepping
 earlier trust ladder layout
 folders

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.losses import Criterion, CrossEntropy, Loss, balanced
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.position import Position
+from adaptive_trainer.randomness import RandomStates
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update
 from tests.runs import CPU, METERS
@@ -396,3 +399,125 @@ def test_class_weights_are_planned(asked: str) -> None:
     assert weighed.reason == ""
     assert plain.allocated_bytes is not None
     assert weighed.allocated_bytes == pytest.approx(plain.allocated_bytes, rel=0.01)
+
+
+# -- what finding out may touch, and what becomes of a loss in evaluation
+
+
+def class_weighted(weight: Tensor, *, one_number: bool = False) -> Loss:
+    """A mean weighted by class, of scores or of one number that decides between two classes."""
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        target = labels[:, None].to(output.dtype)
+        each = functional.binary_cross_entropy_with_logits(output, target, reduction="none")[:, 0]
+        if not one_number:
+            each = functional.cross_entropy(output, labels, reduction="none")
+        return (each * weight[labels]).sum() / weight[labels].sum()
+
+    return loss
+
+
+@pytest.mark.parametrize(("width", "classes"), [(1, 2), (7, 3), (3, 7)])
+def test_made_up_labels_are_classes(width: int, classes: int) -> None:
+    """On a CUDA device a label that a loss does not know ends the process."""
+    weight, seen = torch.arange(1.0, classes + 1), set[int]()
+    inner = nn.Linear(width, classes, bias=False).requires_grad_(False)  # where scores are not as many as classes
+
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        seen.update(labels.tolist())
+        scores = inner(output.float()).to(output.dtype)
+        return functional.cross_entropy(scores, labels, weight=weight.to(output.dtype))
+
+    criterion = Criterion(loss, classes)
+    criterion.learn(torch.randn(6, width), torch.zeros(6, dtype=torch.long))
+    assert seen == set(range(classes))
+    assert criterion.kind == "weighted"
+    labels = torch.tensor([classes - 1, 0])
+    terms = criterion(torch.randn(2, width), labels)
+    assert terms.weight is not None
+    assert float(terms.weight) == pytest.approx(float(weight[labels].sum()), rel=1e-3)
+
+
+def test_one_number_that_decides_between_two_classes() -> None:
+    criterion = Criterion(class_weighted(torch.tensor([1.0, 5.0]), one_number=True), 2)
+    criterion.learn(torch.randn(4, 1), torch.tensor([0, 0, 1, 0]))
+    assert criterion.kind == "weighted"
+
+
+class Frozen(nn.Module):
+    """Has a part that is kept in evaluation mode, and weighs classes in training alone."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.BatchNorm1d(CLASSES, affine=False).double().eval()
+        self.register_buffer("weight", torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64))
+
+    def forward(self, output: Tensor, labels: Tensor) -> Tensor:
+        weight = self.weight.to(output.dtype) if self.training else None
+        loss: Tensor = functional.cross_entropy(output, labels, weight=weight)
+        self.features(output.detach().double())
+        return loss
+
+
+def test_a_part_of_a_loss_that_is_kept_in_evaluation_mode_stays_in_it(free: Capacity) -> None:
+    loss = Frozen()
+    run = Run(loss, free, 8)
+    images, labels = torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % CLASSES
+    for _ in range(2):
+        run.update.evaluate(run.model, images, labels)
+        run.update.run(images, labels, samples=0)
+    assert loss.training
+    assert not loss.features.training
+    assert not loss.features.get_buffer("running_mean").any()
+
+
+def test_a_loss_may_be_of_another_kind_in_evaluation(free: Capacity) -> None:
+    run = Run(Frozen(), free, 8)
+    images, labels = torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % CLASSES
+    run.update.run(images, labels, samples=0)
+    parts = [run.update.evaluate(run.model, images[part], labels[part]) for part in (slice(0, 3), slice(3, 8))]
+    found = sum(part[0] for part in parts) / sum(part[1] for part in parts)
+    plain = functional.cross_entropy(run.model(images).detach(), labels)
+    assert found == pytest.approx(float(plain), rel=1e-6)
+
+
+class Drawing:
+    """Draws from every generator there is."""
+
+    def __init__(self) -> None:
+        self.own = torch.Generator().manual_seed(1), random.Random(2), np.random.default_rng(3)
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        torch_own, python_own, numpy_own = self.own
+        drawn = random.random() + np.random.rand() + python_own.random() + numpy_own.random()
+        return functional.cross_entropy(output, labels) * (1 + drawn + float(torch.rand((), generator=torch_own)))
+
+
+def test_finding_out_draws_nothing() -> None:
+    loss = Drawing()
+    states = RandomStates(CPU).read(loss.own)
+    Criterion(loss).learn(torch.randn(6, CLASSES, generator=torch.Generator()), torch.arange(6) % CLASSES)
+    assert str(RandomStates(CPU).read(loss.own)) == str(states)
+
+
+def test_a_loss_that_cannot_be_copied_is_of_no_known_kind() -> None:
+    loss = Wrapped(functional.cross_entropy)
+    loss.lock = threading.Lock()  # type: ignore[assignment]
+    criterion = Criterion(loss)
+    criterion.learn(torch.randn(6, CLASSES), torch.arange(6) % CLASSES)
+    assert criterion.kind == "other"
+
+
+@pytest.mark.parametrize(("before", "after"), [("null", "[1,2,3]"), ("[3,2,1]", "null"), ("[3,2,1]", "[1,2,3]")])
+def test_class_weights_are_a_setting_and_no_state(before: str, after: str, tmp_path: Path) -> None:
+    fit(tmp_path / "first", f"trainer.class_weights={before}", "trainer.epochs=1")
+    last = tmp_path / "first" / "checkpoints" / "last.pt"
+    run = fit(tmp_path / "more", f"trainer.class_weights={after}", f"resume={last}", "schedule=constant")
+    content = torch.load(last, weights_only=True)
+    content["loss_buffers"] = {}
+    torch.save(content, last)
+    plain = fit(tmp_path / "plain", f"trainer.class_weights={after}", f"resume={last}", "schedule=constant")
+    for ours, theirs in zip(run.model.parameters(), plain.model.parameters(), strict=True):  # type: ignore[union-attr]
+        assert torch.equal(ours, theirs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 def known(loss: Loss) -> Criterion:
     """The mean loss that a function gives, without finding out that it is one."""
     criterion = Criterion(loss)
-    criterion.kind = "mean"
+    criterion._known = dict.fromkeys((True, False), ("mean", None))
     return criterion
 
 
@@ -893,10 +893,10 @@ def test_a_step_whose_copies_fail_is_not_restored_from_them(
     run.advance(update)
     before, save = dump(run.state), _Shadow.save
 
-    def refused(shadow: _Shadow, tensors: list[Tensor]) -> None:
+    def refused(shadow: _Shadow, tensors: list[Tensor], placed: Sequence[Tensor] = ()) -> None:
         if len(tensors) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Injected into the copies for a step.")
-        save(shadow, tensors)
+        save(shadow, tensors, placed)
 
     monkeypatch.setattr(_Shadow, "save", refused)
     with pytest.raises(OutOfMemory, match="in clipping"):

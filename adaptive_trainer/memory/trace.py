@@ -253,7 +253,6 @@ class _Training:
         is_whole = not self.spec.cuda or self.spec.stored_size > 0
         images, labels = self._batch(self.spec.batches[1]) if is_whole else (None, None)
         self.held = images, labels, self._waiting(self.spec.batches[1])  # by who asks for the update, to its end
-        self.criterion.train()
         start, total, weights = 0, sum(self.spec.micro_batches), []
         for part, samples in enumerate(self.spec.batches[2:-1], start=2):
             self.recorder.part = part
@@ -285,12 +284,12 @@ class _Training:
             self.held = None, None, []
         self.recorder.part = len(self.spec.batches) - 1
         self.model.eval()
-        self.criterion.train(False)
         x, y = self._batch(samples)
         waiting = self._waiting(samples)
         with self._autocast():
             output = self.model(x)
-            self.criterion(output, y)
+            with self.criterion.evaluating():
+                self.criterion(output, y)
         self._measure(output, y)
         del waiting
 
