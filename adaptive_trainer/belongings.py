@@ -31,6 +31,7 @@ LEAVES = {*PLAIN, bool, torch.Size}
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 OPAQUE = {*sys.stdlib_module_names, "torch", "numpy"}  # whose objects are not looked into
 LIBRARIES = {"torch", "torchvision", "timm"}  # whose modules hold tomorrow what they hold today
+KNOWN = {*OPAQUE, *LIBRARIES, __name__.partition(".")[0]}  # whose code leaves each tensor where it lies
 STANDARD = set(vars(nn.Module()))
 HOOKS = {name for name in STANDARD if "hook" in name}
 CONTAINERS = (dict, list, OrderedDict, defaultdict)
@@ -119,6 +120,10 @@ def _of_function(function: types.FunctionType) -> list[tuple[str, Any]]:
     return found
 
 
+def _is_plain(value: Any) -> bool:
+    return type(value) in LEAVES or (type(value) is tuple and all(type(each) in LEAVES for each in value))
+
+
 def _holds_tensors(value: Any) -> bool:
     inside = list(_attributes(value).values()) if is_own_kind(value) else value
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(inside))
@@ -131,13 +136,14 @@ class _Holder:
         self.content = content
         values, self.kinds = self._values()
         names = list(content) if isinstance(content, dict) else list(range(len(values)))
-        self.plain = [n for n, kind in enumerate(self.kinds) if kind in LEAVES or is_generator(values[n])]
+        self.plain = [n for n, value in enumerate(values) if _is_plain(value) or is_generator(value)]
+        self.tuples = [n for n in self.plain if self.kinds[n] is tuple]  # each may come to hold something else
         self.links = [
             (n, value)
             for n, (name, value) in enumerate(zip(names, values, strict=True))
-            if name not in STANDARD and self.kinds[n] not in LEAVES and not isinstance(value, nn.Module | Tensor)
+            if not (name in STANDARD or _is_plain(value) or isinstance(value, nn.Module | Tensor))
+            and (is_generator(value) or not _holds_tensors(value))
         ]
-        self.links = [(n, value) for n, value in self.links if is_generator(value) or not _holds_tensors(value)]
 
     def _values(self) -> tuple[list[Any], tuple[type, ...]]:
         values = list(self.content.values()) if isinstance(self.content, dict) else self.content
@@ -147,6 +153,8 @@ class _Holder:
         """Note what is in it; False where it does not lead where it did when it was first looked at."""
         values, kinds = self._values()
         if kinds != self.kinds or not all(values[n] is value for n, value in self.links):
+            return False
+        if not all(_is_plain(values[n]) for n in self.tuples):
             return False
         self.names = tuple(self.content)  # of a list: what is in it
         self.kept = [values[n] for n in self.plain]
@@ -170,6 +178,7 @@ class Belongings:
 
     Attributes:
         generators: by the path that leads to each.
+        has_own_code: something else runs than what torch, timm, torchvision and this package bring.
 
     Args:
         roots: the objects, by name.
@@ -183,13 +192,14 @@ class Belongings:
 
     def _look(self) -> None:
         self.generators: dict[str, Any] = {}
-        self._sizes: list[
-            dict[str, Any]
-        ] = []  # of libraries' modules too, which come to hold nothing else by themselves
+        self.has_own_code = False
+        self._sizes: list[dict[str, Any]] = []  # of libraries' modules too, to which other code may give something
         self._holders: list[_Holder] = []
         for path, value, changes in walk(self.roots, into_data=self.into_data):
             if is_generator(value):
                 self.generators[path] = value
+            if _package(value if isinstance(value, types.FunctionType) else type(value)) not in KNOWN:
+                self.has_own_code = True
             if isinstance(value, nn.Module):
                 self._sizes += [vars(value), value._modules]
             content = value if type(value) in CONTAINERS else getattr(value, "__dict__", None)
@@ -204,7 +214,8 @@ class Belongings:
 
     def keep(self) -> bool:
         """Note what there is; whether the generators are the same ones as before."""
-        if self._size == self._count() and all(holder.keep() for holder in self._holders):
+        is_sure = not self.has_own_code or self._size == self._count()
+        if is_sure and all(holder.keep() for holder in self._holders):
             return True
         before = list(self.generators.values())
         self._look()

@@ -99,15 +99,17 @@ class Places:
         self.kept = [tensor.detach() for tensor in tensors]
         self._dtypes = list(map(DTYPE, tensors))
 
+    def are_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, wherever they lie."""
+        return len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and lie there still."""
-        same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
-        return same and all(map(Tensor.is_set_to, tensors, self.kept)) and list(map(DTYPE, tensors)) == self._dtypes
+        same = self.are_of(tensors) and all(map(Tensor.is_set_to, tensors, self.kept))
+        return same and list(map(DTYPE, tensors)) == self._dtypes
 
     def put_back(self) -> None:
         """Make every tensor what it was, on the memory that it had; what is in that memory is not looked at."""
-        if self.hold(self.tensors):
-            return
         for tensor, kept in zip(self.tensors, self.kept, strict=True):
             if not tensor.is_set_to(kept) or tensor.dtype != kept.dtype:
                 storage, needed = kept.untyped_storage(), _end(kept) * kept.element_size()
@@ -136,10 +138,15 @@ class _Shadow:
     """Copies of a changing list of tensors in buffers that are made once and used again.
 
     One kernel copies many tensors only where all are of one type on one device, hence the groups.
+
+    Args:
+        device: where the copies are; None: beside the tensors.
+        can_move: a tensor may come to lie elsewhere. Looking at each takes as long as all else.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None, *, can_move: bool) -> None:
         self.device = device
+        self.can_move = can_move
         self.places = Places()
         self.copies: list[Tensor] = []
         self.groups: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -147,7 +154,7 @@ class _Shadow:
     def save(self, tensors: list[Tensor], placed: Sequence[Tensor] = ()) -> None:
         """Copy what the tensors hold; of those `placed`, keep only where they lie."""
         every = [*tensors, *placed]
-        if not self.places.hold(every):
+        if not (self.places.hold if self.can_move else self.places.are_of)(every):
             places = Places(every)
             live = list(map(_writable, places.kept[: len(tensors)]))
             if [layout(t) for t in live] != [layout(t) for t in self.copies]:
@@ -175,16 +182,28 @@ class _Bindings:
 
     def __init__(self, owners: list[dict[str, Any]]) -> None:
         self.owners = owners
-        self._sizes: list[int] = []
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Keep nothing alive."""
+        self._filled: list[dict[str, Any]] = []
+        self._empty = self.owners
+        self._names: list[str] = []
         self._values: list[Any] = []
         self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def keep(self) -> None:
-        """Note what is bound; where that is as before, which is seen much sooner, nothing is noted anew."""
-        sizes, values = list(map(len, self.owners)), list(chain.from_iterable(map(dict.values, self.owners)))
-        if sizes != self._sizes or not all(map(operator.is_, values, self._values)):
-            self._kept = [(owner, dict(owner)) for owner in self.owners if owner]
-            self._sizes, self._values = sizes, values
+    def keep(self) -> bool:
+        """Note what is bound; whether it is what was noted before, which is seen much sooner."""
+        if not any(self._empty) and list(chain.from_iterable(self._filled)) == self._names:
+            values = chain.from_iterable(map(dict.values, self._filled))
+            if all(map(operator.is_, values, self._values)):
+                return True
+        self._filled = [owner for owner in self.owners if owner]
+        self._empty = [owner for owner in self.owners if not owner]
+        self._names = list(chain.from_iterable(self._filled))
+        self._values = list(chain.from_iterable(map(dict.values, self._filled)))
+        self._kept = [(owner, dict(owner)) for owner in self._filled]
+        return False
 
     def put_back(self) -> None:
         """Bind what was bound, and nothing else."""
@@ -192,10 +211,6 @@ class _Bindings:
             owner.clear()  # of what the first forward pass may have made
         for owner, tensors in self._kept:
             owner.update(tensors)
-
-    def let_go(self) -> None:
-        """Keep nothing alive."""
-        self._sizes, self._values, self._kept = [], [], []
 
 
 def _alike(live: list[Tensor], copies: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -253,6 +268,7 @@ class Undo:
         averaged = [] if state.ema is None else list(state.ema.module.modules())
         self.bindings = _Bindings([owner for m in (*modules, *averaged) for owner in (m._parameters, m._buffers)])
         self.buffers = [m._buffers for m in (*modules, *averaged)]  # of the average too: an evaluation may change them
+        self._bound_buffers: list[Tensor] = []
         self.parameters = list(state.model.parameters())
         self.average = [] if state.ema is None else list(state.ema.module.parameters())
         self.random_states = RandomStates(device)
@@ -264,9 +280,9 @@ class Undo:
 
     def free(self) -> None:
         """Forget the copies and give back their memory."""
-        host = torch.device("cpu")
-        self.small = _Shadow(host if self.on_host else None)
-        self.beside, self.host = _Shadow(), _Shadow(host)
+        host, can_move = torch.device("cpu"), self.belongings.has_own_code
+        self.small = _Shadow(host if self.on_host else None, can_move=can_move)
+        self.beside, self.host = _Shadow(None, can_move=can_move), _Shadow(host, can_move=can_move)
         self.large = self.host
         self.end()
 
@@ -278,10 +294,9 @@ class Undo:
         """Keep no weight and no optimizer state alive that is gone since the last update; the copies' memory stays."""
         self.end()
         self.optimizer_state = []
-        for shadow in (self.beside, self.host):
-            shadow.let_go()
-        self.small.let_go()
-        self.bindings.let_go()
+        for kept in (self.small, self.beside, self.host, self.bindings):
+            kept.let_go()
+        self._bound_buffers = []
 
     def begin(self) -> None:
         """Keep what forward, backward, clipping and evaluation change: buffers, of the average as well, scaler, meters,
@@ -294,12 +309,12 @@ class Undo:
     @_unseen
     def _keep(self) -> None:
         state = self.state
-        self.bindings.keep()
+        if not self.bindings.keep():
+            self._bound_buffers = _tensors(chain.from_iterable(map(dict.values, self.buffers)))
         self.scaler_tensors = {name: getattr(state.scaler, name, None) for name in SCALER_TENSORS}
         self.meters = dict(state.meters)
-        buffers = chain.from_iterable(map(dict.values, self.buffers))
-        kept = [*buffers, *self.scaler_tensors.values(), *self.meters.values()]
-        self.small.save([t for t in kept if t is not None], self.parameters)
+        others = _tensors((*self.scaler_tensors.values(), *self.meters.values()))
+        self.small.save([*self._bound_buffers, *others], self.parameters)
         self.groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
         self.belongings.keep()
         self.random = self.random_states.read(self.belongings.generators.values())
@@ -323,7 +338,9 @@ class Undo:
 
     @_unseen
     def _keep_for_step(self, *, on_host: bool, copies: bool) -> None:
-        self.large = _Shadow() if not copies else self.host if on_host or self.on_host else self.beside
+        self.large = self.host if on_host or self.on_host else self.beside
+        if not copies:
+            self.large = _Shadow(None, can_move=False)
         self.optimizer_state = [(o.state, {p: dict(values) for p, values in o.state.items()}) for o in self.optimizers]
         leaves = list(chain.from_iterable(values.values() for values in self._kept_values()))
         kinds = set(map(type, leaves))

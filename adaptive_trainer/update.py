@@ -143,9 +143,10 @@ class Update:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """What is changed inside, but for weights and optimizer state, is as before afterwards."""
+        """What is changed inside, but for the values of weights and optimizer state, is as before afterwards."""
         self.phase = "begin"
         self._undo.begin()
+        self._undo.before_step(copies=False)  # a recorded step may bind tensors that no kernel has filled
         try:
             yield
         finally:

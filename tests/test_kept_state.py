@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 from adaptive_trainer import checkpoint
+from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import compose_config
 from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.losses import CrossEntropy
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.proof import Shapes, prove
@@ -482,3 +486,60 @@ def test_a_generator_made_in_the_first_pass_is_resumed(kind: str, tmp_path: Path
 def test_a_data_set_draws_the_same_in_any_process(tmp_path: Path) -> None:
     expected = fit(tmp_path / "0", "numpy", "list", late=True)
     assert fit(tmp_path / "2", "numpy", "list", late=True, workers=2) == expected
+
+
+# ---- what is looked at in each update --------------------------------------------------------------------------------
+
+
+class Shaped(nn.Module):
+    """Notes the size of what passes, as many networks do."""
+
+    held: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held = (x.shape[-2], float(x.shape[-1]))
+        return x
+
+
+def test_a_tuple_of_numbers_is_a_plain_value() -> None:
+    network = Shaped()
+    owned = Belongings({"model": network})
+    before = owned._holders
+    network(torch.rand(1, 3, 4, 5))
+    assert owned.keep()
+    assert owned._holders is before, "nothing was looked for anew"
+    network(torch.rand(1, 3, 6, 7))
+    owned.put_back()
+    assert network.held == (4, 5.0)
+    generator = random.Random(1)
+    network.held = (generator, 2)
+    assert not owned.keep()
+    assert list(owned.generators.values()) == [generator]
+
+
+def hooked(network: nn.Module) -> nn.Module:
+    network.register_forward_hook(lambda *_: None)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "loss", "is_own"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.CrossEntropyLoss(), False),
+        (lambda: timm.create_model("test_resnet"), CrossEntropy(5), False),
+        (lambda: nn.Sequential(nn.Linear(3, 4), Shaped()), nn.CrossEntropyLoss(), True),
+        (lambda: hooked(nn.Linear(3, 4)), nn.CrossEntropyLoss(), True),
+        (lambda: nn.Linear(3, 4), lambda output, labels: output.sum(), True),
+        (lambda: nn.Linear(3, 4), partial(lambda output, labels: output.sum()), True),
+        (lambda: nn.Linear(3, 4), Noise(Noisy("torch", "alone")), True),
+    ],
+)
+def test_who_may_move_tensors(network: Callable[[], nn.Module], loss: Any, is_own: bool) -> None:
+    model = network()
+    optimizer, average = torch.optim.AdamW(model.parameters()), ModelEmaV3(model)
+    roots = {"model": model, "loss": loss, "optimizer": optimizer, "average": average}
+    assert Belongings(roots).has_own_code is is_own

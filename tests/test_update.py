@@ -913,3 +913,14 @@ def test_after_a_proof_nothing_is_known_of_a_step_whose_state_is_still_to_be_mad
         known.append(update.step_memory.may_allocate)
         run.advance(update)
     assert known == [None, None, False]
+
+
+def test_a_step_that_is_only_recorded_leaves_the_optimizers_own_tensors(capacity: Capacity) -> None:
+    """What a recorded step binds is memory of the graph, and no kernel has filled it."""
+    run = start(Case("adamw-single", "fp32", warm=True), capacity)
+    update, before = run.update(), dump(run.state)
+    with update.undone():
+        for values in run.state.optimizer.state.values():
+            values.update({key: torch.full_like(value, torch.nan) for key, value in values.items()})
+        run.state.optimizer.state[nn.Parameter(torch.zeros(1))] = {"step": torch.zeros(())}
+    assert differences(dump(run.state), before) == []
