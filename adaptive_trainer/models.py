@@ -23,7 +23,7 @@ from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder, versions
 from adaptive_trainer.memory.trace import same_random_numbers
-from adaptive_trainer.randomness import put, state_of
+from adaptive_trainer.randomness import put_all, states_of
 from adaptive_trainer.screen import unlogged
 
 __all__ = [
@@ -358,7 +358,7 @@ def _recomputed_later(
     if not (module.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
     owned.keep()
-    before = [(generator, state_of(generator)) for generator in owned.generators.values()]
+    before = states_of(owned.generators.values())
     if before:  # torch draws again only from its own
         kwargs["context_fn"] = lambda: (nullcontext(), _drawing(before))
     return checkpoint(functools.partial(_on_lent_buffers, module, forward), *args, use_reentrant=False, **kwargs)
@@ -367,14 +367,12 @@ def _recomputed_later(
 @contextmanager
 def _drawing(states: list[tuple[Any, Any]]) -> Iterator[None]:
     """Generators in these states, and afterwards as they were."""
-    now = [(generator, state_of(generator)) for generator, _ in states]
+    now = states_of(generator for generator, _ in states)
+    put_all(states)
     try:
-        for generator, state in states:
-            put(generator, state)
         yield
     finally:
-        for generator, state in now:
-            put(generator, state)
+        put_all(now)
 
 
 def _on_lent_buffers(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

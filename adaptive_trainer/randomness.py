@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["RandomStates", "is_generator", "made", "packed", "process_wide", "put", "seed", "state_of", "unpack"]
+__all__ = [
+    "RandomStates", "is_generator", "made", "packed", "process_wide", "put", "put_all", "seed", "state_of", "states_of",
+    "unpack",
+]  # fmt: skip
 
 MT19937_BYTES = 625 * 4  # 624 words and how many of them are used up
 KINDS = {
@@ -56,6 +59,17 @@ def put(generator: Any, state: Any) -> None:
         generator.set_state(state)
     else:
         getattr(generator, "bit_generator", generator).state = state
+
+
+def states_of(generators: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Each generator with its state, for `put_all`."""
+    return [(generator, state_of(generator)) for generator in generators]
+
+
+def put_all(states: Iterable[tuple[Any, Any]]) -> None:
+    """Put back what `states_of` gave."""
+    for generator, state in states:
+        put(generator, state)
 
 
 def seed(generator: Any, number: int) -> None:
@@ -128,16 +142,15 @@ class RandomStates:
 
     def read(self, own: Iterable[Any] = ()) -> tuple[Any, ...]:
         """All states as they are now, and those of generators that objects own, for `write`."""
-        of_torch, of_others = [g.get_state() for g in self.of_torch], [(g, state_of(g)) for g in own]
-        return of_torch, of_others, random.getstate(), self._numpy.read()
+        of_torch = [generator.get_state() for generator in self.of_torch]
+        return of_torch, states_of(own), random.getstate(), self._numpy.read()
 
     def write(self, states: tuple[Any, ...]) -> None:
         """Put back what `read` gave."""
         of_torch, of_others, python, numpy = states
         for generator, state in zip(self.of_torch, of_torch, strict=True):
             generator.set_state(state)
-        for generator, state in of_others:
-            put(generator, state)
+        put_all(of_others)
         random.setstate(python)
         np.random.set_state(numpy)
 

@@ -254,6 +254,7 @@ class Undo:
     Attributes:
         progress: what `roll_back` restores; nothing while it is IDLE. It is set last by what keeps, and taken back
             first, so that what failed half-way is never restored.
+        can_move: an update may give a tensor another place or layout.
 
     Args:
         state: what is watched; its model, optimizer, scaler and EMA objects must stay the same ones.
@@ -273,6 +274,7 @@ class Undo:
         self.average = [] if state.ema is None else list(state.ema.module.parameters())
         self.random_states = RandomStates(device)
         self.belongings = Belongings(state.owners())
+        self.can_move = self.belongings.has_own_code
         self.on_host = on_host
         self.optimizers = list(_with_wrapped(state.optimizer))
         self.optimizer_state: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []  # each with what it held
@@ -280,9 +282,10 @@ class Undo:
 
     def free(self) -> None:
         """Forget the copies and give back their memory."""
-        host, can_move = torch.device("cpu"), self.belongings.has_own_code
-        self.small = _Shadow(host if self.on_host else None, can_move=can_move)
-        self.beside, self.host = _Shadow(None, can_move=can_move), _Shadow(host, can_move=can_move)
+        host = torch.device("cpu")
+        make = functools.partial(_Shadow, can_move=self.can_move)
+        self.small = make(host if self.on_host else None)
+        self.beside, self.host = make(None), make(host)
         self.large = self.host
         self.end()
 

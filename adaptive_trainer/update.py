@@ -283,7 +283,8 @@ class Update:
                 state.meters["skipped"].add_(overflow)
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._undo.parameters, self.clip_grad)
-        self._follow_layouts()
+        if self._undo.can_move:
+            self._follow_layouts()
         memory = self.step_memory
         memory.look()
         if undoable and memory.may_allocate is not False:

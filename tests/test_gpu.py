@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -576,6 +576,40 @@ def test_a_step_that_comes_to_need_memory_is_undone() -> None:
         assert set(differences(dump(update.state), before)) <= {"groups"}  # the rate was set before the update
         advance(engine, 1, size=256)
     assert update.state.updates == 6
+
+
+class Binding(torch.optim.Optimizer):
+    """Binds a new tensor in each step, as a replay would not."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 2**-10, "capturable": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].get("mean", torch.zeros_like(parameter))
+                    self.state[parameter]["mean"] = mean * 0.5 + parameter.grad
+                    parameter.sub_(self.state[parameter]["mean"] * group["lr"])
+
+
+@pytest.mark.usefixtures("same_kernels")
+def test_a_refused_recording_leaves_the_optimizer_no_memory_of_the_graph() -> None:
+    ends, events = [], list[str]()
+    for kind in ("graph", "eager"):
+        with limited(gpu_checks.CUDA, None) as capacity:
+            state = made("sgd", capacity).state
+            state.optimizer = Binding(state.model.parameters())
+            update = Update(
+                state, nn.CrossEntropyLoss(), device=gpu_checks.CUDA, capacity=capacity, precision="fp32",
+                micro_batch_size=8, clip_grad=None,
+            )  # fmt: skip
+            engine = Engine(update, kind, 8, events.append)
+            advance(engine, 8)
+            ends.append(dump(state))
+    assert differences(*ends) == [], events
+    assert "puts a tensor of its state elsewhere" in str(events)
 
 
 def test_gradients_that_an_optimizer_comes_to_keep_are_not_written_over() -> None:

@@ -11,7 +11,6 @@ a network give its allocations at other batch and image sizes (`Tracer`).
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import WEIGHTED, Criterion, Loss, correct
 from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
+from adaptive_trainer.randomness import RandomStates
 from adaptive_trainer.screen import unlogged
 from adaptive_trainer.stepping import steps_alike
 
@@ -167,14 +167,14 @@ def same_random_numbers() -> Iterator[None]:
 
     torch's random numbers are the process's: another thread that draws meanwhile draws the same ones again.
     """
-    python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    states, dtype = RandomStates(torch.device("cpu")), torch.get_default_dtype()
+    before = states.read()
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_default_dtype(dtype)
-        random.setstate(python)
-        np.random.set_state(numpy)
+        states.write(before)
 
 
 def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
