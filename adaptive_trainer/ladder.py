@@ -228,10 +228,7 @@ def resolve(
     for number, rung in enumerate(asked.ladder.rungs, start=1):
         name = rung.name or f"rung-{number}"
         try:
-            step = _step(cfg, config, rung.overrides)
-            if refuse is not None and refuse(name, config, step[1]):
-                step = _step(cfg, config, rung.overrides, partial(refuse, name))
-            cfg, config, kept, notes = step
+            cfg, config, kept, notes = _step(cfg, config, rung.overrides, refuse and partial(refuse, name))
         except ConfigError as error:
             problems.append(f"rung {name!r}: {error}")
             continue
@@ -244,11 +241,17 @@ def resolve(
             notes = [*said, *notes]
         made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
         ladder.append(_following(made, asked) if follows and wrong_request is None else made)
-    names = [rung.name for rung in ladder]
-    problems += [f"rung name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+    _refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
+    return tuple(ladder)
+
+
+def _twice(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what} name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+
+
+def _refuse_all(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError("; ".join(problems))
-    return tuple(ladder)
 
 
 def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
@@ -263,7 +266,7 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     names = stage_names(phases)
     found = [apply_overrides(cfg, phase.overrides) for phase in phases]
     asked, first = typed(cfg), typed(found[0])
-    problems = [f"stage name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+    problems = _twice("stage", names)
     for name, settings in zip(names, map(typed, found), strict=True):
         fixed = [key for key in changed(asked, settings) if key.startswith(OF_THE_RUN)]
         fixed += [key for key in changed(first, settings) if key.startswith(FIXED) and key not in OF_A_STAGE]
@@ -271,8 +274,7 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
             problems.append(
                 f"stage {name!r}: {', '.join(fixed)} cannot change between stages; set it for the whole run"
             )
-    if problems:
-        raise ConfigError("; ".join(problems))
+    _refuse_all(problems)
     return list(zip(names, found, strict=True))
 
 
@@ -302,12 +304,16 @@ def _problem(config: Config) -> str | None:
 
 
 def _step(
-    cfg: DictConfig, config: Config, overrides: list[str], refuse: Callable[[Config, Config], str] | None = None
+    cfg: DictConfig, config: Config, overrides: list[str], refuse: Callable[[Config, Config], str] | None
 ) -> tuple[DictConfig, Config, list[str], list[str]]:
     """`cfg`, and `config` that says the same, one rung down; the overrides that were kept, and why others were not."""
-    kept, notes = [], []
     if len(overrides) > 1:
         apply_overrides(cfg, overrides)  # all problems of the rung at once
+    if refuse is not None:
+        whole = _step(cfg, config, overrides, None)
+        if not refuse(config, whole[1]):
+            return whole
+    kept, notes = [], []
     for text in overrides:
         candidate = _clamped(apply_overrides(cfg, [text]))
         settings = typed(candidate)
@@ -394,9 +400,9 @@ def changes(asked: Config, rung: Rung[Config], above: str = "") -> list[Change]:
     Args:
         above: what became of the rungs above it, in words.
     """
-    old, new = flat(asdict(asked)), flat(asdict(rung.settings))
-    differing = [key for key, value in new.items() if _differ(old.get(key), value)]
-    return [Change(key, old.get(key), new[key], _reason(key, rung, above)) for key in differing]
+    old = flat(asdict(asked))
+    used = changed(asked, rung.settings)
+    return [Change(key, old.get(key), value, _reason(key, rung, above)) for key, value in used.items()]
 
 
 def _reason(key: str, rung: Rung[Config], above: str) -> str:

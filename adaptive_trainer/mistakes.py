@@ -80,6 +80,9 @@ def explained(error: Exception, schema: type) -> str:
     about = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(about, OmegaConfBaseException):
         return _of_omegaconf(about, schema)
+    if several := re.match(r"Ambiguous value for argument '(.*?)=(.*)'\n", str(error)):
+        key, values = several.groups()
+        return f"{key}={values} are several values: {key}=[{values}] is a list, and -m in front trains with each"
     if isinstance(error, HydraException):
         return ". ".join(text for each in (error, error.__cause__) if (text := _first_line(each)))
     disk = error if isinstance(error, OSError) else error.__cause__  # of a log file that cannot be opened

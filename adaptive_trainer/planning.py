@@ -147,7 +147,7 @@ class Planner:
         if config.data.image_size != above.data.image_size or config.model != above.model:
             reason = self._size_refusal(above, config)
         if not reason and replace(config.optimizer, lr=0.0) != replace(above.optimizer, lr=0.0):
-            reason = self._optimizer_refusal(config)
+            reason = _optimizer_refusal(self._outline(config), config)
         alone = "" if reason else single_sample(config)
         return alone if alone and self._has_batch_norm(config) else reason
 
@@ -159,16 +159,6 @@ class Planner:
         if model is None or not failure or failure_at(model, above.data.image_size):
             return ""
         return f"{type(model).__name__} refuses data.image_size={size}: {failure}"
-
-    def _optimizer_refusal(self, config: Config) -> str:
-        model, kwargs = self._outline(config), config.optimizer.kwargs
-        on_meta = {key: value for key, value in kwargs.items() if key != "fused"}  # which meta tensors cannot be
-        try:
-            if model is not None:
-                build_optimizer(model, replace(config.optimizer, kwargs=on_meta), torch.device("meta"))
-        except ConfigError as error:
-            return str(error)
-        return ""
 
     def no_step(self, above: Config, config: Config) -> str:
         """Why another network than the one above is no step down; empty where it may be one."""
@@ -418,6 +408,16 @@ def single_sample(config: Config) -> str:
         f"trainer.{key}=1 leaves BatchNorm a single sample, which has no variance; "
         "use 2 or more, or a model without BatchNorm"
     )
+
+
+def _optimizer_refusal(model: nn.Module | None, config: Config) -> str:
+    on_meta = {key: value for key, value in config.optimizer.kwargs.items() if key != "fused"}  # which meta has not
+    try:
+        if model is not None:
+            build_optimizer(model, replace(config.optimizer, kwargs=on_meta), torch.device("meta"))
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def image_refusal(config: Config, num_classes: int) -> str:

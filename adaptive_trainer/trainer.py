@@ -150,35 +150,10 @@ class Trainer:
 
     def _run(self, start: Start, ladders: Ladders, device: torch.device, capacity: Capacity, record: Record) -> Result:
         """Train the stages one after another."""
-        first = ladders[0][2][0].settings
-        for _, _, ladder in ladders:
-            check_names(ladder, own_model=self._make_model is not build_model)
         saved, start.saved = start.saved, None  # it is large, and the first stage lets it go
-        data = build_datasets(typed(ladders[0][1]), *self._data, split=resume.split_before(saved))
-        num_classes = first.model.num_classes or data.num_classes
-        for _, settings, _ in ladders[1:]:  # the first has just been looked at
-            check_batch_size(typed(settings), len(data.train))
+        data, parts = self._opened(start, ladders, device, capacity, saved)
         counts, not_used = described(data)
         log.info("%s", counts)
-        if self._make_model is build_model:
-            for _, _, ladder in ladders:
-                check_image_size(ladder[0].settings.model, ladder[0].settings.data.image_size, num_classes)
-        for _, _, ladder in ladders:
-            self._build_loss(ladder[0].settings, num_classes)  # another number of class weights is refused now
-        parts = Parts(
-            make_model=self._make_model,
-            make_loss=self._build_loss,
-            request=frozen(start.cfg),
-            num_classes=num_classes,
-            train_size=len(data.train),
-            device=device,
-            capacity=capacity,
-            made=self._made,
-            prepare=partial(settled, make_model=self._make_model, saved=None if saved is None else saved["config"]),
-        )
-        if saved is not None:
-            resume.check_stages(saved, [name for name, _, _ in ladders])
-            resume.check_data(saved, data)
         if self._make_model is build_model:
             ladders = _with_layout(start.cfg, ladders, len(data.train), device, record, saved)
         data, ladders = _with_cache(data, ladders, record)
@@ -216,11 +191,46 @@ class Trainer:
                 stage = Stage(
                     ladder, settings, parts, data, record, stop, forecast, number, saved, weights, after, accepted
                 )
-                rung = self._train(stage, name, settings, capacity, record)
+                rung = _train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned() if number + 1 < len(ladders) else None
                 done.append({"name": name, "rung": rung.name, "metrics": stage.metrics})
         self.model = stage.model
         return self._result(typed(settings), rung, stage, done, record)
+
+    def _opened(
+        self,
+        start: Start,
+        ladders: Ladders,
+        device: torch.device,
+        capacity: Capacity,
+        saved: dict[str, Any] | None,
+    ) -> tuple[DataSets, Parts]:
+        """The data, and what all stages share; what does not suit them is refused."""
+        requests = [typed(settings) for _, settings, _ in ladders]
+        is_own_model = self._make_model is not build_model
+        for _, _, ladder in ladders:
+            check_names(ladder, own_model=is_own_model)
+        data = build_datasets(requests[0], *self._data, split=resume.split_before(saved))
+        num_classes = requests[0].model.num_classes or data.num_classes
+        for request in requests:
+            check_batch_size(request, len(data.train))
+            if not is_own_model:
+                check_image_size(request.model, request.data.image_size, num_classes)
+            self._build_loss(request, num_classes)  # another number of class weights is refused now
+        if saved is not None:
+            resume.check_stages(saved, [name for name, _, _ in ladders])
+            resume.check_data(saved, data)
+        return data, Parts(
+            make_model=self._make_model,
+            make_loss=self._build_loss,
+            request=frozen(start.cfg),
+            num_classes=num_classes,
+            train_size=len(data.train),
+            device=device,
+            capacity=capacity,
+            made=self._made,
+            prepare=partial(settled, make_model=self._make_model, saved=None if saved is None else saved["config"]),
+        )
 
     def _tell(self, start: Start, device: torch.device, record: Record) -> None:
         """Record what was decided before anything runs."""
@@ -237,21 +247,6 @@ class Trainer:
             record.event("the loss has parameters, which nothing trains: the optimizer is given the network's alone")
         if start.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
             record.event(f"trainer.tf32=true changes nothing: {refusal}")
-
-    def _train(self, stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:
-        """One stage; what an exhausted ladder leaves to be said is added to its message."""
-        message, earlier = "", len(record.attempts)
-        if settings.trainer.batch_size == LARGEST:
-            settle(stage, settings)
-        try:
-            rung = stage.run()
-        except LadderExhausted as error:
-            message = str(error)
-        if message:
-            stage.accepted()  # it is the memory that is short, and to be recorded
-            raise LadderExhausted(f"{message}\n{stage.leak or _advice(capacity)}")
-        log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
-        return rung
 
     def _weigh_classes(self, asked: list[TrainerConfig], data: DataSets, record: Record) -> None:
         """Count the training labels for `trainer.class_weights=balanced`; record what the caller's loss ignores."""
@@ -296,6 +291,22 @@ class Trainer:
         more = f"{way_on(self.output_dir)} trainer.epochs={2 * epochs}" if is_typed else ""
         best = None if stage.session is None else stage.session.state.best
         return summary(result, best=best, way_on=more, is_own_model=is_own_model)
+
+
+def _train(stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:
+    """One stage; what an exhausted ladder leaves to be said is added to its message."""
+    message, earlier = "", len(record.attempts)
+    if settings.trainer.batch_size == LARGEST:
+        settle(stage, settings)
+    try:
+        rung = stage.run()
+    except LadderExhausted as error:
+        message = str(error)
+    if message:
+        stage.accepted()  # it is the memory that is short, and to be recorded
+        raise LadderExhausted(f"{message}\n{stage.leak or _advice(capacity)}")
+    log.info("stage %s: rung %s succeeded\n%s", name, rung.name, rung_table(record.attempts[earlier:]))
+    return rung
 
 
 def _with_layout(
