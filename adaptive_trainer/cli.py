@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ class OutputFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a sweep."""
         for text in config.hydra.overrides.task:
-            if text.lstrip("+").startswith("output_dir=") and not {",", "$"} & set(text):
+            if text.lstrip("+").startswith("output_dir=") and not re.search(r"[,$]|=(null)?$", text):
                 show_error(
                     f"error: {text} would be the folder of all jobs of this sweep, which has to be one for each; "
                     f"hydra.sweep.dir={text.partition('=')[2]} is a folder for the folders of all jobs"

@@ -160,7 +160,7 @@ def described(data: DataSets) -> tuple[str, list[str]]:
     source = "of a set of their own" if data.split is None else "held out of the training set"
     names = shorten(", ".join(data.classes), 200, placeholder="...")
     counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
-    parts = [_source(part, 0)[0] for part in (data.train, *((data.val,) if data.split is None else ()))]
+    parts = [_base(part) for part in (data.train, *((data.val,) if data.split is None else ()))]
     return f"{counts}: {names}", [text for part in parts for text in getattr(part, "not_used", ())] + [*data.notes]
 
 
@@ -241,7 +241,7 @@ def _of_split(split: Split | None, labels: Array | None, data: Any) -> list[str]
         return []
     why = "as in the run that is resumed"
     if labels is None:
-        kind = type(_source(data, 0)[0]).__name__
+        kind = type(_base(data)).__name__
         why = f"since {kind} has no list of its labels (`targets`)"
     elif len(np.unique(labels)) == len(labels):
         why = "since every class has one image only"
@@ -302,26 +302,24 @@ def _checked(part: _Part, name: str, count: int) -> _Part:
     )
 
 
-def _source(data: Any, index: int) -> tuple[Any, int]:
-    """The data set below all subsets, and the index there."""
-    while isinstance(data, Subset):
-        data, index = data.dataset, data.indices[index]
-    return data, index
+def _base(data: Any) -> Any:
+    """The data set below all subsets."""
+    return _base(data.dataset) if isinstance(data, Subset) else data
 
 
 def sample_name(data: Any, index: int) -> str:
     """The path of a sample where the data set has a list of them (`samples`), else its number."""
-    base, number = _source(data, index)
-    listed = getattr(base, "samples", None)
-    if isinstance(listed, list) and number < len(listed) and isinstance(listed[number], tuple):
-        return str(listed[number][0])
-    return f"sample {number}"
+    if isinstance(data, Subset):
+        return sample_name(data.dataset, data.indices[index])
+    listed = getattr(data, "samples", None)
+    if isinstance(listed, list) and index < len(listed) and isinstance(listed[index], tuple):
+        return str(listed[index][0])
+    return f"sample {index}"
 
 
 def _class_names(data: Any) -> tuple[str, ...]:
     """The names of the classes where the data set has a list of them, else none."""
-    base, _ = _source(data, 0)
-    found = getattr(base, "classes", None)
+    found = getattr(_base(data), "classes", None)
     return tuple(str(name) for name in found) if isinstance(found, list | tuple) else ()
 
 
@@ -338,7 +336,7 @@ def _class_count(data: Any, names: tuple[str, ...], labels: Array | None, asked:
         ConfigError: `model.num_classes` is smaller.
         DataError: there is only one class.
     """
-    if (listed := known_labels(_source(data, 0)[0])) is not None:
+    if (listed := known_labels(_base(data))) is not None:
         labels = listed  # those of the whole, of which this is a part
     found = len(names) or _counted(data) or (asked or 0 if labels is None else int(labels.max()) + 1)
     if asked is not None and asked < found:
@@ -350,7 +348,7 @@ def _class_count(data: Any, names: tuple[str, ...], labels: Array | None, asked:
 
 def _counted(data: Any) -> int:
     """The number of classes that the data set says itself; 0 where it does not."""
-    known = getattr(_source(data, 0)[0], "num_classes", None)
+    known = getattr(_base(data), "num_classes", None)
     return known if isinstance(known, int) else 0
 
 
@@ -361,7 +359,7 @@ def _read_labels(data: Any) -> Array:
         ConfigError: there are many.
         DataError: a sample cannot be read, or has no label that is a whole number.
     """
-    kind, count = type(_source(data, 0)[0]).__name__, len(data)
+    kind, count = type(_base(data)).__name__, len(data)
     if count > SCAN_LIMIT:
         raise ConfigError(f"{kind} has no `classes` or `targets`; give model.num_classes")
     log.info(

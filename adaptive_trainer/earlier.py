@@ -150,9 +150,7 @@ def begin(output_dir: Path, settings: str) -> bool:
     """
     if left_by_earlier(output_dir):
         return False
-    with refused_by_disk(
-        lambda problem: CheckpointError(f"cannot write the record of this run in {output_dir}: {problem}")
-    ):
+    with refused_by_disk(CheckpointError, f"cannot write the record of this run in {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / SETTINGS, settings)
         (output_dir / RESULT).unlink(missing_ok=True)
@@ -190,7 +188,7 @@ def set_aside(output_dir: Path) -> str:
     aside = output_dir / f"earlier-{len(earlier) + 1}"
     if earlier and not any((earlier[-1] / path.name).exists() for path in (output_dir / SETTINGS, *left)):
         aside = earlier[-1]
-    with refused_by_disk(lambda problem: CheckpointError(f"cannot move an earlier run to {aside}: {problem}")):
+    with refused_by_disk(CheckpointError, f"cannot move an earlier run to {aside}"):
         aside.mkdir(exist_ok=True)
         for path in left:
             path.replace(aside / path.name)

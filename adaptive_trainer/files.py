@@ -1,17 +1,19 @@
-"""Small files written whole or not at all, and what is said where the disk refuses."""
+"""Small files written whole or not at all, JSON and CSV for them, and what is said where the disk refuses."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from adaptive_trainer.errors import UserError, remedy
 
-__all__ = ["append", "as_json", "refused_by_disk", "write_whole"]
+__all__ = ["append", "as_csv", "as_json", "refused_by_disk", "write_whole"]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -38,15 +40,25 @@ def append(path: Path, text: str) -> None:
 
 
 @contextmanager
-def refused_by_disk(explain: Callable[[str], UserError]) -> Iterator[None]:
-    """An OSError of the block leaves as what `explain` makes of its text, in which is said what to do."""
+def refused_by_disk(kind: type[UserError], what: str) -> Iterator[None]:
+    """Raise `kind` for an OSError of the block: what cannot be done, why, and what to do."""
     problem = ""
     try:
         yield
     except OSError as error:
         problem = f"{error}. {remedy(error)}"
     if problem:
-        raise explain(problem)
+        raise kind(f"{what}: {problem}")
+
+
+def as_csv(rows: Sequence[dict[str, Any]], *, with_header: bool = True) -> str:
+    """CSV of rows with the keys of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if with_header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -116,6 +116,8 @@ def _no_choice(error: MissingConfigException) -> str:
 
 def _unreadable(text: str, schema: type) -> str:
     key, has_value, value = text.partition("=")
+    if value.startswith(("[", "{")):
+        return f'{text} cannot be read; between brackets, quotes go around each text that is no plain word: ["a.b=1"]'
     if has_value:
         return f"{text} cannot be read; if the value is meant as it stands, quote it: {override(key, value)}"
     near = _near(key, schema)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import logging
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from adaptive_trainer.checks import check
 from adaptive_trainer.config import LARGEST, CardConfig, Config, typed
 from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.files import refused_by_disk, write_whole
+from adaptive_trainer.files import as_csv, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.capacity import limit_for
 from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
@@ -192,7 +190,7 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
         text += "\n! does not fit, ? too near the limit to say"
     log.info("%s", text)
     _write(output_dir, "memory.txt", text + "\n")
-    _write(output_dir, "memory.csv", _csv(cells))
+    _write(output_dir, "memory.csv", as_csv([asdict(cell) for cell in cells]))
     _draw(cells, head, Path(output_dir) / "memory.png")
     _log_files(output_dir, "memory.txt", "memory.csv", "memory.png")
     return cells
@@ -246,14 +244,6 @@ def _shown(cell: Cell) -> str:
     return f"{_mib(cell.allocated_bytes)}{measured}" + {"hopeless": " !", "unsure": " ?"}.get(cell.verdict, "")
 
 
-def _csv(cells: Sequence[Cell]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(asdict(cells[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(cell) for cell in cells)
-    return text.getvalue()
-
-
 def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
     """A line for each image size over the batch size; nothing but a message where matplotlib is missing."""
     try:
@@ -290,10 +280,6 @@ def _log_files(output_dir: str | Path, *names: str) -> None:
 
 def _write(output_dir: str | Path, name: str, content: str | bytes) -> None:
     folder = Path(output_dir)
-    with _writing(folder):
+    with refused_by_disk(ConfigError, f"cannot write in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / name, content)
-
-
-def _writing(folder: Path) -> AbstractContextManager[None]:
-    return refused_by_disk(lambda problem: ConfigError(f"cannot write in {folder}: {problem}"))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.earlier import failure
 from adaptive_trainer.errors import CheckpointError
-from adaptive_trainer.files import append, as_json, refused_by_disk, write_whole
+from adaptive_trainer.files import append, as_csv, as_json, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Change, Recipe
 from adaptive_trainer.store import alone
 
@@ -122,7 +121,7 @@ class Record:
         path = self.folder / "metrics.csv"
         is_new = not path.exists() or path.stat().st_size == 0
         with self._writing():
-            append(path, _csv([row], with_header=is_new))
+            append(path, as_csv([row], with_header=is_new))
 
     def forget_after(self, stage: int, model: str, epoch: int) -> None:
         """Drop rows of metrics.csv that a run resumed in `stage`, with `model`, after `epoch` will write again."""
@@ -134,7 +133,7 @@ class Record:
         kept = [
             row for row in rows if (int(row["stage"]), row["model"]) != (stage, model) or int(row["epoch"]) <= epoch
         ]
-        self.write("metrics.csv", _csv(kept, with_header=True) if kept else "")
+        self.write("metrics.csv", as_csv(kept) if kept else "")
 
     def result(self, result: Result) -> None:
         """Write result.json."""
@@ -154,15 +153,4 @@ class Record:
             write_whole(self.folder / name, text)
 
     def _writing(self) -> AbstractContextManager[None]:
-        return refused_by_disk(
-            lambda problem: CheckpointError(f"cannot write the record of this run in {self.folder}: {problem}")
-        )
-
-
-def _csv(rows: Sequence[dict[str, Any]], *, with_header: bool) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    if with_header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        return refused_by_disk(CheckpointError, f"cannot write the record of this run in {self.folder}")

@@ -26,6 +26,7 @@ __all__ = ["LOADS", "check_model", "frozen", "trusted"]
 
 TARGET = "_target_"
 REFERENCE = re.compile(r"(?<!\\)\$\{[\w.-]*\}")  # to another setting; one with a colon in it calls a resolver
+CALL = re.compile(r"\$\\*\{")
 LOADS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")  # of timm.create_model
 Names = dict[tuple[str, str], str]  # by the setting and what it names: what to type to allow it
 
@@ -84,8 +85,7 @@ def _without_calls(raw: Any, resolved: Any) -> Any:
         return {key: _without_calls(value, resolved[key]) for key, value in raw.items()}
     if isinstance(raw, list):
         return [_without_calls(*pair) for pair in zip(raw, resolved, strict=True)]
-    calls = isinstance(raw, str) and "${" in REFERENCE.sub("", raw.replace("\\${", ""))
-    return resolved if calls else raw
+    return resolved if isinstance(raw, str) and "${" in _beside(raw.replace("\\${", "")) else raw
 
 
 def _read(text: Any, source: Path, own: Any) -> DictConfig:
@@ -94,15 +94,7 @@ def _read(text: Any, source: Path, own: Any) -> DictConfig:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(text, str) else None
         if isinstance(plain, dict) and plain:
-            known, names = {value for _, value, _ in _leaves(own)}, _names(plain)
-            _refuse(
-                source,
-                {
-                    (place, value): how
-                    for place, value, how in _leaves(plain)
-                    if value not in known and (_calls(value) or ((place, value) in names and "$" in value))
-                },
-            )
+            _refuse(source, _calls(plain, own))
             saved = OmegaConf.merge(OmegaConf.structured(Config), plain)
             saved.card = CardConfig()  # a training has none
     except (OmegaConfBaseException, YAMLError, TypeError, AttributeError, RecursionError) as error:
@@ -174,12 +166,27 @@ def _shipped() -> frozenset[str]:
     )
 
 
-def _calls(value: Any) -> bool:
-    """Whether a text holds a resolver, or a dollar that can become one.
+def _calls(saved: Any, own: Any) -> Names:
+    """What calls a resolver, or may come to do so, or is a name that a rung could change; but for what is one's own.
 
-    It can in the texts of overrides, which have escapes of their own, and where Hydra resolves what it instantiates.
+    Overrides have escapes of their own (`$\\{`), and Hydra resolves once more what it instantiates: so a dollar of one
+    setting that a second one joins to the text of a third is a call too.
     """
-    return isinstance(value, str) and "$" in REFERENCE.sub("", value)
+    known, names = {value for _, value, _ in _leaves(own)}, _names(saved)
+    texts = [leaf for leaf in _leaves(saved) if isinstance(leaf[1], str) and leaf[1] not in known]
+    has_dollar = any("$" in _beside(str(value)) for tree in (saved, own) for _, value, _ in _leaves(tree))
+    return {
+        (place, value): how
+        for place, value, how in texts
+        if CALL.search(_beside(value))
+        or (has_dollar and REFERENCE.search(value) and not REFERENCE.fullmatch(value))
+        or ("$" in value and (place, value) in names)
+    }
+
+
+def _beside(text: str) -> str:
+    """A text without its references."""
+    return REFERENCE.sub("", text)
 
 
 def _last(place: str) -> str:

@@ -61,6 +61,8 @@ TYPED = [
     ("data.root=a=b", ["data.root=a=b cannot be read", "'data.root=\"a=b\"'"]),
     ("data.root=/photos/Müller", ["cannot be read", "'data.root=\"/photos/Müller\"'"]),
     ("trainer.epochs=[1", ["trainer.epochs=[1 cannot be read"]),
+    ("trainer.epochs=1,2", ["trainer.epochs=1,2 are several values", "trainer.epochs=[1,2]", "-m in front"]),
+    ("ladder.rungs=[{name:a,overrides:[trainer.epochs=2]}]", ["cannot be read; between brackets", '["a.b=1"]']),
     ("ladder=defualt", ["'ladder/defualt'", "default, faithful, none", "did you mean ladder=default?"]),
     ("ladder=", ["Available options in 'ladder'"]),
     ("hydra/job_logging=nope", ["hydra/job_logging", "plain"]),

@@ -113,6 +113,19 @@ DOORS: dict[str, Callable[[dict[str, Any]], Any]] = {
         put("data.train.a", "$")(settings),
         put("data.train.transform", "${data.train.a}{code:1}")(settings),
     ),
+    "resolver put together of a path's dollar": lambda settings: (
+        put("data.root", "photos$")(settings),
+        put("data.train.transform", "${data.root}{code:1}")(settings),
+    ),
+    "resolver put together by a stage": lambda settings: (
+        put("data.train.a", {"b": "$", "c": "x"})(settings),
+        put("data.train.transform", "${data.train.a.b}${data.train.a.c}")(settings),
+        stage("data.train.a.c='{code:1}'")(settings),
+    ),
+    "override put together": lambda settings: (
+        put("data.train.a", "$")(settings),
+        rung("seed=${data.train.a}{code:1}")(settings),
+    ),
     "node put together": lambda settings: (
         put("data.train.a", "$")(settings),
         put("data.train.transform", "${data.train.a}{oc.create:'{_target_: " + RUNS + ", command: touch PWNED}'}")(
@@ -183,6 +196,15 @@ def test_a_folder_of_ones_own_names_what_it_likes(trained: Path, tmp_path: Path)
     put("data.train._target_", "tests.test_trust.Images")(settings)
     cfg = compose_config(["resume=last.pt", "data=mine"], config_folder=tmp_path)
     assert trusted(yaml.safe_dump(settings), Path("last.pt"), cfg).data.train == {"_target_": "tests.test_trust.Images"}
+
+
+@pytest.mark.parametrize("root", ["my photos$", "$", "a$b/$c", "\\\\host\\c$\\photos", "{code:1}"])
+def test_a_path_may_have_a_dollar(root: str, trained: Path) -> None:
+    settings = request(trained)
+    put("data.root", root)(settings)
+    put("data.train.root", "${data.root}")(settings)
+    made = trusted(yaml.safe_dump(settings), Path("last.pt"), compose_config(["resume=last.pt"]))
+    assert made.data.train.root == root
 
 
 def test_resolvers_are_called_once_and_their_values_saved(monkeypatch: pytest.MonkeyPatch) -> None:
