@@ -1,4 +1,4 @@
-"""Down the ladder until a rung holds: try, record, release, next.
+"""Down the ladder until a rung fits: try, record, release, next.
 
 Knows nothing of models, epochs or data: it is given rungs and a function that tries one. `descend` serves the Trainer
 and, with `ladder.make_ladder`, any training loop of one's own:
@@ -64,7 +64,7 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Found(Generic[T, R]):
-    """The rung that holds, what its try returned, and every attempt on the way."""
+    """The rung that fits, what its try returned, and every attempt on the way."""
 
     rung: Rung[T]
     value: R
@@ -93,7 +93,7 @@ def descend(
         device: what to free after a failed attempt; the current CUDA device, or the CPU, where None.
 
     Raises:
-        LadderExhausted: no rung holds; the message lists every attempt.
+        LadderExhausted: no rung fits; the message lists every attempt.
         Exception: whatever `attempt` raises that is not about memory, unchanged.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,7 +127,7 @@ def _try(
     meter: Meter | None,
     record: Callable[[Attempt], None],
 ) -> tuple[Attempt, tuple[R] | None]:
-    """One rung tried: its record, and the value in a tuple of one when it holds."""
+    """One rung tried: its record, and the value in a tuple of one when it fits."""
     entry = Attempt(rung.name, "fits")
     started = time.perf_counter()
     value: tuple[R] | None = None

@@ -215,13 +215,11 @@ def resolve(
     if wrong_request is not None and not isinstance(asked.trainer.batch_size, int):
         raise ConfigError(wrong_request)  # no rung can be compared with it
     problems = [] if wrong_request is None else [wrong_request]
-    said: list[str] = []
     is_found = asked.trainer.batch_size == LARGEST
+    said = [f"batch size {LARGEST} -> {batch_size}: {why}"] if is_found else []
     if is_found:
-        said.append(f"batch size {LARGEST} -> {batch_size}: {why}")
         asked = with_batch_size(asked, DEFAULT_BATCH)
-        cfg = cfg.copy()
-        cfg.trainer.batch_size = batch_size
+        cfg = apply_overrides(cfg, [f"trainer.batch_size={batch_size}"])
     config = typed(cfg)
     ladder = [_following(Rung(REQUESTED, config, notes=tuple(said)), asked)]
     follows = True  # until a rung sets the learning rate itself

@@ -136,11 +136,11 @@ def plan_table(made: Plan) -> str:
 
 
 def _landing(made: Plan) -> str:
-    perhaps = f"; {', '.join(made.perhaps)} may hold and will be tried first" if made.perhaps else ""
+    perhaps = f"; {', '.join(made.perhaps)} may fit and will be tried first" if made.perhaps else ""
     if made.lands_on is not None:
         return f"lands on rung {made.lands_on}{perhaps}"
     if made.target.capacity is None:
-        return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung holds"
+        return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung fits"
     return f"no rung is sure to fit{perhaps}"
 
 

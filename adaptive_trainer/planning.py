@@ -1,4 +1,4 @@
-"""Know before you run: what every rung of a ladder will need, and which one will hold, on a card that need not be here.
+"""Know before you run: what every rung of a ladder will need, and which one will fit, on a card that need not be here.
 
 `Planner.predict` answers for one recipe and serves the descent too; `plan` answers for a ladder.
 """

@@ -31,7 +31,7 @@ class Result:
 
     Attributes:
         outcome: `trained`.
-        rung: the rung that holds at the end.
+        rung: the rung that fits at the end.
         requested, used: what was asked for and what trained.
         changes: every setting that differs, and why.
         events: what else was decided on the way, in words, in order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -103,7 +104,7 @@ class Trainer:
         self.model: nn.Module | None = None
 
     def fit(self) -> Result:
-        """Train to the last epoch on the first rung that holds; write the record; return it.
+        """Train to the last epoch on the first rung that fits; write the record; return it.
 
         Raises:
             UserError: something the user can mend: settings, data, model, checkpoint, a diverging loss.
@@ -168,9 +169,9 @@ class Trainer:
 
         if saved is None:
             accepted()
-        for text in not_used:
+        loss = None if self._loss is None else self._loss.loss
+        for text in (*not_used, *_remarks(start, device, loss, is_own_model=self._make_model is not build_model)):
             record.event(text)
-        self._tell(start, device, record)
         self._weigh_classes([rung.settings.trainer for _, _, ladder in ladders for rung in ladder], data, record)
         forecast = Forecast(
             capacity,
@@ -232,22 +233,6 @@ class Trainer:
             prepare=partial(settled, make_model=self._make_model, saved=None if saved is None else saved["config"]),
         )
 
-    def _tell(self, start: Start, device: torch.device, record: Record) -> None:
-        """Record what was decided before anything runs."""
-        if start.path is not None:
-            log.info("going on from %s", start.path)
-        for text in start.events:
-            record.event(text)
-        if self._make_model is not build_model:
-            record.event(
-                f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
-            )
-        loss = None if self._loss is None else self._loss.loss
-        if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
-            record.event("the loss has parameters, which nothing trains: the optimizer is given the network's alone")
-        if start.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
-            record.event(f"trainer.tf32=true changes nothing: {refusal}")
-
     def _weigh_classes(self, asked: list[TrainerConfig], data: DataSets, record: Record) -> None:
         """Count the training labels for `trainer.class_weights=balanced`; record what the caller's loss ignores."""
         if self._loss is None and any(trainer.class_weights == BALANCED for trainer in asked):
@@ -291,6 +276,19 @@ class Trainer:
         more = f"{way_on(self.output_dir)} trainer.epochs={2 * epochs}" if is_typed else ""
         best = None if stage.session is None else stage.session.state.best
         return summary(result, best=best, way_on=more, is_own_model=is_own_model)
+
+
+def _remarks(start: Start, device: torch.device, loss: Loss | None, *, is_own_model: bool) -> Iterator[str]:
+    """What was decided before anything runs, in words."""
+    if start.path is not None:
+        log.info("going on from %s", start.path)
+    yield from start.events
+    if is_own_model:
+        yield f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        yield "the loss has parameters, which nothing trains: the optimizer is given the network's alone"
+    if start.cfg.trainer.tf32 and (refusal := tf32_refusal(device)):
+        yield f"trainer.tf32=true changes nothing: {refusal}"
 
 
 def _train(stage: Stage, name: str, settings: DictConfig, capacity: Capacity, record: Record) -> Rung[Config]:

@@ -190,7 +190,7 @@ def test_what_cannot_be_traced_is_unknown_and_may_hold() -> None:
     assert (row.verdict, row.live_bytes) == ("unknown", None)
     assert row.reason
     assert (made.lands_on, made.perhaps) == (None, ("requested",))
-    assert "requested may hold and will be tried first" in plan_table(made)
+    assert "requested may fit and will be tried first" in plan_table(made)
 
 
 def test_an_unknown_optimizer_is_unknown() -> None:
