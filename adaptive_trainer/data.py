@@ -170,9 +170,7 @@ class _View(Dataset[Any]):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
         sample = self._draw(key)
-        if (
-            not self._belongings.keep()
-        ):  # it has made generators while it was asked: with those seeded as well, once more
+        if not self._belongings.keep():  # it has made generators meanwhile: once more, with those seeded as well
             sample = self._draw(key)
         return sample
 

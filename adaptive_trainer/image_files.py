@@ -81,12 +81,9 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         path, label = self.samples[index]
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", category=UserWarning, module="PIL"
-                )  # of broken data beside the pixels
-                warnings.filterwarnings(
-                    "ignore", category=Image.DecompressionBombWarning, append=True
-                )  # it can be read
+                # Data beside the pixels may be broken, and a large image can be read.
+                warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+                warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
                 with Image.open(path) as image:
                     return read_as_rgb(image), label
         except (OSError, *TOO_LARGE):

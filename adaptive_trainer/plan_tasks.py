@@ -61,8 +61,8 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         config.device = "cpu"  # the simulated card that training would take
     if config.device == "cpu":
         config.memory.limit = limit
-    planner = _planner(config, stored_size(typed(settings) for _, settings in stages(cfg)))
     asked, made = stages(cfg), dict[str, Plan]()
+    planner = _planner(config, stored_size(typed(settings) for _, settings in asked))
     for name, settings in asked:
         ladder, is_found = _ladder(settings, planner)
         made[name] = plan(ladder, planner, is_found=is_found)
