@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import logging
 import os
 import tempfile
 import warnings
@@ -102,6 +103,7 @@ def main() -> None:
     runs += itertools.product(itertools.combinations(HOSTS, 2), ("true", "false"))
     torch.use_deterministic_algorithms(False)  # imports the compiler, once for all
     warnings.simplefilter("error")
+    logging.basicConfig(level=logging.ERROR)  # else each run says on the screen how it goes
     gc.freeze()
     for host, tf32 in runs:
         pid = os.fork()
