@@ -1,7 +1,7 @@
 """What objects hold beside tensors, one within the other: generators of random numbers, attributes, containers.
 
-All of it is found by one walk. Whether the walk still says all is looked at in each update, which costs a comparison an
-attribute of the user's own modules; nothing is held on to that holds tensors, whose memory the update needs.
+All of it is found by one walk. Each update looks whether that still holds, by a comparison for each attribute of the
+user's own modules. Nothing is held on to that holds tensors, whose memory the update needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import operator
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,11 +129,23 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(inside))
 
 
-class _Holder:
-    """The attributes of an object, or a dictionary or list: what it leads to, and plain values that can be put back."""
+def _leads_to_generator(value: Any, before: Any) -> bool:
+    """Whether a value is or holds a generator, and has taken the place of another."""
+    if value is before or type(value) in LEAVES or isinstance(value, Tensor | nn.Module):
+        return False
+    return any(is_generator(each) for _, each, _ in walk({"": value}))
 
-    def __init__(self, content: dict[Any, Any] | list[Any]) -> None:
+
+class _Holder:
+    """The attributes of an object, or a dictionary or list: what it leads to, and what of it can be put back.
+
+    Args:
+        whole: put back all but tensors; else which generators it holds.
+    """
+
+    def __init__(self, content: dict[Any, Any] | list[Any], *, whole: bool) -> None:
         self.content = content
+        self.whole = whole
         values, self.kinds = self._values()
         names = list(content) if isinstance(content, dict) else list(range(len(values)))
         self.plain = [n for n, value in enumerate(values) if _is_plain(value) or is_generator(value)]
@@ -164,17 +176,19 @@ class _Holder:
         """What it held when it was noted, but for tensors and what holds them."""
         content = self.content
         if isinstance(content, list):
-            content[:] = self.names
+            if self.whole:
+                content[:] = self.names
             return
-        names = set(self.names)
-        for name in [name for name in content if name not in names]:
+        before = {self.names[n]: value for n, value in zip(self.plain, self.kept, strict=True)}
+        before |= {self.names[n]: value for n, value in self.links}
+        changed = [name for name in content if self.whole or _leads_to_generator(content[name], before.get(name))]
+        for name in set(changed).difference(self.names):
             del content[name]
-        content.update({self.names[n]: value for n, value in zip(self.plain, self.kept, strict=True)})
-        content.update({self.names[n]: value for n, value in self.links})
+        content.update(before if self.whole else {name: before[name] for name in changed if name in before})
 
 
 class Belongings:
-    """The generators that some objects own, and their plain attributes.
+    """The generators that some objects own, and the plain attributes of some of these objects.
 
     Attributes:
         generators: by the path that leads to each.
@@ -182,11 +196,14 @@ class Belongings:
 
     Args:
         roots: the objects, by name.
+        whole: names of those whose plain attributes are put back too. A network's and a loss's are their own: one that
+            counts its calls, and fails in the seventh, would fail in it for ever.
         into_data: look into data sets as well.
     """
 
-    def __init__(self, roots: Mapping[str, Any], *, into_data: bool = False) -> None:
+    def __init__(self, roots: Mapping[str, Any], *, whole: Collection[str] = (), into_data: bool = False) -> None:
         self.roots = roots
+        self.whole = whole
         self.into_data = into_data
         self._look()
 
@@ -206,7 +223,7 @@ class Belongings:
             if not changes or not isinstance(content, dict | list) or is_generator(value):
                 continue
             if content is not value or not _holds_tensors(value):
-                self._holders.append(_Holder(content))
+                self._holders.append(_Holder(content, whole=path.partition(".")[0] in self.whole))
         self._size = self._count()
 
     def _count(self) -> int:

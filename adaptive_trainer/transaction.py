@@ -84,7 +84,7 @@ class TrainState:
     meters: dict[str, Tensor] = field(default_factory=dict)
 
     def owners(self) -> dict[str, Any]:
-        """The objects whose generators of random numbers, and plain attributes, an update may change."""
+        """The objects whose generators of random numbers an update may change."""
         return {"model": self.model, "loss": self.loss, "optimizer": self.optimizer, "average": self.ema}
 
 
@@ -273,7 +273,7 @@ class Undo:
         self.parameters = list(state.model.parameters())
         self.average = [] if state.ema is None else list(state.ema.module.parameters())
         self.random_states = RandomStates(device)
-        self.belongings = Belongings(state.owners())
+        self.belongings = Belongings(state.owners(), whole=("optimizer", "average"))
         self.can_move = self.belongings.has_own_code
         self.on_host = on_host
         self.optimizers = list(_with_wrapped(state.optimizer))
