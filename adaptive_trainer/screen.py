@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from textwrap import wrap
 from typing import IO, Any
 
 __all__ = [
+    "COMMAND",
     "Screen",
     "duration",
     "is_terminal",
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 
 PACKAGE = __name__.partition(".")[0]
 USUAL_WIDTH = 80  # columns, where there is no terminal to ask
+COMMAND = "python -m adaptive_trainer"  # what people type
+QUOTED = re.compile(r"""(?<![^\s(=\['"])(['"]).+?\1(?=[\s,.;:)\]'"]|$)""")
+NO_BREAK = "\0"  # stands for a space where a line must not be broken
 
 
 class Screen(logging.Handler):
@@ -83,10 +88,12 @@ def show_error(text: str) -> None:
 
 
 def _broken(line: str, columns: int) -> str:
-    if len(line) <= columns:
+    if len(line) <= columns or COMMAND in line:  # half a command, pasted, would run
         return line
     indent = (len(line) - len(line.lstrip()) + 2) * " "
-    return "\n".join(wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+    whole = QUOTED.sub(lambda found: found[0].replace(" ", NO_BREAK), line)  # as in paths, which are copied too
+    lines = wrap(whole, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace(NO_BREAK, " ")
 
 
 @contextmanager

@@ -11,12 +11,10 @@ from textwrap import shorten
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.ladder import Change
 from adaptive_trainer.report import Result
-from adaptive_trainer.screen import log_file, nearby
+from adaptive_trainer.screen import COMMAND, log_file, nearby
 from adaptive_trainer.tables import table
 
 __all__ = ["brief", "change_text", "rung_table", "summary"]
-
-COMMAND = "python -m adaptive_trainer"
 
 
 def rung_table(attempts: Sequence[Attempt]) -> str:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from adaptive_trainer import screen
 from adaptive_trainer.progress import Progress
-from adaptive_trainer.screen import Screen, duration, nearby, show, showing
+from adaptive_trainer.screen import COMMAND, Screen, _broken, duration, nearby, show, showing
 from adaptive_trainer.tables import table
 from tests.forking import ROOT, Launcher
 
@@ -67,10 +67,24 @@ def test_every_line_fits_the_terminal(columns: int, tmp_path: Path) -> None:
     assert "\x1b[3" not in shown  # no colours
     assert re.search(r"epoch 1/2: .*\d+/24, \d\d:\d\d left", shown)
     lines = [piece for line in shown.splitlines() for piece in line.split("\r")]
-    long = [line for line in lines if len(line) > columns and " " in line.strip()]
+    long = [line for line in lines if len(line) > columns and " " in line.strip() and COMMAND not in line]
     assert not [line for line in long if "outputs/" not in line]  # which is a word of its own
     assert "rung batch-16 succeeded" in shown
     assert "reserved MiB" in shown
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    ["""'output_dir="/my photos 한글/the third run of today"'""", "'/my photos 한글/and some more of them/best.pt'"],
+)
+def test_what_is_copied_is_not_broken(quoted: str) -> None:
+    command = f"train on: {COMMAND} resume=auto {quoted} trainer.epochs=2"
+    assert _broken(command, 40) == command
+    text = f"this run's state is saved; go on with resume=auto {quoted}, or leave it (it's yours to say)"
+    broken = _broken(text, 40)
+    assert quoted in broken
+    assert broken.replace("\n  ", " ") == text
+    assert all(len(line) <= 40 or quoted in line for line in broken.splitlines())
 
 
 def test_the_end_names_what_there_is_and_what_to_type(launcher: Launcher, tmp_path: Path) -> None:
