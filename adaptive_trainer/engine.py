@@ -20,6 +20,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.compiling import Forward, compile_forward, run_compiled
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
+from adaptive_trainer.models import recomputes
 from adaptive_trainer.update import Update
 
 __all__ = ["Engine"]
@@ -114,6 +115,8 @@ class Engine:
             reason = (
                 "a simulated card counts operators, which compiled code is not made of (memory.limit=none lifts it)"
             )
+        elif recomputes(self.update.state.model):
+            reason = "recomputed activations (trainer.checkpoint_activations=true) are not compiled"
         else:
             self._event(f"engine: compiling for batches of {self.batch_size}, as trainer.engine=compile asks")
             started = time.perf_counter()

@@ -333,7 +333,7 @@ def _step(
 
 def changed(before: Config, after: Config) -> dict[str, Any]:
     """The settings of `after` that differ, by their full names; None for one that is gone."""
-    old, new = flat(asdict(before)), flat(asdict(after))
+    old, new = ({k: v for k, v in flat(asdict(each)).items() if v != {}} for each in (before, after))
     return {key: new.get(key) for key in {**old, **new} if _differ(old.get(key), new.get(key))}
 
 

@@ -310,8 +310,8 @@ def _kind(loss: Any) -> str:
         return MEAN  # its labels are checked to be classes, so none is left out
     if not _is_of_torch(loss):
         return ""
-    if loss.reduction == "sum":
-        return SUM
+    if loss.reduction != "mean":
+        return SUM if loss.reduction == "sum" else ""
     return WEIGHTED if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else MEAN
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "failure_at",
     "has_batch_norm",
     "outline",
+    "recomputes",
     "without_memory",
     "without_weights",
 ]
@@ -351,6 +352,12 @@ def _recompute(block: nn.Module, enable: bool) -> None:
         block.__dict__["forward"] = own
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether activations of a part of it are computed again in the backward pass."""
+    own = (module.__dict__.get("forward") for module in model.modules())
+    return any(isinstance(forward, functools.partial) and forward.func is _recomputed_later for forward in own)
+
+
 def _recomputed_later(
     module: nn.Module, own: Callable[..., Any] | None, owned: Belongings, *args: Any, **kwargs: Any
 ) -> Any:
@@ -368,8 +375,8 @@ def _recomputed_later(
 def _drawing(states: list[tuple[Any, Any]]) -> Iterator[None]:
     """Generators in these states, and afterwards as they were."""
     now = states_of(generator for generator, _ in states)
-    put_all(states)
     try:
+        put_all(states)
         yield
     finally:
         put_all(now)

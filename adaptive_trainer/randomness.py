@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from adaptive_trainer import oom
+
 __all__ = [
     "RandomStates", "is_generator", "made", "packed", "process_wide", "put", "put_all", "seed", "state_of", "states_of",
     "unpack",
@@ -101,7 +103,9 @@ def unpack(generator: Any, saved: Mapping[str, Any]) -> bool:
         is_alike = isinstance(generator, KINDS[saved["kind"]])
         if is_alike:
             put(generator, state)
-    except (KeyError, TypeError, ValueError, RuntimeError):  # of another device, or with other bits
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of another device, or with other bits
+        if oom.describe(error).kind is not oom.Kind.OTHER:
+            raise
         return False
     return is_alike
 

@@ -313,7 +313,9 @@ def test_a_worker_that_runs_out_of_memory_is_one_fewer() -> None:
                 raise MemoryError("no room")
             return super().__getitem__(index)
 
-    data, events = built(Heavy([(torch.full((3, 4, 4), n), n % 2) for n in range(40)]), cache="ram", num_workers=2)
+    data, events = built(
+        Heavy([(torch.full((3, 4, 4), n, dtype=torch.uint8), n % 2) for n in range(40)]), cache="ram", num_workers=2
+    )
     assert events[0].startswith("a data worker failed (")
     assert events[0].endswith("data.num_workers 2 -> 0 for the cache")
     assert data.stored is not None

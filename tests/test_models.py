@@ -265,7 +265,7 @@ def test_what_an_earlier_process_has_seen_to_be_taken_is_not_tried_again(
         return "it is too small" if size < 64 else ""
 
     monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "_failure", failure)
+    monkeypatch.setattr(models, "failure_at", failure)
     for _ in range(2):
         models._refusal.cache_clear()  # as in a new process
         check_image_size(ModelConfig("test_efficientnet"), 96, 10)

@@ -44,7 +44,7 @@ def test_train_in_python(launcher: Launcher, tmp_path: Path) -> None:
     ended = launcher.run(*SMALL, script=ROOT / "scripts" / "train_in_python.py", folder=tmp_path)
     assert ended.code == 0, ended.text
     assert "rung batch-16, validation accuracy 0." in ended.out
-    assert "trainer.batch_size: 24 -> 16 (out of memory: rung batch-16)" in ended.out
+    assert "trainer.batch_size: 24 -> 16 (rung batch-16 is used; out of memory: requested)" in ended.out
     assert "scores of one image: torch.Size([1, 10])" in ended.out
 
 

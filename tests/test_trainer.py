@@ -367,7 +367,7 @@ def test_an_error_of_the_loss_in_the_middle_passes_through(tmp_path: Path) -> No
     calls = Counter[str]()
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        calls["loss"] += 1
+        calls["loss"] += output.requires_grad  # not where it is found out what kind of loss it is
         if calls["loss"] == 6:
             raise KeyError("what I forgot")
         return nn.functional.cross_entropy(output, target)
