@@ -136,7 +136,7 @@ class Loop:
         self._broken: set[str] = set()  # images that were named
         self._failures = 0  # beside updates, since one passed with all that belongs to it
         self._loss = _Loss(self.device)
-        self.growth = Growth()
+        self.growth = Growth(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
         self.supply = Supply(data, config, self.device, self.engine, self.hooks.event)

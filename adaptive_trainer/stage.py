@@ -391,7 +391,7 @@ class Stage:
 
     def _look_for_leak(self, growth: Growth) -> None:
         oom.release(self.parts.device)  # what is garbage is no leak
-        text = growth.text(self.parts.capacity.usage().allocated, self.parts.device)
+        text = growth.text(self.parts.capacity.usage().allocated)
         if text and not self.leak:
             self.leak = text
             self.record.event(text)

@@ -22,7 +22,7 @@ MiB = 2**20
 
 
 def seen(grown: list[int], start: int = 100) -> Growth:
-    growth = Growth()
+    growth = Growth(CPU)
     for update, held in enumerate(accumulate(grown, initial=start), start=1):
         growth.note(update, held * MiB)
     return growth
@@ -43,13 +43,13 @@ def seen(grown: list[int], start: int = 100) -> Growth:
     ],
 )
 def test_what_grows(grown: list[int], kept: int, said: str) -> None:
-    text = seen(grown).text(kept * MiB, CPU)
+    text = seen(grown).text(kept * MiB)
     assert said in text
     assert bool(text) == bool(said)
 
 
 def test_long_trainings_are_looked_at_now_and_then() -> None:
-    growth = Growth()
+    growth = Growth(CPU)
     due = []
     for number in range(1, 1000):
         if growth.is_due(number, 50):
