@@ -1,6 +1,7 @@
 # make train   environment, install, then the main job on the embedded data
 # make test    environment, install, then the tests
 # make lint    types and style
+# make golden  what trained runs end with, here and at the revision BASE, compared bit for bit
 # make lowest  the tests with the lowest versions that pyproject.toml allows
 # make lock    write constraints.txt anew, with the newest versions
 
@@ -11,7 +12,9 @@ BIN := $(VENV)/bin
 LOCK ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: train test lint lowest lock clean
+BASE ?= HEAD~1
+
+.PHONY: train test lint golden lowest lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m adaptive_trainer $(ARGS)
@@ -33,6 +36,9 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) --group dev
 	touch "$@"
+
+golden: $(VENV)/installed-dev
+	$(BIN)/python scripts/golden.py compare $(BASE)
 
 lowest:
 	python3 scripts/lowest_versions.py > .lowest.txt
