@@ -33,7 +33,7 @@ from adaptive_trainer.config import DataConfig
 from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, labelled, sample_name
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
-from adaptive_trainer.randomness import put, state_of
+from adaptive_trainer.randomness import put_all, states_of
 from adaptive_trainer.randomness import seed as seed_generator
 from adaptive_trainer.transforms import TOO_LARGE, Transform, build_transform, to_rgb, wrong_range
 
@@ -253,7 +253,7 @@ def _seeded(seed: int, own: Iterable[Any] = ()) -> Iterator[None]:
     generator = torch.default_generator
     python, numpy, cpu = random.getstate(), np.random.get_state(), generator.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    of_own = [(each, state_of(each)) for each in own]
+    of_own = states_of(own)
     try:
         for number, (each, _) in enumerate(of_own, start=1):
             seed_generator(each, (seed + number) % 2**63)
@@ -262,8 +262,7 @@ def _seeded(seed: int, own: Iterable[Any] = ()) -> Iterator[None]:
         generator.manual_seed(seed)
         yield
     finally:
-        for each, state in of_own:
-            put(each, state)
+        put_all(of_own)
         random.setstate(python)
         np.random.set_state(numpy)
         generator.set_state(cpu)
