@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("base", nargs="?", default="HEAD~1", help="revision to compare with")
     parser.add_argument("--write", action="store_true", help="make tests/golden.json anew")
     asked = parser.parse_args()
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)  # `bits` prints its JSON where a run prints its lines
     torch.set_num_threads(1)  # the order of sums must not depend on the machine's load
     if asked.what == "compare":
         return 1 if compare(asked.base) else 0
