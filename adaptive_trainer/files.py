@@ -5,15 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from adaptive_trainer.errors import UserError, remedy
 
-__all__ = ["append", "as_csv", "as_json", "refused_by_disk", "write_whole"]
+__all__ = ["alone", "append", "as_csv", "as_json", "default_folder", "refused_by_disk", "write_whole"]
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -74,3 +82,64 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def default_folder() -> Path | None:
+    """`$ADAPTIVE_TRAINER_CACHE`, else the user's cache folder; None where there is none, or that variable is empty."""
+    chosen = os.environ.get("ADAPTIVE_TRAINER_CACHE")
+    if chosen is not None:
+        return Path(chosen) if chosen else None
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "adaptive_trainer"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+@contextmanager
+def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
+    """Hold the lock on `folder` for the block; whoever holds it loses it with its process, however it ends.
+
+    Args:
+        poll: is called while another process holds it, and may raise.
+
+    Yields:
+        Whether it is held; where the system or the disk has no locks, processes may do the same work twice.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(folder.with_suffix(".lock")) as file:
+        is_held = has_waited = False
+        while not is_held:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held = True
+            except BlockingIOError:
+                poll()
+                if not has_waited:
+                    log.info("another process is at work on %s: waiting for it", folder)
+                has_waited = True
+                time.sleep(POLL_SECONDS)
+            except OSError:
+                break
+        try:
+            yield is_held
+        finally:
+            if is_held:  # processes that were forked meanwhile hold the file too
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _opened(lock: Path) -> TextIO:
+    try:
+        return lock.open("w")
+    except PermissionError:
+        if not lock.exists():
+            raise
+    return lock.open("r")  # another user's; to be held it need not be written to

@@ -139,7 +139,11 @@ class Loop:
         self.growth = Growth(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
-        self.supply = Supply(data, config, self.device, self.engine, self.hooks.event)
+        update = self.session.update
+        self.supply = Supply(
+            data, config, self.device, self.engine.beside_graph, update.memory_format == torch.channels_last,
+            update.capacity.pressure, self.hooks.event,
+        )  # fmt: skip
 
     def run(self) -> bool:
         """Train until the last epoch is finished (True), or until `hooks.leave` says so (False).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import json
@@ -15,23 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.memory.plan_cache import PlanCache, default_folder, versions
-from adaptive_trainer.memory.trace import same_random_numbers
-from adaptive_trainer.randomness import put_all, states_of
+from adaptive_trainer.randomness import put_all, same_random_numbers, states_of
 from adaptive_trainer.screen import unlogged
 
 __all__ = [
     "build_model",
-    "check_image_size",
     "check_name",
     "checkpoint_activations",
-    "failure_at",
     "has_batch_norm",
     "outline",
     "recomputes",
@@ -223,77 +217,6 @@ def without_memory(make: Callable[[], nn.Module]) -> nn.Module | None:
             return make()
     except RuntimeError:  # so are torch's NotImplementedErrors
         return None
-
-
-def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> None:
-    """Refuse an image size that the network cannot take, found out by running shapes alone (no memory, about 0.1 s).
-
-    A network that cannot be run on shapes alone even at the size it was made for is let through. What an earlier
-    process has seen to be taken is not tried again.
-
-    Raises:
-        ModelError: the network refuses the size; also everything that `build_model` raises it for.
-    """
-    if (channels := config.kwargs.get("in_chans", 3)) != 3:
-        raise ModelError(f"model.kwargs.in_chans={channels}: images have 3 channels, grey ones too; leave it out")
-    kwargs = json.dumps(without_weights(config).kwargs, sort_keys=True)
-    made_for, refusal = _refusal(config.name, kwargs, image_size, num_classes)
-    if refusal:
-        advice = "" if config.name.startswith(TORCHVISION) else f", or +model.kwargs.img_size={image_size} if it has it"
-        raise ModelError(
-            f"{config.name} refuses data.image_size={image_size}: {refusal}. Use data.image_size={made_for}{advice}, "
-            "or another model.name"
-        )
-
-
-@functools.lru_cache(maxsize=256)
-def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple[int, str]:
-    """The size the network was made for, and why it refuses `image_size` (empty: it does not)."""
-    made_for = _made_for(ModelConfig(name=name, kwargs=json.loads(kwargs)))
-    cache = PlanCache(None if ":" in name else default_folder())  # a hub's and a folder's networks change
-    key = {"versions": versions(), "name": name, "kwargs": kwargs, "size": image_size, "classes": num_classes}
-    if cache.takes_images(key):
-        return made_for, ""
-    model = _outline(name, kwargs, num_classes, torch.get_default_dtype())
-    failure = "" if model is None else failure_at(model, image_size)
-    if model is None or (failure and failure_at(model, made_for)):
-        return made_for, ""
-    if not failure:
-        cache.keep_takes_images(key)
-    return made_for, failure
-
-
-def _made_for(config: ModelConfig) -> int:
-    import timm
-
-    given = config.kwargs.get("img_size", config.kwargs.get("image_size"))
-    if isinstance(given, int):
-        return given
-    known = (
-        None if config.name.startswith(TORCHVISION) else timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    )
-    return 224 if known is None else int(known.input_size[-1])
-
-
-@torch.no_grad()
-def failure_at(model: nn.Module, image_size: int) -> str:
-    """The first line of what a forward pass on shapes alone fails with; empty when it passes."""
-    try:
-        unused = copy.deepcopy(model)  # some networks keep tensors of the size that they have seen
-        with _PlainBatchNorm():  # type: ignore[no-untyped-call]
-            unused(torch.empty(2, 3, image_size, image_size, device="meta"))
-    except Exception as error:  # models refuse sizes with every kind of error
-        return str(error).splitlines()[0].rstrip(".! ") if str(error) else type(error).__name__
-    return ""
-
-
-class _PlainBatchNorm(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """BatchNorm of shapes alone keeps the shape; PyTorch finds that out in more time than all else takes."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.native_batch_norm.default:
-            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-        return func(*args, **(kwargs or {}))
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -18,10 +18,10 @@ from adaptive_trainer.checks import check
 from adaptive_trainer.config import LARGEST, CardConfig, Config, typed
 from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.files import as_csv, refused_by_disk, write_whole
+from adaptive_trainer.files import as_csv, default_folder, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.capacity import limit_for
-from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
+from adaptive_trainer.memory.plan_cache import PlanCache
 from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name

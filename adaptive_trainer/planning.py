@@ -21,16 +21,15 @@ from adaptive_trainer.config import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.losses import Criterion, Loss, build_loss
+from adaptive_trainer.memory.image_size import check_image_size, failure_at
 from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, predict, verdict
-from adaptive_trainer.memory.trace import Tracer, TraceSpec, same_random_numbers
+from adaptive_trainer.memory.trace import Tracer, TraceSpec
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import (
     build_model,
-    check_image_size,
     check_name,
     checkpoint_activations,
-    failure_at,
     has_batch_norm,
     outline,
     without_memory,
@@ -38,6 +37,7 @@ from adaptive_trainer.models import (
 )
 from adaptive_trainer.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
+from adaptive_trainer.randomness import same_random_numbers
 from adaptive_trainer.search import largest
 from adaptive_trainer.target import Target
 

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from adaptive_trainer.checks import PRECISIONS, check
 from adaptive_trainer.config import Config, compose_config, typed
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.memory.plan_cache import PlanCache, default_folder
+from adaptive_trainer.files import default_folder
+from adaptive_trainer.memory.plan_cache import PlanCache
 from adaptive_trainer.memory.predict import Prediction
 from adaptive_trainer.memory.predict import predict as predict_trace
 from adaptive_trainer.memory.trace import TraceSpec

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adaptive_trainer import oom
 
 __all__ = [
-    "RandomStates", "is_generator", "made", "packed", "process_wide", "put", "put_all", "seed", "state_of", "states_of",
+    "RandomStates",
+    "is_generator",
+    "made",
+    "packed",
+    "process_wide",
+    "put",
+    "put_all",
+    "same_random_numbers",
+    "seed",
+    "state_of",
+    "states_of",
     "unpack",
-]  # fmt: skip
+]
 
 MT19937_BYTES = 625 * 4  # 624 words and how many of them are used up
 KINDS = {
@@ -178,3 +189,19 @@ class _NumPyState:
         if not memory or memory != self._memory or self._state["has_gauss"]:
             self._memory, self._state = memory, np.random.get_state(legacy=False)
         return self._state
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Puts back what the block draws, and what a network may switch: predictions must not change a training.
+
+    torch's random numbers are the process's: another thread that draws meanwhile draws the same ones again.
+    """
+    states, dtype = RandomStates(torch.device("cpu")), torch.get_default_dtype()
+    before = states.read()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        states.write(before)

@@ -13,17 +13,16 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["Decoded", "Stored", "alone", "available_memory", "open_decoded", "removed_leftovers", "written"]
+__all__ = ["Decoded", "Stored", "available_memory", "open_decoded", "removed_leftovers", "written"]
 
 log = logging.getLogger(__name__)
 
@@ -126,52 +125,6 @@ def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], d
 
 def _append(file: BinaryIO, images: Array) -> None:
     file.write(images.data)
-
-
-@contextmanager
-def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
-    """Hold the lock on `folder` for the block; whoever holds it loses it with its process, however it ends.
-
-    Args:
-        poll: is called while another process holds it, and may raise.
-
-    Yields:
-        Whether it is held; where the system or the disk has no locks, processes may do the same work twice.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _opened(folder.with_suffix(".lock")) as file:
-        is_held = has_waited = False
-        while not is_held:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_held = True
-            except BlockingIOError:
-                poll()
-                if not has_waited:
-                    log.info("another process is at work on %s: waiting for it", folder)
-                has_waited = True
-                time.sleep(POLL_SECONDS)
-            except OSError:
-                break
-        try:
-            yield is_held
-        finally:
-            if is_held:  # processes that were forked meanwhile hold the file too
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _opened(lock: Path) -> TextIO:
-    try:
-        return lock.open("w")
-    except PermissionError:
-        if not lock.exists():
-            raise
-    return lock.open("r")  # another user's; to be held it need not be written to
 
 
 def removed_leftovers(folder: Path) -> None:

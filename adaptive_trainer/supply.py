@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
@@ -16,14 +17,22 @@ from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config
 from adaptive_trainer.data import Batch, DataSets, Loader, end_workers, fewer_workers
-from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import DataError, OutOfMemory
 from adaptive_trainer.feed import eval_feed, train_feed
 from adaptive_trainer.position import Position
 
 __all__ = ["Supply", "told_by_the_loader"]
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
+
+
+class MakeRoom(Protocol):
+    """Runs work and returns what it returns."""
+
+    def __call__(self, work: Callable[[], T], /) -> T:
+        """Run it; where memory runs out, make room and run it once more."""
 
 
 @contextmanager
@@ -50,14 +59,18 @@ class Supply:
     Data workers start with the first batch and go on over epochs until `close`.
 
     Attributes:
-        engine: its graph makes room where the device has none for a batch.
+        make_room: returns what work returns; where the device has no room for it, makes room and runs it once more.
+        channels_last: the images' memory format.
+        pressure: whether device memory is really short (`oom.describe`).
         event: something was decided, in words, for the record.
     """
 
     data: DataSets
     config: Config
     device: torch.device
-    engine: Engine
+    make_room: MakeRoom
+    channels_last: bool
+    pressure: Callable[[], bool]
     event: Callable[[str], None]
     num_workers: int = field(init=False)
     _loader: Loader | None = field(init=False, default=None)
@@ -80,7 +93,7 @@ class Supply:
                 return self._opened().train(start)
             return iter(train_feed(
                 self.data, start, batch_size=trainer.batch_size, image_size=self.config.data.image_size,
-                device=self.device, channels_last=self._is_channels_last,
+                device=self.device, channels_last=self.channels_last,
             ))  # fmt: skip
 
         return self._batches(position.size - position.cursor, begin)
@@ -97,7 +110,7 @@ class Supply:
                 return self._opened().evaluate(batch_size, start + done)
             return iter(eval_feed(
                 self.data, batch_size=batch_size, image_size=self.config.data.image_size, device=self.device,
-                channels_last=self._is_channels_last, start=start + done,
+                channels_last=self.channels_last, start=start + done,
             ))  # fmt: skip
 
         return self._batches(len(self.data.val) - start, begin)
@@ -107,10 +120,6 @@ class Supply:
         if self._loader is not None:
             self._loader.close()
             self._loader = None
-
-    @property
-    def _is_channels_last(self) -> bool:
-        return self.engine.update.memory_format == torch.channels_last
 
     def _opened(self) -> Loader:
         if self._loader is None:
@@ -129,15 +138,15 @@ class Supply:
         while done < samples:
             failure, running, batch = None, None, None
             try:
-                running = self.engine.beside_graph(partial(begin, done))  # starts workers, which can fail too
+                running = self.make_room(partial(begin, done))  # starts workers, which can fail too
                 while done < samples:
-                    batch = self.engine.beside_graph(partial(next, running))
+                    batch = self.make_room(partial(next, running))
                     yield batch
                     done += batch.samples
             except OutOfMemory:
                 raise
             except Exception as error:
-                failure = oom.describe(error, pressure=self.engine.update.capacity.pressure)
+                failure = oom.describe(error, pressure=self.pressure)
                 if not failure.is_of_loading and failure.kind is not oom.Kind.DEVICE:
                     raise
             finally:

@@ -44,7 +44,8 @@ from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.memory.capacity import Capacity, limit_for, limited
-from adaptive_trainer.models import build_model, check_image_size
+from adaptive_trainer.memory.image_size import check_image_size
+from adaptive_trainer.models import build_model
 from adaptive_trainer.planning import check_names
 from adaptive_trainer.preprocessing import settled
 from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything

@@ -146,7 +146,9 @@ class Timed(Loop):
     def __post_init__(self) -> None:
         super().__post_init__()
         given, run = self.supply, self.engine.run
-        self.supply = self.prepared = Prepared(given.data, given.config, self.device, self.engine, given.event)
+        self.supply = self.prepared = Prepared(
+            given.data, given.config, self.device, given.make_room, given.channels_last, given.pressure, given.event
+        )
 
         def clocked(images: Tensor, labels: Tensor, *, samples: int) -> None:
             entered = time.perf_counter()

@@ -50,6 +50,7 @@ augment
 preprocessing
 predicting
 planning
+memory.image_size
 models optimizers
 position process host_state
 target

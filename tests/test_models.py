@@ -15,10 +15,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_trainer import models
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.models import NEED_INPUT, build_model, check_image_size, checkpoint_activations, has_batch_norm
+from adaptive_trainer.memory import image_size
+from adaptive_trainer.memory.image_size import check_image_size
+from adaptive_trainer.models import NEED_INPUT, build_model, checkpoint_activations, has_batch_norm
 
 
 class Block(nn.Module):
@@ -265,15 +266,15 @@ def test_what_an_earlier_process_has_seen_to_be_taken_is_not_tried_again(
         return "it is too small" if size < 64 else ""
 
     monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "failure_at", failure)
+    monkeypatch.setattr(image_size, "failure_at", failure)
     for _ in range(2):
-        models._refusal.cache_clear()  # as in a new process
+        image_size._refusal.cache_clear()  # as in a new process
         check_image_size(ModelConfig("test_efficientnet"), 96, 10)
         with pytest.raises(ModelError, match="too small"):
             check_image_size(ModelConfig("test_efficientnet"), 48, 10)
     assert tried.count(96) == 1
     assert tried.count(48) == 2
-    models._refusal.cache_clear()
+    image_size._refusal.cache_clear()
 
 
 def test_has_batch_norm() -> None:

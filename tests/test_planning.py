@@ -21,9 +21,10 @@ from torch import nn
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
+from adaptive_trainer.files import default_folder
 from adaptive_trainer.ladder import Rung, resolve, stored_size
 from adaptive_trainer.memory.capacity import limited
-from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, default_folder, versions
+from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, versions
 from adaptive_trainer.memory.predict import Prediction, verdict
 from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, run_plan
 from adaptive_trainer.planning import Planner, plan

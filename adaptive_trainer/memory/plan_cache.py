@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from adaptive_trainer.memory.predict import Prediction
 
-__all__ = ["Measurement", "PlanCache", "default_folder", "versions"]
+__all__ = ["Measurement", "PlanCache", "versions"]
 
 Key = dict[str, Any]
 PACKAGES = ("torch", "torchvision", "timm")
@@ -159,21 +158,6 @@ def _is_sound(name: str, value: Any) -> bool:
     if name == "seconds":
         return isinstance(value, float) and math.isfinite(value)
     return value is None or (type(value) is int and value >= 0)
-
-
-def default_folder() -> Path | None:
-    """`$ADAPTIVE_TRAINER_CACHE`, else the user's cache folder; None where there is none, or that variable is empty."""
-    chosen = os.environ.get("ADAPTIVE_TRAINER_CACHE")
-    if chosen is not None:
-        return Path(chosen) if chosen else None
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "adaptive_trainer"
-    except RuntimeError:  # a user without a home
-        return None
 
 
 @cache

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import WEIGHTED, Criterion, Loss, correct
 from adaptive_trainer.memory.fake import NotFollowed, Recorder, fake_device, materialize
-from adaptive_trainer.randomness import RandomStates
+from adaptive_trainer.randomness import same_random_numbers
 from adaptive_trainer.screen import unlogged
 from adaptive_trainer.stepping import steps_alike
 
-__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "no_collection", "same_random_numbers", "trace"]
+__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "no_collection", "trace"]
 
 FAKE_TENSOR = "torch._subclasses.fake_tensor"  # logs 30 lines of an operator that refuses its shapes
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -159,22 +159,6 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Puts back what the block draws, and what a network may switch: predictions must not change a training.
-
-    torch's random numbers are the process's: another thread that draws meanwhile draws the same ones again.
-    """
-    states, dtype = RandomStates(torch.device("cpu")), torch.get_default_dtype()
-    before = states.read()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        states.write(before)
 
 
 def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
