@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,68 +13,13 @@ import adaptive_trainer
 
 PACKAGE = Path(adaptive_trainer.__file__).parent
 
-# Top to bottom: a module imports modules of lower lines only, or of its own line from the left to the right.
-LAYERS = """
-__main__
-cli
-trainer
-arguments
-largest
-stage
-loop
-supply
-measure
-session
-resume
-summary
-caching
-feed
-checkpoint
-contents
-forecast
-engine leak
-graph compiling
-proof
-update
-transaction
-plan_tasks
-report
-descent
-data
-datasets
-image_files
-splitting
-transforms
-store
-fingerprint
-augment
-preprocessing
-predicting
-planning
-memory.image_size
-models optimizers
-position process host_state
-target
-memory.plan_cache
-memory.predict memory.trace memory.fake memory.plain memory.scratch
-memory.capacity
-memory.card
-memory.usage memory.allocator
-losses
-belongings randomness
-oom device stepping
-earlier trust ladder layout
-folders
-checks
-config
-mistakes
-search
-files
-progress tables
-screen
-errors
-"""
-ORDER = {name: rank for rank, name in enumerate(LAYERS.split())}
+# From the left to the right: a room uses those to its right only, and rooms of one group do not use each other.
+ROOMS = (
+    ("cli",), ("training",), ("step", "prediction"), ("data",), ("report",), ("models", "ladder", "memory"),
+    ("config",), ("utils",), ("oom",), ("errors",),
+)  # fmt: skip
+RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
+OUTSIDE = {"__init__", "__main__"}  # which only load others, when they are asked
 WITHOUT_TORCH = (
     "__init__", "__main__", "cli", "checks", "config", "earlier", "errors", "files", "folders", "ladder", "mistakes",
     "screen", "tables", "trust",
@@ -127,24 +73,27 @@ def parsed(name: str) -> ast.Module:
     return ast.parse(MODULES[name].read_text(encoding="utf-8"))
 
 
-def test_every_module_has_its_layer() -> None:
-    modules = {name for name in MODULES if not name.endswith("__init__")}
-    missing = sorted(modules - ORDER.keys())
-    assert not missing, f"give {', '.join(missing)} a place in LAYERS of {Path(__file__).name}"
-    assert len(ORDER) == len(LAYERS.split()), "a module has two places in LAYERS"
-    gone = sorted(ORDER.keys() - modules)
-    assert not gone, f"{', '.join(gone)} in LAYERS is no module any more"
+def room_of(name: str) -> str:
+    return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("name", sorted(ORDER))
-def test_imports_point_down(name: str) -> None:
-    below = {own(imported) for imported in imports(parsed(name))} - {None, "__init__", "memory.__init__", "memory"}
-    wrong = sorted(str(other) for other in below if ORDER.get(str(other), -1) <= ORDER[name])
-    assert not wrong, f"{name} imports {', '.join(wrong)}, which LAYERS has above it or not at all"
+IN_ROOMS = sorted(name for name in MODULES if "." in name)
 
 
-def test_imports_inside_functions_are_seen() -> None:
-    assert {own(name) for name in imports(parsed("cli"))} >= {"oom", "plan_tasks", "trainer", "config", "errors"}
+@pytest.mark.parametrize("name", IN_ROOMS)
+def test_rooms_use_those_to_their_right(name: str) -> None:
+    used = {
+        other for other in map(own, imports(parsed(name))) if other and "." in other and room_of(other) != room_of(name)
+    }
+    wrong = sorted(other for other in used if RANK.get(room_of(other), -1) <= RANK[room_of(name)])
+    assert not wrong, f"{name} imports {', '.join(wrong)}, whose room is not to the right of its own in ROOMS"
+
+
+@pytest.mark.parametrize("room", RANK)
+def test_modules_of_a_room_import_in_no_circle(room: str) -> None:
+    modules = {name for name in MODULES if name.startswith(f"{room}.") and not name.endswith("__init__")}
+    graph = {name: {other for other in map(own, imports(parsed(name))) if other in modules} for name in modules}
+    list(TopologicalSorter(graph).static_order())  # raises a CycleError
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError, Interrupted, OutOfMemory
 from adaptive_trainer.oom import Kind, describe
+from adaptive_trainer.oom.classify import MAX_TEXT
 
 BOILERPLATE = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
@@ -234,7 +235,7 @@ def test_stopping_during_a_recovery_stays_what_it_is(error: BaseException) -> No
 def test_text_is_the_first_line_cut() -> None:
     assert describe(RuntimeError("\nfirst\nsecond")).text == "first"
     assert describe(RuntimeError()).text == "RuntimeError"
-    assert len(describe(RuntimeError("x" * 10_000)).text) == oom.MAX_TEXT
+    assert len(describe(RuntimeError("x" * 10_000)).text) == MAX_TEXT
 
 
 def test_the_cpu_allocator_itself() -> None:

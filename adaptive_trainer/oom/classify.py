@@ -1,4 +1,4 @@
-"""Is an error an out-of-memory, of which kind; and giving back everything that a failed step holds.
+"""Is an error an out-of-memory, and of which kind.
 
 `describe` sorts an error by its type, then by the `error_code` of `torch.AcceleratorError`, then by the texts that
 torch, CUDA's libraries and the DataLoader are known to write. It looks at the error itself, then at what it wraps or
@@ -8,16 +8,12 @@ groups.
 from __future__ import annotations
 
 import errno
-import gc
 import re
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from adaptive_trainer.errors import AdaptiveTrainerError, LadderExhausted, OutOfMemory
 
@@ -25,13 +21,8 @@ __all__ = [
     "Failure",
     "Kind",
     "SimulatedOutOfMemory",
-    "clear_workspaces",
     "describe",
-    "forget_traceback",
-    "held",
     "is_out_of_memory",
-    "probe",
-    "release",
 ]
 
 
@@ -265,81 +256,3 @@ def _kind_of_text(text: str, pressure: Callable[[], bool] | None) -> Kind:
 
 def _if_short(pressure: Callable[[], bool] | None) -> Kind:
     return Kind.DEVICE if pressure is not None and pressure() else Kind.OTHER
-
-
-def probe(device: torch.device) -> bool:
-    """Whether the device still answers: wait for it, then one tiny computation. Always true on a CPU.
-
-    A device that is merely full answers too.
-    """
-    if device.type == "cpu":
-        return True
-    try:
-        torch.ones(8, device=device).sum()
-        torch.accelerator.synchronize(device)  # not .item(), which torch's sync debug mode may forbid just now
-        return True
-    except RuntimeError as error:
-        return describe(error).kind is Kind.DEVICE
-
-
-def held(device: torch.device) -> int | None:
-    """Bytes that tensors hold on a CUDA card, with the workspaces of cuBLAS given back; None elsewhere."""
-    if device.type != "cuda":
-        return None
-    clear_workspaces(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def release(device: torch.device, before: int | None = None) -> None:
-    """Free what nothing refers to any more and give the caching allocator's free memory back to the driver.
-
-    Call it after the `except` block, when the failed step's own references are gone: the error being handled keeps
-    every frame of the step alive.
-    `gc.collect` is most of the time it takes (0.1 to 0.2 s with torch and timm loaded).
-
-    Args:
-        before: what was `held` before the step. Where exactly as much is held now, nothing of the step is left, and
-            there is nothing to collect.
-    """
-    torch.clear_autocast_cache()
-    _drop_failed_backward()
-    if before is None or held(device) != before:
-        gc.collect()
-    if device.type == "cpu":
-        return
-    torch.accelerator.synchronize(device)
-    clear_workspaces(device)
-    with suppress(RuntimeError):  # it frees at the driver, which can fail right after an out-of-memory
-        torch.accelerator.empty_cache()
-
-
-def clear_workspaces(device: torch.device) -> None:
-    """Free the workspaces that cuBLAS keeps for each stream, on a CUDA card."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None and device.type == "cuda":
-        clear()
-
-
-def _drop_failed_backward() -> None:
-    """Empty autograd's queue: after an error the steps that were not run keep their tensors until the next backward."""
-    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
-        torch.zeros((), device="cpu", requires_grad=True).backward()  # type: ignore[no-untyped-call]
-
-
-def forget_traceback() -> None:
-    """Drop the last error that escaped to a prompt or a notebook cell, with the frames and tensors it holds.
-
-    IPython keeps it in four places, and a later cell that works clears only one of them. Outputs of cells (`Out[n]`,
-    `_`) are the user's own and stay. Outside IPython only the `sys.last_*` of a plain prompt are dropped.
-    """
-    for name in ("last_exc", "last_value", "last_traceback", "last_type"):
-        if getattr(sys, name, None) is not None:
-            setattr(sys, name, None)
-    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
-    shell = get_ipython() if get_ipython is not None else None
-    if shell is None:
-        return
-    shell.InteractiveTB.tb = None
-    result = shell.last_execution_result
-    if result is not None:
-        result.error_in_exec = result.error_before_exec = None

@@ -1,0 +1,17 @@
+"""Out of memory: is an error one, of which kind, and how to give back what a failed step holds. Needs torch alone."""
+
+from adaptive_trainer.oom.classify import Failure, Kind, SimulatedOutOfMemory, describe, is_out_of_memory
+from adaptive_trainer.oom.release import clear_workspaces, forget_traceback, held, probe, release
+
+__all__ = [
+    "Failure",
+    "Kind",
+    "SimulatedOutOfMemory",
+    "clear_workspaces",
+    "describe",
+    "forget_traceback",
+    "held",
+    "is_out_of_memory",
+    "probe",
+    "release",
+]
