@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
-from adaptive_trainer.belongings import Belongings, walk
 from adaptive_trainer.contents import numpy_state
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.losses import changing_buffers
 from adaptive_trainer.optimizers import make_momentum
 from adaptive_trainer.position import Position
-from adaptive_trainer.randomness import made as made_generator
-from adaptive_trainer.randomness import packed
-from adaptive_trainer.randomness import unpack as unpack_generator
 from adaptive_trainer.transaction import TrainState, layout
+from adaptive_trainer.utils.belongings import Belongings, walk
+from adaptive_trainer.utils.random import made as made_generator
+from adaptive_trainer.utils.random import packed
+from adaptive_trainer.utils.random import unpack as unpack_generator
 
 __all__ = ["load", "load_optimizer", "made_buffers", "make_buffers", "misfit", "pack", "retried", "save", "unpack"]
 

@@ -38,8 +38,8 @@ from adaptive_trainer.errors import (
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
 from adaptive_trainer.mistakes import options_first
-from adaptive_trainer.screen import show_error
 from adaptive_trainer.trust import frozen
+from adaptive_trainer.utils.screen import show_error
 
 __all__ = ["OutputFolder", "as_list", "main"]
 
@@ -185,9 +185,9 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     elif cfg.task == "memory":
         import torch
 
-        from adaptive_trainer.device import device_of
         from adaptive_trainer.measure import measure
         from adaptive_trainer.plan_tasks import run_memory
+        from adaptive_trainer.utils.device import device_of
 
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
         run_memory(cfg, folder, measure if can_measure else None)

@@ -18,10 +18,10 @@ from adaptive_trainer.config import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.folders import check_root
 from adaptive_trainer.image_files import image_folder
-from adaptive_trainer.progress import Progress
 from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.store import Stored
 from adaptive_trainer.transforms import build_transform
+from adaptive_trainer.utils.progress import Progress
 
 __all__ = [
     "DataSets",

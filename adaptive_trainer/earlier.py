@@ -13,7 +13,7 @@ from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.errors import CheckpointError, override
-from adaptive_trainer.files import as_json, refused_by_disk, write_whole
+from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
 
 __all__ = [
     "Earlier",

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.host_state import HostState
-from adaptive_trainer.randomness import state_of
 from adaptive_trainer.transaction import Places
 from adaptive_trainer.update import Update
+from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.random import state_of
 
 __all__ = ["Graph", "GraphRefused", "refusal", "step_refusal", "synchronizing_refused"]
 

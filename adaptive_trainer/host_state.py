@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer.belongings import HOOKS, PLAIN, is_own_kind
-from adaptive_trainer.randomness import is_generator, put, state_of
+from adaptive_trainer.utils.belongings import HOOKS, PLAIN, is_own_kind
+from adaptive_trainer.utils.random import is_generator, put, state_of
 
 __all__ = ["HostState"]
 

@@ -28,11 +28,11 @@ from adaptive_trainer.errors import (
     UserError,
 )
 from adaptive_trainer.leak import Growth
-from adaptive_trainer.progress import Progress
-from adaptive_trainer.screen import duration
 from adaptive_trainer.session import Session
 from adaptive_trainer.supply import Supply, told_by_the_loader
 from adaptive_trainer.transaction import Undo
+from adaptive_trainer.utils.progress import Progress
+from adaptive_trainer.utils.screen import duration
 
 __all__ = ["Hooks", "Loop", "StopSignal"]
 

@@ -21,10 +21,10 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adaptive_trainer import oom
-from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import BALANCED, Config
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.randomness import RandomStates
+from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.random import RandomStates
 
 __all__ = ["Criterion", "CrossEntropy", "Loss", "Terms", "balanced", "build_loss", "changing_buffers", "correct"]
 

@@ -8,15 +8,15 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.config import Config
-from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe, stored_size
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
-from adaptive_trainer.process import private_process_state
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.utils.device import device_of
+from adaptive_trainer.utils.global_state import private_process_state
 
 __all__ = ["measure"]
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.randomness import put_all, same_random_numbers, states_of
-from adaptive_trainer.screen import unlogged
+from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.random import put_all, same_random_numbers, states_of
+from adaptive_trainer.utils.screen import unlogged
 
 __all__ = [
     "build_model",

@@ -16,9 +16,7 @@ from omegaconf import DictConfig
 
 from adaptive_trainer.checks import check
 from adaptive_trainer.config import LARGEST, CardConfig, Config, typed
-from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.files import as_csv, default_folder, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.capacity import limit_for
 from adaptive_trainer.memory.plan_cache import PlanCache
@@ -26,9 +24,11 @@ from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name
 from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
-from adaptive_trainer.screen import nearby, width
-from adaptive_trainer.tables import table
 from adaptive_trainer.target import Target, card_of, target_of
+from adaptive_trainer.utils.device import device_of
+from adaptive_trainer.utils.files import as_csv, default_folder, refused_by_disk, write_whole
+from adaptive_trainer.utils.screen import nearby, width
+from adaptive_trainer.utils.tables import table
 
 __all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
 

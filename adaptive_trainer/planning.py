@@ -37,9 +37,9 @@ from adaptive_trainer.models import (
 )
 from adaptive_trainer.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
-from adaptive_trainer.randomness import same_random_numbers
 from adaptive_trainer.search import largest
 from adaptive_trainer.target import Target
+from adaptive_trainer.utils.random import same_random_numbers
 
 __all__ = [
     "ASSUMED_CLASSES",

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from adaptive_trainer.checks import PRECISIONS, check
 from adaptive_trainer.config import Config, compose_config, typed
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.files import default_folder
 from adaptive_trainer.memory.plan_cache import PlanCache
 from adaptive_trainer.memory.predict import Prediction
 from adaptive_trainer.memory.predict import predict as predict_trace
@@ -25,6 +24,7 @@ from adaptive_trainer.models import check_name
 from adaptive_trainer.planning import Planner
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.target import Target, card_of, target_of
+from adaptive_trainer.utils.files import default_folder
 
 __all__ = ["predict"]
 

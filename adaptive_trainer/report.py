@@ -14,8 +14,8 @@ from typing import Any
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.earlier import failure
 from adaptive_trainer.errors import CheckpointError
-from adaptive_trainer.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 from adaptive_trainer.ladder import Change, Recipe
+from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
 __all__ = ["Record", "Result"]
 

@@ -11,8 +11,8 @@ from textwrap import shorten
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.ladder import Change
 from adaptive_trainer.report import Result
-from adaptive_trainer.screen import COMMAND, log_file, nearby
-from adaptive_trainer.tables import table
+from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
+from adaptive_trainer.utils.tables import table
 
 __all__ = ["brief", "change_text", "rung_table", "summary"]
 

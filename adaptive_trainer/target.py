@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_trainer.config import CardConfig, Config
-from adaptive_trainer.device import device_of
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
 from adaptive_trainer.memory.plan_cache import PlanCache
 from adaptive_trainer.memory.scratch import MULTIPROCESSORS
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.utils.device import device_of
 
 __all__ = ["Card", "Target", "card_of", "target_of"]
 

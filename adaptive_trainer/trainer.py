@@ -34,7 +34,6 @@ from adaptive_trainer.config import (
 from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described, labels_of
-from adaptive_trainer.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.forecast import Forecast
@@ -48,15 +47,16 @@ from adaptive_trainer.memory.image_size import check_image_size
 from adaptive_trainer.models import build_model
 from adaptive_trainer.planning import check_names
 from adaptive_trainer.preprocessing import settled
-from adaptive_trainer.process import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.report import Record, Result
 from adaptive_trainer.resume import Start
-from adaptive_trainer.screen import showing
 from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.summary import rung_table, summary
 from adaptive_trainer.supply import told_by_the_loader
 from adaptive_trainer.trust import LOADS, check_model, frozen
+from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
+from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
+from adaptive_trainer.utils.screen import showing
 
 __all__ = ["Trainer", "load_model"]
 

@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer import oom
-from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.errors import DeviceUnusable
 from adaptive_trainer.position import Position
-from adaptive_trainer.randomness import RandomStates
+from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.random import RandomStates
 
 __all__ = ["Places", "Progress", "TrainState", "Undo", "layout"]
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
-from adaptive_trainer.device import AUTOCAST
 from adaptive_trainer.errors import ConfigError, DeviceUnusable, OutOfMemory
 from adaptive_trainer.losses import Criterion, Loss, Terms, correct
 from adaptive_trainer.memory.capacity import Capacity
@@ -27,6 +26,7 @@ from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.position import Position, micro_batches
 from adaptive_trainer.stepping import StepMemory
 from adaptive_trainer.transaction import Progress, TrainState, Undo, layout
+from adaptive_trainer.utils.device import AUTOCAST
 
 __all__ = ["Update"]
 

@@ -39,10 +39,10 @@ from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.memory.card import COUNTED_FIRST
 from adaptive_trainer.models import build_model
 from adaptive_trainer.position import Position
-from adaptive_trainer.process import private_process_state
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.supply import Supply
 from adaptive_trainer.transaction import Progress, Undo
+from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table
 

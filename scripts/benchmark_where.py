@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adaptive_trainer.process import private_process_state
+from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_speed import RUNGS, UPDATES, WARM_UP, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, heading, need_cuda, per_update, row, synchronize, table
 

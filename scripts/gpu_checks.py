@@ -41,10 +41,10 @@ from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_optimizer
-from adaptive_trainer.process import private_process_state, seed_everything
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.update import Update
+from adaptive_trainer.utils.global_state import private_process_state, seed_everything
 
 MiB = 1 << 20
 CUDA = torch.device("cuda", 0)

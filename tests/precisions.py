@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.process import private_process_state
+from adaptive_trainer.utils.global_state import private_process_state
 
 ON: Any = torch.backends
 HOSTS: dict[str, Callable[[], None]] = {

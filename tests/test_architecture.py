@@ -21,9 +21,21 @@ ROOMS = (
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 OUTSIDE = {"__init__", "__main__"}  # which only load others, when they are asked
 WITHOUT_TORCH = (
-    "__init__", "__main__", "cli", "checks", "config", "earlier", "errors", "files", "folders", "ladder", "mistakes",
-    "screen", "tables", "trust",
-)  # fmt: skip
+    "__init__",
+    "__main__",
+    "cli",
+    "checks",
+    "config",
+    "earlier",
+    "errors",
+    "utils.files",
+    "folders",
+    "ladder",
+    "mistakes",
+    "utils.screen",
+    "utils.tables",
+    "trust",
+)
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 from adaptive_trainer import checkpoint
-from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.config import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.losses import CrossEntropy
@@ -30,6 +29,7 @@ from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import layout
 from adaptive_trainer.update import Update
+from adaptive_trainer.utils.belongings import Belongings
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start
 

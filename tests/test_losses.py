@@ -26,9 +26,9 @@ from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.losses import Criterion, CrossEntropy, Loss, balanced
 from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.position import Position
-from adaptive_trainer.randomness import RandomStates
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update
+from adaptive_trainer.utils.random import RandomStates
 from tests.runs import CPU, METERS
 
 CLASSES = 4

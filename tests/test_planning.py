@@ -21,7 +21,6 @@ from torch import nn
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
-from adaptive_trainer.files import default_folder
 from adaptive_trainer.ladder import Rung, resolve, stored_size
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache, versions
@@ -30,6 +29,7 @@ from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, ru
 from adaptive_trainer.planning import Planner, plan
 from adaptive_trainer.target import Card, Target, card_of, target_of
 from adaptive_trainer.trainer import Trainer
+from adaptive_trainer.utils.files import default_folder
 
 MiB = 2**20
 GiB = 2**30

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_trainer.randomness import RandomStates
+from adaptive_trainer.utils.random import RandomStates
 
 
 def test_everything_drawn_is_drawn_again() -> None:

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_trainer import screen
-from adaptive_trainer.progress import Progress
-from adaptive_trainer.screen import COMMAND, Screen, _broken, duration, nearby, show, showing
-from adaptive_trainer.tables import table
+from adaptive_trainer.utils import screen
+from adaptive_trainer.utils.progress import Progress
+from adaptive_trainer.utils.screen import COMMAND, Screen, _broken, duration, nearby, show, showing
+from adaptive_trainer.utils.tables import table
 from tests.forking import ROOT, Launcher
 
 FAKE = ("data=fakedata", "data.train.size=24", "data.val.size=8", "data.image_size=32", "data.num_workers=0")

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.belongings import Belongings
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import Capacity
-from adaptive_trainer.randomness import RandomStates
 from adaptive_trainer.transaction import Undo, _Shadow
+from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.random import RandomStates
 from tests.faults import Fault, Faults, differences, dump, storages
 from tests.runs import OPTIMIZERS, Case, Run, start
 

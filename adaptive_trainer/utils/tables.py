@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 
-from adaptive_trainer.screen import width
+from adaptive_trainer.utils.screen import width
 
 __all__ = ["table"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from adaptive_trainer.screen import duration, is_terminal, width
+from adaptive_trainer.utils.screen import duration, is_terminal, width
 
 __all__ = ["Progress"]
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from adaptive_trainer.randomness import is_generator, process_wide
+from adaptive_trainer.utils.random import is_generator, process_wide
 
 __all__ = ["HOOKS", "PLAIN", "Belongings", "is_own_kind", "walk"]
 
