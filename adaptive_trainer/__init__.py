@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptive_trainer.config import compose_config
+    from adaptive_trainer.config.schema import compose_config
     from adaptive_trainer.descent import Attempt, descend
     from adaptive_trainer.ladder import Rung, make_ladder
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
@@ -38,7 +38,7 @@ _HOME = {
     "Rung": "ladder",
     "Trainer": "trainer",
     "clear_gpu_memory": "memory.usage",
-    "compose_config": "config",
+    "compose_config": "config.schema",
     "descend": "descent",
     "load_model": "trainer",
     "make_ladder": "ladder",

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.session import ModelFactory
 

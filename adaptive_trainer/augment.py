@@ -16,7 +16,7 @@ import torchvision  # noqa: F401  # registers the operator
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import EVAL_CROP, DataConfig, with_usual
+from adaptive_trainer.config.schema import EVAL_CROP, DataConfig, with_usual
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.usage import is_short
 from adaptive_trainer.position import key_seed

@@ -23,8 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from adaptive_trainer.checks import TASKS, check, check_no_card
-from adaptive_trainer.config import Config, at_home, config_dir, explained, register, typed, with_asked
+from adaptive_trainer.config.mistakes import options_first
+from adaptive_trainer.config.schema import Config, at_home, config_dir, explained, register, typed, with_asked
+from adaptive_trainer.config.validate import TASKS, check, check_no_card
 from adaptive_trainer.earlier import begin, fail
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
@@ -37,7 +38,6 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder import resolve, stages
-from adaptive_trainer.mistakes import options_first
 from adaptive_trainer.trust import frozen
 from adaptive_trainer.utils.screen import show_error
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import Config, typed
+from adaptive_trainer.config.schema import Config, typed
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.position import Position
 

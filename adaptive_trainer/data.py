@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, labelled, sample_name
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from adaptive_trainer.config import LARGEST, Config, DataConfig
+from adaptive_trainer.config.schema import LARGEST, Config, DataConfig
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.folders import check_root
 from adaptive_trainer.image_files import image_folder

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from adaptive_trainer.augment import DeviceBatch, fitting, windows
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data import Batch
 from adaptive_trainer.datasets import DataSets, MapDataset, sample_name
 from adaptive_trainer.position import Position

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.errors import DataError
 
 __all__ = ["beside_splits", "check_folders", "check_root", "class_folders", "is_hidden", "split_folder"]

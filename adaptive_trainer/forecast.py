@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.memory.capacity import Capacity
 from adaptive_trainer.memory.plan_cache import Measurement, PlanCache

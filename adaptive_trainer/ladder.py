@@ -16,8 +16,17 @@ from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.checks import check
-from adaptive_trainer.config import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig, apply_overrides, flat, typed
+from adaptive_trainer.config.schema import (
+    EVAL_CROP,
+    LARGEST,
+    Config,
+    PhaseConfig,
+    TrainerConfig,
+    apply_overrides,
+    flat,
+    typed,
+)
+from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config import LARGEST
+from adaptive_trainer.config.schema import LARGEST
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder import DEFAULT_BATCH, Rung, resolve, with_batch_size
 from adaptive_trainer.memory.usage import format_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from adaptive_trainer.config import Config
+from adaptive_trainer.config.schema import Config
 
 __all__ = ["channels_last_pays", "to_channels_last"]
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import BALANCED, Config
+from adaptive_trainer.config.schema import BALANCED, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates

@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import Config
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe, stored_size
 from adaptive_trainer.losses import build_loss

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import put_all, same_random_numbers, states_of

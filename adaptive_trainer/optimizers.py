@@ -16,7 +16,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from adaptive_trainer.config import OptimizerConfig, ScheduleConfig
+from adaptive_trainer.config.schema import OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
 __all__ = [

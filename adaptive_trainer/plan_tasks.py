@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.checks import check
-from adaptive_trainer.config import LARGEST, CardConfig, Config, typed
+from adaptive_trainer.config.schema import LARGEST, CardConfig, Config, typed
+from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.capacity import limit_for

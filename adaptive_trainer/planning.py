@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.losses import Criterion, Loss, build_loss

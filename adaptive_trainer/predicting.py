@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from adaptive_trainer.checks import PRECISIONS, check
-from adaptive_trainer.config import Config, compose_config, typed
+from adaptive_trainer.config.schema import Config, compose_config, typed
+from adaptive_trainer.config.validate import PRECISIONS, check
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.plan_cache import PlanCache
 from adaptive_trainer.memory.predict import Prediction

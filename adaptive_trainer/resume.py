@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer import checkpoint, earlier
-from adaptive_trainer.config import USUAL, Config, OptimizerConfig, asked, with_asked
+from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig, asked, with_asked
 from adaptive_trainer.contents import OF_A_RUN, checked
 from adaptive_trainer.datasets import DataSets
 from adaptive_trainer.errors import CheckpointError

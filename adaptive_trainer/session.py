@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from adaptive_trainer import checkpoint, oom
-from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder import Recipe, Rung, recipe
 from adaptive_trainer.layout import to_channels_last

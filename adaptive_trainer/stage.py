@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import checkpoint, oom
-from adaptive_trainer.config import LARGEST, Config
+from adaptive_trainer.config.schema import LARGEST, Config
 from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message, outcomes
 from adaptive_trainer.earlier import way_on

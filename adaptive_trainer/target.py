@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adaptive_trainer.config import CardConfig, Config
+from adaptive_trainer.config.schema import CardConfig, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
 from adaptive_trainer.memory.plan_cache import PlanCache

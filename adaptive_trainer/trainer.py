@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import checkpoint, oom, resume
 from adaptive_trainer.arguments import check_arguments, noting
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.checks import check_no_card
-from adaptive_trainer.config import (
+from adaptive_trainer.config.schema import (
     BALANCED,
     LARGEST,
     USUAL,
@@ -31,6 +30,7 @@ from adaptive_trainer.config import (
     apply_overrides,
     typed,
 )
+from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described, labels_of

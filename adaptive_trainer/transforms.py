@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from adaptive_trainer.config import DataConfig, with_usual
+from adaptive_trainer.config.schema import DataConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
 __all__ = ["TOO_LARGE", "Transform", "build_transform", "read_as_rgb", "to_rgb", "wrong_range"]

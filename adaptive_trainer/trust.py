@@ -18,7 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config import CardConfig, Config, apply_overrides, asked, config_dir, literal, typed, with_asked
+from adaptive_trainer.config.schema import (
+    CardConfig,
+    Config,
+    apply_overrides,
+    asked,
+    config_dir,
+    literal,
+    typed,
+    with_asked,
+)
 from adaptive_trainer.errors import CheckpointError, ConfigError, override
 from adaptive_trainer.ladder import resolve, stages
 

@@ -33,7 +33,7 @@ from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.config import USUAL, Config
+from adaptive_trainer.config.schema import USUAL, Config
 from adaptive_trainer.data import Batch, DataSets, Loader, build_datasets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.feed import train_feed

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import RungConfig
+from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import resolve

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_trainer import compose_config, oom
-from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data import Batch, build_datasets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder import resolve

@@ -32,7 +32,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Result, Trainer, compose_config, oom
-from adaptive_trainer.config import Config, RungConfig
+from adaptive_trainer.config.schema import Config, RungConfig
 from adaptive_trainer.data import Loader, build_datasets
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import recipe, resolve

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from adaptive_trainer import compose_config
-from adaptive_trainer.config import Config, MemoryConfig
+from adaptive_trainer.config.schema import Config, MemoryConfig
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.measure import measure
 from adaptive_trainer.memory.predict import Prediction, verdict

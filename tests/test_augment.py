@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from adaptive_trainer.augment import CHUNK, DeviceBatch, center_windows, crop_windows, uniform, windows
-from adaptive_trainer.config import USUAL, DataConfig
+from adaptive_trainer.config.schema import USUAL, DataConfig
 from adaptive_trainer.transforms import build_transform
 
 CPU = torch.device("cpu")

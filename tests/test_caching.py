@@ -27,7 +27,7 @@ from torchvision.datasets import FakeData, ImageFolder
 
 from adaptive_trainer import Trainer, caching, compose_config
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.config import DataConfig, typed
+from adaptive_trainer.config.schema import DataConfig, typed
 from adaptive_trainer.data import DataSets, SampleError, build_datasets
 from adaptive_trainer.datasets import digits
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
-from adaptive_trainer.config import typed
+from adaptive_trainer.config.schema import typed
 from adaptive_trainer.contents import OF_A_RUN, checked
 from adaptive_trainer.datasets import build_datasets
 from adaptive_trainer.errors import CheckpointError

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from adaptive_trainer.config import DataConfig, compose_config, typed
+from adaptive_trainer.config.schema import DataConfig, compose_config, typed
 from adaptive_trainer.data import EVALUATION, Batch, DataSets, Loader, SampleError, build_datasets
 from adaptive_trainer.errors import DataError
 from adaptive_trainer.position import Position

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import ModelConfig, OptimizerConfig, RungConfig
+from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig, RungConfig
 from adaptive_trainer.engine import IN_STEP, Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.graph import GraphRefused, _Holders, _unchanged_host, step_refusal

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.augment import DeviceBatch
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data import Batch, DataSets, Loader
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
 from adaptive_trainer.feed import FeedLoader, _Lane, eval_feed, train_feed

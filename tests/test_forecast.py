@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import Config, ModelConfig
+from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.forecast import Forecast

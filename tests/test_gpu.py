@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, descend, layout, make_ladder, oom, predict
 from adaptive_trainer.augment import DeviceBatch
-from adaptive_trainer.config import DataConfig, OptimizerConfig, typed
+from adaptive_trainer.config.schema import DataConfig, OptimizerConfig, typed
 from adaptive_trainer.data import Batch, DataSets, Loader
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory

@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer, caching
 from adaptive_trainer.caching import with_cache
-from adaptive_trainer.config import Config, DataConfig, compose_config, typed
+from adaptive_trainer.config.schema import Config, DataConfig, compose_config, typed
 from adaptive_trainer.data import Batch, Loader, build_datasets
 from adaptive_trainer.datasets import DataSets, described
 from adaptive_trainer.errors import DataError

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 from adaptive_trainer import checkpoint
-from adaptive_trainer.config import compose_config
+from adaptive_trainer.config.schema import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.losses import CrossEntropy
 from adaptive_trainer.memory.capacity import Capacity

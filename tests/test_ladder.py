@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_trainer.config import Config, RungConfig, compose_config, typed
+from adaptive_trainer.config.schema import Config, RungConfig, compose_config, typed
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, checkpoint, compose_config
-from adaptive_trainer.config import ModelConfig, RungConfig
+from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder import changes, recipe, resolve
 from adaptive_trainer.losses import build_loss

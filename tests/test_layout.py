@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adaptive_trainer import Trainer, compose_config, layout, predict
-from adaptive_trainer.config import Config, DataConfig, TrainerConfig
+from adaptive_trainer.config.schema import Config, DataConfig, TrainerConfig
 from adaptive_trainer.layout import channels_last_pays, to_channels_last
 from adaptive_trainer.models import build_model
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import RungConfig
+from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.leak import LEAST, SAMPLES, Growth
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config import Config
+from adaptive_trainer.config.mistakes import options_first
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import ConfigError, DataError, ModelError
-from adaptive_trainer.mistakes import options_first
 from adaptive_trainer.models import build_model
 from tests.forking import ROOT, Launcher
 
@@ -333,7 +333,7 @@ def test_a_wrong_layer_is_told_once(launcher: Launcher, tmp_path: Path) -> None:
     ],
 )
 def test_a_card_is_simulated_for_demo_data_and_who_asks(overrides: list[str], own: bool, is_simulated: bool) -> None:
-    from adaptive_trainer.config import typed
+    from adaptive_trainer.config.schema import typed
     from adaptive_trainer.memory.capacity import limit_for, limited
 
     cpu = torch.device("cpu")

@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.memory import image_size
 from adaptive_trainer.memory.image_size import check_image_size

@@ -14,7 +14,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from adaptive_trainer.config import OptimizerConfig, ScheduleConfig
+from adaptive_trainer.config.schema import OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.optimizers import SCHEDULES, build_ema, build_optimizer, build_scaler, build_schedule
 

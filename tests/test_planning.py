@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from adaptive_trainer.augment import DeviceBatch
-from adaptive_trainer.config import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
+from adaptive_trainer.config.schema import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stored_size
 from adaptive_trainer.memory.capacity import limited

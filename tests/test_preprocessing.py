@@ -19,7 +19,7 @@ from torchvision.models import get_model_weights, list_models
 
 from adaptive_trainer import Trainer, checkpoint, compose_config
 from adaptive_trainer.augment import DeviceBatch, center_windows, windows
-from adaptive_trainer.config import USUAL, Config, DataConfig, ModelConfig
+from adaptive_trainer.config.schema import USUAL, Config, DataConfig, ModelConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder import Rung, resolve
 from adaptive_trainer.models import build_model

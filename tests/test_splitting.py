@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer, checkpoint, compose_config
-from adaptive_trainer.config import Config, typed
+from adaptive_trainer.config.schema import Config, typed
 from adaptive_trainer.datasets import build_datasets, described, image_folder
 from adaptive_trainer.errors import CheckpointError, DataError
 from adaptive_trainer.folders import check_folders

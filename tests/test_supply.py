@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
 from adaptive_trainer import Trainer, compose_config, feed
-from adaptive_trainer.config import RungConfig
+from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.errors import Interrupted, LadderExhausted
 from adaptive_trainer.position import Position
 from adaptive_trainer.report import Result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from adaptive_trainer.config import ModelConfig, OptimizerConfig
+from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.memory.fake import Kind, Recorder, fake_device

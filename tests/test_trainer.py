@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model, stage
-from adaptive_trainer.config import ModelConfig, RungConfig
+from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.memory import usage

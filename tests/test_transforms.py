@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adaptive_trainer.config import DataConfig
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.transforms import build_transform, read_as_rgb, to_rgb
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import TensorDataset
 
 from adaptive_trainer.augment import DeviceBatch
-from adaptive_trainer.config import ModelConfig, compose_config
+from adaptive_trainer.config.schema import ModelConfig, compose_config
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.losses import Criterion, Loss
 from adaptive_trainer.memory.capacity import Capacity, limited

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_trainer import oom
-from adaptive_trainer.config import Config
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.allocator import SMALL_SEGMENT

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_trainer.config import ModelConfig
+from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.memory.plan_cache import PlanCache, versions
 from adaptive_trainer.models import TORCHVISION, outline, without_weights

@@ -26,7 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from adaptive_trainer import mistakes
+from adaptive_trainer.config import mistakes
 from adaptive_trainer.errors import ConfigError, quoted
 
 __all__ = [
@@ -231,7 +231,7 @@ def register() -> None:
 
 def config_dir() -> str:
     """Absolute path of `configs/`: inside the package (a wheel) or beside it (a checkout, an editable install)."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "config.yaml").is_file():
             return str(folder)

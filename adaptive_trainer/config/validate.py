@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import isfinite
 
-from adaptive_trainer.config import BALANCED, LARGEST, CardConfig, Config, DataConfig, TrainerConfig, with_usual
+from adaptive_trainer.config.schema import BALANCED, LARGEST, CardConfig, Config, DataConfig, TrainerConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
 __all__ = ["PRECISIONS", "TASKS", "check", "check_no_card"]

@@ -1,0 +1,1 @@
+"""The settings: their schema, how they are composed, and what is wrong with them. No torch."""
