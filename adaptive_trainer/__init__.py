@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.descent import Attempt, descend
     from adaptive_trainer.ladder import Rung, make_ladder
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
-    from adaptive_trainer.predicting import predict
+    from adaptive_trainer.prediction.api import predict
     from adaptive_trainer.report import Result
     from adaptive_trainer.trainer import Trainer, load_model
 
@@ -43,7 +43,7 @@ _HOME = {
     "load_model": "trainer",
     "make_ladder": "ladder",
     "monitor_gpu_memory": "memory.usage",
-    "predict": "predicting",
+    "predict": "prediction.api",
     "print_gpu_memory": "memory.usage",
 }
 

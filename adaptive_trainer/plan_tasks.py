@@ -19,12 +19,12 @@ from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.capacity import limit_for
-from adaptive_trainer.memory.plan_cache import PlanCache
-from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name
-from adaptive_trainer.planning import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
-from adaptive_trainer.target import Target, card_of, target_of
+from adaptive_trainer.prediction.cache import PlanCache
+from adaptive_trainer.prediction.device_spec import Target, card_of, target_of
+from adaptive_trainer.prediction.estimator import verdict
+from adaptive_trainer.prediction.ladder_plan import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.files import as_csv, default_folder, refused_by_disk, write_whole
 from adaptive_trainer.utils.screen import nearby, width

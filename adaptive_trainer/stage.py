@@ -19,14 +19,14 @@ from adaptive_trainer.data import DataSets
 from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message, outcomes
 from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
-from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
 from adaptive_trainer.leak import Growth
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
-from adaptive_trainer.memory.plan_cache import Measurement
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.optimizers import kind_of_state
-from adaptive_trainer.planning import single_sample
+from adaptive_trainer.prediction.cache import Measurement
+from adaptive_trainer.prediction.judge import Forecast
+from adaptive_trainer.prediction.ladder_plan import single_sample
 from adaptive_trainer.preprocessing import remark
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record

@@ -36,16 +36,16 @@ from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described, labels_of
 from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
-from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.memory.capacity import Capacity, limit_for, limited
-from adaptive_trainer.memory.image_size import check_image_size
 from adaptive_trainer.models import build_model
-from adaptive_trainer.planning import check_names
+from adaptive_trainer.prediction.image_size import check_image_size
+from adaptive_trainer.prediction.judge import Forecast
+from adaptive_trainer.prediction.ladder_plan import check_names
 from adaptive_trainer.preprocessing import settled
 from adaptive_trainer.report import Record, Result
 from adaptive_trainer.resume import Start

@@ -13,9 +13,9 @@ from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import LadderExhausted
-from adaptive_trainer.forecast import Forecast
 from adaptive_trainer.ladder import resolve
 from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.prediction.judge import Forecast
 
 MiB = 2**20
 SMALL = ["model.name=mobilenetv3_small_050", "data.image_size=64", "trainer.batch_size=16", "device=cpu"]

@@ -36,10 +36,10 @@ from adaptive_trainer.memory.capacity import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import FUSED, build_ema, build_optimizer, build_scaler
 from adaptive_trainer.position import Position
+from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import METERS, Parts, enter
 from adaptive_trainer.store import Decoded, Stored
-from adaptive_trainer.target import target_of
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update
 from adaptive_trainer.utils.global_state import private_process_state, seed_everything

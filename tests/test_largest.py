@@ -24,13 +24,13 @@ from adaptive_trainer.ladder import changes, recipe, resolve
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.capacity import limited
 from adaptive_trainer.plan_tasks import run_memory, run_plan
-from adaptive_trainer.planning import Planner
-from adaptive_trainer.predicting import predict
+from adaptive_trainer.prediction.api import predict
+from adaptive_trainer.prediction.device_spec import target_of
+from adaptive_trainer.prediction.ladder_plan import Planner
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Result
 from adaptive_trainer.search import largest
 from adaptive_trainer.session import Parts, enter
-from adaptive_trainer.target import target_of
 from tests.test_resume import differing
 from tests.test_trainer import Seen
 

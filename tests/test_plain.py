@@ -15,10 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 
-from adaptive_trainer.memory import fake
-from adaptive_trainer.memory.fake import Kind
-from adaptive_trainer.memory.plain import _layout, plain_result
-from adaptive_trainer.memory.trace import Trace, TraceSpec, trace
+from adaptive_trainer.prediction import recorder as fake
+from adaptive_trainer.prediction.plain import _layout, plain_result
+from adaptive_trainer.prediction.recorder import Kind
+from adaptive_trainer.prediction.tracer import Trace, TraceSpec, trace
 
 aten = torch.ops.aten
 FORMATS = [torch.contiguous_format, torch.channels_last]

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adaptive_trainer.memory.fake import Kind
-from adaptive_trainer.memory.predict import Prediction, predict, verdict
-from adaptive_trainer.memory.trace import Trace, Tracer, TraceSpec
+from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
+from adaptive_trainer.prediction.recorder import Kind
+from adaptive_trainer.prediction.tracer import Trace, Tracer, TraceSpec
 
 MiB = 2**20
 GiB = 2**30

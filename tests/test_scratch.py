@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_trainer.memory.scratch import Scratch
+from adaptive_trainer.prediction.workspaces import Scratch
 
 H100 = Scratch.of((9, 0), 132, (2, 11))
 

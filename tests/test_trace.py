@@ -17,12 +17,12 @@ from torch.optim import SGD, AdamW, Optimizer
 from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.capacity import limited
-from adaptive_trainer.memory.fake import Kind, Recorder, fake_device
-from adaptive_trainer.memory.predict import Prediction, predict
-from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, trace
 from adaptive_trainer.models import build_model, checkpoint_activations, has_batch_norm
 from adaptive_trainer.optimizers import build_ema, build_optimizer, build_scaler
 from adaptive_trainer.position import Position, micro_batches
+from adaptive_trainer.prediction.estimator import Prediction, predict
+from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
+from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, trace
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update

@@ -21,10 +21,6 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.losses import Criterion, Loss, build_loss
-from adaptive_trainer.memory.image_size import check_image_size, failure_at
-from adaptive_trainer.memory.plan_cache import Key, PlanCache, versions
-from adaptive_trainer.memory.predict import Prediction, predict, verdict
-from adaptive_trainer.memory.trace import Tracer, TraceSpec
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import (
     build_model,
@@ -37,8 +33,12 @@ from adaptive_trainer.models import (
 )
 from adaptive_trainer.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
+from adaptive_trainer.prediction.cache import Key, PlanCache, versions
+from adaptive_trainer.prediction.device_spec import Target
+from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
+from adaptive_trainer.prediction.image_size import check_image_size, failure_at
+from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
 from adaptive_trainer.search import largest
-from adaptive_trainer.target import Target
 from adaptive_trainer.utils.random import same_random_numbers
 
 __all__ = [

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_trainer.memory.allocator import LARGE_SEGMENT, SMALL_SEGMENT, AllocatorFull, CachingAllocator
-from adaptive_trainer.memory.fake import Kind
-from adaptive_trainer.memory.scratch import MULTIPROCESSORS, Scratch
-from adaptive_trainer.memory.trace import Trace, TraceError, Tracer, TraceSpec, no_collection
+from adaptive_trainer.prediction.recorder import Kind
+from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, no_collection
+from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS, Scratch
 
 __all__ = ["Prediction", "predict", "verdict"]
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
-from adaptive_trainer.memory.plan_cache import PlanCache, versions
 from adaptive_trainer.models import TORCHVISION, outline, without_weights
+from adaptive_trainer.prediction.cache import PlanCache, versions
 from adaptive_trainer.utils.files import default_folder
 
 __all__ = ["check_image_size", "failure_at"]

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from adaptive_trainer.memory.predict import Prediction
+from adaptive_trainer.prediction.estimator import Prediction
 
 __all__ = ["Measurement", "PlanCache", "versions"]
 

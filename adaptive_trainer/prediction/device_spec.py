@@ -10,9 +10,9 @@ import torch
 from adaptive_trainer.config.schema import CardConfig, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, parse_limit
-from adaptive_trainer.memory.plan_cache import PlanCache
-from adaptive_trainer.memory.scratch import MULTIPROCESSORS
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.prediction.cache import PlanCache
+from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS
 from adaptive_trainer.utils.device import device_of
 
 __all__ = ["Card", "Target", "card_of", "target_of"]

@@ -10,11 +10,11 @@ import torch
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.memory.capacity import Capacity
-from adaptive_trainer.memory.plan_cache import Measurement, PlanCache
-from adaptive_trainer.memory.predict import verdict
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning import LossFactory, ModelFactory, Planner, other_allocator
-from adaptive_trainer.target import Target
+from adaptive_trainer.prediction.cache import Measurement, PlanCache
+from adaptive_trainer.prediction.device_spec import Target
+from adaptive_trainer.prediction.estimator import verdict
+from adaptive_trainer.prediction.ladder_plan import LossFactory, ModelFactory, Planner, other_allocator
 from adaptive_trainer.utils.device import precision_refusal
 from adaptive_trainer.utils.files import default_folder
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_trainer.memory.plain import plain_result
+from adaptive_trainer.prediction.plain import plain_result
 
 __all__ = ["Kind", "NotFollowed", "Recorder", "fake_device", "materialize"]
 

@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 from adaptive_trainer.config.schema import Config, compose_config, typed
 from adaptive_trainer.config.validate import PRECISIONS, check
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.memory.plan_cache import PlanCache
-from adaptive_trainer.memory.predict import Prediction
-from adaptive_trainer.memory.predict import predict as predict_trace
-from adaptive_trainer.memory.trace import TraceSpec
 from adaptive_trainer.models import check_name
-from adaptive_trainer.planning import Planner
 from adaptive_trainer.position import micro_batches
-from adaptive_trainer.target import Target, card_of, target_of
+from adaptive_trainer.prediction.cache import PlanCache
+from adaptive_trainer.prediction.device_spec import Target, card_of, target_of
+from adaptive_trainer.prediction.estimator import Prediction
+from adaptive_trainer.prediction.estimator import predict as predict_trace
+from adaptive_trainer.prediction.ladder_plan import Planner
+from adaptive_trainer.prediction.tracer import TraceSpec
 from adaptive_trainer.utils.files import default_folder
 
 __all__ = ["predict"]
