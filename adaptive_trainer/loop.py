@@ -27,7 +27,7 @@ from adaptive_trainer.errors import (
     OutOfMemory,
     UserError,
 )
-from adaptive_trainer.leak import Growth
+from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.session import Session
 from adaptive_trainer.supply import Supply, told_by_the_loader
 from adaptive_trainer.transaction import Undo

@@ -11,7 +11,7 @@ from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import recipe, stored_size
 from adaptive_trainer.losses import build_loss
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter

@@ -20,7 +20,7 @@ from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder import Recipe, Rung, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import Criterion, Loss
-from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.optimizers import (
     Schedule,

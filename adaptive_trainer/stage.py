@@ -20,8 +20,8 @@ from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message,
 from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
-from adaptive_trainer.leak import Growth
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
+from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models import has_batch_norm
 from adaptive_trainer.optimizers import kind_of_state
 from adaptive_trainer.prediction.cache import Measurement

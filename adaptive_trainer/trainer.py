@@ -41,7 +41,7 @@ from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.losses import Criterion, Loss, balanced, build_loss
-from adaptive_trainer.memory.capacity import Capacity, limit_for, limited
+from adaptive_trainer.memory.limit import Capacity, limit_for, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.prediction.image_size import check_image_size
 from adaptive_trainer.prediction.judge import Forecast

@@ -39,7 +39,7 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.ladder import resolve, stored_size
 from adaptive_trainer.losses import build_loss
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.position import Position
 from adaptive_trainer.session import Parts, enter

@@ -48,7 +48,7 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder import resolve
 from adaptive_trainer.losses import build_loss
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter

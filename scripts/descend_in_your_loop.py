@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adaptive_trainer import descend, make_ladder
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.limit import limited
 
 
 def train(batch_size: int, width: int) -> float:

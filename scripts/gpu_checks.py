@@ -37,7 +37,7 @@ from adaptive_trainer.data import Loader, build_datasets
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import build_loss
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_optimizer
 from adaptive_trainer.prediction.judge import Forecast

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity, limited
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -39,4 +39,4 @@ def capacity() -> Iterator[Capacity]:
 @pytest.fixture
 def soon_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated cards leave out what repeats itself as soon as it does."""
-    monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_FIRST", 0)
+    monkeypatch.setattr("adaptive_trainer.memory.simulated.COUNTED_FIRST", 0)

@@ -18,7 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from adaptive_trainer.config.schema import ScheduleConfig
-from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.optimizers import Schedule, build_schedule
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.memory.capacity import DEFAULT_SIMULATED, Capacity, Limit, limited, parse_limit
-from adaptive_trainer.memory.card import COUNTED_EVERY, COUNTED_FIRST
+from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, Capacity, Limit, limited, parse_limit
+from adaptive_trainer.memory.simulated import COUNTED_EVERY, COUNTED_FIRST
 
 CPU = torch.device("cpu")
 MiB = 2**20

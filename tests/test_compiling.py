@@ -22,7 +22,7 @@ from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.compiling import compile_forward
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.transaction import Undo
 from tests import runs
 from tests.faults import Fault, differences, dump, storages

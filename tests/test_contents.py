@@ -22,7 +22,7 @@ from adaptive_trainer.datasets import build_datasets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder import stages
 from adaptive_trainer.losses import build_loss
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.resume import check_data, check_stages, take_up
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.trust import trusted

@@ -20,7 +20,7 @@ from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig, RungCon
 from adaptive_trainer.engine import IN_STEP, Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.graph import GraphRefused, _Holders, _unchanged_host, step_refusal
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import build_optimizer
 from adaptive_trainer.position import Position

@@ -14,7 +14,7 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.ladder import resolve
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.prediction.judge import Forecast
 
 MiB = 2**20

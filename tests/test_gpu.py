@@ -32,7 +32,7 @@ from adaptive_trainer.graph import Graph, GraphRefused
 from adaptive_trainer.ladder import recipe, resolve
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.measure import measure
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models import build_model
 from adaptive_trainer.optimizers import FUSED, build_ema, build_optimizer, build_scaler
 from adaptive_trainer.position import Position

@@ -23,7 +23,7 @@ from adaptive_trainer import checkpoint
 from adaptive_trainer.config.schema import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.losses import CrossEntropy
-from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models import checkpoint_activations
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.trainer import Trainer

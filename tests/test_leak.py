@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.errors import LadderExhausted
-from adaptive_trainer.leak import LEAST, SAMPLES, Growth
+from adaptive_trainer.memory.leak import LEAST, SAMPLES, Growth
 
 CPU = torch.device("cpu")
 MiB = 2**20

@@ -17,7 +17,7 @@ CELLS = [
     # 0: a loop of one's own on a card of 64 MiB
     """
 import torch
-from adaptive_trainer.memory.capacity import limited
+from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.memory.usage import clear_gpu_memory, print_gpu_memory
 torch.set_num_threads(1)
 context = limited(torch.device("cpu"), "64MiB")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, errors, oom, report
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
-from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.report import Record, Result
 from tests import runs
 from tests.faults import Fault

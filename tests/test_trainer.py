@@ -28,7 +28,7 @@ from adaptive_trainer import Trainer, checkpoint, compose_config, load_model, st
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.memory import usage
-from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.position import Position
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
@@ -323,7 +323,7 @@ def test_peaks_are_those_of_a_card_that_counts_all(tmp_path: Path, monkeypatch: 
     """In each of three epochs, with a last batch of 5 and an evaluation that needs the most."""
     peaks: list[list[tuple[str, ...]]] = []
     for every in (COUNTED_EVERY, 1):
-        monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_EVERY", every)
+        monkeypatch.setattr("adaptive_trainer.memory.simulated.COUNTED_EVERY", every)
         folder = tmp_path / str(every)
         fit(
             folder, "memory.limit=64MiB", "trainer.epochs=3", data=Seen(45),
@@ -440,7 +440,7 @@ def test_the_learning_rate_policy_is_logged(
 @pytest.mark.parametrize("climb", [True, False])
 def test_climbing_when_there_is_room_again(climb: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card grows from 8 to 32 MiB after the second epoch, as when another program ends."""
-    from adaptive_trainer.memory.capacity import Capacity
+    from adaptive_trainer.memory.limit import Capacity
 
     epochs = tmp_path / "metrics.csv"
 
@@ -518,7 +518,7 @@ def test_no_thrashing_rung_is_left_where_there_is_none_below(tmp_path: Path) -> 
 
 def test_a_climb_that_fails_goes_back_to_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rung above has another optimizer and another precision, made anew for the try."""
-    from adaptive_trainer.memory.capacity import Capacity
+    from adaptive_trainer.memory.limit import Capacity
 
     rooms = iter(range(10**9, 2 * 10**9))
     monkeypatch.setattr(Capacity, "room", lambda self: next(rooms))  # more each time it is asked for

@@ -22,8 +22,8 @@ from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config.schema import ModelConfig, compose_config
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.losses import Criterion, Loss
-from adaptive_trainer.memory.capacity import Capacity, limited
-from adaptive_trainer.memory.card import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.memory.limit import Capacity, limited
+from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.position import Position
 from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.stepping import _storages
@@ -499,7 +499,7 @@ def test_peaks_and_failures_are_those_of_a_card_that_counts_all(
             operators[number] += 1
             return dispatch(*args)
 
-        monkeypatch.setattr("adaptive_trainer.memory.card.COUNTED_EVERY", every)
+        monkeypatch.setattr("adaptive_trainer.memory.simulated.COUNTED_EVERY", every)
         monkeypatch.setattr(SimulatedCard, "__torch_dispatch__", counting)
         with limited(CPU, "5MiB") as card:
             found.append(list(sizes_of(card, optimizer, precision)))

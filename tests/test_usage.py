@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from adaptive_trainer.memory.capacity import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.usage import (
     GpuProcess,
     Usage,

@@ -9,7 +9,7 @@ import torch
 
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.descent import Attempt
-from adaptive_trainer.memory.capacity import Capacity
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.prediction.cache import Measurement, PlanCache
 from adaptive_trainer.prediction.device_spec import Target

@@ -21,7 +21,7 @@ from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.allocator import SMALL_SEGMENT
-from adaptive_trainer.memory.card import SimulatedCard
+from adaptive_trainer.memory.simulated import SimulatedCard
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
 __all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limit_for", "limited", "parse_limit"]
