@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptive_trainer.config.schema import compose_config
-    from adaptive_trainer.descent import Attempt, descend
-    from adaptive_trainer.ladder import Rung, make_ladder
+    from adaptive_trainer.ladder.descent import Attempt, descend
+    from adaptive_trainer.ladder.resolve import Rung, make_ladder
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
     from adaptive_trainer.prediction.api import predict
     from adaptive_trainer.report import Result
@@ -33,15 +33,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Attempt": "descent",
+    "Attempt": "ladder.descent",
     "Result": "report",
-    "Rung": "ladder",
+    "Rung": "ladder.resolve",
     "Trainer": "trainer",
     "clear_gpu_memory": "memory.usage",
     "compose_config": "config.schema",
-    "descend": "descent",
+    "descend": "ladder.descent",
     "load_model": "trainer",
-    "make_ladder": "ladder",
+    "make_ladder": "ladder.resolve",
     "monitor_gpu_memory": "memory.usage",
     "predict": "prediction.api",
     "print_gpu_memory": "memory.usage",

@@ -37,7 +37,7 @@ from adaptive_trainer.errors import (
     remedy,
 )
 from adaptive_trainer.folders import check_folders
-from adaptive_trainer.ladder import resolve, stages
+from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.trust import frozen
 from adaptive_trainer.utils.screen import show_error
 

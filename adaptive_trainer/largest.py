@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 
 from adaptive_trainer.config.schema import LARGEST
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder import DEFAULT_BATCH, Rung, resolve, with_batch_size
+from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Rung, resolve, with_batch_size
+from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.search import largest
 from adaptive_trainer.stage import Stage
 
 __all__ = ["settle"]

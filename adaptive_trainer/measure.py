@@ -9,7 +9,7 @@ import torch
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.ladder import recipe, stored_size
+from adaptive_trainer.ladder.resolve import recipe, stored_size
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models import build_model

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config, typed
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder import Rung, resolve, stages, stored_size
+from adaptive_trainer.ladder.resolve import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import check_name

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, OutOfMemory
-from adaptive_trainer.ladder import Recipe, Rung, recipe
+from adaptive_trainer.ladder.resolve import Recipe, Rung, recipe
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import Criterion, Loss
 from adaptive_trainer.memory.limit import Capacity

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config.schema import LARGEST, Config
 from adaptive_trainer.data import DataSets
-from adaptive_trainer.descent import Attempt, Found, descend, exhausted_message, outcomes
 from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
-from adaptive_trainer.ladder import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
+from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
+from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models import has_batch_norm

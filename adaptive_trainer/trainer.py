@@ -36,7 +36,7 @@ from adaptive_trainer.data import DataSets, build_datasets
 from adaptive_trainer.datasets import check_batch_size, described, labels_of
 from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
-from adaptive_trainer.ladder import Rung, changed, resolve, stages, stored_size
+from adaptive_trainer.ladder.resolve import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
 from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal

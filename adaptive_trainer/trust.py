@@ -29,7 +29,7 @@ from adaptive_trainer.config.schema import (
     with_asked,
 )
 from adaptive_trainer.errors import CheckpointError, ConfigError, override
-from adaptive_trainer.ladder import resolve, stages
+from adaptive_trainer.ladder.resolve import resolve, stages
 
 __all__ = ["LOADS", "check_model", "frozen", "trusted"]
 

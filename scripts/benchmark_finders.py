@@ -46,7 +46,7 @@ from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.ladder import resolve
+from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models import build_model

@@ -32,7 +32,7 @@ from adaptive_trainer import compose_config, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data import Batch, build_datasets
 from adaptive_trainer.engine import Engine
-from adaptive_trainer.ladder import resolve
+from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import Capacity, limited

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config.schema import Config, RungConfig
 from adaptive_trainer.data import Loader, build_datasets
-from adaptive_trainer.ladder import recipe, resolve
+from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.layout import to_channels_last
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited

@@ -20,7 +20,7 @@ import torch
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import Config, MemoryConfig
-from adaptive_trainer.ladder import recipe, resolve
+from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.measure import measure
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.estimator import Prediction, verdict

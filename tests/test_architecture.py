@@ -30,7 +30,7 @@ WITHOUT_TORCH = (
     "errors",
     "utils.files",
     "folders",
-    "ladder",
+    "ladder.resolve",
     "config.mistakes",
     "utils.screen",
     "utils.tables",

@@ -14,7 +14,7 @@ from adaptive_trainer import cli
 from adaptive_trainer.config.schema import Config, apply_overrides, asked, at_home, compose_config, config_dir, typed
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder import stages
+from adaptive_trainer.ladder.resolve import stages
 
 GROUPS = sorted(p for p in Path(config_dir()).glob("*/*.yaml") if p.parent.name != "sweep")
 SWEEPS = sorted(Path(config_dir()).glob("sweep/*.yaml"))

@@ -11,9 +11,9 @@ from torch import nn
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.descent import Attempt
 from adaptive_trainer.errors import LadderExhausted
-from adaptive_trainer.ladder import resolve
+from adaptive_trainer.ladder.descent import Attempt
+from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.prediction.judge import Forecast
 

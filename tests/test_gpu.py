@@ -29,7 +29,7 @@ from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.graph import Graph, GraphRefused
-from adaptive_trainer.ladder import recipe, resolve
+from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.measure import measure
 from adaptive_trainer.memory.limit import Capacity, limited

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adaptive_trainer.config.schema import Config, RungConfig, compose_config, typed
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
+from adaptive_trainer.ladder.resolve import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
 
 DEFAULT = ["requested", "batch-16", "batch-8", "image-192", "image-160", "amp", "accumulate"]
 MODELS = ["mobilenetv3-large", "mobilenetv3-small"]

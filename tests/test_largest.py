@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from adaptive_trainer import Trainer, checkpoint, compose_config
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
-from adaptive_trainer.ladder import changes, recipe, resolve
+from adaptive_trainer.ladder.resolve import changes, recipe, resolve
+from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.plan_tasks import run_memory, run_plan
@@ -29,7 +30,6 @@ from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.ladder_plan import Planner
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Result
-from adaptive_trainer.search import largest
 from adaptive_trainer.session import Parts, enter
 from tests.test_resume import differing
 from tests.test_trainer import Seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.descent import Attempt
+from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.prediction.cache import Measurement, PlanCache

@@ -19,7 +19,8 @@ from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
-from adaptive_trainer.ladder import Rung, recipe, stored_size, with_batch_size
+from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batch_size
+from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.losses import Criterion, Loss, build_loss
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models import (
@@ -38,7 +39,6 @@ from adaptive_trainer.prediction.device_spec import Target
 from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
 from adaptive_trainer.prediction.image_size import check_image_size, failure_at
 from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
-from adaptive_trainer.search import largest
 from adaptive_trainer.utils.random import same_random_numbers
 
 __all__ = [

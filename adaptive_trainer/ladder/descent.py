@@ -19,7 +19,7 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
-from adaptive_trainer.ladder import Rung, own
+from adaptive_trainer.ladder.resolve import Rung, own
 from adaptive_trainer.memory.usage import is_short
 
 __all__ = ["Attempt", "Found", "Meter", "descend", "exhausted_message", "outcomes"]

@@ -1,0 +1,1 @@
+"""Rungs, the way down them, and the search for a batch size."""
