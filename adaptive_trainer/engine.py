@@ -20,7 +20,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.compiling import Forward, compile_forward, run_compiled
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
-from adaptive_trainer.models import recomputes
+from adaptive_trainer.models.zoo import recomputes
 from adaptive_trainer.update import Update
 
 __all__ = ["Engine"]

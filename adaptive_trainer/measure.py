@@ -10,9 +10,9 @@ from adaptive_trainer import oom
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder.resolve import recipe, stored_size
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import Capacity, limited
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.utils.device import device_of

@@ -20,7 +20,7 @@ from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.models import check_name
+from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.prediction.cache import PlanCache
 from adaptive_trainer.prediction.device_spec import Target, card_of, target_of
 from adaptive_trainer.prediction.estimator import verdict

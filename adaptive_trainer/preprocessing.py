@@ -12,7 +12,7 @@ from torch import nn
 
 from adaptive_trainer.config.schema import USUAL, Config, ModelConfig, with_usual
 from adaptive_trainer.ladder.resolve import Rung
-from adaptive_trainer.models import TORCHVISION, build_model, outline
+from adaptive_trainer.models.zoo import TORCHVISION, build_model, outline
 
 __all__ = ["own", "remark", "settled"]
 

@@ -18,11 +18,10 @@ from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder.resolve import Recipe, Rung, recipe
-from adaptive_trainer.layout import to_channels_last
-from adaptive_trainer.losses import Criterion, Loss
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.models import checkpoint_activations
-from adaptive_trainer.optimizers import (
+from adaptive_trainer.models.losses import Criterion, Loss
+from adaptive_trainer.models.memory_format import to_channels_last
+from adaptive_trainer.models.optimizers import (
     Schedule,
     build_ema,
     build_optimizer,
@@ -30,6 +29,7 @@ from adaptive_trainer.optimizers import (
     build_schedule,
     kind_of_state,
 )
+from adaptive_trainer.models.zoo import checkpoint_activations
 from adaptive_trainer.position import Position, updates_per_epoch
 from adaptive_trainer.transaction import TrainState, layout
 from adaptive_trainer.update import Update

@@ -22,8 +22,8 @@ from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_m
 from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.leak import Growth
-from adaptive_trainer.models import has_batch_norm
-from adaptive_trainer.optimizers import kind_of_state
+from adaptive_trainer.models.optimizers import kind_of_state
+from adaptive_trainer.models.zoo import has_batch_norm
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.prediction.ladder_plan import single_sample

@@ -38,11 +38,11 @@ from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.ladder.resolve import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
-from adaptive_trainer.layout import channels_last_pays
 from adaptive_trainer.loop import StopSignal
-from adaptive_trainer.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
+from adaptive_trainer.models.memory_format import channels_last_pays
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.image_size import check_image_size
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.prediction.ladder_plan import check_names

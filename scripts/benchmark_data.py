@@ -38,9 +38,9 @@ from adaptive_trainer.data import Batch, DataSets, Loader, build_datasets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.ladder.resolve import resolve, stored_size
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.position import Position
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.transforms import build_transform

@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 from adaptive_trainer import compose_config
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder.resolve import resolve
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.session import Parts, enter
 from scripts.timing import (
     CUDA,

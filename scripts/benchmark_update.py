@@ -34,10 +34,10 @@ from adaptive_trainer.data import Batch, build_datasets
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_FIRST
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.position import Position
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.supply import Supply

@@ -35,11 +35,11 @@ from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config.schema import Config, RungConfig
 from adaptive_trainer.data import Loader, build_datasets
 from adaptive_trainer.ladder.resolve import recipe, resolve
-from adaptive_trainer.layout import to_channels_last
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited
-from adaptive_trainer.models import build_model
-from adaptive_trainer.optimizers import build_optimizer
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.memory_format import to_channels_last
+from adaptive_trainer.models.optimizers import build_optimizer
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.stage import Stage

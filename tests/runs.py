@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from adaptive_trainer.config.schema import ScheduleConfig
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.optimizers import Schedule, build_schedule
+from adaptive_trainer.models.optimizers import Schedule, build_schedule
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update

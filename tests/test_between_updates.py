@@ -21,7 +21,7 @@ from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, repor
 from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted, OutOfMemory, UserError
 from adaptive_trainer.loop import Loop, _Loss
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.optimizers import Schedule
+from adaptive_trainer.models.optimizers import Schedule
 from adaptive_trainer.report import Record, Result
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.transaction import Undo

@@ -21,8 +21,8 @@ from adaptive_trainer.contents import OF_A_RUN, checked
 from adaptive_trainer.datasets import build_datasets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.resolve import stages
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.memory.limit import limited
+from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.resume import check_data, check_stages, take_up
 from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.trust import trusted

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, descend, layout, make_ladder, oom, predict
+from adaptive_trainer import Trainer, checkpoint, compose_config, descend, make_ladder, oom, predict
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config.schema import DataConfig, OptimizerConfig, typed
 from adaptive_trainer.data import Batch, DataSets, Loader
@@ -30,11 +30,12 @@ from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.feed import train_feed
 from adaptive_trainer.graph import Graph, GraphRefused
 from adaptive_trainer.ladder.resolve import recipe, resolve
-from adaptive_trainer.losses import build_loss
 from adaptive_trainer.measure import measure
 from adaptive_trainer.memory.limit import Capacity, limited
-from adaptive_trainer.models import build_model
-from adaptive_trainer.optimizers import FUSED, build_ema, build_optimizer, build_scaler
+from adaptive_trainer.models import memory_format as layout
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.optimizers import FUSED, build_ema, build_optimizer, build_scaler
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.position import Position
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.proof import Shapes, prove

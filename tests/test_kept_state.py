@@ -22,9 +22,9 @@ from torch.utils.data import Dataset as TorchDataset
 from adaptive_trainer import checkpoint
 from adaptive_trainer.config.schema import compose_config
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.losses import CrossEntropy
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.models import checkpoint_activations
+from adaptive_trainer.models.losses import CrossEntropy
+from adaptive_trainer.models.zoo import checkpoint_activations
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import layout

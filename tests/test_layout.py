@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from adaptive_trainer import Trainer, compose_config, layout, predict
+from adaptive_trainer import Trainer, compose_config, predict
 from adaptive_trainer.config.schema import Config, DataConfig, TrainerConfig
-from adaptive_trainer.layout import channels_last_pays, to_channels_last
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models import memory_format as layout
+from adaptive_trainer.models.memory_format import channels_last_pays, to_channels_last
+from adaptive_trainer.models.zoo import build_model
 
 SMALL = [
     "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.num_workers=0",

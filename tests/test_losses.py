@@ -23,8 +23,8 @@ from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, compose_config, predict
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.losses import Criterion, CrossEntropy, Loss, balanced
 from adaptive_trainer.memory.limit import Capacity, limited
+from adaptive_trainer.models.losses import Criterion, CrossEntropy, Loss, balanced
 from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update

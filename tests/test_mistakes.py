@@ -20,7 +20,7 @@ from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.mistakes import options_first
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import ConfigError, DataError, ModelError
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.zoo import build_model
 from tests.forking import ROOT, Launcher
 
 FILES = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from adaptive_trainer.config.schema import OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.optimizers import SCHEDULES, build_ema, build_optimizer, build_scaler, build_schedule
+from adaptive_trainer.models.optimizers import SCHEDULES, build_ema, build_optimizer, build_scaler, build_schedule
 
 CPU = torch.device("cpu")
 

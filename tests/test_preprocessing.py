@@ -22,7 +22,7 @@ from adaptive_trainer.augment import DeviceBatch, center_windows, windows
 from adaptive_trainer.config.schema import USUAL, Config, DataConfig, ModelConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import Rung, resolve
-from adaptive_trainer.models import build_model
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.preprocessing import own, remark, settled
 from adaptive_trainer.transforms import build_transform
 

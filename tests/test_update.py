@@ -21,12 +21,12 @@ from torch.utils.data import TensorDataset
 from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config.schema import ModelConfig, compose_config
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
-from adaptive_trainer.losses import Criterion, Loss
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.models.losses import Criterion, Loss
+from adaptive_trainer.models.stepping import _storages
 from adaptive_trainer.position import Position
 from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
-from adaptive_trainer.stepping import _storages
 from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import Progress, Undo, _Shadow
 from adaptive_trainer.update import Update
@@ -598,7 +598,7 @@ def test_evaluation_is_halved_until_it_fits() -> None:
 def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is left out, so nothing is learned of what it allocates."""
     counts = iter(range(1, 1000))
-    monkeypatch.setattr("adaptive_trainer.stepping._Allocations.total", lambda _: next(counts))
+    monkeypatch.setattr("adaptive_trainer.models.stepping._Allocations.total", lambda _: next(counts))
     run = start(Case("sgd", "fp16", warm=True), capacity)
     update, original = run.update(), Update._step
 

@@ -21,9 +21,10 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.ladder.search import largest
-from adaptive_trainer.losses import Criterion, Loss, build_loss
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.models import (
+from adaptive_trainer.models.losses import Criterion, Loss, build_loss
+from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer
+from adaptive_trainer.models.zoo import (
     build_model,
     check_name,
     checkpoint_activations,
@@ -32,7 +33,6 @@ from adaptive_trainer.models import (
     without_memory,
     without_weights,
 )
-from adaptive_trainer.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.position import micro_batches
 from adaptive_trainer.prediction.cache import Key, PlanCache, versions
 from adaptive_trainer.prediction.device_spec import Target

@@ -24,10 +24,10 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from adaptive_trainer.layout import to_channels_last
-from adaptive_trainer.losses import WEIGHTED, Criterion, Loss, correct
+from adaptive_trainer.models.losses import WEIGHTED, Criterion, Loss, correct
+from adaptive_trainer.models.memory_format import to_channels_last
+from adaptive_trainer.models.stepping import steps_alike
 from adaptive_trainer.prediction.recorder import NotFollowed, Recorder, fake_device, materialize
-from adaptive_trainer.stepping import steps_alike
 from adaptive_trainer.utils.random import same_random_numbers
 from adaptive_trainer.utils.screen import unlogged
 

@@ -1,0 +1,1 @@
+"""Networks, optimizers, losses, and the techniques that save their memory."""
