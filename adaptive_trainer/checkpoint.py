@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 
 from adaptive_trainer import oom
 from adaptive_trainer.contents import numpy_state
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.models.losses import changing_buffers
 from adaptive_trainer.models.optimizers import make_momentum
-from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState, layout
 from adaptive_trainer.utils.belongings import Belongings, walk
 from adaptive_trainer.utils.random import made as made_generator

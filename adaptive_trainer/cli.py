@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adaptive_trainer.config.mistakes import options_first
 from adaptive_trainer.config.schema import Config, at_home, config_dir, explained, register, typed, with_asked
 from adaptive_trainer.config.validate import TASKS, check, check_no_card
+from adaptive_trainer.data.folders import check_folders
 from adaptive_trainer.earlier import begin, fail
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
@@ -36,7 +37,6 @@ from adaptive_trainer.errors import (
     quoted,
     remedy,
 )
-from adaptive_trainer.folders import check_folders
 from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.trust import frozen
 from adaptive_trainer.utils.screen import show_error

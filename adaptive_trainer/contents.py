@@ -17,8 +17,8 @@ from torch import Tensor
 
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import Config, typed
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError
-from adaptive_trainer.position import Position
 
 __all__ = ["OF_A_MODEL", "OF_A_RUN", "checked", "numpy_state"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.augment import DeviceBatch, fitting
+from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, fitting
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.transaction import Undo
 from adaptive_trainer.update import Update

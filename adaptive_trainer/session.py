@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.data.position import Position, updates_per_epoch
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder.resolve import Recipe, Rung, recipe
 from adaptive_trainer.memory.limit import Capacity
@@ -30,7 +31,6 @@ from adaptive_trainer.models.optimizers import (
     kind_of_state,
 )
 from adaptive_trainer.models.zoo import checkpoint_activations
-from adaptive_trainer.position import Position, updates_per_epoch
 from adaptive_trainer.transaction import TrainState, layout
 from adaptive_trainer.update import Update
 

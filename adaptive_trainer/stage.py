@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config.schema import LARGEST, Config
-from adaptive_trainer.data import DataSets
+from adaptive_trainer.data.loader import DataSets
+from adaptive_trainer.data.preprocessing import remark
 from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
@@ -27,7 +28,6 @@ from adaptive_trainer.models.zoo import has_batch_norm
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.prediction.ladder_plan import single_sample
-from adaptive_trainer.preprocessing import remark
 from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report import Record
 from adaptive_trainer.resume import take_up

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer import oom
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable
-from adaptive_trainer.position import Position
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates
 

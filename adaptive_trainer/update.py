@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
+from adaptive_trainer.data.position import Position, micro_batches
 from adaptive_trainer.errors import ConfigError, DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import Criterion, Loss, Terms, correct
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.models.zoo import has_batch_norm
-from adaptive_trainer.position import Position, micro_batches
 from adaptive_trainer.transaction import Progress, TrainState, Undo, layout
 from adaptive_trainer.utils.device import AUTOCAST
 

@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_trainer import compose_config, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.data import Batch, build_datasets
+from adaptive_trainer.data.loader import Batch, build_datasets
+from adaptive_trainer.data.pipeline import Supply
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.loop import Hooks, Loop, StopSignal
@@ -38,9 +40,7 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_FIRST
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.position import Position
 from adaptive_trainer.session import Parts, enter
-from adaptive_trainer.supply import Supply
 from adaptive_trainer.transaction import Progress, Undo
 from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of

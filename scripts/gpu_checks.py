@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config.schema import Config, RungConfig
-from adaptive_trainer.data import Loader, build_datasets
+from adaptive_trainer.data.loader import Loader, build_datasets
 from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss

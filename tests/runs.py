@@ -18,9 +18,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from adaptive_trainer.config.schema import ScheduleConfig
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule, build_schedule
-from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update
 from tests.faults import Net

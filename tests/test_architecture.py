@@ -29,7 +29,7 @@ WITHOUT_TORCH = (
     "earlier",
     "errors",
     "utils.files",
-    "folders",
+    "data.folders",
     "ladder.resolve",
     "config.mistakes",
     "utils.screen",

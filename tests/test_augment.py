@@ -15,9 +15,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
-from adaptive_trainer.augment import CHUNK, DeviceBatch, center_windows, crop_windows, uniform, windows
 from adaptive_trainer.config.schema import USUAL, DataConfig
-from adaptive_trainer.transforms import build_transform
+from adaptive_trainer.data.cached.gpu_transforms import (
+    CHUNK,
+    DeviceBatch,
+    center_windows,
+    crop_windows,
+    uniform,
+    windows,
+)
+from adaptive_trainer.data.transforms import build_transform
 
 CPU = torch.device("cpu")
 SIDES = st.integers(1, 4000)

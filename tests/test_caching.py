@@ -25,15 +25,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
 
-from adaptive_trainer import Trainer, caching, compose_config
-from adaptive_trainer.caching import with_cache
+from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import DataConfig, typed
-from adaptive_trainer.data import DataSets, SampleError, build_datasets
-from adaptive_trainer.datasets import digits
+from adaptive_trainer.data.cached import build as caching
+from adaptive_trainer.data.cached.build import with_cache
+from adaptive_trainer.data.cached.fingerprint import fingerprint
+from adaptive_trainer.data.cached.store import available_memory
+from adaptive_trainer.data.datasets import digits
+from adaptive_trainer.data.image_files import ImageFiles
+from adaptive_trainer.data.loader import DataSets, SampleError, build_datasets
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted
-from adaptive_trainer.fingerprint import fingerprint
-from adaptive_trainer.image_files import ImageFiles
-from adaptive_trainer.store import available_memory
 from tests.forking import ROOT, Launcher
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

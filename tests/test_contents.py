@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model
 from adaptive_trainer.config.schema import typed
 from adaptive_trainer.contents import OF_A_RUN, checked
-from adaptive_trainer.datasets import build_datasets
+from adaptive_trainer.data.datasets import build_datasets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.resolve import stages
 from adaptive_trainer.memory.limit import limited

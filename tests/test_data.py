@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from adaptive_trainer.config.schema import DataConfig, compose_config, typed
-from adaptive_trainer.data import EVALUATION, Batch, DataSets, Loader, SampleError, build_datasets
+from adaptive_trainer.data.loader import EVALUATION, Batch, DataSets, Loader, SampleError, build_datasets
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.position import Position
 
 # Python 3.12 warns of every fork in a process with threads, and torch always has some
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

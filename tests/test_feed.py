@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config.schema import DataConfig
-from adaptive_trainer.data import Batch, DataSets, Loader
+from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
+from adaptive_trainer.data.cached.prefetch import FeedLoader, _Lane, eval_feed, train_feed
+from adaptive_trainer.data.cached.store import Decoded, Stored
+from adaptive_trainer.data.loader import Batch, DataSets, Loader
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
-from adaptive_trainer.feed import FeedLoader, _Lane, eval_feed, train_feed
-from adaptive_trainer.position import Position
-from adaptive_trainer.store import Decoded, Stored
 
 CPU = torch.device("cpu")
 SIZE, STORED = 23, 20

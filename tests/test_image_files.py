@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from adaptive_trainer import Trainer, caching
-from adaptive_trainer.caching import with_cache
+from adaptive_trainer import Trainer
 from adaptive_trainer.config.schema import Config, DataConfig, compose_config, typed
-from adaptive_trainer.data import Batch, Loader, build_datasets
-from adaptive_trainer.datasets import DataSets, described
+from adaptive_trainer.data.cached import build as caching
+from adaptive_trainer.data.cached.build import with_cache
+from adaptive_trainer.data.cached.prefetch import eval_feed
+from adaptive_trainer.data.datasets import DataSets, described
+from adaptive_trainer.data.folders import check_folders, check_root
+from adaptive_trainer.data.image_files import ImageFiles
+from adaptive_trainer.data.loader import Batch, Loader, build_datasets
+from adaptive_trainer.data.transforms import to_rgb
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.feed import eval_feed
-from adaptive_trainer.folders import check_folders, check_root
-from adaptive_trainer.image_files import ImageFiles
-from adaptive_trainer.transforms import to_rgb
 
 # What a camera stores for an upright scene, by the orientation it notes: the inverse of what makes it upright.
 STORED = {

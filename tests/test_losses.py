@@ -22,10 +22,10 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, compose_config, predict
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.losses import Criterion, CrossEntropy, Loss, balanced
-from adaptive_trainer.position import Position
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.update import Update
 from adaptive_trainer.utils.random import RandomStates

@@ -18,8 +18,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config.schema import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
+from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stored_size
 from adaptive_trainer.memory.limit import limited

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_trainer.position import Key, Position, key_seed, micro_batches, updates_per_epoch
+from adaptive_trainer.data.position import Key, Position, key_seed, micro_batches, updates_per_epoch
 
 SIZES = st.integers(1, 200)
 BATCHES = st.integers(1, 40)

@@ -17,10 +17,10 @@ from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer, checkpoint, compose_config
 from adaptive_trainer.config.schema import Config, typed
-from adaptive_trainer.datasets import build_datasets, described, image_folder
+from adaptive_trainer.data.datasets import build_datasets, described, image_folder
+from adaptive_trainer.data.folders import check_folders
+from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.errors import CheckpointError, DataError
-from adaptive_trainer.folders import check_folders
-from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 
 
 def settings(*overrides: str) -> Config:

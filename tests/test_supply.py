@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from adaptive_trainer import Trainer, compose_config, feed
+from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import RungConfig
+from adaptive_trainer.data.cached import prefetch as feed
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import Interrupted, LadderExhausted
-from adaptive_trainer.position import Position
 from adaptive_trainer.report import Result
 
 # Python 3.12 warns of every fork in a process with threads, and torch always has some

@@ -26,10 +26,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from adaptive_trainer import Trainer, checkpoint, compose_config, load_model, stage
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
-from adaptive_trainer.position import Position
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove

@@ -75,7 +75,7 @@ DOORS: dict[str, Callable[[dict[str, Any]], Any]] = {
         "data.train", {"_target_": "torchvision.datasets.DatasetFolder", "root": ".", "loader": CALL}
     ),
     "found by hydra": put("data.train.transform", {"_target_": "hydra.utils.get_method", "path": RUNS}),
-    "another module's shipped name": put("data.train._target_", "adaptive_trainer.datasets.digits"),
+    "another module's shipped name": put("data.train._target_", "adaptive_trainer.data.datasets.digits"),
     "shipped name with a blank": put("data.train._target_", "torchvision.datasets.FakeData "),
     "interpolated": lambda settings: (
         put("data.root", RUNS)(settings),

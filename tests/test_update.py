@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer.augment import DeviceBatch
 from adaptive_trainer.config.schema import ModelConfig, compose_config
+from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
-from adaptive_trainer.position import Position
 from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.trainer import Trainer
 from adaptive_trainer.transaction import Progress, Undo, _Shadow

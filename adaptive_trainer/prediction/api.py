@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from adaptive_trainer.config.schema import Config, compose_config, typed
 from adaptive_trainer.config.validate import PRECISIONS, check
+from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.zoo import check_name
-from adaptive_trainer.position import micro_batches
 from adaptive_trainer.prediction.cache import PlanCache
 from adaptive_trainer.prediction.device_spec import Target, card_of, target_of
 from adaptive_trainer.prediction.estimator import Prediction

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.ladder.search import largest
@@ -33,7 +34,6 @@ from adaptive_trainer.models.zoo import (
     without_memory,
     without_weights,
 )
-from adaptive_trainer.position import micro_batches
 from adaptive_trainer.prediction.cache import Key, PlanCache, versions
 from adaptive_trainer.prediction.device_spec import Target
 from adaptive_trainer.prediction.estimator import Prediction, predict, verdict

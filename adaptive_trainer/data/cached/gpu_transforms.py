@@ -17,9 +17,9 @@ from torch import Tensor
 
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import EVAL_CROP, DataConfig, with_usual
+from adaptive_trainer.data.position import key_seed
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.usage import is_short
-from adaptive_trainer.position import key_seed
 
 __all__ = ["DeviceBatch", "center_windows", "crop_windows", "fitting", "uniform", "windows"]
 

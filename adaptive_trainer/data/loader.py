@@ -29,10 +29,18 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import DataConfig
-from adaptive_trainer.datasets import DataSets, MapDataset, build_datasets, digits, image_folder, labelled, sample_name
+from adaptive_trainer.data.datasets import (
+    DataSets,
+    MapDataset,
+    build_datasets,
+    digits,
+    image_folder,
+    labelled,
+    sample_name,
+)
+from adaptive_trainer.data.position import Key, Position, key_seed, updates_per_epoch
+from adaptive_trainer.data.transforms import TOO_LARGE, Transform, build_transform, to_rgb, wrong_range
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.position import Key, Position, key_seed, updates_per_epoch
-from adaptive_trainer.transforms import TOO_LARGE, Transform, build_transform, to_rgb, wrong_range
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import put_all, states_of
 from adaptive_trainer.utils.random import seed as seed_generator

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from adaptive_trainer.position import key_seed
+from adaptive_trainer.data.position import key_seed
 
 __all__ = ["RANDOM", "STRATIFIED", "Split", "held_out", "known_labels", "source"]
 

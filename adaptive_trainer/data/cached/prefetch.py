@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaptive_trainer.augment import DeviceBatch, fitting, windows
 from adaptive_trainer.config.schema import DataConfig
-from adaptive_trainer.data import Batch
-from adaptive_trainer.datasets import DataSets, MapDataset, sample_name
-from adaptive_trainer.position import Position
-from adaptive_trainer.store import Stored
+from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, fitting, windows
+from adaptive_trainer.data.cached.store import Stored
+from adaptive_trainer.data.datasets import DataSets, MapDataset, sample_name
+from adaptive_trainer.data.loader import Batch
+from adaptive_trainer.data.position import Position
 
 __all__ = ["FeedLoader", "eval_feed", "train_feed"]
 

@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
+from adaptive_trainer.data.folders import beside_splits, class_folders, is_hidden, split_folder
+from adaptive_trainer.data.transforms import TOO_LARGE, read_as_rgb
 from adaptive_trainer.errors import DataError
-from adaptive_trainer.folders import beside_splits, class_folders, is_hidden, split_folder
-from adaptive_trainer.transforms import TOO_LARGE, read_as_rgb
 
 __all__ = ["ImageFiles", "image_folder"]
 

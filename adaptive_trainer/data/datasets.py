@@ -15,12 +15,12 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from adaptive_trainer.config.schema import LARGEST, Config, DataConfig
+from adaptive_trainer.data.cached.store import Stored
+from adaptive_trainer.data.folders import check_root
+from adaptive_trainer.data.image_files import image_folder
+from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
+from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.errors import ConfigError, DataError, UserError
-from adaptive_trainer.folders import check_root
-from adaptive_trainer.image_files import image_folder
-from adaptive_trainer.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
-from adaptive_trainer.store import Stored
-from adaptive_trainer.transforms import build_transform
 from adaptive_trainer.utils.progress import Progress
 
 __all__ = [

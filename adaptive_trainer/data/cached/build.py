@@ -23,12 +23,19 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from adaptive_trainer import oom
-from adaptive_trainer.data import NOT_THE_FILE, DataSets, check_label, end_workers, fewer_workers, plain_loader
+from adaptive_trainer.data.cached.fingerprint import fingerprint, refuse_own_transforms
+from adaptive_trainer.data.cached.store import (
+    Decoded,
+    Stored,
+    available_memory,
+    open_decoded,
+    removed_leftovers,
+    written,
+)
+from adaptive_trainer.data.loader import NOT_THE_FILE, DataSets, check_label, end_workers, fewer_workers, plain_loader
+from adaptive_trainer.data.splitting import source
 from adaptive_trainer.errors import ConfigError, DataError
-from adaptive_trainer.fingerprint import fingerprint, refuse_own_transforms
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.splitting import source
-from adaptive_trainer.store import Decoded, Stored, available_memory, open_decoded, removed_leftovers, written
 from adaptive_trainer.utils.files import alone, default_folder
 from adaptive_trainer.utils.progress import Progress
 

@@ -1,0 +1,1 @@
+"""Images decoded once: made, stored, and given to the device by a thread."""
