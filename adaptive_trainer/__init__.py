@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.ladder.resolve import Rung, make_ladder
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
     from adaptive_trainer.prediction.api import predict
-    from adaptive_trainer.report import Result
+    from adaptive_trainer.report.record import Result
     from adaptive_trainer.trainer import Trainer, load_model
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "Attempt": "ladder.descent",
-    "Result": "report",
+    "Result": "report.record",
     "Rung": "ladder.resolve",
     "Trainer": "trainer",
     "clear_gpu_memory": "memory.usage",

@@ -27,7 +27,6 @@ from adaptive_trainer.config.mistakes import options_first
 from adaptive_trainer.config.schema import Config, at_home, config_dir, explained, register, typed, with_asked
 from adaptive_trainer.config.validate import TASKS, check, check_no_card
 from adaptive_trainer.data.folders import check_folders
-from adaptive_trainer.earlier import begin, fail
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     ConfigError,
@@ -38,6 +37,7 @@ from adaptive_trainer.errors import (
     remedy,
 )
 from adaptive_trainer.ladder.resolve import resolve, stages
+from adaptive_trainer.report.earlier import begin, fail
 from adaptive_trainer.trust import frozen
 from adaptive_trainer.utils.screen import show_error
 

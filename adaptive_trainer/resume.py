@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer import checkpoint, earlier
+from adaptive_trainer import checkpoint
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig, asked, with_asked
 from adaptive_trainer.contents import OF_A_RUN, checked
 from adaptive_trainer.data.datasets import DataSets
@@ -18,6 +18,7 @@ from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.resolve import WHOLE, stage_names
 from adaptive_trainer.models.optimizers import kind_of_state
+from adaptive_trainer.report import earlier
 from adaptive_trainer.transaction import TrainState
 from adaptive_trainer.trust import trusted
 

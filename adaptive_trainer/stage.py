@@ -17,7 +17,6 @@ from adaptive_trainer import checkpoint, oom
 from adaptive_trainer.config.schema import LARGEST, Config
 from adaptive_trainer.data.loader import DataSets
 from adaptive_trainer.data.preprocessing import remark
-from adaptive_trainer.earlier import way_on
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
 from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
@@ -29,10 +28,11 @@ from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.prediction.ladder_plan import single_sample
 from adaptive_trainer.proof import Shapes, prove
-from adaptive_trainer.report import Record
+from adaptive_trainer.report.earlier import way_on
+from adaptive_trainer.report.record import Record
+from adaptive_trainer.report.summary import brief, change_text
 from adaptive_trainer.resume import take_up
 from adaptive_trainer.session import Parts, Session, enter, settle
-from adaptive_trainer.summary import brief, change_text
 
 __all__ = ["Stage"]
 

@@ -36,7 +36,6 @@ from adaptive_trainer.data.datasets import check_batch_size, described, labels_o
 from adaptive_trainer.data.loader import DataSets, build_datasets
 from adaptive_trainer.data.pipeline import told_by_the_loader
 from adaptive_trainer.data.preprocessing import settled
-from adaptive_trainer.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.ladder.resolve import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.largest import settle
@@ -48,11 +47,12 @@ from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.image_size import check_image_size
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.prediction.ladder_plan import check_names
-from adaptive_trainer.report import Record, Result
+from adaptive_trainer.report.earlier import is_within, left_by_earlier, set_aside, way_on
+from adaptive_trainer.report.record import Record, Result
+from adaptive_trainer.report.summary import rung_table, summary
 from adaptive_trainer.resume import Start
 from adaptive_trainer.session import ModelFactory, Parts
 from adaptive_trainer.stage import Stage
-from adaptive_trainer.summary import rung_table, summary
 from adaptive_trainer.trust import LOADS, check_model, frozen
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything

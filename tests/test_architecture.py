@@ -26,7 +26,7 @@ WITHOUT_TORCH = (
     "cli",
     "config.validate",
     "config.schema",
-    "earlier",
+    "report.earlier",
     "errors",
     "utils.files",
     "data.folders",

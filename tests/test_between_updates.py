@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, report, resume, trainer
+from adaptive_trainer import Trainer, checkpoint, compose_config, resume, trainer
 from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted, OutOfMemory, UserError
 from adaptive_trainer.loop import Loop, _Loss
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule
-from adaptive_trainer.report import Record, Result
+from adaptive_trainer.report import earlier
+from adaptive_trainer.report import record as report
+from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.stage import Stage
 from adaptive_trainer.transaction import Undo
 from tests.faults import Fault, differences, dump

@@ -29,7 +29,7 @@ from adaptive_trainer.prediction.api import predict
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.ladder_plan import Planner
 from adaptive_trainer.proof import Shapes, prove
-from adaptive_trainer.report import Result
+from adaptive_trainer.report.record import Result
 from adaptive_trainer.session import Parts, enter
 from tests.test_resume import differing
 from tests.test_trainer import Seen

@@ -23,11 +23,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, earlier, errors, oom, report
+from adaptive_trainer import Trainer, checkpoint, compose_config, errors, oom
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.report import Record, Result
+from adaptive_trainer.report import earlier
+from adaptive_trainer.report import record as report
+from adaptive_trainer.report.record import Record, Result
 from tests import runs
 from tests.faults import Fault
 from tests.forking import ROOT, Launcher, Started
@@ -75,7 +77,7 @@ if __name__ == "__main__":
 HOLDS_AND_FORKS = """
 import os, sys, time
 from pathlib import Path
-from adaptive_trainer.report import Record
+from adaptive_trainer.report.record import Record
 
 with Record(Path(sys.argv[1])).held():
     if os.fork() == 0:

@@ -33,7 +33,7 @@ from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
-from adaptive_trainer.report import Result
+from adaptive_trainer.report.record import Result
 from adaptive_trainer.update import Update
 
 MiB = 2**20

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adaptive_trainer.earlier import failure
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import Change, Recipe
+from adaptive_trainer.report.earlier import failure
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
 __all__ = ["Record", "Result"]
