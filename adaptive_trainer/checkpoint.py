@@ -29,7 +29,7 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.models.losses import changing_buffers
 from adaptive_trainer.models.optimizers import make_momentum
-from adaptive_trainer.transaction import TrainState, layout
+from adaptive_trainer.step.undo import TrainState, layout
 from adaptive_trainer.utils.belongings import Belongings, walk
 from adaptive_trainer.utils.random import made as made_generator
 from adaptive_trainer.utils.random import packed

@@ -19,7 +19,6 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.data.loader import Batch, DataSets
 from adaptive_trainer.data.pipeline import Supply, told_by_the_loader
-from adaptive_trainer.engine import Engine
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     DataError,
@@ -30,7 +29,8 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.session import Session
-from adaptive_trainer.transaction import Undo
+from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.utils.progress import Progress
 from adaptive_trainer.utils.screen import duration
 

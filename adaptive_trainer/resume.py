@@ -19,7 +19,7 @@ from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.resolve import WHOLE, stage_names
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report import earlier
-from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.trust import trusted
 
 __all__ = ["Start", "check_data", "check_stages", "load", "split_before", "start", "take_up"]

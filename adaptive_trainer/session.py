@@ -31,8 +31,8 @@ from adaptive_trainer.models.optimizers import (
     kind_of_state,
 )
 from adaptive_trainer.models.zoo import checkpoint_activations
-from adaptive_trainer.transaction import TrainState, layout
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.undo import TrainState, layout
+from adaptive_trainer.step.update import Update
 
 __all__ = ["Parts", "Session", "enter", "settle"]
 

@@ -27,12 +27,12 @@ from adaptive_trainer.models.zoo import has_batch_norm
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.prediction.ladder_plan import single_sample
-from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.record import Record
 from adaptive_trainer.report.summary import brief, change_text
 from adaptive_trainer.resume import take_up
 from adaptive_trainer.session import Parts, Session, enter, settle
+from adaptive_trainer.step.dry_run import Shapes, prove
 
 __all__ = ["Stage"]
 

@@ -38,12 +38,12 @@ from adaptive_trainer.data.cached.prefetch import train_feed
 from adaptive_trainer.data.loader import Batch, DataSets, Loader, build_datasets
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.data.transforms import build_transform
-from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder.resolve import resolve, stored_size
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.step.engine import Engine
 from scripts.timing import CUDA, heading, row, synchronize, table
 
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from adaptive_trainer import compose_config
-from adaptive_trainer.engine import Engine
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.step.engine import Engine
 from scripts.timing import (
     CUDA,
     Contender,

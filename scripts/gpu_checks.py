@@ -43,7 +43,7 @@ from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.session import Parts, Session, enter
 from adaptive_trainer.stage import Stage
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.global_state import private_process_state, seed_everything
 
 MiB = 1 << 20

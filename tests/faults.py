@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from adaptive_trainer.transaction import TrainState
+from adaptive_trainer.step.undo import TrainState
 
 
 class Fault(TorchDispatchMode):

@@ -21,8 +21,8 @@ from adaptive_trainer.config.schema import ScheduleConfig
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule, build_schedule
-from adaptive_trainer.transaction import TrainState
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.undo import TrainState
+from adaptive_trainer.step.update import Update
 from tests.faults import Net
 
 CPU = torch.device("cpu")

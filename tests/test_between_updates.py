@@ -26,7 +26,7 @@ from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.stage import Stage
-from adaptive_trainer.transaction import Undo
+from adaptive_trainer.step.undo import Undo
 from tests.faults import Fault, differences, dump
 from tests.runs import Case, Run, start
 from tests.test_resume import differing

@@ -18,14 +18,14 @@ from torch.amp.grad_scaler import GradScaler
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig, RungConfig
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.engine import IN_STEP, Engine
 from adaptive_trainer.errors import ConfigError, OutOfMemory
-from adaptive_trainer.graph import GraphRefused, _Holders, _unchanged_host, step_refusal
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.transaction import TrainState, Undo
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.backends.cuda_graph import GraphRefused, _Holders, _unchanged_host, step_refusal
+from adaptive_trainer.step.engine import IN_STEP, Engine
+from adaptive_trainer.step.undo import TrainState, Undo
+from adaptive_trainer.step.update import Update
 from tests import runs
 from tests.faults import Fault, Net, differences, dump, storages
 from tests.forking import ROOT

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer.host_state import HostState
+from adaptive_trainer.step.backends.host_state import HostState
 
 
 class Counter:

@@ -25,10 +25,10 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy
 from adaptive_trainer.models.zoo import checkpoint_activations
-from adaptive_trainer.proof import Shapes, prove
+from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.step.undo import layout
+from adaptive_trainer.step.update import Update
 from adaptive_trainer.trainer import Trainer
-from adaptive_trainer.transaction import layout
-from adaptive_trainer.update import Update
 from adaptive_trainer.utils.belongings import Belongings
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start

@@ -28,9 +28,9 @@ from adaptive_trainer.plan_tasks import run_memory, run_plan
 from adaptive_trainer.prediction.api import predict
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.ladder_plan import Planner
-from adaptive_trainer.proof import Shapes, prove
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.session import Parts, enter
+from adaptive_trainer.step.dry_run import Shapes, prove
 from tests.test_resume import differing
 from tests.test_trainer import Seen
 

@@ -26,8 +26,8 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.losses import Criterion, CrossEntropy, Loss, balanced
-from adaptive_trainer.transaction import TrainState
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.undo import TrainState
+from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.random import RandomStates
 from tests.runs import CPU, METERS
 

@@ -23,9 +23,9 @@ from adaptive_trainer.models.zoo import build_model, checkpoint_activations, has
 from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
 from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, trace
-from adaptive_trainer.proof import Shapes, prove
-from adaptive_trainer.transaction import TrainState
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.step.undo import TrainState
+from adaptive_trainer.step.update import Update
 
 CPU = torch.device("cpu")
 MiB = 2**20

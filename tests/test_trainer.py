@@ -32,9 +32,9 @@ from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.prediction.cache import Measurement
 from adaptive_trainer.prediction.judge import Forecast
-from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.report.record import Result
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
+from adaptive_trainer.step.update import Update
 
 MiB = 2**20
 STEPS = {"half": ["trainer.batch_size=4"], "quarter": ["trainer.batch_size=2"]}

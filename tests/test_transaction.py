@@ -23,7 +23,7 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.transaction import Undo, _Shadow
+from adaptive_trainer.step.undo import Undo, _Shadow
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates
 from tests.faults import Fault, Faults, differences, dump, storages

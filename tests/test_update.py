@@ -26,10 +26,10 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
-from adaptive_trainer.proof import PROVEN_UPDATES, Shapes, prove
+from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
+from adaptive_trainer.step.undo import Progress, Undo, _Shadow
+from adaptive_trainer.step.update import Update
 from adaptive_trainer.trainer import Trainer
-from adaptive_trainer.transaction import Progress, Undo, _Shadow
-from adaptive_trainer.update import Update
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start
 
@@ -864,7 +864,7 @@ def test_what_was_not_begun_is_not_rolled_back(capacity: Capacity, monkeypatch: 
     """A beginning that fails, before its first line or anywhere in it, leaves the last update as it is."""
     run = start(Case("adamw-single", "fp32", warm=True), capacity)
     update = run.update()
-    for refused in ("adaptive_trainer.transaction._get_current_dispatch_mode", "torch._foreach_copy_"):
+    for refused in ("adaptive_trainer.step.undo._get_current_dispatch_mode", "torch._foreach_copy_"):
         run.advance(update)
         before = dump(run.state)
         with monkeypatch.context() as patch:

@@ -27,7 +27,7 @@ from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS, Scratch
 __all__ = ["Prediction", "predict", "verdict"]
 
 MiB = 1 << 20
-# As `adaptive_trainer.proof.prove`: the first makes the optimizer's state, the second meets the full peak and shows
+# As `adaptive_trainer.step.dry_run.prove`: the first makes the optimizer's state, the second meets the full peak and shows
 # whether a step allocates. Only then are copies made beside the weights, and these stay: two more updates.
 UPDATES = COPYING_UPDATES = 2
 CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in between
@@ -133,7 +133,7 @@ class _Replay:
 
     Args:
         retried: an update that does not fit is rolled back and tried once more with an empty cache, as
-            `adaptive_trainer.update` does: what the update before has left no longer divides the memory.
+            `adaptive_trainer.step.update` does: what the update before has left no longer divides the memory.
     """
 
     def __init__(self, trace: Trace, scratch: Scratch, capacity: int | None = None, *, retried: bool = False) -> None:

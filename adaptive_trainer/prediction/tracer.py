@@ -60,7 +60,7 @@ class TraceSpec:
         channels_last: weights and images in that memory format.
         ema: a moving average of the weights is kept on the device.
         clip_grad: the gradient's norm is clipped.
-        undo: the copies that `adaptive_trainer.transaction` keeps on the device for a roll-back: of the buffers, and
+        undo: the copies that `adaptive_trainer.step.undo` keeps on the device for a roll-back: of the buffers, and
             where a step of the optimizer allocates, of weights, optimizer state and moving average.
         cuda: trained on a CUDA card; else on the CPU, whose memory a simulated card counts.
         stored_size: height and width of stored images (`data.cache`). The whole batch is then on the card, and the next
@@ -189,7 +189,7 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
 
 
 class _Training:
-    """The update and the evaluation, with every tensor held as long as `adaptive_trainer.update` holds it."""
+    """The update and the evaluation, with every tensor held as long as `adaptive_trainer.step.update` holds it."""
 
     def __init__(self, spec: TraceSpec, model: nn.Module, recorder: Recorder) -> None:
         self.spec = spec

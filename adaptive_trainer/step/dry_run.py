@@ -11,8 +11,8 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, fitting
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.transaction import Undo
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.undo import Undo
+from adaptive_trainer.step.update import Update
 
 __all__ = ["Shapes", "prove"]
 

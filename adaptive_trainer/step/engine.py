@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
-from adaptive_trainer.compiling import Forward, compile_forward, run_compiled
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
 from adaptive_trainer.models.zoo import recomputes
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.backends.compiled import Forward, compile_forward, run_compiled
+from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
+from adaptive_trainer.step.update import Update
 
 __all__ = ["Engine"]
 

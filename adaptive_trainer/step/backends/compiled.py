@@ -13,7 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.update import Update
 
 __all__ = ["Forward", "compile_forward", "run_compiled"]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.host_state import HostState
-from adaptive_trainer.transaction import Places
-from adaptive_trainer.update import Update
+from adaptive_trainer.step.backends.host_state import HostState
+from adaptive_trainer.step.undo import Places
+from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import state_of
 

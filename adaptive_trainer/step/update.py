@@ -25,7 +25,7 @@ from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import Criterion, Loss, Terms, correct
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.models.zoo import has_batch_norm
-from adaptive_trainer.transaction import Progress, TrainState, Undo, layout
+from adaptive_trainer.step.undo import Progress, TrainState, Undo, layout
 from adaptive_trainer.utils.device import AUTOCAST
 
 __all__ = ["Update"]

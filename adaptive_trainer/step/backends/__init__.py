@@ -1,0 +1,1 @@
+"""Other ways to run an update than operator by operator."""
