@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
     from adaptive_trainer.prediction.api import predict
     from adaptive_trainer.report.record import Result
-    from adaptive_trainer.trainer import Trainer, load_model
+    from adaptive_trainer.training.trainer import Trainer, load_model
 
 __all__ = [
     "Attempt",
@@ -36,11 +36,11 @@ _HOME = {
     "Attempt": "ladder.descent",
     "Result": "report.record",
     "Rung": "ladder.resolve",
-    "Trainer": "trainer",
+    "Trainer": "training.trainer",
     "clear_gpu_memory": "memory.usage",
     "compose_config": "config.schema",
     "descend": "ladder.descent",
-    "load_model": "trainer",
+    "load_model": "training.trainer",
     "make_ladder": "ladder.resolve",
     "monitor_gpu_memory": "memory.usage",
     "predict": "prediction.api",

@@ -38,7 +38,7 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.report.earlier import begin, fail
-from adaptive_trainer.trust import frozen
+from adaptive_trainer.training.trust import frozen
 from adaptive_trainer.utils.screen import show_error
 
 __all__ = ["OutputFolder", "as_list", "main"]
@@ -185,8 +185,8 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     elif cfg.task == "memory":
         import torch
 
-        from adaptive_trainer.measure import measure
         from adaptive_trainer.plan_tasks import run_memory
+        from adaptive_trainer.training.measure import measure
         from adaptive_trainer.utils.device import device_of
 
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
@@ -194,7 +194,7 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     else:
         if cfg.resume is None:  # the import of torch takes seconds, in which the run may be stopped
             begin(folder, frozen(cfg))
-        from adaptive_trainer.trainer import Trainer
+        from adaptive_trainer.training.trainer import Trainer
 
         return float(Trainer(cfg, output_dir=folder).fit().metrics.get(cfg.optimized_metric, float("nan")))
     return float("nan")

@@ -49,9 +49,9 @@ from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.step.dry_run import Shapes, prove
 from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.training.session import Parts, enter
 from scripts.timing import Contender, answers_to, heading, need_cuda, row, synchronize, table
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

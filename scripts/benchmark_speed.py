@@ -38,8 +38,8 @@ from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.training.session import Parts, enter
 from scripts.timing import (
     CUDA,
     Contender,

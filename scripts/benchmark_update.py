@@ -34,14 +34,14 @@ from adaptive_trainer.data.loader import Batch, build_datasets
 from adaptive_trainer.data.pipeline import Supply
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.ladder.resolve import resolve
-from adaptive_trainer.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_FIRST
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Progress, Undo
+from adaptive_trainer.training.loop import Hooks, Loop, StopSignal
+from adaptive_trainer.training.session import Parts, enter
 from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table

@@ -41,9 +41,9 @@ from adaptive_trainer.models.memory_format import to_channels_last
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.judge import Forecast
-from adaptive_trainer.session import Parts, Session, enter
-from adaptive_trainer.stage import Stage
 from adaptive_trainer.step.update import Update
+from adaptive_trainer.training.session import Parts, Session, enter
+from adaptive_trainer.training.stage import Stage
 from adaptive_trainer.utils.global_state import private_process_state, seed_everything
 
 MiB = 1 << 20

@@ -21,10 +21,10 @@ import torch
 from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import Config, MemoryConfig
 from adaptive_trainer.ladder.resolve import recipe, resolve
-from adaptive_trainer.measure import measure
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.prediction.ladder_plan import Planner
+from adaptive_trainer.training.measure import measure
 
 MiB = 1 << 20
 STEP = 0.005  # of the predicted limit, and at least one segment of the allocator

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-WARM = ("adaptive_trainer.trainer", "timm", "torchvision", "sklearn.datasets")
+WARM = ("adaptive_trainer.training.trainer", "timm", "torchvision", "sklearn.datasets")
 LONGEST = 150  # seconds, then the process is ended by SIGALRM
 
 

@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
     "config.mistakes",
     "utils.screen",
     "utils.tables",
-    "trust",
+    "training.trust",
 )
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config
+from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder.resolve import changes, recipe, resolve
@@ -29,8 +29,9 @@ from adaptive_trainer.prediction.api import predict
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.ladder_plan import Planner
 from adaptive_trainer.report.record import Result
-from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.training import checkpoint
+from adaptive_trainer.training.session import Parts, enter
 from tests.test_resume import differing
 from tests.test_trainer import Seen
 

@@ -78,7 +78,7 @@ def test_a_network_with_other_convolutions_is_predicted() -> None:
 
 
 def test_a_run_that_it_makes_faster_is_in_it_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("adaptive_trainer.trainer.capability_of", lambda _: HOPPER)
+    monkeypatch.setattr("adaptive_trainer.training.trainer.capability_of", lambda _: HOPPER)
     monkeypatch.setattr(layout, "LEAST_IN_RUN", 2 * 16 * 160**2)  # two epochs of 16 images
     last = "trainer.channels_last"
     for name, more, own, expected in [
@@ -107,7 +107,7 @@ def test_a_run_that_it_makes_faster_is_in_it_at_all_rungs(monkeypatch: pytest.Mo
 
 
 def test_it_is_the_same_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("adaptive_trainer.trainer.capability_of", lambda _: HOPPER)
+    monkeypatch.setattr("adaptive_trainer.training.trainer.capability_of", lambda _: HOPPER)
     monkeypatch.setattr(layout, "LEAST_IN_RUN", 0)
     limited = ["ladder=default", "memory.limit=80MiB", "trainer.batch_size=16"]
     trainer = Trainer(compose_config([*SMALL[:-1], *limited]), output_dir=tmp_path)
@@ -117,7 +117,7 @@ def test_it_is_the_same_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_a_resumed_run_keeps_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("adaptive_trainer.trainer.capability_of", lambda _: HOPPER)
+    monkeypatch.setattr("adaptive_trainer.training.trainer.capability_of", lambda _: HOPPER)
     for least, expected in ((0, True), (3 * 16 * 160**2, False)):  # in any run, and in one of three epochs
         monkeypatch.setattr(layout, "LEAST_IN_RUN", least)
         for epochs in (1, 3):

@@ -28,7 +28,7 @@ from adaptive_trainer.prediction.cache import Measurement, PlanCache, versions
 from adaptive_trainer.prediction.device_spec import Card, Target, card_of, target_of
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.prediction.ladder_plan import Planner, plan
-from adaptive_trainer.trainer import Trainer
+from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.files import default_folder
 
 MiB = 2**20

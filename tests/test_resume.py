@@ -23,13 +23,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, errors, oom
+from adaptive_trainer import Trainer, compose_config, errors, oom
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
 from adaptive_trainer.report.record import Record, Result
+from adaptive_trainer.training import checkpoint
 from tests import runs
 from tests.faults import Fault
 from tests.forking import ROOT, Launcher, Started
@@ -662,7 +663,7 @@ def test_auto_begins_anew_what_was_stopped_before_its_first_checkpoint(
 def test_auto_passes_over_a_run_that_is_still_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tmp_path / "2024-05-01" / "10-00-00")
     running = tmp_path / "2024-05-01" / "11-00-00"
-    stopped_early(running, monkeypatch, "adaptive_trainer.stage.prove")
+    stopped_early(running, monkeypatch, "adaptive_trainer.training.stage.prove")
     (running / "result.json").unlink()
     with Record(running).held():
         result = fit(tmp_path / "2024-05-01" / "12-00-00", "resume=auto", "trainer.epochs=2")

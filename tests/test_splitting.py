@@ -15,12 +15,13 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from adaptive_trainer import Trainer, checkpoint, compose_config
+from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import Config, typed
 from adaptive_trainer.data.datasets import build_datasets, described, image_folder
 from adaptive_trainer.data.folders import check_folders
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.errors import CheckpointError, DataError
+from adaptive_trainer.training import checkpoint
 
 
 def settings(*overrides: str) -> Config:
@@ -216,7 +217,7 @@ def unbalanced() -> TensorDataset:
 def validated(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The indices that each run from now on holds out."""
     found: list[list[int]] = []
-    from adaptive_trainer import trainer
+    from adaptive_trainer.training import trainer
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         data = build_datasets(*args, **kwargs)

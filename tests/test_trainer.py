@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from adaptive_trainer import Trainer, checkpoint, compose_config, load_model, stage
+from adaptive_trainer import Trainer, compose_config, load_model
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
@@ -35,6 +35,7 @@ from adaptive_trainer.prediction.judge import Forecast
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.step.update import Update
+from adaptive_trainer.training import checkpoint, stage
 
 MiB = 2**20
 STEPS = {"half": ["trainer.batch_size=4"], "quarter": ["trainer.batch_size=2"]}

@@ -29,7 +29,7 @@ from adaptive_trainer.models.stepping import _storages
 from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.step.undo import Progress, Undo, _Shadow
 from adaptive_trainer.step.update import Update
-from adaptive_trainer.trainer import Trainer
+from adaptive_trainer.training.trainer import Trainer
 from tests.faults import Fault, differences, dump
 from tests.runs import CPU, OPTIMIZERS, Case, Run, start
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.session import ModelFactory
+from adaptive_trainer.training.session import ModelFactory
 
 __all__ = ["check_arguments", "noting"]
 

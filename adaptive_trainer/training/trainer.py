@@ -17,8 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
 
-from adaptive_trainer import checkpoint, oom, resume
-from adaptive_trainer.arguments import check_arguments, noting
+from adaptive_trainer import oom
 from adaptive_trainer.config.schema import (
     BALANCED,
     LARGEST,
@@ -30,7 +29,6 @@ from adaptive_trainer.config.schema import (
     typed,
 )
 from adaptive_trainer.config.validate import check_no_card
-from adaptive_trainer.contents import OF_A_MODEL, checked
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.datasets import check_batch_size, described, labels_of
 from adaptive_trainer.data.loader import DataSets, build_datasets
@@ -38,8 +36,6 @@ from adaptive_trainer.data.pipeline import told_by_the_loader
 from adaptive_trainer.data.preprocessing import settled
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.ladder.resolve import Rung, changed, resolve, stages, stored_size
-from adaptive_trainer.largest import settle
-from adaptive_trainer.loop import StopSignal
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
 from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.models.memory_format import channels_last_pays
@@ -50,10 +46,15 @@ from adaptive_trainer.prediction.ladder_plan import check_names
 from adaptive_trainer.report.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import rung_table, summary
-from adaptive_trainer.resume import Start
-from adaptive_trainer.session import ModelFactory, Parts
-from adaptive_trainer.stage import Stage
-from adaptive_trainer.trust import LOADS, check_model, frozen
+from adaptive_trainer.training import checkpoint, resume
+from adaptive_trainer.training.arguments import check_arguments, noting
+from adaptive_trainer.training.contents import OF_A_MODEL, checked
+from adaptive_trainer.training.largest import settle
+from adaptive_trainer.training.loop import StopSignal
+from adaptive_trainer.training.resume import Start
+from adaptive_trainer.training.session import ModelFactory, Parts
+from adaptive_trainer.training.stage import Stage
+from adaptive_trainer.training.trust import LOADS, check_model, frozen
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.utils.screen import showing

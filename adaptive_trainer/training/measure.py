@@ -13,8 +13,8 @@ from adaptive_trainer.ladder.resolve import recipe, stored_size
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.session import Parts, enter
 from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.training.session import Parts, enter
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.global_state import private_process_state
 

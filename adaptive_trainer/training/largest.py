@@ -13,7 +13,7 @@ from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Rung, resolve, with_batch_size
 from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.stage import Stage
+from adaptive_trainer.training.stage import Stage
 
 __all__ = ["settle"]
 

@@ -28,9 +28,9 @@ from adaptive_trainer.errors import (
     UserError,
 )
 from adaptive_trainer.memory.leak import Growth
-from adaptive_trainer.session import Session
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Undo
+from adaptive_trainer.training.session import Session
 from adaptive_trainer.utils.progress import Progress
 from adaptive_trainer.utils.screen import duration
 

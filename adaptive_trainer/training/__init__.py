@@ -1,0 +1,1 @@
+"""The Trainer: stages, rungs, epochs, checkpoints, and taking them up again."""
