@@ -23,7 +23,7 @@ OUTSIDE = {"__init__", "__main__"}  # which only load others, when they are aske
 WITHOUT_TORCH = (
     "__init__",
     "__main__",
-    "cli",
+    "cli.main",
     "config.validate",
     "config.schema",
     "report.earlier",

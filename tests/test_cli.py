@@ -151,7 +151,7 @@ def test_answers_without_torch(args: list[str], code: int, said: str, tmp_path: 
     assert ended.returncode == code
     assert said in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
-    assert "adaptive_trainer.cli" in imported
+    assert "adaptive_trainer.cli.main" in imported
     assert not {name.partition(".")[0] for name in imported} & {"torch", "timm", "torchvision", "numpy", "sklearn"}
 
 

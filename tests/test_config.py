@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer import cli
+from adaptive_trainer.cli import main as cli
 from adaptive_trainer.config.schema import Config, apply_overrides, asked, at_home, compose_config, config_dir, typed
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError

@@ -18,13 +18,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.cli.plan import run_memory, run_plan
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder.resolve import changes, recipe, resolve
 from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
-from adaptive_trainer.plan_tasks import run_memory, run_plan
 from adaptive_trainer.prediction.api import predict
 from adaptive_trainer.prediction.device_spec import target_of
 from adaptive_trainer.prediction.ladder_plan import Planner

@@ -18,12 +18,12 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from adaptive_trainer.cli.plan import memory_table, plan_table, run_memory, run_plan
 from adaptive_trainer.config.schema import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stored_size
 from adaptive_trainer.memory.limit import limited
-from adaptive_trainer.plan_tasks import memory_table, plan_table, run_memory, run_plan
 from adaptive_trainer.prediction.cache import Measurement, PlanCache, versions
 from adaptive_trainer.prediction.device_spec import Card, Target, card_of, target_of
 from adaptive_trainer.prediction.estimator import Prediction, verdict

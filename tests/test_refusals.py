@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.cli.plan import run_plan
 from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.ladder.resolve import recipe, resolve
-from adaptive_trainer.plan_tasks import run_plan
 from adaptive_trainer.utils.device import precision_refusal
 
 MiB = 2**20

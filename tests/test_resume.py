@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.cli import AdaptiveTrainerError
+from adaptive_trainer.cli.main import AdaptiveTrainerError
 
 torch.set_num_threads(1)
 

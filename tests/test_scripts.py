@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_trainer import compose_config
-from adaptive_trainer.cli import as_list
+from adaptive_trainer.cli.main import as_list
 from scripts import benchmark, benchmark_where
 from scripts import benchmark_finders as finders
 from tests.forking import ROOT, Launcher

@@ -179,13 +179,13 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
     if cfg.task == "plan":
-        from adaptive_trainer.plan_tasks import run_plan
+        from adaptive_trainer.cli.plan import run_plan
 
         run_plan(cfg, folder)
     elif cfg.task == "memory":
         import torch
 
-        from adaptive_trainer.plan_tasks import run_memory
+        from adaptive_trainer.cli.plan import run_memory
         from adaptive_trainer.training.measure import measure
         from adaptive_trainer.utils.device import device_of
 
