@@ -11,9 +11,9 @@ STOPPED = 130  # as shells say it: 128 + SIGINT
 def main() -> None:
     """The command line; ends the process with its exit code."""
     try:
-        from adaptive_trainer import cli  # imports for seconds
+        from adaptive_trainer.cli.main import main as run  # imports for seconds
 
-        cli.main()
+        run()
     except KeyboardInterrupt:
         logging.disable()  # torch, imported by half, says at the end of the process how its caches did
         print("stopped by Ctrl-C", file=sys.stderr)

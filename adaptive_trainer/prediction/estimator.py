@@ -27,8 +27,8 @@ from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS, Scratch
 __all__ = ["Prediction", "predict", "verdict"]
 
 MiB = 1 << 20
-# As `adaptive_trainer.step.dry_run.prove`: the first makes the optimizer's state, the second meets the full peak and shows
-# whether a step allocates. Only then are copies made beside the weights, and these stay: two more updates.
+# As `step.dry_run.prove`: the first makes the optimizer's state, the second meets the full peak and shows whether a
+# step allocates. Only then are copies made beside the weights, and these stay: two more updates.
 UPDATES = COPYING_UPDATES = 2
 CAPACITY_STEP = 2 * MiB  # segments are multiples of it, so nothing changes in between
 # Shares of the smallest capacity. Predictions were 4.3 % too low and 2.0 % too high at the worst on the card they were

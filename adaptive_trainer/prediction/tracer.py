@@ -278,7 +278,7 @@ class _Training:
         del waiting
 
     def _waiting(self, samples: int) -> list[Tensor]:
-        """The next batch of stored images, as `adaptive_trainer.data.cached.gpu_transforms.DeviceBatch` holds it beside this one."""
+        """The next batch of stored images, as `gpu_transforms.DeviceBatch` holds it beside this one."""
         if not self.spec.cuda or not self.spec.stored_size:
             return []
         stored = torch.empty(samples, 3, self.spec.stored_size, self.spec.stored_size, dtype=torch.uint8)
