@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.ladder.descent import Attempt, descend
     from adaptive_trainer.ladder.resolve import Rung, make_ladder
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
-    from adaptive_trainer.prediction.api import predict
+    from adaptive_trainer.planning.api import predict
     from adaptive_trainer.report.record import Result
     from adaptive_trainer.training.trainer import Trainer, load_model
 
@@ -43,7 +43,7 @@ _HOME = {
     "load_model": "training.trainer",
     "make_ladder": "ladder.resolve",
     "monitor_gpu_memory": "memory.usage",
-    "predict": "prediction.api",
+    "predict": "planning.api",
     "print_gpu_memory": "memory.usage",
 }
 

@@ -22,23 +22,6 @@ import errno
 import re
 import shlex
 
-__all__ = [
-    "AdaptiveTrainerError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DeviceUnusable",
-    "DivergedError",
-    "Interrupted",
-    "LadderExhausted",
-    "ModelError",
-    "OutOfMemory",
-    "UserError",
-    "override",
-    "quoted",
-    "remedy",
-]
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BARE = re.compile(r"[A-Za-z0-9_./:+%@-]+")  # what neither Hydra nor a shell takes for more than it is
 FORBIDDEN = (errno.EACCES, errno.EPERM)

@@ -35,7 +35,8 @@ from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import USUAL, Config
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.prefetch import train_feed
-from adaptive_trainer.data.loader import Batch, DataSets, Loader, build_datasets
+from adaptive_trainer.data.datasets import DataSets, build_datasets
+from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.ladder.resolve import resolve, stored_size

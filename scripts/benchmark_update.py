@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaptive_trainer import compose_config, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.data.loader import Batch, build_datasets
+from adaptive_trainer.data.datasets import build_datasets
+from adaptive_trainer.data.loader import Batch
 from adaptive_trainer.data.pipeline import Supply
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.ladder.resolve import resolve

@@ -33,14 +33,15 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer import Result, Trainer, compose_config, oom
 from adaptive_trainer.config.schema import Config, RungConfig
-from adaptive_trainer.data.loader import Loader, build_datasets
+from adaptive_trainer.data.datasets import build_datasets
+from adaptive_trainer.data.loader import Loader
 from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.memory_format import to_channels_last
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.prediction.judge import Forecast
+from adaptive_trainer.planning.judge import Forecast
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.session import Parts, Session, enter
 from adaptive_trainer.training.stage import Stage

@@ -21,9 +21,9 @@ import torch
 from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import Config, MemoryConfig
 from adaptive_trainer.ladder.resolve import recipe, resolve
-from adaptive_trainer.prediction.device_spec import target_of
+from adaptive_trainer.planning.device_spec import target_of
+from adaptive_trainer.planning.ladder_plan import Planner
 from adaptive_trainer.prediction.estimator import Prediction, verdict
-from adaptive_trainer.prediction.ladder_plan import Planner
 from adaptive_trainer.training.measure import measure
 
 MiB = 1 << 20

@@ -15,8 +15,8 @@ PACKAGE = Path(adaptive_trainer.__file__).parent
 
 # From the left to the right: a room uses those to its right only, and rooms of one group do not use each other.
 ROOMS = (
-    ("cli",), ("training",), ("step", "prediction"), ("data",), ("report",), ("models", "ladder"), ("memory",),
-    ("config",),    ("utils",), ("oom",), ("errors",),
+    ("cli",), ("training",), ("checkpoints",), ("step", "planning"), ("prediction",), ("data",), ("report",),
+    ("models", "ladder"), ("memory",), ("config",), ("utils",), ("oom",), ("errors",),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 OUTSIDE = {"__init__", "__main__"}  # which only load others, when they are asked
@@ -34,7 +34,7 @@ WITHOUT_TORCH = (
     "config.mistakes",
     "utils.screen",
     "utils.tables",
-    "training.trust",
+    "checkpoints.trust",
 )
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.checkpoints import checkpoint, resume
 from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted, OutOfMemory, UserError
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule
@@ -25,7 +26,7 @@ from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.step.undo import Undo
-from adaptive_trainer.training import checkpoint, resume, trainer
+from adaptive_trainer.training import trainer
 from adaptive_trainer.training.loop import Loop, _Loss
 from adaptive_trainer.training.stage import Stage
 from tests.faults import Fault, differences, dump

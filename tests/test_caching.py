@@ -31,9 +31,9 @@ from adaptive_trainer.data.cached import build as caching
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.fingerprint import fingerprint
 from adaptive_trainer.data.cached.store import available_memory
-from adaptive_trainer.data.datasets import digits
+from adaptive_trainer.data.datasets import DataSets, build_datasets, digits
 from adaptive_trainer.data.image_files import ImageFiles
-from adaptive_trainer.data.loader import DataSets, SampleError, build_datasets
+from adaptive_trainer.data.loader import SampleError
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted
 from tests.forking import ROOT, Launcher
 

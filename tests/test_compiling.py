@@ -19,12 +19,12 @@ from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaptive_trainer import Trainer, compose_config, load_model
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.step.backends.compiled import compile_forward
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Undo
-from adaptive_trainer.training import checkpoint
 from tests import runs
 from tests.faults import Fault, differences, dump, storages
 from tests.forking import ROOT

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import Trainer, compose_config, load_model
+from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
+from adaptive_trainer.checkpoints.resume import check_data, check_stages, take_up
+from adaptive_trainer.checkpoints.trust import trusted
 from adaptive_trainer.config.schema import typed
 from adaptive_trainer.data.datasets import build_datasets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.resolve import stages
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
-from adaptive_trainer.training import checkpoint
-from adaptive_trainer.training.contents import OF_A_RUN, checked
-from adaptive_trainer.training.resume import check_data, check_stages, take_up
 from adaptive_trainer.training.session import Parts, enter
-from adaptive_trainer.training.trust import trusted
 
 SETTINGS = (
     "ladder=none", "trainer.batch_size=4", "trainer.epochs=2", "trainer.ema_decay=0.9", "data.image_size=8",

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from adaptive_trainer.config.schema import DataConfig, compose_config, typed
-from adaptive_trainer.data.loader import EVALUATION, Batch, DataSets, Loader, SampleError, build_datasets
+from adaptive_trainer.data.datasets import DataSets, build_datasets
+from adaptive_trainer.data.loader import EVALUATION, Batch, Loader, SampleError
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DataError
 

@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from adaptive_trainer.config.schema import Config, DataConfig, compose_config, typed
-from adaptive_trainer.data.datasets import build_datasets, described, digits, image_folder, sample_name
+from adaptive_trainer.data.datasets import build_datasets, described, digits, sample_name
 from adaptive_trainer.data.folders import check_folders
+from adaptive_trainer.data.image_files import image_folder
 from adaptive_trainer.errors import ConfigError, DataError
 
 

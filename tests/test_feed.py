@@ -19,7 +19,8 @@ from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.data.cached.prefetch import FeedLoader, _Lane, eval_feed, train_feed
 from adaptive_trainer.data.cached.store import Decoded, Stored
-from adaptive_trainer.data.loader import Batch, DataSets, Loader
+from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
 

@@ -15,7 +15,7 @@ from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity, limited
-from adaptive_trainer.prediction.judge import Forecast
+from adaptive_trainer.planning.judge import Forecast
 
 MiB = 2**20
 SMALL = ["model.name=mobilenetv3_small_050", "data.image_size=64", "trainer.batch_size=16", "device=cpu"]

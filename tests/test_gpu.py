@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, compose_config, descend, make_ladder, oom, predict
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import DataConfig, OptimizerConfig, typed
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.data.cached.prefetch import train_feed
 from adaptive_trainer.data.cached.store import Decoded, Stored
-from adaptive_trainer.data.loader import Batch, DataSets, Loader
+from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.ladder.resolve import recipe, resolve
@@ -35,13 +37,12 @@ from adaptive_trainer.models import memory_format as layout
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.optimizers import FUSED, build_ema, build_optimizer, build_scaler
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.prediction.device_spec import target_of
+from adaptive_trainer.planning.device_spec import target_of
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
 from adaptive_trainer.step.dry_run import Shapes, prove
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
-from adaptive_trainer.training import checkpoint
 from adaptive_trainer.training.measure import measure
 from adaptive_trainer.training.session import METERS, Parts, enter
 from adaptive_trainer.utils.global_state import private_process_state, seed_everything

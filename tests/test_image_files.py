@@ -22,10 +22,10 @@ from adaptive_trainer.config.schema import Config, DataConfig, compose_config, t
 from adaptive_trainer.data.cached import build as caching
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.prefetch import eval_feed
-from adaptive_trainer.data.datasets import DataSets, described
+from adaptive_trainer.data.datasets import DataSets, build_datasets, described
 from adaptive_trainer.data.folders import check_folders, check_root
 from adaptive_trainer.data.image_files import ImageFiles
-from adaptive_trainer.data.loader import Batch, Loader, build_datasets
+from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.transforms import to_rgb
 from adaptive_trainer.errors import DataError
 

@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
@@ -27,7 +28,6 @@ from adaptive_trainer.models.zoo import checkpoint_activations
 from adaptive_trainer.step.dry_run import Shapes, prove
 from adaptive_trainer.step.undo import layout
 from adaptive_trainer.step.update import Update
-from adaptive_trainer.training import checkpoint
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.belongings import Belongings
 from tests.faults import Fault, differences, dump

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.cli.plan import run_memory, run_plan
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
@@ -25,12 +26,11 @@ from adaptive_trainer.ladder.resolve import changes, recipe, resolve
 from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
-from adaptive_trainer.prediction.api import predict
-from adaptive_trainer.prediction.device_spec import target_of
-from adaptive_trainer.prediction.ladder_plan import Planner
+from adaptive_trainer.planning.api import predict
+from adaptive_trainer.planning.device_spec import target_of
+from adaptive_trainer.planning.ladder_plan import Planner
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.step.dry_run import Shapes, prove
-from adaptive_trainer.training import checkpoint
 from adaptive_trainer.training.session import Parts, enter
 from tests.test_resume import differing
 from tests.test_trainer import Seen

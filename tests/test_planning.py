@@ -24,10 +24,10 @@ from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stored_size
 from adaptive_trainer.memory.limit import limited
-from adaptive_trainer.prediction.cache import Measurement, PlanCache, versions
-from adaptive_trainer.prediction.device_spec import Card, Target, card_of, target_of
+from adaptive_trainer.planning.cache import Measurement, PlanCache, versions
+from adaptive_trainer.planning.device_spec import Card, Target, card_of, target_of
+from adaptive_trainer.planning.ladder_plan import Planner, plan
 from adaptive_trainer.prediction.estimator import Prediction, verdict
-from adaptive_trainer.prediction.ladder_plan import Planner, plan
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.files import default_folder
 
@@ -322,7 +322,7 @@ def test_a_second_plan_comes_from_the_disk(tmp_path: Path, monkeypatch: pytest.M
     ladder = resolve(compose_config([*SMALL, "ladder=none"]))
     cache = PlanCache(tmp_path)
     made = plan(ladder, Planner(card(GiB), cache=cache))
-    monkeypatch.setattr("adaptive_trainer.prediction.ladder_plan.predict", None)  # it would have to be called
+    monkeypatch.setattr("adaptive_trainer.planning.ladder_plan.predict", None)  # it would have to be called
     again = plan(ladder, Planner(card(GiB), cache=cache))
     assert [replace(row, seconds=0.0) for row in again.rows] == [replace(row, seconds=0.0) for row in made.rows]
 

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from torchvision.models import get_model_weights, list_models
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import USUAL, Config, DataConfig, ModelConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, center_windows, windows
 from adaptive_trainer.data.preprocessing import own, remark, settled
@@ -25,7 +26,6 @@ from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import Rung, resolve
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.training import checkpoint
 
 CPU = torch.device("cpu")
 TAGS = timm.list_models(pretrained=True)

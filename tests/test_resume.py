@@ -24,13 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config, errors, oom
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
 from adaptive_trainer.report.record import Record, Result
-from adaptive_trainer.training import checkpoint
 from tests import runs
 from tests.faults import Fault
 from tests.forking import ROOT, Launcher, Started

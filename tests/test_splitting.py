@@ -16,12 +16,13 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import Config, typed
-from adaptive_trainer.data.datasets import build_datasets, described, image_folder
+from adaptive_trainer.data.datasets import build_datasets, described
 from adaptive_trainer.data.folders import check_folders
+from adaptive_trainer.data.image_files import image_folder
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.errors import CheckpointError, DataError
-from adaptive_trainer.training import checkpoint
 
 
 def settings(*overrides: str) -> Config:

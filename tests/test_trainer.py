@@ -25,17 +25,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from adaptive_trainer import Trainer, compose_config, load_model
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
-from adaptive_trainer.prediction.cache import Measurement
-from adaptive_trainer.prediction.judge import Forecast
+from adaptive_trainer.planning.cache import Measurement
+from adaptive_trainer.planning.judge import Forecast
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.step.update import Update
-from adaptive_trainer.training import checkpoint, stage
+from adaptive_trainer.training import stage
 
 MiB = 2**20
 STEPS = {"half": ["trainer.batch_size=4"], "quarter": ["trainer.batch_size=2"]}

@@ -13,8 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from adaptive_trainer import Trainer, compose_config, load_model
+from adaptive_trainer.checkpoints.trust import frozen, trusted
 from adaptive_trainer.errors import CheckpointError
-from adaptive_trainer.training.trust import frozen, trusted
 
 SMALL = (
     "model.name=test_resnet", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.image_size=32",

@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.config.mistakes import options_first
 from adaptive_trainer.config.schema import Config, at_home, config_dir, explained, register, typed, with_asked
 from adaptive_trainer.config.validate import TASKS, check, check_no_card
@@ -38,10 +39,7 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.report.earlier import begin, fail
-from adaptive_trainer.training.trust import frozen
 from adaptive_trainer.utils.screen import show_error
-
-__all__ = ["OutputFolder", "as_list", "main"]
 
 
 def main() -> None:

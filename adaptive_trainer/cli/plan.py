@@ -21,16 +21,14 @@ from adaptive_trainer.ladder.resolve import Rung, resolve, stages, stored_size
 from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.zoo import check_name
-from adaptive_trainer.prediction.cache import PlanCache
-from adaptive_trainer.prediction.device_spec import Target, card_of, target_of
+from adaptive_trainer.planning.cache import PlanCache
+from adaptive_trainer.planning.device_spec import Target, card_of, target_of
+from adaptive_trainer.planning.ladder_plan import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
 from adaptive_trainer.prediction.estimator import verdict
-from adaptive_trainer.prediction.ladder_plan import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.files import as_csv, default_folder, refused_by_disk, write_whole
 from adaptive_trainer.utils.screen import nearby, width
 from adaptive_trainer.utils.tables import table
-
-__all__ = ["Cell", "memory_table", "plan_table", "run_memory", "run_plan"]
 
 log = logging.getLogger(__name__)
 

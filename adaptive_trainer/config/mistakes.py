@@ -17,8 +17,6 @@ from yaml import MarkedYAMLError, YAMLError
 
 from adaptive_trainer.errors import ConfigError, UserError, override, remedy
 
-__all__ = ["explained", "keys", "keys_of", "no_setting", "options_first", "to_be_added"]
-
 KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
 

@@ -29,26 +29,6 @@ from omegaconf.errors import OmegaConfBaseException
 from adaptive_trainer.config import mistakes
 from adaptive_trainer.errors import ConfigError, quoted
 
-__all__ = [
-    "BALANCED",
-    "LARGEST",
-    "USUAL",
-    "Asked",
-    "Config",
-    "apply_overrides",
-    "asked",
-    "at_home",
-    "compose_config",
-    "config_dir",
-    "explained",
-    "flat",
-    "literal",
-    "register",
-    "typed",
-    "with_asked",
-    "with_usual",
-]
-
 BALANCED = "balanced"  # of trainer.class_weights: each class counts as much as any other
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet

@@ -10,8 +10,6 @@ from math import isfinite
 from adaptive_trainer.config.schema import BALANCED, LARGEST, CardConfig, Config, DataConfig, TrainerConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["PRECISIONS", "TASKS", "check", "check_no_card"]
-
 PRECISIONS = ("fp32", "bf16", "fp16")
 ENGINES = ("auto", "eager", "graph", "compile")
 LR_POLICIES = ("none", "linear", "sqrt", "auto")

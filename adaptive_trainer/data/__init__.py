@@ -1,16 +1,17 @@
 """From files to batches: the same samples in the same order, whatever the workers and the batch sizes.
 
-`digits` and `image_folder` are what configs name, so they keep these paths.
+Configs and saved settings name `adaptive_trainer.data.digits` and `adaptive_trainer.data.image_folder`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+
+HOME = {"digits": "datasets", "image_folder": "image_files"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("digits", "image_folder"):
+    if name not in HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from adaptive_trainer.data import datasets  # which loads torchvision, that most rooms do not need
-
-    return getattr(datasets, name)
+    return getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)

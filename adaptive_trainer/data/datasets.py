@@ -17,23 +17,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from adaptive_trainer.config.schema import LARGEST, Config, DataConfig
 from adaptive_trainer.data.cached.store import Stored
 from adaptive_trainer.data.folders import check_root
-from adaptive_trainer.data.image_files import image_folder
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.errors import ConfigError, DataError, UserError
 from adaptive_trainer.utils.progress import Progress
-
-__all__ = [
-    "DataSets",
-    "MapDataset",
-    "build_datasets",
-    "described",
-    "digits",
-    "image_folder",
-    "labelled",
-    "labels_of",
-    "sample_name",
-]
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ from typing import Any
 from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.errors import DataError
 
-__all__ = ["beside_splits", "check_folders", "check_root", "class_folders", "is_hidden", "split_folder"]
-
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
 ALIKE = {**SPLITS, "train": ("train", "training")}  # in whatever case, where they have folders: a class may be a Train

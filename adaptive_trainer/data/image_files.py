@@ -16,8 +16,6 @@ from adaptive_trainer.data.folders import beside_splits, class_folders, is_hidde
 from adaptive_trainer.data.transforms import TOO_LARGE, read_as_rgb
 from adaptive_trainer.errors import DataError
 
-__all__ = ["ImageFiles", "image_folder"]
-
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 WITH_PLUGIN = (".heic", ".heif", ".avif")  # read where Pillow can: by itself, or by a plugin that is registered
 

@@ -32,9 +32,6 @@ from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.datasets import (
     DataSets,
     MapDataset,
-    build_datasets,
-    digits,
-    image_folder,
     labelled,
     sample_name,
 )
@@ -44,20 +41,6 @@ from adaptive_trainer.errors import DataError
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import put_all, states_of
 from adaptive_trainer.utils.random import seed as seed_generator
-
-__all__ = [
-    "Batch",
-    "DataSets",
-    "Loader",
-    "SampleError",
-    "build_datasets",
-    "check_label",
-    "digits",
-    "end_workers",
-    "fewer_workers",
-    "image_folder",
-    "plain_loader",
-]
 
 BROKEN = (OSError, SyntaxError, EOFError, struct.error, *TOO_LARGE)  # what PIL raises for a bad file
 NOT_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)

@@ -17,11 +17,10 @@ from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.cached.prefetch import eval_feed, train_feed
-from adaptive_trainer.data.loader import Batch, DataSets, Loader, end_workers, fewer_workers
+from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.loader import Batch, Loader, end_workers, fewer_workers
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DataError, OutOfMemory
-
-__all__ = ["Supply", "told_by_the_loader"]
 
 T = TypeVar("T")
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Key", "Position", "key_seed", "micro_batches", "updates_per_epoch"]
 
 Key = tuple[int, int, int]  # (seed, epoch, index of the sample in the data set)
 

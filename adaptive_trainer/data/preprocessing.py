@@ -14,8 +14,6 @@ from adaptive_trainer.config.schema import USUAL, Config, ModelConfig, with_usua
 from adaptive_trainer.ladder.resolve import Rung
 from adaptive_trainer.models.zoo import TORCHVISION, build_model, outline
 
-__all__ = ["own", "remark", "settled"]
-
 Ladder = Sequence[Rung[Config]]
 
 

@@ -14,8 +14,6 @@ from torch.utils.data import Subset, TensorDataset
 
 from adaptive_trainer.data.position import key_seed
 
-__all__ = ["RANDOM", "STRATIFIED", "Split", "held_out", "known_labels", "source"]
-
 Array = np.ndarray[Any, Any]
 STRATIFIED, RANDOM = "stratified", "random"  # kinds of splits
 LABELS = ("targets", "labels", "_labels")  # what data sets call the list of them

@@ -14,8 +14,6 @@ from torch import Tensor
 from adaptive_trainer.config.schema import DataConfig, with_usual
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["TOO_LARGE", "Transform", "build_transform", "read_as_rgb", "to_rgb", "wrong_range"]
-
 Transform = Callable[[Any], Tensor]
 AUTO_AUGMENT = {
     "ra": "RandAugment",

@@ -22,8 +22,6 @@ from adaptive_trainer.errors import LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder.resolve import Rung, own
 from adaptive_trainer.memory.usage import is_short
 
-__all__ = ["Attempt", "Found", "Meter", "descend", "exhausted_message", "outcomes"]
-
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -29,26 +29,6 @@ from adaptive_trainer.config.schema import (
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
 
-__all__ = [
-    "DEFAULT_BATCH",
-    "REQUESTED",
-    "WHOLE",
-    "Change",
-    "Recipe",
-    "Refuse",
-    "Rung",
-    "changed",
-    "changes",
-    "make_ladder",
-    "own",
-    "recipe",
-    "resolve",
-    "scaled_lr",
-    "stages",
-    "stored_size",
-    "with_batch_size",
-]
-
 T = TypeVar("T")
 Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
 REQUESTED = "requested"

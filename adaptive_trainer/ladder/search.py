@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["largest"]
-
 NEAR = 8  # a gap under this share of what holds is closed in quarters
 
 

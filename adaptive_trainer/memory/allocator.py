@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-__all__ = ["AllocatorFull", "CachingAllocator"]
-
 MiB = 1 << 20
 MIN_BLOCK = 512
 SMALL_LIMIT = MiB

@@ -10,8 +10,6 @@ import torch
 
 from adaptive_trainer.memory.usage import format_bytes
 
-__all__ = ["Growth"]
-
 SAMPLES = 64  # that are kept; so many updates of a rung are each looked at, and later ones every now and then
 LEAST = 4  # samples that a growth is read from
 SUSPECT = 3  # samples, each above the one before, from which on tensors are counted

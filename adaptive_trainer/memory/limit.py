@@ -24,8 +24,6 @@ from adaptive_trainer.memory.allocator import SMALL_SEGMENT
 from adaptive_trainer.memory.simulated import SimulatedCard
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
-__all__ = ["DEFAULT_SIMULATED", "Capacity", "Limit", "SimulatedCard", "limit_for", "limited", "parse_limit"]
-
 COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
 
 DEFAULT_SIMULATED = 512 * 2**20

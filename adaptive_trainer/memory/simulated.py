@@ -24,8 +24,6 @@ from adaptive_trainer import oom
 from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
-__all__ = ["COUNTED_EVERY", "COUNTED_FIRST", "SimulatedCard"]
-
 COUNTED_FIRST = 32  # of each kind of work, so that what begins soon is found where it begins
 COUNTED_EVERY = 50  # of work that repeats itself
 

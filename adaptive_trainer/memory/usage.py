@@ -19,22 +19,6 @@ import torch
 
 from adaptive_trainer import oom
 
-__all__ = [
-    "Card",
-    "GpuProcess",
-    "Usage",
-    "clear_gpu_memory",
-    "describe_users",
-    "format_bytes",
-    "is_short",
-    "memory_users",
-    "monitor_gpu_memory",
-    "print_gpu_memory",
-    "reset_peaks",
-    "simulated_cards",
-    "snapshot",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

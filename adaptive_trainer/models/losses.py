@@ -26,8 +26,6 @@ from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates
 
-__all__ = ["Criterion", "CrossEntropy", "Loss", "Terms", "balanced", "build_loss", "changing_buffers", "correct"]
-
 Loss = Callable[[Tensor, Tensor], Any]  # of (output, labels): a tensor of one number, or a pair (sum, denominator)
 MEAN, SUM, WEIGHTED, OTHER = "mean", "sum", "weighted", "other"
 OF_TORCH = "torch.nn.modules.loss"

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from adaptive_trainer.config.schema import Config
 
-__all__ = ["channels_last_pays", "to_channels_last"]
-
 HALF_FROM, TF32_FROM = (7, 0), (9, 0)  # compute capabilities: tensor cores; where fp32 was measured
 LEAST_PIXELS = 8 * 160 * 160  # in a forward pass: the smallest that was measured to be faster
 LEAST_IN_RUN = 50_000 * 224 * 224  # pixels: what is faster in fewer does not make up for loading the kernels

@@ -19,16 +19,6 @@ from torch.optim import Optimizer
 from adaptive_trainer.config.schema import OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 
-__all__ = [
-    "Schedule",
-    "build_ema",
-    "build_optimizer",
-    "build_scaler",
-    "build_schedule",
-    "check_optimizer",
-    "make_momentum",
-]
-
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
 CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
 SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")

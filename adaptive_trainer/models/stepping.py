@@ -18,8 +18,6 @@ from torch.optim import optimizer as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["StepMemory", "steps_alike"]
-
 # Once their state is made, all steps of these do the same; a class derived from one may not.
 ALIKE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 

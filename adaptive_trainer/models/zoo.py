@@ -22,17 +22,6 @@ from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import put_all, same_random_numbers, states_of
 from adaptive_trainer.utils.screen import unlogged
 
-__all__ = [
-    "build_model",
-    "check_name",
-    "checkpoint_activations",
-    "has_batch_norm",
-    "outline",
-    "recomputes",
-    "without_memory",
-    "without_weights",
-]
-
 log = logging.getLogger(__name__)
 
 TORCHVISION = "torchvision/"

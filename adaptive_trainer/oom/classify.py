@@ -17,14 +17,6 @@ import torch
 
 from adaptive_trainer.errors import AdaptiveTrainerError, LadderExhausted, OutOfMemory
 
-__all__ = [
-    "Failure",
-    "Kind",
-    "SimulatedOutOfMemory",
-    "describe",
-    "is_out_of_memory",
-]
-
 
 class Kind(StrEnum):
     """What an error says about memory."""

@@ -11,8 +11,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from adaptive_trainer.oom.classify import Kind, describe
 
-__all__ = ["clear_workspaces", "forget_traceback", "held", "probe", "release"]
-
 
 def probe(device: torch.device) -> bool:
     """Whether the device still answers: wait for it, then one tiny computation. Always true on a CPU.

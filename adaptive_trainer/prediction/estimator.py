@@ -24,8 +24,6 @@ from adaptive_trainer.prediction.recorder import Kind
 from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, no_collection
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS, Scratch
 
-__all__ = ["Prediction", "predict", "verdict"]
-
 MiB = 1 << 20
 # As `step.dry_run.prove`: the first makes the optimizer's state, the second meets the full peak and shows whether a
 # step allocates. Only then are copies made beside the weights, and these stay: two more updates.

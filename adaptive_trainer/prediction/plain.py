@@ -15,8 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 
-__all__ = ["plain_result"]
-
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 

@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer.prediction.plain import plain_result
 
-__all__ = ["Kind", "NotFollowed", "Recorder", "fake_device", "materialize"]
-
 aten = torch.ops.aten
 
 # Run in float32 by CUDA's autocast and left as they come by the CPU's (aten/src/ATen/autocast_mode.h, list fp32).

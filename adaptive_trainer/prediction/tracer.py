@@ -31,8 +31,6 @@ from adaptive_trainer.prediction.recorder import NotFollowed, Recorder, fake_dev
 from adaptive_trainer.utils.random import same_random_numbers
 from adaptive_trainer.utils.screen import unlogged
 
-__all__ = ["Trace", "TraceError", "TraceSpec", "Tracer", "no_collection", "trace"]
-
 FAKE_TENSOR = "torch._subclasses.fake_tensor"  # logs 30 lines of an operator that refuses its shapes
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion

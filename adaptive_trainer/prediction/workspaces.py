@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["MULTIPROCESSORS", "Scratch"]
-
 MiB = 1 << 20
 HOPPER = (9, 0)
 SCOPED_WORKSPACES_SINCE = (2, 15)

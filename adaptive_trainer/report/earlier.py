@@ -15,18 +15,6 @@ from typing import Any
 from adaptive_trainer.errors import CheckpointError, override
 from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
 
-__all__ = [
-    "Earlier",
-    "begin",
-    "fail",
-    "failure",
-    "find",
-    "is_within",
-    "left_by_earlier",
-    "set_aside",
-    "way_on",
-]
-
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
 SETTINGS, RESULT = "config.yaml", "result.json"

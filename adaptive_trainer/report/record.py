@@ -17,8 +17,6 @@ from adaptive_trainer.ladder.resolve import Change, Recipe
 from adaptive_trainer.report.earlier import failure
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
-__all__ = ["Record", "Result"]
-
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there

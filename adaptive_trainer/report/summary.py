@@ -14,8 +14,6 @@ from adaptive_trainer.report.record import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
 from adaptive_trainer.utils.tables import table
 
-__all__ = ["brief", "change_text", "rung_table", "summary"]
-
 
 def rung_table(attempts: Sequence[Attempt]) -> str:
     """A table of the rungs tried."""

@@ -14,8 +14,6 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.step.update import Update
 
-__all__ = ["Shapes", "prove"]
-
 PROVEN_UPDATES = 2  # the optimizer makes its state in the first; the second meets the full peak
 Batch = tuple[Tensor, Tensor]  # images and labels
 

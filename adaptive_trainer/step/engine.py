@@ -23,8 +23,6 @@ from adaptive_trainer.step.backends.compiled import Forward, compile_forward, ru
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
 from adaptive_trainer.step.update import Update
 
-__all__ = ["Engine"]
-
 T = TypeVar("T")
 TIMED = 5  # updates of each kind that `auto` compares
 IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward

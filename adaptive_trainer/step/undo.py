@@ -32,8 +32,6 @@ from adaptive_trainer.errors import DeviceUnusable
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates
 
-__all__ = ["Places", "Progress", "TrainState", "Undo", "layout"]
-
 P = ParamSpec("P")
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none

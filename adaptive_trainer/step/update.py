@@ -28,8 +28,6 @@ from adaptive_trainer.models.zoo import has_batch_norm
 from adaptive_trainer.step.undo import Progress, TrainState, Undo, layout
 from adaptive_trainer.utils.device import AUTOCAST
 
-__all__ = ["Update"]
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")

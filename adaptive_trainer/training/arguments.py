@@ -20,8 +20,6 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.training.session import ModelFactory
 
-__all__ = ["check_arguments", "noting"]
-
 log = logging.getLogger(__name__)
 
 

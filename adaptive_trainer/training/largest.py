@@ -15,8 +15,6 @@ from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.training.stage import Stage
 
-__all__ = ["settle"]
-
 
 def settle(stage: Stage, settings: DictConfig) -> None:
     """Give the stage the ladder of the largest batch size; a resumed stage keeps the one that was found.

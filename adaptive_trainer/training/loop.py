@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.data.loader import Batch, DataSets
+from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.loader import Batch
 from adaptive_trainer.data.pipeline import Supply, told_by_the_loader
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
@@ -33,8 +34,6 @@ from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.training.session import Session
 from adaptive_trainer.utils.progress import Progress
 from adaptive_trainer.utils.screen import duration
-
-__all__ = ["Hooks", "Loop", "StopSignal"]
 
 log = logging.getLogger(__name__)
 

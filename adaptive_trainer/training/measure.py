@@ -18,8 +18,6 @@ from adaptive_trainer.training.session import Parts, enter
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.global_state import private_process_state
 
-__all__ = ["measure"]
-
 
 def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
     """Peak allocated and reserved bytes of whole updates and one evaluation batch on the CUDA card of the settings.

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from adaptive_trainer import oom
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import Position, updates_per_epoch
 from adaptive_trainer.errors import ConfigError, OutOfMemory
@@ -33,9 +34,6 @@ from adaptive_trainer.models.optimizers import (
 from adaptive_trainer.models.zoo import checkpoint_activations
 from adaptive_trainer.step.undo import TrainState, layout
 from adaptive_trainer.step.update import Update
-from adaptive_trainer.training import checkpoint
-
-__all__ = ["Parts", "Session", "enter", "settle"]
 
 METERS = ("loss", "correct", "seen", "skipped")
 ModelFactory = Callable[[ModelConfig, int], nn.Module]

@@ -14,8 +14,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
+from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints.resume import take_up
 from adaptive_trainer.config.schema import LARGEST, Config
-from adaptive_trainer.data.loader import DataSets
+from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.preprocessing import remark
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
@@ -23,19 +25,15 @@ from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.models.zoo import has_batch_norm
-from adaptive_trainer.prediction.cache import Measurement
-from adaptive_trainer.prediction.judge import Forecast
-from adaptive_trainer.prediction.ladder_plan import single_sample
+from adaptive_trainer.planning.cache import Measurement
+from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.ladder_plan import single_sample
 from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.record import Record
 from adaptive_trainer.report.summary import brief, change_text
 from adaptive_trainer.step.dry_run import Shapes, prove
-from adaptive_trainer.training import checkpoint
 from adaptive_trainer.training.loop import Hooks, Loop, StopSignal
-from adaptive_trainer.training.resume import take_up
 from adaptive_trainer.training.session import Parts, Session, enter, settle
-
-__all__ = ["Stage"]
 
 log = logging.getLogger(__name__)
 

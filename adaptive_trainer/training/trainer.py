@@ -18,6 +18,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
+from adaptive_trainer.checkpoints import checkpoint, resume
+from adaptive_trainer.checkpoints.contents import OF_A_MODEL, checked
+from adaptive_trainer.checkpoints.resume import Start
+from adaptive_trainer.checkpoints.trust import LOADS, check_model, frozen
 from adaptive_trainer.config.schema import (
     BALANCED,
     LARGEST,
@@ -30,8 +34,7 @@ from adaptive_trainer.config.schema import (
 )
 from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
-from adaptive_trainer.data.datasets import check_batch_size, described, labels_of
-from adaptive_trainer.data.loader import DataSets, build_datasets
+from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch_size, described, labels_of
 from adaptive_trainer.data.pipeline import told_by_the_loader
 from adaptive_trainer.data.preprocessing import settled
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
@@ -40,26 +43,20 @@ from adaptive_trainer.memory.limit import Capacity, limit_for, limited
 from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.models.memory_format import channels_last_pays
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.prediction.image_size import check_image_size
-from adaptive_trainer.prediction.judge import Forecast
-from adaptive_trainer.prediction.ladder_plan import check_names
+from adaptive_trainer.planning.image_size import check_image_size
+from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.ladder_plan import check_names
 from adaptive_trainer.report.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import rung_table, summary
-from adaptive_trainer.training import checkpoint, resume
 from adaptive_trainer.training.arguments import check_arguments, noting
-from adaptive_trainer.training.contents import OF_A_MODEL, checked
 from adaptive_trainer.training.largest import settle
 from adaptive_trainer.training.loop import StopSignal
-from adaptive_trainer.training.resume import Start
 from adaptive_trainer.training.session import ModelFactory, Parts
 from adaptive_trainer.training.stage import Stage
-from adaptive_trainer.training.trust import LOADS, check_model, frozen
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.utils.screen import showing
-
-__all__ = ["Trainer", "load_model"]
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,6 @@ from torch.utils.data import Dataset
 
 from adaptive_trainer.utils.random import is_generator, process_wide
 
-__all__ = ["HOOKS", "PLAIN", "Belongings", "is_own_kind", "walk"]
-
 PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.device, torch.dtype)
 LEAVES = {*PLAIN, bool, torch.Size}
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace)

@@ -6,8 +6,6 @@ import torch
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["AUTOCAST", "capability_of", "device_of", "precision_refusal", "tf32_refusal"]
-
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 

@@ -17,8 +17,6 @@ from typing import Any, TextIO
 
 from adaptive_trainer.errors import UserError, remedy
 
-__all__ = ["alone", "append", "as_csv", "as_json", "default_folder", "refused_by_disk", "write_whole"]
-
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1

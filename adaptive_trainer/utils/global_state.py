@@ -14,9 +14,6 @@ import torch
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["alone_in_process", "private_process_state", "seed_everything"]
-
-
 _LOCK = threading.Lock()
 
 

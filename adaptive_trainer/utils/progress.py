@@ -14,8 +14,6 @@ from typing import Any
 
 from adaptive_trainer.utils.screen import duration, is_terminal, width
 
-__all__ = ["Progress"]
-
 log = logging.getLogger(__name__)
 
 ROOM_FOR_RATE = 72  # columns: a bar with fewer leaves the rate out

@@ -15,21 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer import oom
 
-__all__ = [
-    "RandomStates",
-    "is_generator",
-    "made",
-    "packed",
-    "process_wide",
-    "put",
-    "put_all",
-    "same_random_numbers",
-    "seed",
-    "state_of",
-    "states_of",
-    "unpack",
-]
-
 MT19937_BYTES = 625 * 4  # 624 words and how many of them are used up
 KINDS = {
     "torch.Generator": torch.Generator, "random.Random": random.Random, "numpy.Generator": np.random.Generator,

@@ -16,20 +16,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import IO, Any
 
-__all__ = [
-    "COMMAND",
-    "Screen",
-    "duration",
-    "is_terminal",
-    "log_file",
-    "nearby",
-    "show",
-    "show_error",
-    "showing",
-    "unlogged",
-    "width",
-]
-
 log = logging.getLogger(__name__)
 
 PACKAGE = __name__.partition(".")[0]

@@ -7,8 +7,6 @@ from textwrap import wrap
 
 from adaptive_trainer.utils.screen import width
 
-__all__ = ["table"]
-
 
 def table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), columns: int | None = None) -> str:
     """Rows as lines that fit; the first row is the head, and the last column is text of any length.

@@ -32,14 +32,13 @@ from adaptive_trainer.data.cached.store import (
     removed_leftovers,
     written,
 )
-from adaptive_trainer.data.loader import NOT_THE_FILE, DataSets, check_label, end_workers, fewer_workers, plain_loader
+from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.loader import NOT_THE_FILE, check_label, end_workers, fewer_workers, plain_loader
 from adaptive_trainer.data.splitting import source
 from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.utils.files import alone, default_folder
 from adaptive_trainer.utils.progress import Progress
-
-__all__ = ["with_cache"]
 
 Array = np.ndarray[Any, Any]
 FORMAT = 2  # of the stored images: counted up when what is stored for the same files changes

@@ -16,8 +16,6 @@ from torch.utils.data import TensorDataset
 
 from adaptive_trainer.errors import ConfigError
 
-__all__ = ["fingerprint", "refuse_own_transforms"]
-
 Array = np.ndarray[Any, Any]
 OWN_TRANSFORMS = ("transform", "transforms", "target_transform")
 PLAIN = (str, bytes, int, float, bool, type(None))

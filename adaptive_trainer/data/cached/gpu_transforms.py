@@ -21,8 +21,6 @@ from adaptive_trainer.data.position import key_seed
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.usage import is_short
 
-__all__ = ["DeviceBatch", "center_windows", "crop_windows", "fitting", "uniform", "windows"]
-
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 GAMMA = np.uint64(0x9E3779B97F4A7C15)

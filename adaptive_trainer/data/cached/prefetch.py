@@ -25,8 +25,6 @@ from adaptive_trainer.data.datasets import DataSets, MapDataset, sample_name
 from adaptive_trainer.data.loader import Batch
 from adaptive_trainer.data.position import Position
 
-__all__ = ["FeedLoader", "eval_feed", "train_feed"]
-
 Array = np.ndarray[Any, Any]
 GROUP = 64  # batches
 

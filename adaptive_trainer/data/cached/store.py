@@ -22,8 +22,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-__all__ = ["Decoded", "Stored", "available_memory", "open_decoded", "removed_leftovers", "written"]
-
 log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]

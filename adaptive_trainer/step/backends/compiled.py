@@ -15,8 +15,6 @@ from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.step.update import Update
 
-__all__ = ["Forward", "compile_forward", "run_compiled"]
-
 Forward = Callable[[Tensor], Any]
 MAX_TEXT = 300  # characters of a compiler's message
 

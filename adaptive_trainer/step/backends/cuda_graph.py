@@ -26,8 +26,6 @@ from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import state_of
 
-__all__ = ["Graph", "GraphRefused", "refusal", "step_refusal", "synchronizing_refused"]
-
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
 
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from adaptive_trainer.utils.belongings import HOOKS, PLAIN, is_own_kind
 from adaptive_trainer.utils.random import is_generator, put, state_of
 
-__all__ = ["HostState"]
-
 
 class HostState:
     """The attributes of modules and what is in them, one within the other, and the global random numbers, as they are.

@@ -34,26 +34,12 @@ from adaptive_trainer.models.zoo import (
     without_memory,
     without_weights,
 )
-from adaptive_trainer.prediction.cache import Key, PlanCache, versions
-from adaptive_trainer.prediction.device_spec import Target
+from adaptive_trainer.planning.cache import Key, PlanCache, versions
+from adaptive_trainer.planning.device_spec import Target
+from adaptive_trainer.planning.image_size import check_image_size, failure_at
 from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
-from adaptive_trainer.prediction.image_size import check_image_size, failure_at
 from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
 from adaptive_trainer.utils.random import same_random_numbers
-
-__all__ = [
-    "ASSUMED_CLASSES",
-    "LossFactory",
-    "ModelFactory",
-    "Plan",
-    "Planner",
-    "Row",
-    "check_names",
-    "image_refusal",
-    "other_allocator",
-    "plan",
-    "single_sample",
-]
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")

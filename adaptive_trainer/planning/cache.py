@@ -21,8 +21,6 @@ from typing import Any
 
 from adaptive_trainer.prediction.estimator import Prediction
 
-__all__ = ["Measurement", "PlanCache", "versions"]
-
 Key = dict[str, Any]
 PACKAGES = ("torch", "torchvision", "timm")
 

@@ -31,8 +31,6 @@ from adaptive_trainer.config.schema import (
 from adaptive_trainer.errors import CheckpointError, ConfigError, override
 from adaptive_trainer.ladder.resolve import resolve, stages
 
-__all__ = ["LOADS", "check_model", "frozen", "trusted"]
-
 TARGET = "_target_"
 REFERENCE = re.compile(r"(?<!\\)\$\{[\w.-]*\}")  # to another setting; one with a colon in it calls a resolver
 CALL = re.compile(r"\$\\*\{")

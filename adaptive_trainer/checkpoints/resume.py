@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
+from adaptive_trainer.checkpoints.trust import trusted
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig, asked, with_asked
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split
@@ -18,11 +21,6 @@ from adaptive_trainer.ladder.resolve import WHOLE, stage_names
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report import earlier
 from adaptive_trainer.step.undo import TrainState
-from adaptive_trainer.training import checkpoint
-from adaptive_trainer.training.contents import OF_A_RUN, checked
-from adaptive_trainer.training.trust import trusted
-
-__all__ = ["Start", "check_data", "check_stages", "load", "split_before", "start", "take_up"]
 
 
 @dataclass

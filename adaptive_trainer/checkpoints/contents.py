@@ -20,8 +20,6 @@ from adaptive_trainer.config.schema import Config, typed
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError
 
-__all__ = ["OF_A_MODEL", "OF_A_RUN", "checked", "numpy_state"]
-
 WORDS = 624  # of the state of the Mersenne Twister
 
 

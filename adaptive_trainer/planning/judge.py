@@ -11,14 +11,12 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.prediction.cache import Measurement, PlanCache
-from adaptive_trainer.prediction.device_spec import Target
+from adaptive_trainer.planning.cache import Measurement, PlanCache
+from adaptive_trainer.planning.device_spec import Target
+from adaptive_trainer.planning.ladder_plan import LossFactory, ModelFactory, Planner, other_allocator
 from adaptive_trainer.prediction.estimator import verdict
-from adaptive_trainer.prediction.ladder_plan import LossFactory, ModelFactory, Planner, other_allocator
 from adaptive_trainer.utils.device import precision_refusal
 from adaptive_trainer.utils.files import default_folder
-
-__all__ = ["Forecast"]
 
 
 class Forecast:

@@ -18,15 +18,13 @@ from adaptive_trainer.config.validate import PRECISIONS, check
 from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.zoo import check_name
-from adaptive_trainer.prediction.cache import PlanCache
-from adaptive_trainer.prediction.device_spec import Target, card_of, target_of
+from adaptive_trainer.planning.cache import PlanCache
+from adaptive_trainer.planning.device_spec import Target, card_of, target_of
+from adaptive_trainer.planning.ladder_plan import Planner
 from adaptive_trainer.prediction.estimator import Prediction
 from adaptive_trainer.prediction.estimator import predict as predict_trace
-from adaptive_trainer.prediction.ladder_plan import Planner
 from adaptive_trainer.prediction.tracer import TraceSpec
 from adaptive_trainer.utils.files import default_folder
-
-__all__ = ["predict"]
 
 OF_A_NETWORK = ("micro_batch_size", "loss", "precision", "channels_last")
 OptimizerOrFactory = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]

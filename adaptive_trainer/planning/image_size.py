@@ -14,10 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.models.zoo import TORCHVISION, outline, without_weights
-from adaptive_trainer.prediction.cache import PlanCache, versions
+from adaptive_trainer.planning.cache import PlanCache, versions
 from adaptive_trainer.utils.files import default_folder
-
-__all__ = ["check_image_size", "failure_at"]
 
 
 def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> None:

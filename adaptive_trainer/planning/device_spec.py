@@ -11,11 +11,9 @@ from adaptive_trainer.config.schema import CardConfig, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, parse_limit
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.prediction.cache import PlanCache
+from adaptive_trainer.planning.cache import PlanCache
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS
 from adaptive_trainer.utils.device import device_of
-
-__all__ = ["Card", "Target", "card_of", "target_of"]
 
 MiB = 2**20
 ASSUMED_CAPABILITY = (8, 6)  # where there is no card and none is named

@@ -24,18 +24,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptive_trainer import oom
+from adaptive_trainer.checkpoints.contents import numpy_state
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, override, remedy
 from adaptive_trainer.models.losses import changing_buffers
 from adaptive_trainer.models.optimizers import make_momentum
 from adaptive_trainer.step.undo import TrainState, layout
-from adaptive_trainer.training.contents import numpy_state
 from adaptive_trainer.utils.belongings import Belongings, walk
 from adaptive_trainer.utils.random import made as made_generator
 from adaptive_trainer.utils.random import packed
 from adaptive_trainer.utils.random import unpack as unpack_generator
-
-__all__ = ["load", "load_optimizer", "made_buffers", "make_buffers", "misfit", "pack", "retried", "save", "unpack"]
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What a run leaves to be taken up again: written whole, looked at before it is believed."""
