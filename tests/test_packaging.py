@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -81,10 +82,8 @@ def test_a_checkout_finds_its_configs(tmp_path: Path) -> None:
 
 
 def test_an_incomplete_installation_says_so(installed: Path, tmp_path: Path) -> None:
-    package = tmp_path / "adaptive_trainer"
-    package.mkdir()
-    for path in (installed / "adaptive_trainer").glob("*.py"):
-        (package / path.name).write_bytes(path.read_bytes())
+    without_configs = shutil.ignore_patterns("configs")
+    shutil.copytree(installed / "adaptive_trainer", tmp_path / "adaptive_trainer", ignore=without_configs)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     args = [sys.executable, "-m", "adaptive_trainer", "--cfg", "job"]
     ended = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
