@@ -21,6 +21,8 @@ from __future__ import annotations
 import errno
 import re
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BARE = re.compile(r"[A-Za-z0-9_./:+%@-]+")  # what neither Hydra nor a shell takes for more than it is
@@ -112,3 +114,29 @@ class Interrupted(AdaptiveTrainerError):
     """A signal stopped the run after its state was saved. 75 is EX_TEMPFAIL of sysexits.h: "try again later"."""
 
     exit_code = 75
+
+
+@contextmanager
+def explained(
+    explain: Callable[[Exception], AdaptiveTrainerError | None], kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Raise our own error in place of another's.
+
+    Our error keeps nothing of the other one: its frames may hold a model.
+
+    Args:
+        explain: makes our error of the other one; None lets the other one pass.
+        kinds: the errors that are explained.
+    """
+    ours = None
+    try:
+        yield
+    except kinds as error:
+        ours = explain(error)
+        if ours is None:
+            raise
+    if ours is not None:
+        try:
+            raise ours
+        finally:
+            ours.__context__ = None  # Python has just set it to the other error

@@ -2,11 +2,14 @@
 
 from adaptive_trainer.oom.classify import Failure, Kind, SimulatedOutOfMemory, describe, is_out_of_memory
 from adaptive_trainer.oom.release import clear_workspaces, forget_traceback, held, probe, release
+from adaptive_trainer.oom.retry import OF_MEMORY, attempt, retry
 
 __all__ = [
+    "OF_MEMORY",
     "Failure",
     "Kind",
     "SimulatedOutOfMemory",
+    "attempt",
     "clear_workspaces",
     "describe",
     "forget_traceback",
@@ -14,4 +17,5 @@ __all__ = [
     "is_out_of_memory",
     "probe",
     "release",
+    "retry",
 ]
