@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptive_trainer.config.schema import compose_config
+    from adaptive_trainer.config.overrides import compose_config
     from adaptive_trainer.ladder.descent import Attempt, descend
     from adaptive_trainer.ladder.resolve import Rung, make_ladder
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
@@ -38,7 +38,7 @@ _HOME = {
     "Rung": "ladder.resolve",
     "Trainer": "training.trainer",
     "clear_gpu_memory": "memory.usage",
-    "compose_config": "config.schema",
+    "compose_config": "config.overrides",
     "descend": "ladder.descent",
     "load_model": "training.trainer",
     "make_ladder": "ladder.resolve",

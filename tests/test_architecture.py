@@ -26,6 +26,7 @@ WITHOUT_TORCH = (
     "cli.main",
     "config.validate",
     "config.schema",
+    "config.overrides",
     "report.earlier",
     "errors",
     "utils.files",
@@ -36,6 +37,7 @@ WITHOUT_TORCH = (
     "utils.tables",
     "checkpoints.trust",
 )
+WITHOUT_HYDRA = ("errors", "utils", "oom", "config", "memory", "ladder", "models", "step")  # rooms to use alone
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 
 
@@ -114,3 +116,10 @@ def test_no_heavy_import_at_module_level(name: str) -> None:
     names = list(imports(at_import_time(parsed(name))))
     assert not {imported.partition(".")[0] for imported in names} & HEAVY
     assert {own(imported) for imported in names} <= {None, *WITHOUT_TORCH}
+
+
+@pytest.mark.parametrize("room", WITHOUT_HYDRA)
+def test_no_room_of_the_training_step_loads_hydra(room: str) -> None:
+    modules = [name for name in MODULES if room_of(name) == room]
+    importing = {name: list(imports(at_import_time(parsed(name)))) for name in modules}
+    assert not [name for name, names in importing.items() if any(each.startswith("hydra") for each in names)]

@@ -26,7 +26,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.config.schema import DataConfig, typed
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.cached import build as caching
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.fingerprint import fingerprint

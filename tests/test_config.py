@@ -11,7 +11,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.cli import main as cli
-from adaptive_trainer.config.schema import Config, apply_overrides, asked, at_home, compose_config, config_dir, typed
+from adaptive_trainer.config.overrides import apply_overrides, asked, at_home, compose_config, config_dir, typed
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import stages

@@ -20,7 +20,7 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
 from adaptive_trainer.checkpoints.resume import check_data, check_stages, take_up
 from adaptive_trainer.checkpoints.trust import trusted
-from adaptive_trainer.config.schema import typed
+from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.data.datasets import build_datasets
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.resolve import stages

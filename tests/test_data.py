@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from adaptive_trainer.config.schema import DataConfig, compose_config, typed
+from adaptive_trainer.config.overrides import compose_config, typed
+from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.datasets import DataSets, build_datasets
 from adaptive_trainer.data.loader import EVALUATION, Batch, Loader, SampleError
 from adaptive_trainer.data.position import Position

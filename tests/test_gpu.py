@@ -23,7 +23,8 @@ from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, compose_config, descend, make_ladder, oom, predict
 from adaptive_trainer.checkpoints import checkpoint
-from adaptive_trainer.config.schema import DataConfig, OptimizerConfig, typed
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import DataConfig, OptimizerConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.data.cached.prefetch import train_feed
 from adaptive_trainer.data.cached.store import Decoded, Stored

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer
-from adaptive_trainer.config.schema import Config, DataConfig, compose_config, typed
+from adaptive_trainer.config.overrides import compose_config, typed
+from adaptive_trainer.config.schema import Config, DataConfig
 from adaptive_trainer.data.cached import build as caching
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.prefetch import eval_feed

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 from adaptive_trainer.checkpoints import checkpoint
-from adaptive_trainer.config.schema import compose_config
+from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_trainer.config.schema import Config, RungConfig, compose_config, typed
+from adaptive_trainer.config.overrides import compose_config, typed
+from adaptive_trainer.config.schema import Config, RungConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
 

@@ -333,7 +333,7 @@ def test_a_wrong_layer_is_told_once(launcher: Launcher, tmp_path: Path) -> None:
     ],
 )
 def test_a_card_is_simulated_for_demo_data_and_who_asks(overrides: list[str], own: bool, is_simulated: bool) -> None:
-    from adaptive_trainer.config.schema import typed
+    from adaptive_trainer.config.overrides import typed
     from adaptive_trainer.memory.limit import limit_for, limited
 
     cpu = torch.device("cpu")

@@ -16,7 +16,7 @@ from tests.forking import ROOT
 COMPOSE = """
 from pathlib import Path
 from adaptive_trainer import compose_config
-from adaptive_trainer.config.schema import config_dir
+from adaptive_trainer.config.overrides import config_dir
 cfg = compose_config(["preset=minimum", "ladder=faithful", "optimizer=sgd"])
 print(config_dir(), cfg.trainer.batch_size, len(cfg.ladder.rungs), cfg.optimizer.name)
 """

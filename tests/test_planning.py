@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from adaptive_trainer.cli.plan import memory_table, plan_table, run_memory, run_plan
-from adaptive_trainer.config.schema import CardConfig, Config, ModelConfig, compose_config, config_dir, typed
+from adaptive_trainer.config.overrides import compose_config, config_dir, typed
+from adaptive_trainer.config.schema import CardConfig, Config, ModelConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stored_size

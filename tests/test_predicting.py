@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from adaptive_trainer import compose_config, predict
-from adaptive_trainer.config.schema import apply_overrides
+from adaptive_trainer.config.overrides import apply_overrides
 from adaptive_trainer.errors import ConfigError, ModelError
 
 MiB = 2**20

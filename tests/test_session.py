@@ -7,7 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from adaptive_trainer.config.schema import compose_config
+from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.training.session import Parts, Session, enter, settle

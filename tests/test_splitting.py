@@ -17,7 +17,8 @@ from torchvision.datasets import ImageFolder
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.checkpoints import checkpoint
-from adaptive_trainer.config.schema import Config, typed
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.datasets import build_datasets, described
 from adaptive_trainer.data.folders import check_folders
 from adaptive_trainer.data.image_files import image_folder

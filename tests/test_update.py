@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer.config.schema import ModelConfig, compose_config
+from adaptive_trainer.config.overrides import compose_config
+from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.config.schema import Config, typed
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError
 

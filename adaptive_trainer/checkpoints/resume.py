@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
 from adaptive_trainer.checkpoints.trust import trusted
-from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig, asked, with_asked
+from adaptive_trainer.config.overrides import asked, with_asked
+from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split
 from adaptive_trainer.errors import CheckpointError

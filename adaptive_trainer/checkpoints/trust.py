@@ -18,16 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from adaptive_trainer.config.schema import (
-    CardConfig,
-    Config,
-    apply_overrides,
-    asked,
-    config_dir,
-    literal,
-    typed,
-    with_asked,
-)
+from adaptive_trainer.config.overrides import apply_overrides, asked, config_dir, literal, typed, with_asked
+from adaptive_trainer.config.schema import CardConfig, Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, override
 from adaptive_trainer.ladder.resolve import resolve, stages
 

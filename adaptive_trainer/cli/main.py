@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.config.mistakes import options_first
-from adaptive_trainer.config.schema import Config, at_home, config_dir, explained, register, typed, with_asked
+from adaptive_trainer.config.overrides import at_home, config_dir, explained, register, typed, with_asked
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import TASKS, check, check_no_card
 from adaptive_trainer.data.folders import check_folders
 from adaptive_trainer.errors import (

@@ -14,7 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config.schema import LARGEST, CardConfig, Config, typed
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import LARGEST, CardConfig, Config
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stages, stored_size

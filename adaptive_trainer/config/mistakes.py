@@ -7,15 +7,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
-from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from adaptive_trainer.errors import ConfigError, UserError, override, remedy
+
+if TYPE_CHECKING:
+    from hydra.errors import MissingConfigException
 
 KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
@@ -26,6 +27,7 @@ def options_first(arguments: Sequence[str], schema: type) -> list[str]:
     Raises:
         ConfigError: there is an option that Hydra does not have, or one without its value.
     """
+    from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; --hydra-help lists the options")
@@ -65,6 +67,8 @@ def explained(error: Exception, schema: type) -> str:
     Args:
         schema: the dataclass of all settings.
     """
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, YAMLError | UnicodeDecodeError):

@@ -16,16 +16,8 @@ from typing import Any, Generic, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.config.schema import (
-    EVAL_CROP,
-    LARGEST,
-    Config,
-    PhaseConfig,
-    TrainerConfig,
-    apply_overrides,
-    flat,
-    typed,
-)
+from adaptive_trainer.config.overrides import apply_overrides, flat, typed
+from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
 

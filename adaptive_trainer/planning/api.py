@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from adaptive_trainer.config.schema import Config, compose_config, typed
+from adaptive_trainer.config.overrides import compose_config, typed
+from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import PRECISIONS, check
 from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError

@@ -22,16 +22,8 @@ from adaptive_trainer.checkpoints import checkpoint, resume
 from adaptive_trainer.checkpoints.contents import OF_A_MODEL, checked
 from adaptive_trainer.checkpoints.resume import Start
 from adaptive_trainer.checkpoints.trust import LOADS, check_model, frozen
-from adaptive_trainer.config.schema import (
-    BALANCED,
-    LARGEST,
-    USUAL,
-    Config,
-    ModelConfig,
-    TrainerConfig,
-    apply_overrides,
-    typed,
-)
+from adaptive_trainer.config.overrides import apply_overrides, typed
+from adaptive_trainer.config.schema import BALANCED, LARGEST, USUAL, Config, ModelConfig, TrainerConfig
 from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch_size, described, labels_of
