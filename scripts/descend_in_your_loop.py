@@ -32,7 +32,7 @@ def main() -> None:
         found = descend(ladder, lambda settings: train(**settings))
     for attempt in found.attempts:
         print(f"{attempt.rung}: {attempt.outcome} {attempt.reason}")
-    print(f"rung {found.rung.name} holds, loss {found.value:.3f}")
+    print(f"rung {found.rung.name} fits, loss {found.value:.3f}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.cli.plan import run_memory, run_plan
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
+from adaptive_trainer.ladder.batch_size import largest
 from adaptive_trainer.ladder.resolve import changes, recipe, resolve
-from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.planning.api import predict

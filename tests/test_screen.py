@@ -133,7 +133,7 @@ def test_a_script_shows_what_happens(configure: str, is_shown: bool, launcher: L
     script.write_text(SCRIPT.format(configure=configure))
     ended = launcher.run(*SMALL, script=script, folder=tmp_path)
     assert ended.code == 0, ended.text
-    said = ("rung requested: ", "rung batch-16 holds", "epoch 1/2: loss", "best model: ", "trained on rung batch-16")
+    said = ("rung requested: ", "rung batch-16 fits", "epoch 1/2: loss", "best model: ", "trained on rung batch-16")
     assert [text in ended.out for text in said] == [is_shown] * len(said)
     assert ended.out.count("epoch 1/2: loss") == is_shown
     assert ended.err == ""
@@ -170,7 +170,7 @@ def test_a_notebook_shows_what_happens(tmp_path: Path, monkeypatch: pytest.Monke
     red = "".join(output["text"] for output in outputs if output["name"] == "stderr")
     assert all("IProgress" in line or "import" in line for line in red.splitlines())  # when timm is imported
     text = "".join(output["text"] for output in outputs if output["name"] == "stdout")
-    assert all(said in text for said in ("rung batch-16 holds", "epoch 1/2: loss", "best model: "))
+    assert all(said in text for said in ("rung batch-16 fits", "epoch 1/2: loss", "best model: "))
     assert re.search(r"epoch 1/2: .*\d+/24, ", text)  # the bar
 
 

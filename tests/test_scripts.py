@@ -56,7 +56,7 @@ def test_descend_in_your_loop(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "requested: oom Simulated card out of memory" in ended.stdout
-    assert re.search(r"rung (batch|narrow)\S* holds, loss \d", ended.stdout)
+    assert re.search(r"rung (batch|narrow)\S* fits, loss \d", ended.stdout)
 
 
 class Full(nn.Module):

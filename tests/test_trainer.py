@@ -147,7 +147,7 @@ def test_a_model_data_and_loss_of_ones_own(tmp_path: Path, caplog: pytest.LogCap
     assert outcomes(result) == [("requested", "fits")]
     assert len(nets) == 1
     assert (result.requested.model, result.used.model) == ("Net", "Net")
-    assert "rung requested holds: Net, batch 8, image 8, fp32" in caplog.text
+    assert "rung requested fits: Net, batch 8, image 8, fp32" in caplog.text
     assert "efficientnet" not in (tmp_path / "metrics.csv").read_text()
     loaded = load_model(tmp_path / "checkpoints" / "best.pt", model=lambda config, classes: Net(classes, nothing))
     assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 3)

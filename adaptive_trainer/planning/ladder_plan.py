@@ -20,8 +20,8 @@ from torch import nn
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
+from adaptive_trainer.ladder.batch_size import largest
 from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batch_size
-from adaptive_trainer.ladder.search import largest
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.losses import Criterion, Loss, build_loss
 from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer

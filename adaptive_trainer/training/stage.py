@@ -20,8 +20,9 @@ from adaptive_trainer.config.schema import LARGEST, Config
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.preprocessing import remark
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
+from adaptive_trainer.ladder import batch_size
 from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
-from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve
+from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve, with_batch_size
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.models.zoo import has_batch_norm
@@ -88,7 +89,7 @@ class Stage:
         self._since = len(self.record.attempts)
 
     def run(self) -> Rung[Config]:
-        """Descend, train, descend again where memory runs out; returns the rung that holds at the end.
+        """Descend, train, descend again where memory runs out; returns the rung that fits at the end.
 
         Raises:
             LadderExhausted: no rung fits.
@@ -118,19 +119,43 @@ class Stage:
                 self._look_for_leak(growth)
                 start += 1
 
-    def holds(self, rung: Rung[Config]) -> bool:
-        """Whether a rung beside the ladder is proven. The attempt is recorded.
+    def find_batch_size(self) -> None:
+        """Give the stage the ladder of the largest batch size; a resumed stage keeps the one that was found.
+
+        Raises:
+            ConfigError: nothing limits the memory, or the run that is resumed has a batch size already.
+        """
+        config, most, room = self.ladder[0].settings, self.parts.train_size, self.parts.capacity.room()
+        if self.saved is not None:
+            found = batch_size.kept(self.saved.get("largest_batch"), self.saved["requested"]["batch_size"])
+        elif room is None:
+            raise ConfigError(
+                f"trainer.batch_size={LARGEST} needs a limit on memory, and there is none here "
+                f"({self.parts.capacity.description}); set memory.limit=2GiB, or give trainer.batch_size a number"
+            )
+        else:
+            predicted = self.forecast.largest_batch(config, most)
+            found = batch_size.find(self._fits, predicted=predicted, most=most, room=room)
+        self.largest, self.why = found
+        self.ladder = self.parts.prepare(resolve(self.settings, *found))
+        for note in self.ladder[0].notes:
+            self.record.event(note)
+
+    def _fits(self, size: int) -> bool:
+        """Whether the request is proven with this batch size. The attempt is recorded.
 
         Raises:
             Interrupted: a signal has come.
         """
         if self.stop.name:
             raise Interrupted(f"stopped by {self.stop.name} before training began; start again")
-        if self.forecast.refusal(rung.settings, rung.settings):
+        config = with_batch_size(self.ladder[0].settings, size)
+        if self.forecast.refusal(config, config):
             return False
         self.parts.capacity.empty_cache()  # what another size has left must not decide
         try:
-            self._go_down([rung], lambda rung: ("", self.forecast.judge(rung.settings)[1]))
+            tried = Rung(f"{LARGEST}-{size}", config)
+            self._go_down([tried], lambda rung: ("", self.forecast.judge(rung.settings)[1]))
         except LadderExhausted:
             return False
         return True
@@ -179,7 +204,7 @@ class Stage:
             self.record.event(
                 f"evaluation takes batches of {found.value}: {asked} at a time do not fit; training keeps its own"
             )
-        log.info("rung %s holds: %s", found.rung.name, self.parts.recipe(found.rung.settings))
+        log.info("rung %s fits: %s", found.rung.name, self.parts.recipe(found.rung.settings))
         return found.rung, found.value
 
     def changes(self, rung: Rung[Config], asked: Config | None = None) -> list[Change]:

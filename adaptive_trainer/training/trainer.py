@@ -42,7 +42,6 @@ from adaptive_trainer.report.earlier import is_within, left_by_earlier, set_asid
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import rung_table, summary
 from adaptive_trainer.training.arguments import check_arguments, noting
-from adaptive_trainer.training.largest import settle
 from adaptive_trainer.training.loop import StopSignal
 from adaptive_trainer.training.session import ModelFactory, Parts
 from adaptive_trainer.training.stage import Stage
@@ -286,7 +285,7 @@ def _train(stage: Stage, name: str, settings: DictConfig, capacity: Capacity, re
     """One stage; what an exhausted ladder leaves to be said is added to its message."""
     message, earlier = "", len(record.attempts)
     if settings.trainer.batch_size == LARGEST:
-        settle(stage, settings)
+        stage.find_batch_size()
     try:
         rung = stage.run()
     except LadderExhausted as error:
