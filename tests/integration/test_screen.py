@@ -1,0 +1,289 @@
+"""What is shown, where, and how wide; with real terminals, pipes and notebooks."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptive_trainer.utils import screen
+from adaptive_trainer.utils.progress import Progress
+from adaptive_trainer.utils.screen import COMMAND, Screen, _broken, duration, nearby, show, showing
+from adaptive_trainer.utils.tables import table
+from tests.support.forking import ROOT, Launcher
+
+FAKE = ("data=fakedata", "data.train.size=24", "data.val.size=8", "data.image_size=32", "data.num_workers=0")
+SMALL = (*FAKE, "model.name=mobilenetv3_small_050", "trainer.batch_size=24", "memory.limit=28MiB", "trainer.epochs=2")
+SCRIPT = """
+import logging, sys
+from adaptive_trainer import Trainer, compose_config
+{configure}
+result = Trainer(compose_config(sys.argv[1:]), output_dir="out").fit()
+"""
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+def on_terminal(columns: int, args: list[str], folder: Path) -> str:
+    """What a program writes to a terminal of that width."""
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (50, columns))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PWD": str(folder)}
+    process = subprocess.Popen([sys.executable, *args], cwd=folder, env=env, stdout=side, stderr=side)
+    shown = b""
+    while process.poll() is None or select.select([main], [], [], 0)[0]:
+        if select.select([main], [], [], 0.1)[0]:
+            shown += os.read(main, 4096)
+    os.close(main)
+    os.close(side)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode()
+
+
+# -- the command line
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_every_line_fits_the_terminal(columns: int, tmp_path: Path) -> None:
+    shown = on_terminal(columns, ["-m", "adaptive_trainer", *SMALL], tmp_path)
+    assert "\x1b[3" not in shown  # no colours
+    assert re.search(r"epoch 1/2: .*\d+/24, \d\d:\d\d left", shown)
+    lines = [piece for line in shown.splitlines() for piece in line.split("\r")]
+    long = [line for line in lines if len(line) > columns and " " in line.strip() and COMMAND not in line]
+    assert not [line for line in long if "outputs/" not in line]  # which is a word of its own
+    assert "rung batch-16 succeeded" in shown
+    assert "reserved MiB" in shown
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    ["""'output_dir="/my photos 한글/the third run of today"'""", "'/my photos 한글/and some more of them/best.pt'"],
+)
+def test_what_is_copied_is_not_broken(quoted: str) -> None:
+    command = f"train on: {COMMAND} resume=auto {quoted} trainer.epochs=2"
+    assert _broken(command, 40) == command
+    text = f"this run's state is saved; go on with resume=auto {quoted}, or leave it (it's yours to say)"
+    broken = _broken(text, 40)
+    assert quoted in broken
+    assert broken.replace("\n  ", " ") == text
+    assert all(len(line) <= 40 or quoted in line for line in broken.splitlines())
+
+
+def test_the_end_names_what_there_is_and_what_to_type(launcher: Launcher, tmp_path: Path) -> None:
+    ended = launcher.run(*SMALL, "hydra.run.dir=out", folder=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    *_, end = ended.out.partition("trained on rung batch-16: mobilenetv3_small_050, batch 16")
+    assert "val accuracy" in end
+    assert "changed: trainer.batch_size 24 -> 16" in end
+    for name in ("checkpoints/best.pt", "result.json", "adaptive_trainer.log"):
+        assert re.search(rf"(?m)^[\w ]+: \S*out/{re.escape(name)}$", end)
+        assert (tmp_path / "out" / name).exists()
+    assert max(map(len, ended.out.splitlines())) <= 180
+    command = re.search(r"(?m)^train on: python -m adaptive_trainer (.*)$", end)
+    assert command
+    again = launcher.run(*command[1].split(), folder=tmp_path)
+    assert again.code == 0, again.text
+    assert "epoch 4/4" in again.out
+    log = (tmp_path / "out" / "adaptive_trainer.log").read_text()
+    assert re.search(r"(?m)^\[\d{4}-\d\d-\d\d [\d:,]+\]\[adaptive_trainer\.loop\]\[INFO\] - epoch 1/2", log)
+    assert "[adaptive_trainer" not in ended.out  # times and names are in the file
+
+
+def test_a_plan_says_where_it_is_written(launcher: Launcher, tmp_path: Path) -> None:
+    ended = launcher.run("task=plan", "card=rtx2060", *FAKE, "hydra.run.dir=out", folder=tmp_path)
+    assert ended.code == 0, ended.text
+    assert re.search(r"(?m)^written: plan\.json in \S*out$", ended.out)
+    assert max(map(len, ended.out.splitlines())) <= 120
+    assert re.search(r"(?m)^requested +fits( +\d+){5}$", ended.out)
+    assert "    efficientnet_b0, batch 24, image 32, fp32" in ended.out.splitlines()
+
+
+# -- in Python
+
+
+@pytest.mark.parametrize(
+    ("configure", "is_shown"),
+    [
+        ("", True),
+        ("logging.basicConfig(filename='own.log', level=logging.INFO)", False),
+        ("logging.getLogger('adaptive_trainer').addHandler(logging.NullHandler())", False),
+        ("logging.getLogger('adaptive_trainer').setLevel(logging.ERROR)", False),
+    ],
+)
+def test_a_script_shows_what_happens(configure: str, is_shown: bool, launcher: Launcher, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(configure=configure))
+    ended = launcher.run(*SMALL, script=script, folder=tmp_path)
+    assert ended.code == 0, ended.text
+    said = ("rung requested: ", "rung batch-16 fits", "epoch 1/2: loss", "best model: ", "trained on rung batch-16")
+    assert [text in ended.out for text in said] == [is_shown] * len(said)
+    assert ended.out.count("epoch 1/2: loss") == is_shown
+    assert ended.err == ""
+    assert "basicConfig" not in configure or "epoch 2/2" in (tmp_path / "own.log").read_text()
+
+
+def test_logging_is_as_before_afterwards() -> None:
+    ours, root = logging.getLogger("adaptive_trainer"), logging.getLogger()
+    kept, root.handlers = root.handlers, []
+    try:
+        before = ours.level
+        with showing():
+            assert [type(handler) for handler in ours.handlers] == [Screen]
+            with showing():  # a training within another program's
+                assert len(ours.handlers) == 1
+        assert (ours.handlers, ours.level) == ([], before)
+    finally:
+        root.handlers = kept
+
+
+def test_a_notebook_shows_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    spec = tmp_path / "kernels" / "here"
+    spec.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec.joinpath("kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
+    for name, value in (("JUPYTER_PATH", tmp_path), ("PYTHONPATH", ROOT), ("IPYTHONDIR", tmp_path / "ipython")):
+        monkeypatch.setenv(name, str(value))
+    source = SCRIPT.format(configure="").replace("sys.argv[1:]", repr(list(SMALL)))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, kernel_name="here", timeout=120, resources=resources).execute()
+    outputs = notebook.cells[0]["outputs"]
+    red = "".join(output["text"] for output in outputs if output["name"] == "stderr")
+    assert all("IProgress" in line or "import" in line for line in red.splitlines())  # when timm is imported
+    text = "".join(output["text"] for output in outputs if output["name"] == "stdout")
+    assert all(said in text for said in ("rung batch-16 fits", "epoch 1/2: loss", "best model: "))
+    assert re.search(r"epoch 1/2: .*\d+/24, ", text)  # the bar
+
+
+# -- the pieces
+
+
+def test_a_line_of_progress_has_counts_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    with caplog.at_level("INFO"), Progress("epoch 1/3:", 1010, 10, clock=lambda: now) as progress:
+        for _ in range(1000):
+            now += 1
+            progress.note("loss 2.5")
+            progress.advance(1)
+    lines = caplog.messages
+    assert lines[0] == "epoch 1/3: 15/1010 images, loss 2.5, 1 images/s, 17 min left"
+    times = [int(re.findall(r"(\d+)/1010", line)[0]) - 10 for line in lines]
+    pauses = [after - before for before, after in zip([0, *times], times, strict=False)]
+    assert pauses == sorted(pauses)  # rarer and rarer
+    assert (pauses[0], pauses[-1]) == (5, 60)
+    assert len(lines) < 40
+
+
+def test_no_line_of_progress_for_what_is_quick(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), Progress("evaluation:", 3, clock=lambda: 1.0) as progress:
+        progress.advance(3)
+    assert caplog.messages == []
+
+
+CELL = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=12)
+
+
+@given(st.data(), st.integers(20, 200), st.integers(1, 9))
+def test_tables_fit_and_lose_nothing(data: st.DataObject, columns: int, count: int) -> None:
+    row = st.tuples(*[CELL] * count, st.lists(CELL, max_size=30).map(" ".join))
+    rows = data.draw(st.lists(row, min_size=2, max_size=5))
+    text = table(rows, columns=columns)
+    assert max(map(len, text.splitlines())) <= columns
+    words = text.replace(",", " ").replace(":", " ").split()
+    for each in rows[1:]:
+        assert all(word in words for cell in each for word in cell.split())
+
+
+def test_a_table_that_is_wide_enough_has_a_line_a_row() -> None:
+    rows = [
+        ("rung", "outcome", "peak MiB", "why"),
+        ("requested", "skipped", "-", "too large"),
+        ("half", "fits", "5", ""),
+    ]
+    assert table(rows, left=(0, 1), columns=80).splitlines() == [
+        "rung       outcome  peak MiB  why",
+        "requested  skipped         -  too large",
+        "half       fits            5",
+    ]
+    assert table(rows, left=(0, 1), columns=30).splitlines() == [
+        "rung       outcome  peak MiB",
+        "    why",
+        "requested  skipped         -",
+        "    too large",
+        "half       fits            5",
+    ]
+    assert table(rows, left=(0, 1), columns=24).splitlines()[0] == "                    peak"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (150, "2 min"), (3600, "60 min"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_what_cannot_be_shown_stops_nothing() -> None:
+    show("nobody", None)
+    closed = io.StringIO()
+    closed.close()
+    show("closed", closed)
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    show("klasse é 猫", stream)
+    assert raw.getvalue() == b"klasse ? ?\n"
+
+
+def test_a_reader_that_has_gone_stops_nothing() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        show("one", stream)
+        show("two", stream)
+
+
+def test_paths_can_be_typed_where_the_program_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    assert nearby(tmp_path / "out" / "best.pt") == "out/best.pt"
+    assert nearby(Path("/elsewhere/best.pt")) == "/elsewhere/best.pt"
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")  # as hydra.job.chdir does
+    assert nearby(tmp_path / "out" / "best.pt") == str(tmp_path / "out" / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("logger", "level", "out", "err"),
+    [
+        ("adaptive_trainer.training.loop", logging.INFO, "text\n", ""),
+        ("adaptive_trainer.training.loop", logging.WARNING, "text\n", ""),
+        ("adaptive_trainer.training.loop", logging.ERROR, "", "text\n"),
+        ("timm.models", logging.INFO, "", ""),
+        ("timm.models", logging.WARNING, "", "text\n"),
+        ("adaptive_trainer_of_another", logging.INFO, "", ""),
+    ],
+)
+def test_which_lines_are_shown_where(
+    logger: str, level: int, out: str, err: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Screen().handle(logging.LogRecord(logger, level, "", 0, "text", None, None))
+    assert capsys.readouterr() == (out, err)
+    assert screen.width() == 80
