@@ -1,9 +1,13 @@
-# make train   environment, install, then the main job on the embedded data
-# make test    environment, install, then the tests
-# make lint    types and style
+# make train   train on the embedded data; `make train ARGS="trainer.epochs=5"` changes settings
+# make quick   style, types and unit tests: after every change, under a minute on two cores
+# make test    all tests but those that need a GPU or take minutes; `make test ARGS="-k resume"` picks some
+# make gpu     tests that need a CUDA device
+# make lint    style and types
 # make golden  what trained runs end with, here and at the revision BASE, compared bit for bit
 # make lowest  the tests with the lowest versions that pyproject.toml allows
 # make lock    write constraints.txt anew, with the newest versions
+# make clean   remove environments and outputs
+# make help    this list
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,15 +16,24 @@ BIN := $(VENV)/bin
 LOCK ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK))
 
+# An idle process takes over from a busy one: whole trainings lie beside tests of milliseconds.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
 BASE ?= HEAD~1
 
-.PHONY: train test lint golden lowest lock clean
+.PHONY: train quick test gpu lint golden lowest lock clean help
 
 train: $(VENV)/installed
 	$(BIN)/python -m adaptive_trainer $(ARGS)
 
+quick: lint
+	$(PYTEST) tests/unit $(ARGS)
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(PYTEST) $(ARGS)
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -51,3 +64,6 @@ lock:
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-lock .lowest.txt outputs multirun
+
+help:
+	@sed -n 's/^# make/make/p' Makefile

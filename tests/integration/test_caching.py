@@ -494,13 +494,6 @@ def test_another_users_cache_that_cannot_be_read_is_no_end(shared: Path) -> None
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
-
-
 TINY = (
     "model.name=mobilenetv3_small_050", "data.image_size=32", "trainer.epochs=2", "trainer.batch_size=2",
     "data=imagefolder", "data.num_workers=2", "device=cpu",

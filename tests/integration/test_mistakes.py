@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,6 @@ TYPED = [
     ("+data.train.speed=5", ["speed"]),
     ("+model.kwargs.checkpoint_path=nowhere.pt", ["checkpoint_path=nowhere.pt", "no such file"]),
 ]
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import select
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,6 @@ from adaptive_trainer import Trainer, compose_config
 {configure}
 result = Trainer(compose_config(sys.argv[1:]), output_dir="out").fit()
 """
-
-
-@pytest.fixture(scope="session")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 def on_terminal(columns: int, args: list[str], folder: Path) -> str:

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ SMALL = (
     "trainer.batch_size=24",
     "memory.limit=28MiB",
 )
-
-
-@pytest.fixture(scope="session")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 def test_train_in_python(launcher: Launcher, tmp_path: Path) -> None:
