@@ -25,10 +25,10 @@ from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batc
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.losses import Criterion, Loss, build_loss
 from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer
+from adaptive_trainer.models.savers import apply_savers, saver_settings
 from adaptive_trainer.models.zoo import (
     build_model,
     check_name,
-    checkpoint_activations,
     has_batch_norm,
     outline,
     without_memory,
@@ -199,7 +199,7 @@ class Planner:
             "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
             "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch(self.val_size), used.image_size],
             "precision": used.precision,
-            "checkpoint_activations": used.checkpoint_activations,
+            **saver_settings(config.trainer),
             "label_smoothing": config.trainer.label_smoothing > 0,
             "class_weights": config.trainer.class_weights is not None,
             "ema": config.trainer.ema_decay is not None,
@@ -232,14 +232,14 @@ class Planner:
             model = copy.deepcopy(outlined)  # faster than making it
         else:
             model = self.make_model(without_weights(config.model), self.classes(config))
-        checkpoint_activations(model, config.trainer.checkpoint_activations)
+        apply_savers(model, config.trainer)
         return model
 
     def _spec(self, config: Config) -> TraceSpec:
         used, cuda = recipe(config), self.target.cuda
         device = torch.device("cuda" if cuda else "cpu")
         key = self.key(config)
-        model_key = repr((key["model"], used.checkpoint_activations))
+        model_key = repr((key["model"], saver_settings(config.trainer)))
         loss = Criterion.of(self.make_loss(config, self.classes(config)))
         parts = micro_batches(used.batch_size, used.micro_batch_size, False)
         if 1 in parts and self._has_batch_norm(config):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.models.zoo import recomputes
+from adaptive_trainer.models.savers import compile_refusal
 from adaptive_trainer.step.backends.compiled import Forward, compile_forward, run_compiled
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
 from adaptive_trainer.step.update import Update
@@ -113,9 +113,7 @@ class Engine:
             reason = (
                 "a simulated card counts operators, which compiled code is not made of (memory.limit=none lifts it)"
             )
-        elif recomputes(self.update.state.model):
-            reason = "recomputed activations (trainer.checkpoint_activations=true) are not compiled"
-        else:
+        elif not (reason := compile_refusal(self.update.state.model)):
             self._event(f"engine: compiling for batches of {self.batch_size}, as trainer.engine=compile asks")
             started = time.perf_counter()
             self._forward = compile_forward(self.update.state.model)

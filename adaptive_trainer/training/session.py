@@ -31,7 +31,7 @@ from adaptive_trainer.models.optimizers import (
     build_schedule,
     kind_of_state,
 )
-from adaptive_trainer.models.zoo import checkpoint_activations
+from adaptive_trainer.models.savers import apply_savers
 from adaptive_trainer.step.undo import TrainState, layout
 from adaptive_trainer.step.update import Update
 
@@ -114,7 +114,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
     if config.trainer.channels_last:
         to_channels_last(model)
     _own_memory(model)
-    checkpoint_activations(model, config.trainer.checkpoint_activations)
+    apply_savers(model, config.trainer)
     return TrainState(
         model,
         build_optimizer(model, config.optimizer, parts.device),
@@ -155,7 +155,7 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
 
 def settle(config: Config, state: TrainState) -> None:
     """Set in model, optimizer and average what `config` asks of them: a session may share each with the one before."""
-    checkpoint_activations(state.model, config.trainer.checkpoint_activations)
+    apply_savers(state.model, config.trainer)
     if state.ema is not None and config.trainer.ema_decay is not None:
         state.ema.decay = config.trainer.ema_decay
     # timm relates a corrected weight decay to the rate that the optimizer was made with, kept here or there

@@ -19,7 +19,8 @@ from adaptive_trainer.data.position import Position, micro_batches
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.optimizers import build_ema, build_optimizer, build_scaler
-from adaptive_trainer.models.zoo import build_model, checkpoint_activations, has_batch_norm
+from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
+from adaptive_trainer.models.zoo import build_model, has_batch_norm
 from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
 from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, trace

@@ -24,7 +24,7 @@ from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy
-from adaptive_trainer.models.zoo import checkpoint_activations
+from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
 from adaptive_trainer.step.dry_run import Shapes, prove
 from adaptive_trainer.step.undo import layout
 from adaptive_trainer.step.update import Update
