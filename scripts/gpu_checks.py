@@ -41,7 +41,7 @@ from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.memory_format import to_channels_last
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.session import Parts, Session, enter
 from adaptive_trainer.training.stage import Stage
@@ -129,7 +129,7 @@ def descend_under(cap: int, folder: Path, *, predicting: bool) -> Descent:
         return prove(stage, config)
 
     started = time.perf_counter()
-    blind = nullcontext() if predicting else patch.object(Forecast, "judge", lambda *_: ("", None))
+    blind = nullcontext() if predicting else patch.object(Judge, "assess", lambda *_: ("", None))
     with patch.object(Stage, "_prove", measured), blind:
         result = Trainer(compose_config([*FAKE, f"memory.limit={cap}MiB"]), output_dir=folder / f"cap-{cap}").fit()
     seconds = time.perf_counter() - started

@@ -21,7 +21,7 @@ import torch
 from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import Config, MemoryConfig
 from adaptive_trainer.ladder.resolve import recipe, resolve
-from adaptive_trainer.planning.device_spec import target_of
+from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.ladder_plan import Planner
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.training.measure import measure
@@ -111,7 +111,7 @@ def cases() -> list[Case]:
 def run(case: Case) -> Outcome:
     """Predict and measure one recipe."""
     config = case.config()
-    planner = Planner(target_of(config))
+    planner = Planner(spec_of(config))
     found, classes = planner.predict(config), planner.classes(config)
     title = f"{case.group} | {recipe(config)}, {config.optimizer.name}"
     if found.min_capacity_bytes is None:

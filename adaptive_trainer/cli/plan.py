@@ -23,7 +23,7 @@ from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.planning.cache import PlanCache
-from adaptive_trainer.planning.device_spec import Target, card_of, target_of
+from adaptive_trainer.planning.device_spec import DeviceSpec, spec_of
 from adaptive_trainer.planning.ladder_plan import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
 from adaptive_trainer.prediction.estimator import verdict
 from adaptive_trainer.utils.device import device_of
@@ -40,7 +40,7 @@ Measure = Callable[[Config, int], tuple[int, int] | None]
 
 def _planner(config: Config, stored: int | None = None) -> Planner:
     cache = PlanCache(default_folder())
-    return Planner(target_of(config, card_of(config.card), cache), cache=cache, stored_size=stored)
+    return Planner(spec_of(config, cache), cache=cache, stored_size=stored)
 
 
 def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
@@ -89,7 +89,7 @@ def _is_open(config: Config) -> bool:
 
 def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...], bool]:
     """The rungs of the settings, and whether rung 0 has the largest batch size that is predicted to fit."""
-    ladder, capacity = resolve(cfg), planner.target.capacity
+    ladder, capacity = resolve(cfg), planner.spec.capacity
     check_names(ladder)
 
     def refuse(_: str, above: Config, settings: Config) -> str:
@@ -112,11 +112,11 @@ def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...]
 
 def _content(made: Plan) -> dict[str, Any]:
     landing = {"lands_on": made.lands_on, "perhaps": list(made.perhaps)}
-    return {**_about(made.target), **landing, "rungs": [asdict(row) for row in made.rows]}
+    return {**_about(made.spec), **landing, "rungs": [asdict(row) for row in made.rows]}
 
 
-def _about(target: Target) -> dict[str, Any]:
-    return {"target": target.description, "capacity_bytes": target.capacity, "context_bytes": target.context}
+def _about(spec: DeviceSpec) -> dict[str, Any]:
+    return {"target": spec.description, "capacity_bytes": spec.capacity, "context_bytes": spec.context}
 
 
 def plan_table(made: Plan) -> str:
@@ -127,10 +127,10 @@ def plan_table(made: Plan) -> str:
         sizes = (row.live_bytes, row.allocated_bytes, row.reserved_bytes, row.min_capacity_bytes, row.min_card_bytes)
         what = f"{row.recipe} ({row.reason})" if row.reason and row.live_bytes is None else row.recipe
         lines.append((row.rung, row.verdict, *(_mib(size) for size in sizes), what))
-    target = made.target
-    room = "" if target.capacity is None else f"; {format_bytes(target.capacity)} for tensors"
-    outside = f", {format_bytes(target.context)} for the CUDA context" if target.context else ""
-    title = f"for {target.description}{room}{outside} (sizes in MiB)"
+    spec = made.spec
+    room = "" if spec.capacity is None else f"; {format_bytes(spec.capacity)} for tensors"
+    outside = f", {format_bytes(spec.context)} for the CUDA context" if spec.context else ""
+    title = f"for {spec.description}{room}{outside} (sizes in MiB)"
     return "\n".join((*textwrap.wrap(title, width()), table(lines, left=(0, 1)), _landing(made)))
 
 
@@ -138,7 +138,7 @@ def _landing(made: Plan) -> str:
     perhaps = f"; {', '.join(made.perhaps)} may fit and will be tried first" if made.perhaps else ""
     if made.lands_on is not None:
         return f"lands on rung {made.lands_on}{perhaps}"
-    if made.target.capacity is None:
+    if made.spec.capacity is None:
         return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung fits"
     return f"no rung is sure to fit{perhaps}"
 
@@ -182,7 +182,7 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
         for batch in _numbers(cfg, "batch")
         for size in _numbers(cfg, "size")
     ]
-    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.target.description}"
+    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.spec.description}"
     seen = " [measured]" if any(cell.measured_allocated_bytes is not None for cell in cells) else ""
     text = f"{head}; peak allocated MiB{seen}\n{memory_table(cells)}"
     if any(cell.verdict in ("hopeless", "unsure") for cell in cells):
@@ -208,7 +208,7 @@ def _cell(asked: Config, batch: int, size: int, planner: Planner, measure: Measu
     config.trainer.micro_batch_size = min(batch, asked.trainer.micro_batch_size or batch)
     check(config)
     found = planner.predict(config)
-    capacity = planner.target.capacity
+    capacity = planner.spec.capacity
     answer = "unknown" if capacity is None or found.reason else verdict(found, capacity)
     reason = (image_refusal(config, planner.classes(config)) or found.reason) if found.reason else ""
     seen = measure(config, planner.classes(config)) if measure is not None and not reason else None

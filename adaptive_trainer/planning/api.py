@@ -20,7 +20,7 @@ from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.planning.cache import PlanCache
-from adaptive_trainer.planning.device_spec import Target, card_of, target_of
+from adaptive_trainer.planning.device_spec import DeviceSpec, spec_of
 from adaptive_trainer.planning.ladder_plan import Planner
 from adaptive_trainer.prediction.estimator import Prediction
 from adaptive_trainer.prediction.estimator import predict as predict_trace
@@ -81,7 +81,7 @@ def predict(
             raise ConfigError(
                 f"predict knows no {', '.join(unknown)}; for a network there are {', '.join(OF_A_NETWORK)}"
             )
-        return _predict_network(what, optimizer, input_shape, _target(device or "auto"), **settings)
+        return _predict_network(what, optimizer, input_shape, _device_spec(device or "auto"), **settings)
     if not isinstance(what, DictConfig | Config):
         raise ConfigError(
             f"predict takes settings (compose_config([...])) or a network, and was given a {type(what).__name__}"
@@ -91,23 +91,23 @@ def predict(
     config = typed(what) if isinstance(what, DictConfig) else what
     check(config)
     check_name(config.model.name)
-    target = _target(device) if device is not None else target_of(config, card_of(config.card))
-    return Planner(target, cache=PlanCache(default_folder())).predict(config)
+    spec = _device_spec(device) if device is not None else spec_of(config)
+    return Planner(spec, cache=PlanCache(default_folder())).predict(config)
 
 
-def _target(device: str | torch.device) -> Target:
+def _device_spec(device: str | torch.device) -> DeviceSpec:
     name = str(device)
     if name.split(":")[0] in ("auto", "cpu", "cuda"):
-        return target_of(Config(device=name))
-    return target_of(Config(), card_of(typed(compose_config([f"card={name}"])).card))
+        return spec_of(Config(device=name))
+    return spec_of(Config(card=typed(compose_config([f"card={name}"])).card))
 
 
 def _predict_network(
-    model: nn.Module, optimizer: OptimizerOrFactory, input_shape: Sequence[int], target: Target, **settings: Any
+    model: nn.Module, optimizer: OptimizerOrFactory, input_shape: Sequence[int], device: DeviceSpec, **settings: Any
 ) -> Prediction:
     gradients = [parameter.grad for parameter in model.parameters()]
-    spec = _spec(model, optimizer, input_shape, target, **settings)
-    found = predict_trace(spec, capability=target.capability, multiprocessors=target.multiprocessors)
+    spec = _spec(model, optimizer, input_shape, device, **settings)
+    found = predict_trace(spec, capability=device.capability, multiprocessors=device.multiprocessors)
     was_used = False
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         was_used = was_used or parameter.grad is not gradient
@@ -121,7 +121,7 @@ def _spec(
     model: nn.Module,
     optimizer: OptimizerOrFactory,
     input_shape: Sequence[int],
-    target: Target,
+    device: DeviceSpec,
     *,
     micro_batch_size: int | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
@@ -146,7 +146,7 @@ def _spec(
         loss=loss,
         precision=precision,
         channels_last=channels_last,
-        cuda=target.cuda,
+        cuda=device.cuda,
     )
 
 

@@ -1,9 +1,9 @@
-"""The card that a prediction is for: this machine's, one that is named, or a simulated one."""
+"""The device that a prediction is for: this machine's card, one that is named, or a simulated one."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,17 +23,7 @@ CONTEXT, CONTEXT_SINCE_HOPPER = 450 * MiB, 810 * MiB
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """A kind of card, as in `configs/card/`."""
-
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]
-    multiprocessors: int = MULTIPROCESSORS
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
+class DeviceSpec:
     """What is predicted for.
 
     Attributes:
@@ -49,11 +39,42 @@ class Target:
     cuda: bool
     capability: tuple[int, int]
     capacity: int | None
-    context: int
+    context: int = 0
     multiprocessors: int = MULTIPROCESSORS
 
 
-def card_of(card: CardConfig) -> Card | None:
+def spec_of(config: Config, cache: PlanCache | None = None) -> DeviceSpec:
+    """What settings ask about: the card that is named, this machine's card, or the CPU where `device=cpu` says so.
+
+    `memory.limit` caps the allocator, a fraction being one of the card. With neither a card nor a limit, and no CUDA
+    here, the capacity is unknown.
+
+    Args:
+        cache: knows what a CUDA process was seen to take of this machine's card.
+
+    Raises:
+        ConfigError: the limit cannot be read, or is larger than the card; the card or the device makes no sense.
+    """
+    limit = parse_limit(config.memory.limit)
+    if config.card == CardConfig() and config.device.split(":")[0] == "cpu":
+        if limit.lifted:
+            return DeviceSpec("the CPU, with no limit", False, (0, 0), None)
+        size = limit.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
+        return DeviceSpec(f"a simulated card of {format_bytes(size)} on the CPU", False, (0, 0), size)
+    spec = card_of(config.card) or _this_card(config.device, cache)
+    memory = None if spec.capacity is None else spec.capacity + spec.context
+    if memory is None and limit.fraction is not None:
+        raise ConfigError(f"memory.limit={limit.fraction:g} is a fraction of a card: name one with card=...")
+    cap = limit.of(memory or 0)
+    if cap is None:
+        return spec
+    if memory is not None and cap > memory:
+        raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {spec.description}")
+    room = cap if spec.capacity is None else min(cap, spec.capacity)
+    return replace(spec, description=f"{spec.description}, limited to {format_bytes(cap)}", capacity=room)
+
+
+def card_of(card: CardConfig) -> DeviceSpec | None:
     """The card that `card=NAME` chose from `configs/card/`; None where none is named.
 
     Raises:
@@ -68,59 +89,29 @@ def card_of(card: CardConfig) -> Card | None:
             f"card={card.name}: a card has memory_mib (whole MiB above 0), capability ('8.6') and, if it is known, "
             "multiprocessors (above 0); see configs/card/"
         )
-    found = Card(card.name or "a card", card.memory_mib * MiB, (int(match[1]), int(match[2])), count)
-    if found.memory_bytes <= context_of(found.capability):
-        least = format_bytes(context_of(found.capability))
-        raise ConfigError(f"card={found.name}: CUDA itself takes {least}, and the card has {card.memory_mib} MiB")
-    return found
-
-
-def context_of(capability: tuple[int, int]) -> int:
-    """Bytes that a CUDA process is expected to take outside the allocator."""
-    return CONTEXT_SINCE_HOPPER if capability >= (9, 0) else CONTEXT
-
-
-def target_of(config: Config, card: Card | None = None, cache: PlanCache | None = None) -> Target:
-    """What settings ask about: the card that is named, this machine's card, or the CPU where `device=cpu` says so.
-
-    `memory.limit` caps the allocator, a fraction being one of the card. With neither a card nor a limit, and no CUDA
-    here, the capacity is unknown.
-
-    Raises:
-        ConfigError: the limit cannot be read, or is larger than the card; the device does not exist.
-    """
-    limit = parse_limit(config.memory.limit)
-    if card is None and config.device.split(":")[0] == "cpu":
-        size = None if limit.lifted else limit.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
-        source = "the CPU, with no limit" if size is None else f"a simulated card of {format_bytes(size)} on the CPU"
-        return Target(source, False, (0, 0), size, 0)
-    if card is not None:
-        context = context_of(card.capability)
-        room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"
-    elif torch.cuda.is_available():
-        card, context = _this_card(config.device, cache)
-        room, source = card.memory_bytes - context, f"{card.name}, {format_bytes(card.memory_bytes)}"
-    else:
-        if limit.fraction is not None:
-            raise ConfigError(f"memory.limit={limit.fraction:g} is a fraction of a card: name one with card=...")
-        context, room = context_of(ASSUMED_CAPABILITY), None
-        source = (
-            f"a card of compute capability {ASSUMED_CAPABILITY[0]}.{ASSUMED_CAPABILITY[1]} (card=... names another)"
+    name, capability = card.name or "a card", (int(match[1]), int(match[2]))
+    if card.memory_mib * MiB <= (context := _usual_context(capability)):
+        raise ConfigError(
+            f"card={name}: CUDA itself takes {format_bytes(context)}, and the card has {card.memory_mib} MiB"
         )
-    cap = limit.of(card.memory_bytes if card is not None else 0)
-    if cap is not None and card is not None and cap > card.memory_bytes:
-        raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {source}")
-    if cap is not None:
-        room, source = cap if room is None else min(cap, room), f"{source}, limited to {format_bytes(cap)}"
-    if card is None:
-        return Target(source, True, ASSUMED_CAPABILITY, room, context)
-    return Target(source, True, card.capability, room, context, card.multiprocessors)
+    return _card(name, card.memory_mib * MiB, capability, context, count)
 
 
-def _this_card(name: str, cache: PlanCache | None) -> tuple[Card, int]:
+def _this_card(name: str, cache: PlanCache | None) -> DeviceSpec:
+    """The CUDA card of this machine, or a common one of unknown capacity."""
+    if not torch.cuda.is_available():
+        major, minor = ASSUMED_CAPABILITY
+        text = f"a card of compute capability {major}.{minor} (card=... names another)"
+        return DeviceSpec(text, True, ASSUMED_CAPABILITY, None, _usual_context(ASSUMED_CAPABILITY))
     about = torch.cuda.get_device_properties(device_of(name))
     capability = (about.major, about.minor)
-    measured = None if cache is None else cache.context_bytes(about.name)
-    return Card(about.name, about.total_memory, capability, about.multi_processor_count), measured or context_of(
-        capability
-    )
+    context = (cache.context_bytes(about.name) if cache else None) or _usual_context(capability)
+    return _card(about.name, about.total_memory, capability, context, about.multi_processor_count)
+
+
+def _card(name: str, memory: int, capability: tuple[int, int], context: int, multiprocessors: int) -> DeviceSpec:
+    return DeviceSpec(f"{name}, {format_bytes(memory)}", True, capability, memory - context, context, multiprocessors)
+
+
+def _usual_context(capability: tuple[int, int]) -> int:
+    return CONTEXT_SINCE_HOPPER if capability >= (9, 0) else CONTEXT

@@ -12,14 +12,14 @@ from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning.cache import Measurement, PlanCache
-from adaptive_trainer.planning.device_spec import Target
+from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.ladder_plan import LossFactory, ModelFactory, Planner, other_allocator
 from adaptive_trainer.prediction.estimator import verdict
 from adaptive_trainer.utils.device import precision_refusal
 from adaptive_trainer.utils.files import default_folder
 
 
-class Forecast:
+class Judge:
     """Judges rungs by prediction, and by what this card measured earlier.
 
     Args:
@@ -42,13 +42,13 @@ class Forecast:
         self._card, self._is_cuda = "simulated", capacity.device.type == "cuda"
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
         self._room_before = 0  # a proof, in which kernels are loaded beside the allocator
-        target = Target(capacity.description, False, (0, 0), capacity.bytes, 0)
+        spec = DeviceSpec(capacity.description, False, (0, 0), capacity.bytes, 0)
         if self._is_cuda:
             about = torch.cuda.get_device_properties(capacity.device)
             self._card = about.name
-            target = Target(capacity.description, True, (about.major, about.minor), capacity.room(), 0)
+            spec = DeviceSpec(capacity.description, True, (about.major, about.minor), capacity.room(), 0)
         self._planner = Planner(
-            target,
+            spec,
             num_classes=num_classes,
             make_model=make_model,
             make_loss=make_loss,
@@ -57,7 +57,7 @@ class Forecast:
             val_size=val_size,
         )
 
-    def judge(self, config: Config) -> tuple[str, int | None]:
+    def assess(self, config: Config) -> tuple[str, int | None]:
         """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
         room = self.capacity.room()
         if room is None:

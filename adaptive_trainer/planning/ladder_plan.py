@@ -35,7 +35,7 @@ from adaptive_trainer.models.zoo import (
     without_weights,
 )
 from adaptive_trainer.planning.cache import Key, PlanCache, versions
-from adaptive_trainer.planning.device_spec import Target
+from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.image_size import check_image_size, failure_at
 from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
 from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
@@ -65,7 +65,7 @@ class Planner:
     """Predicts recipes with the factories that training uses; one for all rungs of a run.
 
     Args:
-        target: what is predicted for.
+        spec: what is predicted for.
         num_classes: width of the model's head; the assumed one where neither this nor the settings say.
         make_model, make_loss: as the Trainer was given them; its own where None. What others make is not kept on disk.
         cache: keeps predictions from one run to the next.
@@ -75,7 +75,7 @@ class Planner:
 
     def __init__(
         self,
-        target: Target,
+        spec: DeviceSpec,
         *,
         num_classes: int | None = None,
         make_model: ModelFactory | None = None,
@@ -84,7 +84,7 @@ class Planner:
         stored_size: int | None = None,
         val_size: int | None = None,
     ) -> None:
-        self.target = target
+        self.spec = spec
         self.val_size = val_size
         self.num_classes = num_classes
         self.stored_size = stored_size
@@ -106,8 +106,8 @@ class Planner:
         try:
             found = predict(
                 self._spec(config),
-                capability=self.target.capability,
-                multiprocessors=self.target.multiprocessors,
+                capability=self.spec.capability,
+                multiprocessors=self.spec.multiprocessors,
                 tracer=self._tracer,
             )
         except Exception as error:  # factories of the user's own may raise anything
@@ -208,9 +208,9 @@ class Planner:
             "deterministic": config.trainer.deterministic,
             "tf32": config.trainer.tf32,
             "stored_size": self._stored_size(config),
-            "cuda": self.target.cuda,
-            "capability": list(self.target.capability),
-            "multiprocessors": self.target.multiprocessors,
+            "cuda": self.spec.cuda,
+            "capability": list(self.spec.capability),
+            "multiprocessors": self.spec.multiprocessors,
         }
 
     def classes(self, config: Config) -> int:
@@ -221,7 +221,7 @@ class Planner:
 
     def _stored_size(self, config: Config) -> int:
         """As `ladder.stored_size`; what waits on a CPU is not counted."""
-        if not self.target.cuda:
+        if not self.spec.cuda:
             return 0
         return stored_size([config]) if self.stored_size is None else self.stored_size
 
@@ -236,7 +236,7 @@ class Planner:
         return model
 
     def _spec(self, config: Config) -> TraceSpec:
-        used, cuda = recipe(config), self.target.cuda
+        used, cuda = recipe(config), self.spec.cuda
         device = torch.device("cuda" if cuda else "cpu")
         key = self.key(config)
         model_key = repr((key["model"], saver_settings(config.trainer)))
@@ -315,7 +315,7 @@ class Plan:
         perhaps: names of the rungs above it that may hold as well.
     """
 
-    target: Target
+    spec: DeviceSpec
     rows: tuple[Row, ...]
     lands_on: str | None
     perhaps: tuple[str, ...]
@@ -336,7 +336,7 @@ def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = F
     landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == "fits"), None)
     above = rows if landed is None else rows[:landed]
     perhaps = tuple(row.rung for row in above if row.verdict in ("unsure", "unknown"))
-    return Plan(planner.target, rows, None if landed is None else rows[landed].rung, perhaps)
+    return Plan(planner.spec, rows, None if landed is None else rows[landed].rung, perhaps)
 
 
 def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
@@ -348,7 +348,7 @@ def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
         refusal = image_refusal(rung.settings, planner.classes(rung.settings))
         answer = "skipped" if refusal else "unknown"
         return Row(rung.name, answer, used, seconds=found.seconds, reason=refusal or found.reason)
-    capacity, least = planner.target.capacity, found.min_capacity_bytes
+    capacity, least = planner.spec.capacity, found.min_capacity_bytes
     sizes: dict[str, Any] = {name: getattr(found, name) for name in ("live_bytes", "allocated_bytes", "reserved_bytes")}
     return Row(
         rung.name,
@@ -356,7 +356,7 @@ def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
         used,
         **sizes,
         min_capacity_bytes=least,
-        min_card_bytes=None if least is None else least + planner.target.context,
+        min_card_bytes=None if least is None else least + planner.spec.context,
         seconds=found.seconds,
         reason="" if capacity is not None else "no card and no memory.limit to judge by",
     )

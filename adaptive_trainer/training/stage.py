@@ -27,7 +27,7 @@ from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.models.zoo import has_batch_norm
 from adaptive_trainer.planning.cache import Measurement
-from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.ladder_plan import single_sample
 from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.record import Record
@@ -39,7 +39,7 @@ from adaptive_trainer.training.session import Parts, Session, enter, settle
 log = logging.getLogger(__name__)
 
 KEPT_WITH_THE_BEST = ("config", "rung", "stage", "num_classes", "classes", "best", "made_buffers")
-Judge = Callable[[Rung[Config]], tuple[str, int | None]]
+Assess = Callable[[Rung[Config]], tuple[str, int | None]]
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Stage:
     data: DataSets
     record: Record
     stop: StopSignal
-    forecast: Forecast
+    judge: Judge
     number: int = 0
     saved: dict[str, Any] | None = None
     weights: tuple[Any, dict[str, Any], list[str]] | None = None
@@ -115,7 +115,7 @@ class Stage:
             del loop  # and with it a graph's memory
             if failure is not None:
                 self._failed_in_training(rung, *failure)
-                self.forecast.forget(rung.settings)
+                self.judge.forget(rung.settings)
                 self._look_for_leak(growth)
                 start += 1
 
@@ -134,7 +134,7 @@ class Stage:
                 f"({self.parts.capacity.description}); set memory.limit=2GiB, or give trainer.batch_size a number"
             )
         else:
-            predicted = self.forecast.largest_batch(config, most)
+            predicted = self.judge.largest_batch(config, most)
             found = batch_size.find(self._fits, predicted=predicted, most=most, room=room)
         self.largest, self.why = found
         self.ladder = self.parts.prepare(resolve(self.settings, *found))
@@ -150,12 +150,12 @@ class Stage:
         if self.stop.name:
             raise Interrupted(f"stopped by {self.stop.name} before training began; start again")
         config = with_batch_size(self.ladder[0].settings, size)
-        if self.forecast.refusal(config, config):
+        if self.judge.refusal(config, config):
             return False
         self.parts.capacity.empty_cache()  # what another size has left must not decide
         try:
             tried = Rung(f"{LARGEST}-{size}", config)
-            self._go_down([tried], lambda rung: ("", self.forecast.judge(rung.settings)[1]))
+            self._go_down([tried], lambda rung: ("", self.judge.assess(rung.settings)[1]))
         except LadderExhausted:
             return False
         return True
@@ -189,7 +189,7 @@ class Stage:
         if start == len(self.ladder):
             raise LadderExhausted(exhausted_message(self.record.attempts))
         before = None if self.session is None else self.session.config
-        found = self._go_down(map(self._rung, range(start, len(self.ladder))), self._judge)
+        found = self._go_down(map(self._rung, range(start, len(self.ladder))), self._assess)
         if self._is_sound:
             self._checkpoint(False)
         self._tell_new_optimizer(before, found.rung)
@@ -223,7 +223,7 @@ class Stage:
         while self._looked_at < number:
             self._looked_at += 1
             above, rung = self.ladder[self._looked_at - 1 : self._looked_at + 1]
-            if rung.passed_over or not self.forecast.refusal(above.settings, rung.settings):
+            if rung.passed_over or not self.judge.refusal(above.settings, rung.settings):
                 continue
             self._refused[rung.name] = {}
             rungs = self.parts.prepare(resolve(self.settings, self.largest or DEFAULT_BATCH, self.why, self._refuse))
@@ -236,16 +236,16 @@ class Stage:
         return self.ladder[number]
 
     def _refuse(self, name: str, above: Config, config: Config) -> str:
-        """As `Forecast.refusal`, of rungs that were found to be refused; the answer stays what it was."""
+        """As `Judge.refusal`, of rungs that were found to be refused; the answer stays what it was."""
         known = self._refused.get(name)
         if known is None:
             return ""
         key = repr(config)
         if key not in known:
-            known[key] = self.forecast.refusal(above, config)
+            known[key] = self.judge.refusal(above, config)
         return known[key]
 
-    def _go_down(self, rungs: Iterable[Rung[Config]], judge: Judge) -> Found[Config, int]:
+    def _go_down(self, rungs: Iterable[Rung[Config]], assess: Assess) -> Found[Config, int]:
         """Descend, and remember how it went, but for what fails later, in training: that says too little of a rung."""
         settings: dict[str, Config] = {}
 
@@ -256,24 +256,24 @@ class Stage:
 
         def attempted(entry: Attempt) -> None:
             if entry.outcome == "oom":
-                self.forecast.learn(settings[entry.rung], entry)
+                self.judge.learn(settings[entry.rung], entry)
             elif entry.outcome == "fits" and self._earlier is not None:
                 entry.reason = "proven on this card before"
                 entry.peak_allocated_bytes = self._earlier.peak_allocated
                 entry.peak_reserved_bytes = self._earlier.peak_reserved
             self._attempted(entry)
 
-        self.forecast.begin()
+        self.judge.begin()
         capacity, device = self.parts.capacity, self.parts.device
-        found = descend(noted(), self._prove, judge=judge, meter=capacity, on_attempt=attempted, device=device)
+        found = descend(noted(), self._prove, judge=assess, meter=capacity, on_attempt=attempted, device=device)
         is_whole = found.value == self._eval_batch(found.rung.settings)  # evaluation was not halved
         if self._earlier is None and is_whole:
-            self.forecast.learn(found.rung.settings, found.attempts[-1])
+            self.judge.learn(found.rung.settings, found.attempts[-1])
         return found
 
-    def _judge(self, rung: Rung[Config]) -> tuple[str, int | None]:
+    def _assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
-        hopeless, need = self.forecast.judge(rung.settings)
+        hopeless, need = self.judge.assess(rung.settings)
         is_known = rung is self.ladder[0] and self._was_proven(f"{LARGEST}-{self.largest}")
         return "" if hopeless and (is_known or self._is_last(rung)) else hopeless, need
 
@@ -319,7 +319,7 @@ class Stage:
             update, shapes = self.session.update, self._shapes(config)
             is_usual = update.largest_part(shapes.odd) <= update.largest_part(shapes.batch_size)
             if back is None and is_usual:
-                self._earlier = self.forecast.proven(config)
+                self._earlier = self.judge.proven(config)
             eval_batch = shapes.eval_batch_size if self._earlier else prove(update, shapes)
         except BaseException:
             if is_new or back is not None:

@@ -36,7 +36,7 @@ from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.models.memory_format import channels_last_pays
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.image_size import check_image_size
-from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.ladder_plan import check_names
 from adaptive_trainer.report.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.report.record import Record, Result
@@ -163,7 +163,7 @@ class Trainer:
         for text in (*not_used, *_remarks(start, device, loss, is_own_model=self._make_model is not build_model)):
             record.event(text)
         self._weigh_classes([rung.settings.trainer for _, _, ladder in ladders for rung in ladder], data, record)
-        forecast = Forecast(
+        judge = Judge(
             capacity,
             parts.num_classes,
             None if self._make_model is build_model else self._make_model,
@@ -180,7 +180,7 @@ class Trainer:
                     record.event(f"stage {name}: {_differences(start.cfg, typed(settings))}")
                 after = ladders[number - 1][0] if number and saved is None else ""
                 stage = Stage(
-                    ladder, settings, parts, data, record, stop, forecast, number, saved, weights, after, accepted
+                    ladder, settings, parts, data, record, stop, judge, number, saved, weights, after, accepted
                 )
                 rung = _train(stage, name, settings, capacity, record)
                 saved, weights = None, stage.weights_learned() if number + 1 < len(ladders) else None

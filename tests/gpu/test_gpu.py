@@ -38,7 +38,7 @@ from adaptive_trainer.models import memory_format as layout
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.optimizers import FUSED, build_ema, build_optimizer, build_scaler
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.planning.device_spec import target_of
+from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
 from adaptive_trainer.step.dry_run import Shapes, prove
 from adaptive_trainer.step.engine import Engine
@@ -792,7 +792,7 @@ def test_a_network_by_name_is_in_channels_last_where_that_was_measured_to_pay(
 
 def test_a_card_that_is_not_here_is_refused_by_all_who_ask() -> None:
     config = typed(compose_config(["device=cuda:99"]))
-    for ask in (target_of, lambda config: measure(config, 10), lambda _: predict(config)):
+    for ask in (spec_of, lambda config: measure(config, 10), lambda _: predict(config)):
         with pytest.raises(ConfigError, match=r"device=cuda:99 was asked for and this machine has \d+ CUDA cards"):
             ask(config)
 

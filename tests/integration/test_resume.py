@@ -633,7 +633,7 @@ def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *ov
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 @pytest.mark.parametrize(
     "where",
-    ["trainer.build_datasets", "trainer.Forecast", "stage.prove", "session.build_optimizer", "checkpoint.save"],
+    ["trainer.build_datasets", "trainer.Judge", "stage.prove", "session.build_optimizer", "checkpoint.save"],
 )
 def test_auto_begins_anew_what_was_stopped_before_its_first_checkpoint(
     where: str, end: str, batch_16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

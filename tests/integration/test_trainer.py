@@ -32,7 +32,7 @@ from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError,
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.planning.cache import Measurement
-from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
 from adaptive_trainer.step.update import Update
@@ -524,7 +524,7 @@ def test_a_climb_that_fails_goes_back_to_what_was_there(tmp_path: Path, monkeypa
 
     rooms = iter(range(10**9, 2 * 10**9))
     monkeypatch.setattr(Capacity, "room", lambda self: next(rooms))  # more each time it is asked for
-    monkeypatch.setattr(Forecast, "judge", lambda self, config: ("", None))
+    monkeypatch.setattr(Judge, "assess", lambda self, config: ("", None))
     steps = {"small": ["optimizer=sgd", "trainer.precision=fp16", "trainer.batch_size=4"]}
 
     def appetite(training: bool, samples: int) -> int:
@@ -946,9 +946,9 @@ def test_the_best_model_is_saved_before_the_state_that_knows_of_it(
 def test_what_this_card_has_proven_before_is_not_proven_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card's memory lasts from one run to the next; here it is given."""
     ends, learned, samples = [], [], []
-    monkeypatch.setattr(Forecast, "learn", lambda self, config, entry: learned.append(entry))
+    monkeypatch.setattr(Judge, "learn", lambda self, config, entry: learned.append(entry))
     for number, known in enumerate((None, Measurement(MiB, None, 5 * MiB, 6 * MiB))):
-        monkeypatch.setattr(Forecast, "proven", lambda self, config, known=known: known)
+        monkeypatch.setattr(Judge, "proven", lambda self, config, known=known: known)
         result, nets = fit(tmp_path / str(number))
         ends.append(checkpoint.load(tmp_path / str(number) / "checkpoints" / "last.pt"))
         samples.append(sum(map(len, nets[0].trained)))
@@ -967,9 +967,9 @@ def test_an_earlier_proof_that_training_contradicts_is_forgotten(
     """The evaluation meets nothing that was proven in this run, and is halved; an update that fails costs the rung."""
     forgotten: list[int] = []
     known = Measurement(MiB, None, 5 * MiB, 6 * MiB)
-    monkeypatch.setattr(Forecast, "judge", lambda self, config: ("", None))
-    monkeypatch.setattr(Forecast, "proven", lambda self, config: known if config.trainer.batch_size > 2 else None)
-    monkeypatch.setattr(Forecast, "forget", lambda self, config: forgotten.append(config.trainer.batch_size))
+    monkeypatch.setattr(Judge, "assess", lambda self, config: ("", None))
+    monkeypatch.setattr(Judge, "proven", lambda self, config: known if config.trainer.batch_size > 2 else None)
+    monkeypatch.setattr(Judge, "forget", lambda self, config: forgotten.append(config.trainer.batch_size))
 
     def appetite(training: bool, samples: int) -> int:
         return 64 * MiB if samples > (4 if training else 2) else 1
@@ -989,8 +989,8 @@ def test_an_earlier_proof_that_training_contradicts_is_forgotten(
 def test_a_proof_that_halved_its_evaluation_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run would begin with the evaluation that did not fit, and give up its graph for it."""
     learned: list[str] = []
-    monkeypatch.setattr(Forecast, "judge", lambda self, config: ("", None))
-    monkeypatch.setattr(Forecast, "learn", lambda self, config, entry: learned.append(entry.outcome))
+    monkeypatch.setattr(Judge, "assess", lambda self, config: ("", None))
+    monkeypatch.setattr(Judge, "learn", lambda self, config, entry: learned.append(entry.outcome))
     for most in (2, 8):
 
         def appetite(training: bool, samples: int, most: int = most) -> int:
@@ -1007,7 +1007,7 @@ def test_what_an_earlier_proof_has_not_shown_is_proven(
     samples: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last update of an epoch, 7 samples at once, takes more than the others, 2 times 4."""
-    monkeypatch.setattr(Forecast, "proven", lambda self, config: Measurement(MiB, None, 5 * MiB, 6 * MiB))
+    monkeypatch.setattr(Judge, "proven", lambda self, config: Measurement(MiB, None, 5 * MiB, 6 * MiB))
     result, _ = fit(tmp_path, "trainer.micro_batch_size=7", data=Seen(samples))
     assert [entry.reason for entry in result.attempts] == [expected]
 

@@ -26,7 +26,7 @@ from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
 from adaptive_trainer.ladder.resolve import Rung, resolve, stored_size
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.planning.cache import Measurement, PlanCache, versions
-from adaptive_trainer.planning.device_spec import Card, Target, card_of, target_of
+from adaptive_trainer.planning.device_spec import DeviceSpec, card_of, spec_of
 from adaptive_trainer.planning.ladder_plan import Planner, plan
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.training.trainer import Trainer
@@ -35,7 +35,6 @@ from adaptive_trainer.utils.files import default_folder
 MiB = 2**20
 GiB = 2**30
 SMALL = ["model.name=mobilenetv3_small_100", "data.image_size=64", "trainer.batch_size=8"]
-RTX2060 = Card("RTX 2060", 6 * GiB, (7, 5))
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a card says")
 
 
@@ -60,46 +59,46 @@ def first(*overrides: str) -> Config:
     return resolve(compose_config([*overrides, "ladder=none"]))[0].settings
 
 
-def card(capacity: int) -> Target:
-    return Target("a card", True, (8, 6), capacity, 450 * MiB)
+def card(capacity: int) -> DeviceSpec:
+    return DeviceSpec("a card", True, (8, 6), capacity, 450 * MiB)
 
 
 # -- what is planned for
 
 
 def test_a_named_card_less_its_context() -> None:
-    target = target_of(first(), RTX2060)
-    assert (target.cuda, target.capability, target.capacity) == (True, (7, 5), 6 * GiB - target.context)
-    assert 300 * MiB < target.context < 700 * MiB
+    spec = spec_of(first("card=rtx2060"))
+    assert (spec.cuda, spec.capability, spec.capacity) == (True, (7, 5), 6 * GiB - spec.context)
+    assert 300 * MiB < spec.context < 700 * MiB
 
 
 def test_a_limit_is_on_the_allocator() -> None:
-    assert target_of(first("memory.limit=2GiB"), RTX2060).capacity == 2 * GiB
-    assert target_of(first("memory.limit=0.5"), RTX2060).capacity == 3 * GiB
-    whole = target_of(first("memory.limit=6GiB"), RTX2060)
+    assert spec_of(first("memory.limit=2GiB", "card=rtx2060")).capacity == 2 * GiB
+    assert spec_of(first("memory.limit=0.5", "card=rtx2060")).capacity == 3 * GiB
+    whole = spec_of(first("memory.limit=6GiB", "card=rtx2060"))
     assert whole.capacity == 6 * GiB - whole.context
 
 
 @NO_CUDA
 def test_a_limit_without_a_card() -> None:
-    target = target_of(first("memory.limit=6GiB"))
-    assert (target.cuda, target.capacity) == (True, 6 * GiB)
-    assert target_of(first()).capacity is None
+    spec = spec_of(first("memory.limit=6GiB"))
+    assert (spec.cuda, spec.capacity) == (True, 6 * GiB)
+    assert spec_of(first()).capacity is None
     with pytest.raises(ConfigError, match=r"fraction of a card: name one with card="):
-        target_of(first("memory.limit=0.5"))
+        spec_of(first("memory.limit=0.5"))
 
 
 def test_a_limit_above_the_card() -> None:
-    with pytest.raises(ConfigError, match="more than all of RTX 2060"):
-        target_of(first("memory.limit=7GiB"), RTX2060)
+    with pytest.raises(ConfigError, match="more than all of NVIDIA GeForce RTX 2060"):
+        spec_of(first("memory.limit=7GiB", "card=rtx2060"))
 
 
 def test_the_simulated_card() -> None:
-    target = target_of(first("device=cpu", "memory.limit=300MiB"))
-    assert (target.cuda, target.capacity, target.context) == (False, 300 * MiB, 0)
-    assert target_of(first("device=cpu")).capacity == 512 * MiB
-    assert target_of(first("device=cpu:0")) == target_of(first("device=cpu"))
-    assert target_of(first("device=cpu", "memory.limit=none")).capacity is None
+    spec = spec_of(first("device=cpu", "memory.limit=300MiB"))
+    assert (spec.cuda, spec.capacity, spec.context) == (False, 300 * MiB, 0)
+    assert spec_of(first("device=cpu")).capacity == 512 * MiB
+    assert spec_of(first("device=cpu:0")) == spec_of(first("device=cpu"))
+    assert spec_of(first("device=cpu", "memory.limit=none")).capacity is None
 
 
 @pytest.mark.parametrize("path", sorted(Path(config_dir(), "card").glob("*.yaml")), ids=lambda path: path.stem)
@@ -107,7 +106,8 @@ def test_the_cards(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     found = card_of(typed(settings(f"card={path.stem}", "ladder=none")).card)
     assert found is not None
-    assert 2 * GiB < found.memory_bytes < 200 * GiB
+    assert found.capacity is not None
+    assert 2 * GiB < found.capacity + found.context < 200 * GiB
     assert (6, 0) <= found.capability <= (12, 1)
     assert all("https://" in line for line in text.splitlines() if not line.startswith("name:")), "a figure's source"
 
@@ -150,7 +150,7 @@ def test_the_default_ladder(default_plan: Any) -> None:
 def test_it_lands_where_the_verdicts_say(default_plan: Any) -> None:
     made, ladder, planner = default_plan
     for capacity, lands_on, perhaps in ((10 * GiB, "requested", ()), (40 * MiB, None, ())):
-        planner.target = replace(made.target, capacity=capacity)
+        planner.spec = replace(made.spec, capacity=capacity)
         found = plan(ladder, planner)
         assert (found.lands_on, found.perhaps) == (lands_on, perhaps)
 
@@ -251,12 +251,12 @@ def test_a_plan_without_a_card_is_for_what_training_would_take(
     caplog.set_level(logging.INFO, logger="adaptive_trainer")
     made = run_plan(settings(*SMALL, "ladder=none"), tmp_path)
     with limited(torch.device("cpu"), None) as capacity:
-        assert (made.target.cuda, made.target.capacity) == (False, capacity.bytes)
+        assert (made.spec.cuda, made.spec.capacity) == (False, capacity.bytes)
     on_cpu = run_plan(settings(*SMALL, "ladder=none", "device=cpu"), tmp_path)
     assert made.rows[0].min_capacity_bytes == on_cpu.rows[0].min_capacity_bytes
     assert made.lands_on == "requested"
     assert caplog.text.count("the simulated card that training would take; card=rtx2060 names another") == 1
-    assert run_plan(settings(*SMALL, "ladder=none", "memory.limit=2GiB"), tmp_path).target.cuda
+    assert run_plan(settings(*SMALL, "ladder=none", "memory.limit=2GiB"), tmp_path).spec.cuda
 
 
 def test_run_plan_refuses_a_size_that_the_network_refuses(tmp_path: Path) -> None:
@@ -348,8 +348,8 @@ def test_the_key_tells_apart_what_matters() -> None:
         "data.cache=disk", "+model.kwargs.drop_rate=0.2", "optimizer=sgd", "+optimizer.kwargs.foreach=true",
     )  # fmt: skip
     keys = [planner.key(first(*SMALL, change)) for change in changes]
-    keys += [Planner(replace(planner.target, capability=(9, 0))).key(first(*SMALL))]
-    keys += [Planner(replace(planner.target, cuda=False)).key(first(*SMALL))]
+    keys += [Planner(replace(planner.spec, capability=(9, 0))).key(first(*SMALL))]
+    keys += [Planner(replace(planner.spec, cuda=False)).key(first(*SMALL))]
     texts = [json.dumps(key, sort_keys=True) for key in (base, *keys)]
     assert len(set(texts)) == len(texts)
     assert planner.key(first(*SMALL, "optimizer.lr=0.5", "seed=3")) == base
@@ -378,7 +378,7 @@ def test_stored_images_of_a_rung_are_those_of_the_request() -> None:
     found = [planner.predict(first(*SMALL, *rung)).live_bytes for planner in (own, request)]
     assert None not in found
     assert found[1] - found[0] == 8 * 3 * (73**2 - 37**2)  # type: ignore[operator]
-    assert Planner(replace(own.target, cuda=False)).key(first(*SMALL, *rung))["stored_size"] == 0
+    assert Planner(replace(own.spec, cuda=False)).key(first(*SMALL, *rung))["stored_size"] == 0
     sizes = [first("data.cache=ram", f"data.image_size={size}") for size in (64, 224)]
     assert (stored_size(sizes), stored_size([first()])) == (256, 0)
 

@@ -15,7 +15,7 @@ from adaptive_trainer.errors import LadderExhausted
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity, limited
-from adaptive_trainer.planning.judge import Forecast
+from adaptive_trainer.planning.judge import Judge
 
 MiB = 2**20
 SMALL = ["model.name=mobilenetv3_small_050", "data.image_size=64", "trainer.batch_size=16", "device=cpu"]
@@ -26,13 +26,13 @@ def settings(*overrides: str) -> Config:
     return resolve(compose_config([*SMALL, *overrides, "ladder=none"]))[0].settings
 
 
-def forecast(limit: int) -> Iterator[Forecast]:
+def judge(limit: int) -> Iterator[Judge]:
     with limited(torch.device("cpu"), f"{limit}b") as capacity:
-        yield Forecast(capacity, 10)
+        yield Judge(capacity, 10)
 
 
 def need_of(config: Config) -> int:
-    [need] = [each.judge(config)[1] for each in forecast(1024 * MiB)]
+    [need] = [each.assess(config)[1] for each in judge(1024 * MiB)]
     assert need is not None
     return need
 
@@ -45,8 +45,8 @@ def failed(config: Config, predicted: int | None) -> Attempt:
 def test_only_the_hopeless_is_skipped(share: float, skipped: bool) -> None:
     config = settings("trainer.batch_size=64", "data.image_size=192")  # a share of it is more than a segment
     need = need_of(config)
-    for each in forecast(int(need * share)):
-        reason, known = each.judge(config)
+    for each in judge(int(need * share)):
+        reason, known = each.assess(config)
         assert known == need
         assert bool(reason) == skipped
         assert ("it is predicted to need" in reason) == skipped
@@ -62,7 +62,7 @@ def test_no_trace_where_the_weights_alone_are_too_large() -> None:
 
     for limit, reason in ((2 * MiB, "its weights alone take 6150 KiB, and there are 2048 KiB"), (64 * MiB, "")):
         with limited(torch.device("cpu"), f"{limit}b") as capacity:
-            found, need = Forecast(capacity, 10, make).judge(settings())
+            found, need = Judge(capacity, 10, make).assess(settings())
         assert (found, bool(seen)) == (reason, not reason)
         assert need is not None
         assert need > 6 * MiB
@@ -75,7 +75,7 @@ def test_a_network_that_cannot_be_counted_is_traced() -> None:
         return model
 
     with limited(torch.device("cpu"), "2MiB") as capacity:
-        assert "it is predicted to need" in Forecast(capacity, 10, make).judge(settings())[0]
+        assert "it is predicted to need" in Judge(capacity, 10, make).assess(settings())[0]
 
 
 def test_a_failure_that_was_foretold_is_believed_for_its_model() -> None:
@@ -83,26 +83,26 @@ def test_a_failure_that_was_foretold_is_believed_for_its_model() -> None:
     other = settings("data.image_size=106", "model.name=mobilenetv3_small_075")
     need, other_need = need_of(config), need_of(other)
     room = min(need, other_need) - 2 * MiB
-    for each in forecast(room):
-        assert (each.judge(config)[0], each.judge(other)[0]) == ("", "")
+    for each in judge(room):
+        assert (each.assess(config)[0], each.assess(other)[0]) == ("", "")
         each.learn(config, failed(config, max(need, other_need) + 2 * MiB))
-        assert "was foretold" in each.judge(config)[0]
-        assert each.judge(other)[0] == ""
+        assert "was foretold" in each.assess(config)[0]
+        assert each.assess(other)[0] == ""
         each.begin()
-        assert each.judge(config)[0] == ""
+        assert each.assess(config)[0] == ""
 
 
 def test_what_needs_no_less_than_a_failed_rung_is_not_tried() -> None:
     small, large = settings(), settings("data.image_size=96")
-    for each in forecast(1024 * MiB):
+    for each in judge(1024 * MiB):
         each.learn(small, failed(small, need_of(small)))
-        assert "no less than a rung that failed" in each.judge(large)[0]
-        assert "no less than a rung that failed" in each.judge(small)[0]
+        assert "no less than a rung that failed" in each.assess(large)[0]
+        assert "no less than a rung that failed" in each.assess(small)[0]
 
 
 def test_without_a_limit_nothing_is_skipped() -> None:
     with limited(torch.device("cpu"), "none") as capacity:
-        assert Forecast(capacity, 10).judge(settings("trainer.batch_size=4096")) == ("", None)
+        assert Judge(capacity, 10).assess(settings("trainer.batch_size=4096")) == ("", None)
 
 
 def test_the_last_rung_is_tried_whatever_is_predicted(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_proof_is_remembered_until_it_turns_out_not_to_hold(tmp_path: Path, mo
     room = 60 * MiB
     monkeypatch.setattr(Capacity, "room", lambda self: room)
     config, other = settings(), settings("data.image_size=96")
-    for each in forecast(64 * MiB):
+    for each in judge(64 * MiB):
         each._is_cuda = True
         assert each.proven(config) is None
         room = 50 * MiB
