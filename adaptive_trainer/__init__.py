@@ -10,21 +10,54 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptive_trainer.config.overrides import compose_config
+    from adaptive_trainer.errors import (
+        AdaptiveTrainerError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DeviceUnusable,
+        DivergedError,
+        Interrupted,
+        LadderExhausted,
+        ModelError,
+        OutOfMemory,
+        UserError,
+    )
     from adaptive_trainer.ladder.descent import Attempt, descend
     from adaptive_trainer.ladder.resolve import Rung, make_ladder
+    from adaptive_trainer.memory.limit import limit_memory
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
+    from adaptive_trainer.oom import is_out_of_memory
     from adaptive_trainer.planning.api import predict
     from adaptive_trainer.report.record import Result
+    from adaptive_trainer.step.transaction import Transaction
     from adaptive_trainer.training.trainer import Trainer, load_model
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
+    "AdaptiveTrainerError",
     "Attempt",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeviceUnusable",
+    "DivergedError",
+    "Interrupted",
+    "LadderExhausted",
+    "ModelError",
+    "OutOfMemory",
     "Result",
     "Rung",
     "Trainer",
+    "Transaction",
+    "UserError",
+    "__version__",
     "clear_gpu_memory",
     "compose_config",
     "descend",
+    "is_out_of_memory",
+    "limit_memory",
     "load_model",
     "make_ladder",
     "monitor_gpu_memory",
@@ -32,20 +65,23 @@ __all__ = [
     "print_gpu_memory",
 ]
 
-_HOME = {
-    "Attempt": "ladder.descent",
-    "Result": "report.record",
-    "Rung": "ladder.resolve",
-    "Trainer": "training.trainer",
-    "clear_gpu_memory": "memory.usage",
-    "compose_config": "config.overrides",
-    "descend": "ladder.descent",
-    "load_model": "training.trainer",
-    "make_ladder": "ladder.resolve",
-    "monitor_gpu_memory": "memory.usage",
-    "predict": "planning.api",
-    "print_gpu_memory": "memory.usage",
-}
+_NAMES = {
+    "config.overrides": ("compose_config",),
+    "errors": (
+        "AdaptiveTrainerError", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable", "DivergedError",
+        "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "UserError",
+    ),
+    "ladder.descent": ("Attempt", "descend"),
+    "ladder.resolve": ("Rung", "make_ladder"),
+    "memory.limit": ("limit_memory",),
+    "memory.usage": ("clear_gpu_memory", "monitor_gpu_memory", "print_gpu_memory"),
+    "oom": ("is_out_of_memory",),
+    "planning.api": ("predict",),
+    "report.record": ("Result",),
+    "step.transaction": ("Transaction",),
+    "training.trainer": ("Trainer", "load_model"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

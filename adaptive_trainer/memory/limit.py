@@ -23,6 +23,7 @@ from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.allocator import SMALL_SEGMENT
 from adaptive_trainer.memory.simulated import SimulatedCard
 from adaptive_trainer.memory.usage import Usage, format_bytes
+from adaptive_trainer.utils.device import device_of
 
 COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
 
@@ -237,6 +238,36 @@ def limited(device: torch.device, limit: object) -> AbstractContextManager[Capac
     if asked not in (Limit(), Limit(lifted=True)):
         raise ConfigError(f"memory.limit={limit!r} cannot be set on {device.type}: only CUDA and the CPU have limits")
     return nullcontext(Capacity(device, None, f"{device.type}, whose memory is neither limited nor measured"))
+
+
+@contextmanager
+def limit_memory(limit: str | float, *, device: str | torch.device = "auto") -> Iterator[Capacity]:
+    """Limit the memory of a device for the block: a big card runs out of memory where a small one would.
+
+        with limit_memory("6GiB", device="cuda"):
+            descend(ladder, attempt)
+
+    On a CUDA card this is a cap on PyTorch's allocator, for all of the process; the cap that there was comes back at
+    the end. On the CPU the block meets a simulated card of that size: the tensors that its operators make are counted,
+    and `torch.OutOfMemoryError` is raised where a card would raise it. Tensors that the block has made before count;
+    code of `torch.compile` is refused, as it is not made of operators.
+
+    Args:
+        limit: a size ("6GiB", "512 MB", a whole number of bytes), a fraction of the card (0.5; without CUDA, of 512
+            MiB), or "none" for no limit.
+        device: "auto" (the first CUDA card, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Yields:
+        The capacity: its `size` in bytes, and `peaks()`, the peak allocated and reserved bytes. It is a meter for
+        `descend`.
+
+    Raises:
+        ConfigError: the limit cannot be read, is larger than the card, or there is no such device.
+    """
+    if limit is None or (isinstance(limit, str) and limit.strip().lower() in ("", "null")):
+        raise ConfigError(f"limit_memory was given {limit!r}; write a size, such as limit_memory('6GiB'), or 'none'")
+    with limited(device_of(str(device)), limit) as capacity, capacity.device_work():
+        yield capacity
 
 
 @contextmanager

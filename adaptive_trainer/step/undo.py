@@ -271,7 +271,7 @@ class Undo:
         self.parameters = list(state.model.parameters())
         self.average = [] if state.ema is None else list(state.ema.module.parameters())
         self.random_states = RandomStates(device)
-        self.belongings = Belongings(state.owners(), whole=("optimizer", "average"))
+        self.belongings = Belongings(state.owners(), whole=("optimizer", "average", "also"))
         self.can_move = self.belongings.has_own_code
         self.on_host = on_host
         self.optimizers = list(_with_wrapped(state.optimizer))
