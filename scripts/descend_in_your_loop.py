@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from adaptive_trainer import descend, make_ladder
-from adaptive_trainer.memory.limit import limited
+from adaptive_trainer import descend, limit_memory, make_ladder
 
 
 def train(batch_size: int, width: int) -> float:
@@ -27,8 +26,7 @@ def main() -> None:
         {"batch_size": 512, "width": 1024},
         {"batch-128": {"batch_size": 128}, "batch-32": {"batch_size": 32}, "narrow": {"width": 64}},
     )
-    device = torch.device("cpu")  # on a card: torch.device("cuda") and any limit below its size, or no limit at all
-    with limited(device, "64MiB") as capacity, capacity.device_work():
+    with limit_memory("64MiB", device="cpu"):  # on a card: "cuda" and any limit below its size, or no limit at all
         found = descend(ladder, lambda settings: train(**settings))
     for attempt in found.attempts:
         print(f"{attempt.rung}: {attempt.outcome} {attempt.reason}")

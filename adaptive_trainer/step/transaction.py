@@ -74,7 +74,7 @@ class Transaction:
     ) -> None:
         _check_kinds(model, optimizer, scaler, ema)
         modules = nn.ModuleList([model, *(each for each in also if isinstance(each, nn.Module))])
-        # An average's own buffers count too (torch's AveragedModel has one), so the whole of it takes `.module`'s place.
+        # A module's own buffers count too (torch's AveragedModel has one), so the whole of it takes `.module`'s place.
         average: Any = SimpleNamespace(module=ema) if isinstance(ema, nn.Module) else ema
         others = list(_seen_into(each for each in also if not isinstance(each, nn.Module)))
         _refuse_tensors([average, *others], known=[modules, optimizer, getattr(average, "module", None)])
@@ -256,7 +256,7 @@ def _refuse_tensors(values: list[Any], known: list[Any]) -> None:
         ConfigError: there is such a tensor.
     """
     kept = {id(value) for _, value, _ in walk({"known": known})}
-    for _, value, _ in walk({"also": values}):
+    for _, value, _ in walk({str(number): value for number, value in enumerate(values)}):
         content = value if isinstance(value, dict) else getattr(value, "__dict__", value)
         is_module = isinstance(value, nn.Module)
         if id(value) not in kept and (is_module or any(isinstance(leaf, Tensor) for leaf in tree_leaves(content))):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from adaptive_trainer import Trainer, compose_config, descend, make_ladder, oom, predict
+from adaptive_trainer import Trainer, Transaction, compose_config, descend, limit_memory, make_ladder, oom, predict
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import DataConfig, OptimizerConfig
@@ -815,3 +815,58 @@ def test_pinned_batches_of_workers_that_go_on() -> None:
             pids.add(frozenset(child.pid for child in multiprocessing.active_children()))
     assert [len(each) for each in pids] == [2]
     assert multiprocessing.active_children() == []
+
+
+def own_update(model: nn.Module, optimizer: Any, scaler: Any, ema: Any, size: int) -> None:
+    """An update of a loop of one's own, with a batch of this size in halves."""
+    for _ in range(2):
+        images, labels = torch.rand(size // 2, 3, 160, 160, device="cuda"), torch.zeros(size // 2, dtype=torch.long)
+        with torch.autocast("cuda", torch.float16):
+            loss = nn.functional.cross_entropy(model(images), labels.cuda())
+        scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    ema.update(model)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_a_transaction_leaves_no_trace_on_a_full_card(name: str, on_host: bool) -> None:
+    """Batches that do not fit, from far too large to nearly, and updates between them: as if only these had been."""
+
+    def train(sizes: list[int]) -> tuple[dict[str, Any], list[int]]:
+        seed_everything(0)
+        model = build_model(compose_config(["model.name=efficientnet_b0"]).model, 10).cuda().train()
+        optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=1e-3), gpu_checks.CUDA)
+        scaler, ema = build_scaler("fp16", gpu_checks.CUDA), build_ema(model, 0.9)
+        transaction = Transaction(model, optimizer, scaler=scaler, ema=ema, on_host=on_host)
+        state = TrainState(model, optimizer, scaler, ema, Position(0, 0, 0, 1))
+        failed = []
+        for size in sizes:
+            before, numbers = dump(state), torch.cuda.get_rng_state()
+            held, phase = oom.held(gpu_checks.CUDA), ""
+            try:
+                with transaction:
+                    own_update(model, optimizer, scaler, ema, size)
+            except OutOfMemory as error:
+                phase = error.phase
+            if phase:
+                failed.append(size)
+                now = oom.held(gpu_checks.CUDA)
+                assert held is not None
+                assert now is not None
+                assert now <= held
+                assert phase == "update"
+                assert differences(dump(state), before) == []
+                assert torch.equal(torch.cuda.get_rng_state(), numbers)
+        return dump(state), failed
+
+    sizes = [4096, 8, 512, 256, 8, 2048, 128, 8, 96, 8]
+    with private_process_state(deterministic=True), limit_memory("1200MiB", device="cuda"):
+        found, failed = train(sizes)
+        assert {4096, 2048, 512} <= set(failed)
+        assert 8 not in failed
+        expected, none = train([size for size in sizes if size not in failed])
+    assert none == []
+    assert differences(found, expected) == []

@@ -40,15 +40,25 @@ def test_train_in_python(launcher: Launcher, tmp_path: Path) -> None:
     assert "scores of one image: torch.Size([1, 10])" in ended.out
 
 
-def test_descend_in_your_loop(tmp_path: Path) -> None:
-    script = ROOT / "scripts" / "descend_in_your_loop.py"
+def run_script(name: str, folder: Path) -> str:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "scripts" / name)], cwd=folder, env=env, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    assert "requested: oom Simulated card out of memory" in ended.stdout
-    assert re.search(r"rung (batch|narrow)\S* fits, loss \d", ended.stdout)
+    return ended.stdout
+
+
+def test_descend_in_your_loop(tmp_path: Path) -> None:
+    printed = run_script("descend_in_your_loop.py", tmp_path)
+    assert "requested: oom Simulated card out of memory" in printed
+    assert re.search(r"rung (batch|narrow)\S* fits, loss \d", printed)
+
+
+def test_transaction_in_your_loop(tmp_path: Path) -> None:
+    printed = run_script("transaction_in_your_loop.py", tmp_path)
+    assert "requested: oom Simulated card out of memory" in printed
+    assert re.search(r"rung micro-\d+ fits, 10 updates are done", printed)
 
 
 class Full(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, Capacity, Limit, limited, parse_limit
+from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, Capacity, Limit, limit_memory, limited, parse_limit
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, COUNTED_FIRST
 
 CPU = torch.device("cpu")
@@ -32,6 +32,45 @@ def card() -> Iterator[Capacity]:
 
 def block(mib: float) -> torch.Tensor:
     return torch.zeros(int(mib * MiB), dtype=torch.uint8)
+
+
+# -- limit_memory
+
+
+def test_limit_memory_is_a_device_of_that_size_for_the_block() -> None:
+    with limit_memory("64MiB", device="cpu") as capacity:
+        kept = block(40)
+        with pytest.raises(torch.OutOfMemoryError, match="total capacity of 64 MiB"):
+            block(40)
+        assert (capacity.size, capacity.peaks()) == (64 * MiB, (40 * MiB, 40 * MiB))
+    assert kept.numel() + block(40).numel() == 80 * MiB
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"), [("8 MB", 8 * 10**6), (8 * MiB, 8 * MiB), (0.5, DEFAULT_SIMULATED // 2), ("none", None)]
+)
+@pytest.mark.parametrize("device", ["cpu", CPU])
+def test_limit_memory_takes_sizes_and_fractions(limit: Any, size: int | None, device: Any) -> None:
+    with limit_memory(limit, device=device) as capacity:
+        assert capacity.size == size
+
+
+@pytest.mark.parametrize(
+    ("limit", "device", "text"),
+    [
+        (None, "cpu", "was given None; write a size"),
+        ("", "cpu", "was given ''; write a size"),
+        ("6 apples", "cpu", "'6 apples' cannot be read"),
+        (-1, "cpu", "neither a size nor a fraction"),
+        (True, "cpu", "True cannot be read"),
+        (100, "cpu", "is 100 bytes, less than"),
+        ("6GiB", "abacus", "device=abacus: there is no such device"),
+        ("6GiB", "cuda:63", "device=cuda:63 was asked for"),
+    ],
+)
+def test_limit_memory_refuses(limit: Any, device: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text), limit_memory(limit, device=device):
+        pass
 
 
 # -- memory.limit
