@@ -49,7 +49,8 @@ from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.training.session import Parts, enter
 from scripts.timing import Contender, answers_to, heading, need_cuda, row, synchronize, table
@@ -264,7 +265,10 @@ def proves(batch: int, cap: int) -> bool:
     with limited(DEVICE, f"{cap}MiB") as capacity:
         parts = Parts(build_model, build_loss, "", CLASSES, SAMPLES, DEVICE, capacity)
         try:
-            prove(enter(config, parts).update, Shapes(batch, batch, SIZE, CLASSES))
+            sizes = Recipe(
+                batch_size=batch, micro_batch_size=batch, eval_batch_size=batch, image_size=SIZE, num_classes=CLASSES
+            )
+            prove(enter(config, parts).update, sizes)
         except OutOfMemory:
             return False
     return True

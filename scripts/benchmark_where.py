@@ -160,7 +160,7 @@ def where() -> Iterator[str]:
             wall = 1e3 * statistics.median(per_update(step, UPDATES) for _ in range(BLOCKS))
             seen = timeline(step)
             with Traffic(CUDA) as traffic:
-                engine.update.work(images, labels)
+                engine.update.program.run(images, labels)
             least = 1e3 * traffic.bytes / speed
             yield row(
                 case.name, name, f"{wall:.2f}", f"{seen.kernel_ms:.2f}", f"{seen.kernels:.0f}", f"{seen.launches:.0f}",

@@ -20,6 +20,7 @@ from adaptive_trainer.config.overrides import apply_overrides, flat, typed
 from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.recipe import Recipe
 
 T = TypeVar("T")
 Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
@@ -56,38 +57,6 @@ class Rung(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What decides memory and mathematics, in one line of a table."""
-
-    model: str
-    image_size: int
-    batch_size: int
-    micro_batch_size: int
-    eval_batch_size: int
-    precision: str
-    checkpoint_activations: bool
-    optimizer: str
-    lr: float
-    num_workers: int
-    tf32: bool | None = None
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches in one update."""
-        return math.ceil(self.batch_size / self.micro_batch_size)
-
-    def eval_batch(self, val_size: int | None) -> int:
-        """Samples of an evaluation batch where there are `val_size` to evaluate, or nobody knows how many."""
-        return self.eval_batch_size if val_size is None else min(self.eval_batch_size, val_size)
-
-    def __str__(self) -> str:
-        """One line for people."""
-        micro = f" in micro-batches of {self.micro_batch_size}" if self.accumulation > 1 else ""
-        saved = ", activations recomputed" if self.checkpoint_activations else ""
-        return f"{self.model}, batch {self.batch_size}{micro}, image {self.image_size}, {self.precision}{saved}"
-
-
-@dataclass(frozen=True, slots=True)
 class Change:
     """A setting that differs from what was asked for."""
 
@@ -121,6 +90,9 @@ def recipe(config: Config) -> Recipe:
         lr=config.optimizer.lr,
         num_workers=config.data.num_workers,
         tf32=trainer.tf32,
+        clip_grad=trainer.clip_grad,
+        channels_last=bool(trainer.channels_last),
+        num_classes=config.model.num_classes or 0,
     )
 
 
@@ -301,7 +273,9 @@ def _step(
         differing = changed(config, settings)
         if fixed := [key for key in differing if key.startswith(FIXED)]:
             raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
-        reason = _refusal(config, settings) if differing else "it is so already, or comes to the same"
+        reason = (
+            recipe(config).no_step_down_to(recipe(settings)) if differing else "it is so already, or comes to the same"
+        )
         if not reason and refuse is not None:
             reason = refuse(config, settings)
         if reason:
@@ -329,26 +303,6 @@ def _clamped(cfg: DictConfig) -> DictConfig:
     if micro is not None and isinstance(batch, int) and micro >= batch:
         OmegaConf.update(cfg, "trainer.micro_batch_size", None)
     return cfg
-
-
-def _refusal(before: Config, after: Config) -> str:
-    """Why a change is not a step down; empty when it is one."""
-    old, new = recipe(before), recipe(after)
-    sizes = ("batch_size", "micro_batch_size", "image_size")
-    raised = [
-        f"{key} from {getattr(old, key)} to {getattr(new, key)}"
-        for key in sizes
-        if getattr(new, key) > getattr(old, key)
-    ]
-    if raised:
-        return f"it would raise {', '.join(raised)}"
-    if old.precision != "fp32" and new.precision != old.precision:
-        return f"{old.precision} was asked for and takes no more memory than {new.precision}"
-    if old.checkpoint_activations and not new.checkpoint_activations:
-        return "it would keep all activations"
-    if new.batch_size < old.batch_size and new.micro_batch_size == old.micro_batch_size:
-        return f"the micro-batch stays {new.micro_batch_size}, so a smaller batch would save no memory"
-    return ""
 
 
 def _sets_lr(override: str) -> bool:

@@ -178,8 +178,3 @@ def without_memory(make: Callable[[], nn.Module]) -> nn.Module | None:
             return make()
     except RuntimeError:  # so are torch's NotImplementedErrors
         return None
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether training the network on a single sample is impossible or senseless, because of BatchNorm."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

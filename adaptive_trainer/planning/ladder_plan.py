@@ -23,13 +23,13 @@ from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder.batch_size import largest
 from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batch_size
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.losses import Criterion, Loss, build_loss
 from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer
 from adaptive_trainer.models.savers import apply_savers, saver_settings
 from adaptive_trainer.models.zoo import (
     build_model,
     check_name,
-    has_batch_norm,
     outline,
     without_memory,
     without_weights,

@@ -13,7 +13,8 @@ from typing import Any
 
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt
-from adaptive_trainer.ladder.resolve import Change, Recipe
+from adaptive_trainer.ladder.resolve import Change
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import failure
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
@@ -134,7 +135,8 @@ class Record:
 
     def result(self, result: Result) -> None:
         """Write result.json."""
-        content = {**asdict(result), "accumulation": result.used.accumulation}
+        recipes = {"requested": result.requested.reported(), "used": result.used.reported()}
+        content = {**asdict(result), **recipes, "accumulation": result.used.accumulation}
         self.write("result.json", as_json(content, indent=2) + "\n")
 
     def failure(self, outcome: str, message: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.models.savers import compile_refusal
-from adaptive_trainer.step.backends.compiled import Forward, compile_forward, run_compiled
+from adaptive_trainer.step.backends.compiled import compile_forward, run_compiled
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
+from adaptive_trainer.step.program import Accumulate
 from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
@@ -44,13 +46,14 @@ class Engine:
 
     def __init__(self, update: Update, name: str, batch_size: int, event: Callable[[str], None]) -> None:
         self.update = update
+        self._program = update.program
         self.name = name
         self.batch_size = batch_size
         self._event = event
         self._graph: Graph | None = None
-        self._forward: Forward | None = None  # compiled
+        self._compiled: Accumulate | None = None  # makes the gradients by compiled code
         self._is_to_compile = name == "compile"
-        on_cuda = update.device.type == "cuda"
+        on_cuda = self._program.device.type == "cuda"
         self._rounds = name != "eager" and on_cuda
         self._is_settled = name == "eager" or (name != "graph" and not on_cuda)  # nothing to choose from
         self._is_checked = False
@@ -82,7 +85,7 @@ class Engine:
 
     def _round_rates(self) -> None:
         """To what a graph's tensor can hold, so that updates of both kinds have the same bits."""
-        for group in self.update.state.optimizer.param_groups:
+        for group in self._program.state.optimizer.param_groups:
             group["lr"] = float(np.float32(group["lr"]))
 
     def _run_whole(self, images: Tensor, labels: Tensor, samples: int) -> None:
@@ -98,12 +101,13 @@ class Engine:
         else:
             self._timed("eager", lambda: self._run_kernels(images, labels, samples))
 
-    def _run_kernels(self, images: Tensor, labels: Tensor, samples: int) -> None:
+    def _run_kernels(self, images: Tensor, labels: Tensor, samples: int, accumulate: Accumulate | None = None) -> None:
         """A whole batch, its kernels launched one by one; where compiled code fails, once more without it."""
-        if self._forward is None:
-            self.update.run(images, labels, samples=samples)
+        accumulate = accumulate or self._compiled
+        if self._compiled is None or accumulate is None:
+            self.update.run(images, labels, samples=samples, accumulate=accumulate)
             return
-        reason = run_compiled(self.update, self._forward, images, labels, samples=samples)
+        reason = run_compiled(self.update, accumulate, images, labels, samples=samples)
         if reason:
             self._run_uncompiled(images, labels, samples, reason)
 
@@ -113,11 +117,12 @@ class Engine:
             reason = (
                 "a simulated card counts operators, which compiled code is not made of (memory.limit=none lifts it)"
             )
-        elif not (reason := compile_refusal(self.update.state.model)):
+        elif not (reason := compile_refusal(self._program.state.model)):
             self._event(f"engine: compiling for batches of {self.batch_size}, as trainer.engine=compile asks")
             started = time.perf_counter()
-            self._forward = compile_forward(self.update.state.model)
-            reason = run_compiled(self.update, self._forward, images, labels, samples=samples, is_first=True)
+            forward = compile_forward(self._program.state.model)
+            self._compiled = partial(self._program.accumulate, forward=forward)
+            reason = run_compiled(self.update, self._compiled, images, labels, samples=samples, is_first=True)
         if reason:
             self._run_uncompiled(images, labels, samples, reason)
         else:
@@ -125,9 +130,9 @@ class Engine:
 
     def _run_uncompiled(self, images: Tensor, labels: Tensor, samples: int, reason: str) -> None:
         """Give up what was compiled, and with it the thought of a graph."""
-        self._forward = None
+        self._compiled = None
         self._is_settled = True
-        oom.release(self.update.device)
+        oom.release(self._program.device)
         self._event(f"engine: eager, not compiled: {reason}")
         self.update.run(images, labels, samples=samples)
 
@@ -136,7 +141,7 @@ class Engine:
         if self._graph is None:
             self._run_kernels(images, labels, samples)
         elif self._graph.with_step:
-            after = self.update.state.position.advance(samples)
+            after = self._program.state.position.advance(samples)
             self._graph.replay(images, labels)
             self.update.commit(after)
         else:
@@ -145,8 +150,7 @@ class Engine:
     def _replay_beside_step(self, graph: Graph, images: Tensor, labels: Tensor, samples: int) -> None:
         """Gradients from the graph, the rest kernel by kernel; all of it so where a replay would do harm."""
         try:
-            with self.update.accumulating(graph.replay):
-                self.update.run(images, labels, samples=samples)
+            self.update.run(images, labels, samples=samples, accumulate=graph.replay)
             return
         except GraphRefused as error:
             reason = str(error)
@@ -155,13 +159,13 @@ class Engine:
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> None:
         """An update kernel by kernel that shows what speaks against a graph, once the optimizer has made its state."""
-        reason = refusal(self.update)
+        reason = refusal(self._program)
         if not reason and self.update.step_memory.may_allocate is None:
             self._run_kernels(images, labels, samples)
             return
         self._is_checked = True
         if not reason:
-            self._step_reason = step_refusal(self.update)
+            self._step_reason = step_refusal(self._program)
             reason = self._run_checked(images, labels, samples)
             if not reason:
                 return
@@ -173,21 +177,23 @@ class Engine:
 
     def _run_checked(self, images: Tensor, labels: Tensor, samples: int) -> str:
         """An update in which nothing that is to be recorded may wait for the card; why it was rolled back."""
-        checked = self.update.accumulating(self._accumulate_checked) if self._step_reason else synchronizing_refused()
         try:
-            with checked:
-                self._run_kernels(images, labels, samples)
+            if self._step_reason:
+                self._run_kernels(images, labels, samples, self._accumulate_checked)
+            else:
+                with synchronizing_refused():
+                    self._run_kernels(images, labels, samples)
         except GraphRefused as error:
             return str(error)
         return ""
 
     def _accumulate_checked(self, images: Tensor, labels: Tensor) -> None:
         with synchronizing_refused():
-            self.update.accumulate(images, labels)
+            (self._compiled or self._program.accumulate)(images, labels)
 
     def _is_of_the_step(self, reason: str) -> bool:
         """Whether what has just failed came as far as the step; then forward and backward may be recorded alone."""
-        if self._step_reason or self.update.phase not in IN_STEP:
+        if self._step_reason or self._program.phase not in IN_STEP:
             return False
         self._step_reason = reason
         return True
@@ -205,8 +211,7 @@ class Engine:
     def _try_to_record(self, images: Tensor, labels: Tensor) -> str:
         """Why it failed."""
         try:
-            with self.update.calling(self._forward):
-                self._graph = Graph(self.update, images, labels, with_step=not self._step_reason)
+            self._graph = Graph(self.update, images, labels, self._compiled, with_step=not self._step_reason)
         except GraphRefused as error:
             return str(error)
         return ""
@@ -218,7 +223,7 @@ class Engine:
 
     def _refuse(self, reason: str) -> None:
         self._is_settled = True
-        kind = "eager" if self._forward is None else "compiled"
+        kind = "eager" if self._compiled is None else "compiled"
         self._event(f"engine: {kind}, not a CUDA graph: {reason}")
 
     def _settle(self) -> None:
@@ -231,17 +236,17 @@ class Engine:
             self._tell_recorded(f"from here on, {graph:.1f} ms an update, against {eager:.1f} ms eager (auto)")
         else:
             self._graph = None
-            oom.release(self.update.device)
+            oom.release(self._program.device)
             self._event(f"engine: eager, {eager:.1f} ms an update, against {graph:.1f} ms as a CUDA graph (auto)")
 
     def _timed(self, kind: str, work: Callable[[], None]) -> None:
         if self.name != "auto" or self._is_settled:
             work()
             return
-        torch.cuda.synchronize(self.update.device)
+        torch.cuda.synchronize(self._program.device)
         started = time.perf_counter()
         work()
-        torch.cuda.synchronize(self.update.device)
+        torch.cuda.synchronize(self._program.device)
         self._seconds[kind].append(time.perf_counter() - started)
 
     def _is_timed(self, kind: str) -> bool:
@@ -262,5 +267,5 @@ class Engine:
     def _give_up(self, reason: str) -> None:
         """Go on without the graph."""
         self._graph = None
-        oom.release(self.update.device)
+        oom.release(self._program.device)
         self._refuse(reason)

@@ -130,7 +130,8 @@ class Loop:
     def __post_init__(self) -> None:
         """Put together what it uses; no worker is started yet."""
         config = self.session.config
-        self._flushes = self.session.state.updates, self.session.update.capacity.usage().num_alloc_retries
+        self.capacity = self.session.update.capacity
+        self._flushes = self.session.state.updates, self.capacity.usage().num_alloc_retries
         self._has_warned = self._has_left_one = False
         self._broken: set[str] = set()  # images that were named
         self._failures = 0  # beside updates, since one passed with all that belongs to it
@@ -138,10 +139,9 @@ class Loop:
         self.growth = Growth(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
-        update = self.session.update
         self.supply = Supply(
-            data, config, self.device, self.engine.beside_graph, update.memory_format == torch.channels_last,
-            update.capacity.pressure, self.hooks.event,
+            data, config, self.device, self.engine.beside_graph, bool(config.trainer.channels_last),
+            self.capacity.pressure, self.hooks.event,
         )  # fmt: skip
 
     def run(self) -> bool:
@@ -207,12 +207,12 @@ class Loop:
         """One update, and what is due after it."""
         state, trainer = self.session.state, self.session.config.trainer
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
-        if batch.skipped and len(batch.labels) == 1 and self.session.update.avoid_single:
+        if batch.skipped and not self.session.update.accepts(len(batch.labels)):
             batch = self._without_the_last(batch)
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
         self._tell_kind_of_loss()
         if self.growth.is_due(state.updates, trainer.log_every):
-            self.growth.note(state.updates, self.session.update.capacity.usage().allocated)
+            self.growth.note(state.updates, self.capacity.usage().allocated)
         if self._loss.is_asked:
             progress.note(f"loss {self._read_loss():.3f}")
         progress.advance(batch.samples)
@@ -228,10 +228,8 @@ class Loop:
 
     def _tell_kind_of_loss(self) -> None:
         """Once, what the first update has found out."""
-        criterion = self.session.update.criterion
-        if criterion.note:
-            self.hooks.event(criterion.note)
-            criterion.note = ""
+        if note := self.session.update.take_note():
+            self.hooks.event(note)
 
     def _without_the_last(self, batch: Batch) -> Batch:
         """The batch with no sample, where broken ones have left BatchNorm a single one."""
@@ -257,7 +255,7 @@ class Loop:
             OutOfMemory: it did, and such a rung is to be left for the next.
         """
         updates = self.session.state.updates
-        retries = self.session.update.capacity.usage().num_alloc_retries
+        retries = self.capacity.usage().num_alloc_retries
         (since, before), self._flushes = self._flushes, (updates, retries)
         flushes = retries - before
         if flushes * UPDATES_PER_FLUSH < updates - since or updates == since or flushes < 2:
@@ -320,7 +318,7 @@ class Loop:
         self._check_number("validation", loss)
         is_scored = not math.isnan(accuracy)
         seconds = time.perf_counter() - self.started
-        allocated, reserved = self.session.update.capacity.peaks()
+        allocated, reserved = self.capacity.peaks()
         state.finished_epochs += 1
         for value in state.meters.values():
             value.zero_()

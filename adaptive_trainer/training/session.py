@@ -19,7 +19,7 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import Position, updates_per_epoch
 from adaptive_trainer.errors import ConfigError, OutOfMemory
-from adaptive_trainer.ladder.resolve import Recipe, Rung, recipe
+from adaptive_trainer.ladder.resolve import Rung, recipe
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.memory_format import to_channels_last
@@ -32,6 +32,7 @@ from adaptive_trainer.models.optimizers import (
     kind_of_state,
 )
 from adaptive_trainer.models.savers import apply_savers
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.undo import TrainState, layout
 from adaptive_trainer.step.update import Update
 
@@ -169,16 +170,7 @@ def _around(state: TrainState, config: Config, parts: Parts) -> Session:
     used = recipe(config)
     loss = Criterion.of(parts.make_loss(config, parts.num_classes))
     loss.to(parts.device)
-    update = Update(
-        state,
-        loss,
-        device=parts.device,
-        capacity=parts.capacity,
-        micro_batch_size=used.micro_batch_size,
-        precision=used.precision,
-        clip_grad=config.trainer.clip_grad,
-        channels_last=bool(config.trainer.channels_last),
-    )
+    update = Update(state, loss, used, device=parts.device, capacity=parts.capacity)
     schedule = build_schedule(
         state.optimizer,
         config.schedule,

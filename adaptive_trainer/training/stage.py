@@ -24,15 +24,16 @@ from adaptive_trainer.ladder import batch_size
 from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
 from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve, with_batch_size
 from adaptive_trainer.memory.leak import Growth
+from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import kind_of_state
-from adaptive_trainer.models.zoo import has_batch_norm
 from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.ladder_plan import single_sample
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.record import Record
 from adaptive_trainer.report.summary import brief, change_text
-from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.training.loop import Hooks, Loop, StopSignal
 from adaptive_trainer.training.session import Parts, Session, enter, settle
 
@@ -182,7 +183,7 @@ class Stage:
 
     def _asked(self) -> dict[str, Any]:
         """What decides the memory that the request needs."""
-        asked = asdict(recipe(self.ladder[0].settings))
+        asked = recipe(self.ladder[0].settings).reported()
         return {key: asked[key] for key in asked if key not in ("lr", "num_workers", "tf32")}
 
     def _descend(self, start: int) -> tuple[Rung[Config], int]:
@@ -316,11 +317,11 @@ class Stage:
             self.session = enter(config, self.parts, self.session)
             if is_new:
                 self._fill(self.session)
-            update, shapes = self.session.update, self._shapes(config)
-            is_usual = update.largest_part(shapes.odd) <= update.largest_part(shapes.batch_size)
+            update, sizes, odd = self.session.update, self._sizes(config), self._odd(config)
+            is_usual = update.largest_part(odd) <= update.largest_part(sizes.batch_size)
             if back is None and is_usual:
                 self._earlier = self.judge.proven(config)
-            eval_batch = shapes.eval_batch_size if self._earlier else prove(update, shapes)
+            eval_batch = sizes.eval_batch_size if self._earlier else prove(update, sizes, odd=odd)
         except BaseException:
             if is_new or back is not None:
                 self.session = back
@@ -330,14 +331,20 @@ class Stage:
         self.saved = None
         return eval_batch
 
-    def _shapes(self, config: Config) -> Shapes:
-        used = recipe(config)
-        here, update = self._opened.state.position, self._opened.update
-        sizes = here.sizes(used.batch_size) | replace(here, cursor=0).sizes(used.batch_size)
-        odd = max(sorted(sizes), key=update.largest_part)
+    def _sizes(self, config: Config) -> Recipe:
         stored = 0 if self.data.stored is None else self.data.stored[0].size
-        evaluated = self._eval_batch(config)
-        return Shapes(used.batch_size, evaluated, used.image_size, self.parts.num_classes, odd, stored)
+        return replace(
+            recipe(config),
+            eval_batch_size=self._eval_batch(config),
+            num_classes=self.parts.num_classes,
+            stored_size=stored,
+        )
+
+    def _odd(self, config: Config) -> int:
+        """Size of the update with the largest micro-batch."""
+        here, batch_size = self._opened.state.position, config.trainer.batch_size
+        sizes = here.sizes(batch_size) | replace(here, cursor=0).sizes(batch_size)
+        return max(sorted(sizes), key=self._opened.update.largest_part)
 
     def _eval_batch(self, config: Config) -> int:
         return recipe(config).eval_batch(len(self.data.val))

@@ -26,7 +26,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")
 ALLOWED = (0, 75, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 KILLS = 3  # of one training, at most
-MOMENTS = ("_evaluate_batch", "checkpoint._write", "checkpoint.pack", "record", "update.accumulate", "update._step", "")
+MOMENTS = (
+    "_evaluate_batch",
+    "checkpoint._write",
+    "checkpoint.pack",
+    "record",
+    "program.accumulate",
+    "program.change",
+    "",
+)
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,9 @@ from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.optimizers import FUSED, build_ema, build_optimizer, build_scaler
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.device_spec import spec_of
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
-from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
@@ -146,7 +147,7 @@ def test_a_failed_proof_leaves_nothing_and_collects_nothing() -> None:
         update, _, _ = make_update(["trainer.batch_size=64"], capacity)
         before = oom.held(gpu_checks.CUDA)
         with full_collections() as collections, pytest.raises(OutOfMemory):
-            prove(update, Shapes(64, 64, 224, 10))
+            prove(update, Recipe(batch_size=64, micro_batch_size=64, eval_batch_size=64, num_classes=10))
         assert oom.held(gpu_checks.CUDA) == before
     assert collections == []
 
@@ -425,9 +426,8 @@ def made(name: str, capacity: Capacity, *, precision: str = "fp32", net: nn.Modu
         Position(0, 0, 0, 1000),
         meters={meter: torch.zeros((), device=gpu_checks.CUDA) for meter in METERS},
     )
-    how = {"micro_batch_size": 8, "clip_grad": None} | how
-    loss = nn.CrossEntropyLoss()
-    return Update(state, loss, device=gpu_checks.CUDA, capacity=capacity, precision=precision, **how)
+    recipe = Recipe(batch_size=8, precision=precision, **{"micro_batch_size": 8, **how})
+    return Update(state, nn.CrossEntropyLoss(), recipe, device=gpu_checks.CUDA, capacity=capacity)
 
 
 def advance(engine: Engine, updates: int, size: int = 32) -> None:
@@ -606,8 +606,8 @@ def test_a_refused_recording_leaves_the_optimizer_no_memory_of_the_graph() -> No
             state = made("sgd", capacity).state
             state.optimizer = Binding(state.model.parameters())
             update = Update(
-                state, nn.CrossEntropyLoss(), device=gpu_checks.CUDA, capacity=capacity, precision="fp32",
-                micro_batch_size=8, clip_grad=None,
+                state, nn.CrossEntropyLoss(), Recipe(batch_size=8, micro_batch_size=8),
+                device=gpu_checks.CUDA, capacity=capacity,
             )  # fmt: skip
             engine = Engine(update, kind, 8, events.append)
             advance(engine, 8)

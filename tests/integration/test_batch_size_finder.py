@@ -29,8 +29,9 @@ from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.planning.api import predict
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.ladder_plan import Planner
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.record import Result
-from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.training.session import Parts, enter
 from tests.integration.test_resume import differing
 from tests.integration.test_trainer import Seen
@@ -133,7 +134,10 @@ def brute_force(limit: str, samples: int) -> int:
         with limited(CPU, limit) as capacity:
             parts = Parts(lambda *_: Conv(3), build_loss, "", 3, samples, CPU, capacity)
             try:
-                prove(enter(config, parts).update, Shapes(size, size, 8, 3))
+                sizes = Recipe(
+                    batch_size=size, micro_batch_size=size, eval_batch_size=size, image_size=8, num_classes=3
+                )
+                prove(enter(config, parts).update, sizes)
             except OutOfMemory:
                 break
             found = size

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,23 +185,23 @@ def test_an_out_of_memory_anywhere_in_a_compiled_update_leaves_no_trace(started:
     back.begin()
     back.before_step()
     before = dump(state)
-    with update.calling(forward):
-        run.advance(update)
-        whole = CompiledFault(phase=lambda: update.phase)
-        back.roll_back()
-        assert differences(dump(state), before) == []
-        run.advance(update, whole)
-        after = dump(state)
-        back.roll_back()
-        for at in range(whole.count):
-            for keeps_failing in (False, True):
-                fault = CompiledFault(at, keeps_failing=keeps_failing)
-                with suppress(OutOfMemory):
-                    run.advance(update, fault)
-                assert fault.raised, at
-                assert differences(dump(state), before if keeps_failing else after) == [], (at, whole.phases[at])
-                assert fault.left_over(storages(state)) == 0
-                back.roll_back()
+    accumulate = partial(update.program.accumulate, forward=forward)
+    run.advance(update, accumulate=accumulate)
+    whole = CompiledFault(phase=lambda: update.phase)
+    back.roll_back()
+    assert differences(dump(state), before) == []
+    run.advance(update, whole, accumulate)
+    after = dump(state)
+    back.roll_back()
+    for at in range(whole.count):
+        for keeps_failing in (False, True):
+            fault = CompiledFault(at, keeps_failing=keeps_failing)
+            with suppress(OutOfMemory):
+                run.advance(update, fault, accumulate)
+            assert fault.raised, at
+            assert differences(dump(state), before if keeps_failing else after) == [], (at, whole.phases[at])
+            assert fault.left_over(storages(state)) == 0
+            back.roll_back()
     seen = {phase: whole.phases.count(phase) for phase in whole.phases}
     assert {"forward, allocating", "backward, allocating", "forward", "backward", "optimizer step"} <= seen.keys(), seen
 

@@ -33,8 +33,9 @@ from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.judge import Judge
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.record import Result
-from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
+from adaptive_trainer.step.dry_run import PROVEN_UPDATES, prove
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training import stage
 
@@ -546,11 +547,11 @@ def test_the_update_with_the_largest_part_is_proven(
     size: int, batch: int, micro: int, odd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last updates of an epoch are split otherwise, so that none has a single sample."""
-    proven: list[Shapes] = []
+    proven: list[int] = []
 
-    def noted(update: Update, shapes: Shapes) -> int:
-        proven.append(shapes)
-        return prove(update, shapes)
+    def noted(update: Update, sizes: Recipe, *, odd: int) -> int:
+        proven.append(odd)
+        return prove(update, sizes, odd=odd)
 
     monkeypatch.setattr(stage, "prove", noted)
     settings = compose_config([*BASE, f"trainer.batch_size={batch}", f"trainer.micro_batch_size={micro}"])
@@ -560,7 +561,7 @@ def test_the_update_with_the_largest_part_is_proven(
         return nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))
 
     Trainer(settings, model=model, train_data=Seen(size), val_data=Seen(6), output_dir=tmp_path).fit()
-    assert [shapes.odd for shapes in proven] == [odd]
+    assert proven == [odd]
 
 
 class Full(Seen):

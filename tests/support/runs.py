@@ -21,6 +21,8 @@ from adaptive_trainer.config.schema import ScheduleConfig
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule, build_schedule
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.program import Accumulate
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 from tests.support.faults import Net
@@ -73,20 +75,28 @@ class Run:
         return Update(
             self.state,
             nn.functional.cross_entropy,
+            Recipe(
+                batch_size=7,
+                micro_batch_size=micro_batch_size or (4 if self.case.accumulate else 7),
+                precision=self.case.precision,
+                clip_grad=0.5 if self.case.clip else None,
+            ),
             device=CPU,
             capacity=self.capacity,
-            micro_batch_size=micro_batch_size or (4 if self.case.accumulate else 7),
-            precision=self.case.precision,
-            clip_grad=0.5 if self.case.clip else None,
         )
 
-    def advance(self, update: Update, fault: AbstractContextManager[Any] | None = None) -> None:
+    def advance(
+        self,
+        update: Update,
+        fault: AbstractContextManager[Any] | None = None,
+        accumulate: Accumulate | None = None,
+    ) -> None:
         """One update on the samples that come next, at the learning rate of its number."""
         self.schedule.apply(self.state.position.schedule_step(7))
         start = self.state.position.cursor
         images, labels = self.images[start : start + 7].clone(), self.labels[start : start + 7].clone()
         with fault or nullcontext():
-            update.run(images, labels, samples=7)
+            update.run(images, labels, samples=7, accumulate=accumulate)
 
 
 def start(case: Case, capacity: Capacity, network: Callable[[], nn.Module] | None = None) -> Run:

@@ -16,7 +16,7 @@ PACKAGE = Path(adaptive_trainer.__file__).parent
 # From the left to the right: a room uses those to its right only, and rooms of one group do not use each other.
 ROOMS = (
     ("cli",), ("training",), ("checkpoints",), ("step", "planning"), ("prediction",), ("data",), ("report",),
-    ("models", "ladder"), ("memory",), ("config",), ("utils",), ("oom",), ("errors",),
+    ("models", "ladder"), ("memory",), ("config",), ("utils",), ("oom",), ("recipe", "errors"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 OUTSIDE = {"__init__", "__main__"}  # which only load others, when they are asked
@@ -29,6 +29,7 @@ WITHOUT_TORCH = (
     "config.overrides",
     "report.earlier",
     "errors",
+    "recipe",
     "utils.files",
     "data.folders",
     "ladder.resolve",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.step.program import Accumulate, Forward
 from adaptive_trainer.step.update import Update
 
-Forward = Callable[[Tensor], Any]
 MAX_TEXT = 300  # characters of a compiler's message
 
 
@@ -34,11 +34,12 @@ def compile_forward(model: nn.Module) -> Forward:
 
 
 def run_compiled(
-    update: Update, forward: Forward, images: Tensor, labels: Tensor, *, samples: int, is_first: bool = False
+    update: Update, accumulate: Accumulate, images: Tensor, labels: Tensor, *, samples: int, is_first: bool = False
 ) -> str:
     """`Update.run` through compiled code; why that failed, with the state as before.
 
     Args:
+        accumulate: makes the gradients by compiled code.
         is_first: the code is compiled on the way, which fails with any kind of error. Later only out-of-memories and
             the compiler's own errors (another shape is compiled for anew) come back as text.
 
@@ -47,8 +48,8 @@ def run_compiled(
         Exception: what has nothing to do with compiled code, unchanged.
     """
     try:
-        with update.calling(forward), _compilers_warnings_ignored() if is_first else nullcontext():
-            update.run(images, labels, samples=samples)
+        with _compilers_warnings_ignored() if is_first else nullcontext():
+            update.run(images, labels, samples=samples, accumulate=accumulate)
     except DeviceUnusable:
         raise
     except Exception as error:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
 from adaptive_trainer.step.backends.host_state import HostState
+from adaptive_trainer.step.program import Accumulate, Program
 from adaptive_trainer.step.undo import Places
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
@@ -40,29 +41,39 @@ class Graph:
         update: what is recorded. Its optimizer has made all of its state, and an update of this shape has run before.
         images: (N, C, H, W), the shape that is recorded; the values do not matter.
         labels: (N,).
+        accumulate: makes the gradients instead of `Program.accumulate`.
         with_step: record all of the update; otherwise only what makes the gradients, forward and backward.
 
     Raises:
         GraphRefused: it cannot be recorded, or there is no memory for it; the training state is as before.
-            `update.phase` says how far the recording came.
+            `Update.phase` says how far the recording came.
     """
 
-    def __init__(self, update: Update, images: Tensor, labels: Tensor, *, with_step: bool = True) -> None:
+    def __init__(
+        self,
+        update: Update,
+        images: Tensor,
+        labels: Tensor,
+        accumulate: Accumulate | None = None,
+        *,
+        with_step: bool = True,
+    ) -> None:
+        program = update.program
         self.with_step = with_step
-        self.groups = update.state.optimizer.param_groups if with_step else []
+        self.groups = program.state.optimizer.param_groups if with_step else []
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._holders = _Holders()
         self._graph = torch.cuda.CUDAGraph()
         problem = ""
-        oom.release(update.device)  # while a graph is recorded the allocator cannot flush its cache
+        oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
         try:
-            with update.undone(), _unchanged_host(update):
-                self.images = torch.zeros_like(images, device=update.device)
-                self.labels = torch.zeros_like(labels, device=update.device)
-                self.rates = [torch.tensor(float(group["lr"]), device=update.device) for group in self.groups]
-                self._record(update)
+            with update.undone(), _unchanged_host(program):
+                self.images = torch.zeros_like(images, device=program.device)
+                self.labels = torch.zeros_like(labels, device=program.device)
+                self.rates = [torch.tensor(float(group["lr"]), device=program.device) for group in self.groups]
+                self._record(program, accumulate)
                 if not with_step:
-                    self.gradients = [(p, p.grad) for p in update.state.model.parameters() if p.grad is not None]
+                    self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
                 self._lane = _Lane.beside(self.images, self.labels) if images.is_pinned() else None
         except GraphRefused as error:
             problem = str(error)
@@ -71,10 +82,10 @@ class Graph:
             if failure.kind is oom.Kind.POISONED:
                 raise
             problem = failure.text
-        oom.clear_workspaces(update.device)  # or a later graph would use memory that goes with this one
+        oom.clear_workspaces(program.device)  # or a later graph would use memory that goes with this one
         if problem:
             vars(self).clear()  # the graph, and with it its memory
-            oom.release(update.device)
+            oom.release(program.device)
             raise GraphRefused(problem)
 
     def suits(self, images: Tensor, labels: Tensor) -> bool:
@@ -104,12 +115,12 @@ class Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
-    def _record(self, update: Update) -> None:
+    def _record(self, program: Program, accumulate: Accumulate | None) -> None:
         """Run the update's Python once; its kernels go into the graph and do not run."""
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(update.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(program.device)  # type: ignore[no-untyped-call]
         has_ended = False
-        for generator in Belongings(update.state.owners()).generators.values():
+        for generator in Belongings(program.state.owners()).generators.values():
             if isinstance(generator, torch.Generator) and generator.device.type == "cuda":
                 self._graph.register_generator_state(generator)  # else each replay would draw the same numbers
         try:
@@ -117,13 +128,16 @@ class Graph:
                 # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
                 self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    (update.work if self.with_step else update.accumulate)(self.images, self.labels)
+                    if self.with_step:
+                        program.run(self.images, self.labels, accumulate)
+                    else:
+                        (accumulate or program.accumulate)(self.images, self.labels)
                 finally:
                     self._graph.capture_end()
                     has_ended = True
         finally:
             if not has_ended:
-                _abandon(update.device, pool)
+                _abandon(program.device, pool)
 
 
 class _Holders:
@@ -213,61 +227,61 @@ def _changing_values(groups: list[dict[str, Any]], rates: list[Tensor]) -> Itera
 
 
 @contextmanager
-def _unchanged_host(update: Update) -> Iterator[None]:
+def _unchanged_host(program: Program) -> Iterator[None]:
     """Put back what is changed on the host, and refuse an update that does so, which a replay would not repeat."""
-    model, loss, places = update.state.model, update.criterion.loss, Places(_tensors(update))
+    model, loss, places = program.state.model, program.criterion.loss, Places(_tensors(program))
     model.train()  # as any update does; after an evaluation that would be a change
-    host, drawn = HostState([model, loss] if isinstance(loss, nn.Module) else [model]), _drawn(update)
+    host, drawn = HostState([model, loss] if isinstance(loss, nn.Module) else [model]), _drawn(program)
     try:
         yield
-        changed = host.changes() or [path for path, state in _drawn(update).items() if drawn.get(path) != state]
-        has_moved = not places.hold(_tensors(update))
+        changed = host.changes() or [path for path, state in _drawn(program).items() if drawn.get(path) != state]
+        has_moved = not places.hold(_tensors(program))
     finally:
         host.put_back()
     if changed:
-        update.phase = "forward"  # the step has run since, and is not to be blamed
+        program.phase = "forward"  # the step has run since, and is not to be blamed
         raise GraphRefused(f"its forward pass changes {', '.join(changed)} on the host, which a graph does not repeat")
     if has_moved:
         raise GraphRefused("it puts a tensor of its state elsewhere, or gives it another shape, and a graph does not")
 
 
-def _drawn(update: Update) -> dict[str, bytes]:
+def _drawn(program: Program) -> dict[str, bytes]:
     """The states of all generators on the host that the network, the loss, the optimizer and the average own."""
-    owned = Belongings(update.state.owners()).generators
+    owned = Belongings(program.state.owners()).generators
     on_host = {path: each for path, each in owned.items() if getattr(each, "device", torch.device("cpu")).type == "cpu"}
     return {path: pickle.dumps(state_of(each)) for path, each in on_host.items()}
 
 
-def _tensors(update: Update) -> list[Tensor]:
+def _tensors(program: Program) -> list[Tensor]:
     """What a replay finds where the recording left it."""
-    state = update.state
+    state = program.state
     owners = [state.model, *([] if state.ema is None else [state.ema.module])]
     made = [leaf for values in state.optimizer.state.values() for leaf in tree_leaves(values)]
     named = [tensor for owner in owners for tensor in (*owner.parameters(), *owner.buffers())]
     return [tensor for tensor in (*named, *made) if isinstance(tensor, Tensor)]
 
 
-def refusal(update: Update) -> str:
+def refusal(program: Program) -> str:
     """Why no part of the update can be a graph; empty where nothing speaks against trying."""
-    if update.device.type != "cuda":
-        return f"graphs need a CUDA card, and this is {update.device.type}"
+    if program.device.type != "cuda":
+        return f"graphs need a CUDA card, and this is {program.device.type}"
     if torch.cuda.get_allocator_backend() != "native":
         return "graphs need torch's own allocator"
-    loss = update.criterion.loss
+    loss = program.criterion.loss
     if not isinstance(loss, nn.Module) and not loss.__module__.startswith("torch."):
         return "what a loss function changes on the host cannot be seen; a loss that is an nn.Module can be recorded"
     return ""
 
 
-def step_refusal(update: Update) -> str:
+def step_refusal(program: Program) -> str:
     """Why the optimizer's step cannot be a part of the graph; empty where nothing speaks against trying."""
-    optimizer = update.state.optimizer
+    optimizer = program.state.optimizer
     name = type(optimizer).__name__
     fused_sgd = isinstance(optimizer, torch.optim.SGD) and all(group["fused"] for group in optimizer.param_groups)
     if not fused_sgd and not all("capturable" in group for group in optimizer.param_groups):
         return f"{name} has no implementation that can be recorded with a changing learning rate"
     leaves = [leaf for values in optimizer.state.values() for leaf in tree_leaves(values)]
-    if any(not isinstance(leaf, Tensor) or leaf.device.type != update.device.type for leaf in leaves):
+    if any(not isinstance(leaf, Tensor) or leaf.device.type != program.device.type for leaf in leaves):
         has_fused = any("fused" in group for group in optimizer.param_groups)
         advice = "; its fused implementation does not" if has_fused else ""
         return f"{name} keeps a part of its state on the host{advice}"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import Config, RungConfig
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder.resolve import Recipe, Rung, changes, make_ladder, recipe, resolve, scaled_lr
+from adaptive_trainer.ladder.resolve import Rung, changes, make_ladder, recipe, resolve, scaled_lr
+from adaptive_trainer.recipe import Recipe
 
 DEFAULT = ["requested", "batch-16", "batch-8", "image-192", "image-160", "amp", "accumulate"]
 MODELS = ["mobilenetv3-large", "mobilenetv3-small"]
@@ -153,7 +154,7 @@ def test_no_rung_raises_anything(steps: list[list[str]]) -> None:
 
 @given(st.integers(1, 512), st.integers(1, 512))
 def test_accumulation_covers_the_batch(batch: int, micro: int) -> None:
-    used = Recipe("m", 32, batch, min(micro, batch), 1, "fp32", False, "adamw", 0.1, 0)
+    used = Recipe(batch_size=batch, micro_batch_size=min(micro, batch))
     assert (used.accumulation - 1) * used.micro_batch_size < batch <= used.accumulation * used.micro_batch_size
 
 

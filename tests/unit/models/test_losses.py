@@ -26,6 +26,7 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.losses import Criterion, CrossEntropy, Loss, balanced
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.random import RandomStates
@@ -122,8 +123,8 @@ class Run:
             meters={name: torch.zeros((), dtype=torch.float64) for name in METERS},
         )
         self.update = Update(
-            self.state, loss, device=CPU, capacity=capacity, micro_batch_size=micro_batch_size, precision="fp32",
-            clip_grad=clip_grad,
+            self.state, loss, Recipe(batch_size=9, micro_batch_size=micro_batch_size, clip_grad=clip_grad),
+            device=CPU, capacity=capacity,
         )  # fmt: skip
 
     def weights(self) -> Tensor:

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
+from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
-from adaptive_trainer.models.zoo import NEED_INPUT, build_model, has_batch_norm
+from adaptive_trainer.models.zoo import NEED_INPUT, build_model
 from adaptive_trainer.planning import image_size
 from adaptive_trainer.planning.image_size import check_image_size
 

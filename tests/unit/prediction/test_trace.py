@@ -18,13 +18,15 @@ from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig
 from adaptive_trainer.data.position import Position, micro_batches
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import limited
+from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import build_ema, build_optimizer, build_scaler
 from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
-from adaptive_trainer.models.zoo import build_model, has_batch_norm
+from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
 from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, trace
-from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 
@@ -98,11 +100,11 @@ class Case:
                     model, self.make_optimizer(model), build_scaler(self.precision, CPU), build_ema(model, self.ema),
                     Position(0, 0, 0, 100), meters={name: torch.zeros(()) for name in METERS},
                 )  # fmt: skip
-            update = Update(
-                state, nn.CrossEntropyLoss(), device=CPU, capacity=capacity, micro_batch_size=self.micro,
-                precision=self.precision, clip_grad=1.0,
+            recipe = Recipe(
+                batch_size=self.batch, micro_batch_size=self.micro, eval_batch_size=self.micro, image_size=self.size,
+                num_classes=10, precision=self.precision, clip_grad=1.0,
             )  # fmt: skip
-            prove(update, Shapes(self.batch, self.micro, self.size, 10))
+            prove(Update(state, nn.CrossEntropyLoss(), recipe, device=CPU, capacity=capacity), recipe)
             return capacity.peaks()
 
 

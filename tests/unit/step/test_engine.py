@@ -22,6 +22,7 @@ from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.backends.cuda_graph import GraphRefused, _Holders, _unchanged_host, step_refusal
 from adaptive_trainer.step.engine import IN_STEP, Engine
 from adaptive_trainer.step.undo import TrainState, Undo
@@ -103,17 +104,11 @@ def test_what_a_replay_would_not_repeat_is_seen(what: str, in_loss: bool) -> Non
     state = TrainState(model, torch.optim.SGD(model.parameters()), GradScaler("cpu", enabled=False), None, POSITION)
     with limited(torch.device("cpu"), "none") as capacity:
         update = Update(
-            state,
-            odd,
-            device=torch.device("cpu"),
-            capacity=capacity,
-            micro_batch_size=2,
-            precision="fp32",
-            clip_grad=None,
+            state, odd, Recipe(batch_size=2, micro_batch_size=2), device=torch.device("cpu"), capacity=capacity
         )
 
         def attempt() -> None:
-            with _unchanged_host(update):
+            with _unchanged_host(update.program):
                 model(torch.zeros(2, 3, 2, 2))
                 odd(torch.zeros(2, 3, 2, 2))
 
@@ -135,7 +130,7 @@ def test_what_else_a_replay_would_not_repeat_is_seen(owner: str, capacity: Capac
         run.state.optimizer.own = own  # type: ignore[attr-defined]
 
     def attempt() -> None:
-        with _unchanged_host(update):
+        with _unchanged_host(update.program):
             if owner == "layout":
                 model.head.weight.data = model.head.weight.data.clone()  # type: ignore[union-attr, operator]
             else:
@@ -150,8 +145,8 @@ def test_the_mode_that_an_evaluation_leaves_is_no_change(capacity: Capacity) -> 
     run.state.model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     update = run.update()
     run.state.model.eval()
-    with _unchanged_host(update):
-        update.accumulate(run.images[:7], run.labels[:7])
+    with _unchanged_host(update.program):
+        update.program.accumulate(run.images[:7], run.labels[:7])
     assert run.state.model.training
 
 
@@ -164,7 +159,7 @@ class Static:
     with_step = False
 
     def __init__(self, run: runs.Run, update: Update) -> None:
-        self.accumulate = update.accumulate
+        self.accumulate = update.program.accumulate
         self.images, self.labels = torch.zeros_like(run.images[:7]), torch.zeros_like(run.labels[:7])
         self.gradients = [(p, torch.full_like(p, torch.nan).detach()) for p in run.state.model.parameters()]
         self.holders = _Holders()
@@ -221,8 +216,7 @@ def test_a_step_on_gradients_in_fixed_tensors_has_the_bits_of_any_other(
     static = Static(run, update)
     for _ in range(5):
         try:
-            with update.accumulating(static.replay):
-                run.advance(update)
+            run.advance(update, accumulate=static.replay)
         except GraphRefused:
             assert name == "mars", "and its older versions at that"
             run.advance(update)
@@ -243,22 +237,21 @@ def test_an_out_of_memory_beside_fixed_tensors_leaves_no_trace(
     before = dump(run.state)
     fixed = [static.images, static.labels, *(gradient for _, gradient in static.gradients)]
     own = {tensor.untyped_storage()._cdata for tensor in fixed}
-    with update.accumulating(static.replay):
-        whole = Fault(phase=lambda: update.phase)
-        run.advance(update, whole)
-        after = dump(run.state)
-        back.roll_back()
-        for at in range(0, whole.count, 5):
-            for keeps_failing in (False, True):
-                fault = Fault(at, keeps_failing=keeps_failing)
-                try:
-                    run.advance(update, fault)
-                except OutOfMemory:
-                    assert keeps_failing
-                assert fault.raised, at
-                assert differences(dump(run.state), before if keeps_failing else after) == [], (at, whole.phases[at])
-                assert fault.left_over(storages(run.state) | own) == 0
-                back.roll_back()
+    whole = Fault(phase=lambda: update.phase)
+    run.advance(update, whole, static.replay)
+    after = dump(run.state)
+    back.roll_back()
+    for at in range(0, whole.count, 5):
+        for keeps_failing in (False, True):
+            fault = Fault(at, keeps_failing=keeps_failing)
+            try:
+                run.advance(update, fault, static.replay)
+            except OutOfMemory:
+                assert keeps_failing
+            assert fault.raised, at
+            assert differences(dump(run.state), before if keeps_failing else after) == [], (at, whole.phases[at])
+            assert fault.left_over(storages(run.state) | own) == 0
+            back.roll_back()
     assert set(whole.phases) >= {"forward", "backward", *IN_STEP}
 
 
@@ -341,7 +334,7 @@ def test_gradients_that_an_optimizer_keeps_are_not_written_over(
 
 def test_why_a_step_is_not_recorded(start: Callable[..., runs.Run]) -> None:
     for name, reason in {"adamw": "", "momentum": "", "lion": "no implementation", "rmsproptf": "no implem"}.items():
-        found = step_refusal(start(name).update())
+        found = step_refusal(start(name).update().program)
         assert reason in found
         assert bool(reason) is bool(found)
     run = start("adan")
@@ -349,7 +342,7 @@ def test_why_a_step_is_not_recorded(start: Callable[..., runs.Run]) -> None:
         group["capturable"] = False
     for values in run.state.optimizer.state.values():
         values["count"] = 1
-    assert step_refusal(run.update()) == "Adan keeps a part of its state on the host"
+    assert step_refusal(run.update().program) == "Adan keeps a part of its state on the host"
 
 
 def test_channels_last_reaches_weights_images_and_nothing_else(tmp_path: Path) -> None:

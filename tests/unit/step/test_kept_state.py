@@ -25,7 +25,8 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy
 from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
-from adaptive_trainer.step.dry_run import Shapes, prove
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.step.undo import layout
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.trainer import Trainer
@@ -34,7 +35,7 @@ from tests.support.faults import Fault, differences, dump
 from tests.support.runs import CPU, OPTIMIZERS, Case, Run, start
 
 Network = Callable[[], nn.Module]
-SHAPES = Shapes(batch_size=7, eval_batch_size=5, image_size=8, num_classes=5)
+SHAPES = Recipe(batch_size=7, micro_batch_size=7, eval_batch_size=5, image_size=8, num_classes=5)
 ONCE_EVERY = 7  # operators: a failure that is retried needs a run of its own
 
 
@@ -396,9 +397,7 @@ def trained(
     run = start(Case("sgd", "fp32", warm=False, ema=False, clip=False), capacity, network)
     update, model = run.update(), run.state.model
     if loss is not None:
-        update = Update(
-            run.state, loss, device=CPU, capacity=capacity, micro_batch_size=4, precision="fp32", clip_grad=None
-        )
+        update = Update(run.state, loss, Recipe(batch_size=7, micro_batch_size=4), device=CPU, capacity=capacity)
     if is_proven:
         prove(update, SHAPES)
     for at in faults:

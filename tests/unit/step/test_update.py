@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
-from adaptive_trainer.step.dry_run import PROVEN_UPDATES, Shapes, prove
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.dry_run import PROVEN_UPDATES, prove
+from adaptive_trainer.step.program import Change
 from adaptive_trainer.step.undo import Progress, Undo, _Shadow
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.trainer import Trainer
 from tests.support.faults import Fault, differences, dump
 from tests.support.runs import CPU, OPTIMIZERS, Case, Run, start
 
-SHAPES = Shapes(batch_size=7, eval_batch_size=5, image_size=8, num_classes=5)
+SHAPES = Recipe(batch_size=7, micro_batch_size=7, eval_batch_size=5, image_size=8, num_classes=5)
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -174,7 +177,7 @@ def test_fp32_is_fp32_inside_the_callers_autocast(capacity: Capacity) -> None:
         seen.append((output @ output.T).dtype)
         return nn.functional.cross_entropy(output, target)
 
-    update.criterion = known(loss)
+    update.program.criterion = known(loss)
     with torch.autocast("cpu", torch.bfloat16):
         run.advance(update)
     assert seen == [torch.float32] * 2
@@ -197,7 +200,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(samples: int, micro:
         expected = [p.grad for p in whole.parameters()]
         run.state.model = parts
         update = run.update(micro)
-        update.accumulate(images, labels)
+        update.program.accumulate(images, labels)
     for parameter, gradient in zip(parts.parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert gradient is not None
@@ -306,7 +309,7 @@ def test_what_is_not_memory_goes_through(error: BaseException, capacity: Capacit
     run = start(Case("adamw-single", "fp16", warm=True), capacity)
     update, before = run.update(), dump(run.state)
     broken = Broken(error)
-    update.criterion = known(broken)
+    update.program.criterion = known(broken)
     with pytest.raises(type(error)) as caught:
         run.advance(update)
     assert caught.value is error
@@ -329,7 +332,7 @@ def test_a_dead_device_is_not_touched_again(capacity: Capacity, monkeypatch: pyt
     update, rolled_back = run.update(), list[Undo]()
     monkeypatch.setattr(Undo, "roll_back", rolled_back.append)
     error = RuntimeError("CUDA error: device-side assert triggered")
-    update.criterion = known(Broken(error))
+    update.program.criterion = known(Broken(error))
     with pytest.raises(RuntimeError) as caught:
         run.advance(update)
     assert caught.value is error
@@ -592,7 +595,7 @@ def test_a_proof_that_ran_nothing_is_none(capacity: Capacity, monkeypatch: pytes
 def test_evaluation_is_halved_until_it_fits() -> None:
     with limited(CPU, "4MiB") as small:
         run = start(Case("sgd", "fp32", warm=False, ema=False), small)
-        shapes = Shapes(batch_size=2, eval_batch_size=64, image_size=128, num_classes=5)
+        shapes = Recipe(batch_size=2, micro_batch_size=2, eval_batch_size=64, image_size=128, num_classes=5)
         assert prove(run.update(2), shapes) in (4, 8)
 
 
@@ -601,16 +604,16 @@ def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkey
     counts = iter(range(1, 1000))
     monkeypatch.setattr("adaptive_trainer.models.stepping._Allocations.total", lambda _: next(counts))
     run = start(Case("sgd", "fp16", warm=True), capacity)
-    update, original = run.update(), Update._step
+    update, original = run.update(), Update._guard
 
-    def on_a_card(self: Update) -> None:
-        self.device = self.step_memory.device = torch.device("cuda", 0)
+    def on_a_card(self: Update, change: Change) -> None:
+        self.step_memory.device = torch.device("cuda", 0)
         try:
-            original(self)
+            original(self, change)
         finally:
-            self.device = self.step_memory.device = CPU
+            self.step_memory.device = CPU
 
-    monkeypatch.setattr(Update, "_step", on_a_card)
+    monkeypatch.setattr(Update, "_guard", on_a_card)
     assert run.state.scaler._scale is not None
     run.state.scaler._scale.fill_(2.0**40)
     run.advance(update)
@@ -646,7 +649,8 @@ def test_a_proof_meets_a_last_update_with_larger_parts(capacity: Capacity) -> No
     run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
     update, seen = run.update(2), list[int]()
     run.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    prove(update, Shapes(batch_size=4, eval_batch_size=1, image_size=8, num_classes=5, odd=3))
+    sizes = Recipe(batch_size=4, micro_batch_size=2, eval_batch_size=1, image_size=8, num_classes=5)
+    prove(update, sizes, odd=3)
     assert seen == [2, 2] * PROVEN_UPDATES + [3, 1]
 
 
@@ -704,7 +708,8 @@ def test_a_proof_holds_what_stored_images_take(last: int, capacity: Capacity, mo
     run.state.model.register_forward_pre_hook(look)
     before = dump(run.state)
     update = run.update(2)
-    prove(update, Shapes(4, 1, image_size=8, num_classes=5, odd=last, stored_size=9))
+    sizes = replace(SHAPES, batch_size=4, eval_batch_size=1, stored_size=9)
+    prove(update, sizes, odd=last)
     assert seen == [(2, 4, 4), (2, 4, 4)] * PROVEN_UPDATES + [(3, 4, 4)] * (last == 3) + [(1, 1, 1)]
     assert differences(dump(run.state), before) == []
     assert [ref() for ref in made] == [None] * 2
@@ -720,7 +725,7 @@ def test_a_proof_finds_no_memory_for_stored_images(capacity: Capacity, monkeypat
         real(buffers, most, *args, **kwargs)
 
     monkeypatch.setattr(DeviceBatch, "__init__", full)
-    shapes = Shapes(4, 16, image_size=8, num_classes=5, stored_size=9)
+    shapes = replace(SHAPES, batch_size=4, eval_batch_size=16, stored_size=9)
     assert prove(run.update(), shapes) == 4, "a smaller evaluation batch"
     refused[0] = 4
     with pytest.raises(OutOfMemory) as caught:
