@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.checkpoints.trust import frozen
-from adaptive_trainer.config.mistakes import options_first
-from adaptive_trainer.config.overrides import at_home, config_dir, explained, register, typed, with_asked
-from adaptive_trainer.config.schema import Config
-from adaptive_trainer.config.validate import TASKS, check, check_no_card
+from adaptive_trainer.config.mistakes import explain, options_first
+from adaptive_trainer.config.overrides import at_home, config_dir, register, typed, with_asked
+from adaptive_trainer.config.schema import TASKS
+from adaptive_trainer.config.validate import check, check_no_card
 from adaptive_trainer.data.folders import check_folders
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
@@ -57,7 +57,7 @@ def main() -> None:
     try:
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
         arguments = [as_list(at_home(argument), is_sweep) for argument in sys.argv[1:]]
-        sys.argv[1:] = options_first(arguments, Config)
+        sys.argv[1:] = options_first(arguments)
         hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except SystemExit:
         if not codes:
@@ -66,7 +66,7 @@ def main() -> None:
         if isinstance(error, BrokenPipeError) and not codes:  # whoever read what was printed has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return
-        said = explained(error)
+        said = explain(error)
         show_error(traceback.format_exc() if whole_traceback or codes or not said else f"error: {said}")
         codes.append(UserError.exit_code if said else 1)
     if any(codes):
@@ -146,7 +146,7 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
     if isinstance(error, AdaptiveTrainerError):
         return error.exit_code, str(error) if isinstance(error, Interrupted) else f"error: {error}"
     if isinstance(error, OmegaConfBaseException):  # a value that does not resolve
-        return UserError.exit_code, f"error: {explained(error)}"
+        return UserError.exit_code, f"error: {explain(error)}"
     from adaptive_trainer import oom
 
     found = oom.describe(error)

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.config import mistakes
-from adaptive_trainer.config.schema import Config
-from adaptive_trainer.errors import ConfigError, quoted
+from adaptive_trainer.config.schema import SETTINGS, Config, leaves
+from adaptive_trainer.errors import ConfigError, explained, quoted
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -69,25 +69,15 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
         raise ConfigError(f"config_folder={config_folder} is no folder")
     register()
     extra = [f"hydra.searchpath=[file://{Path(config_folder).resolve()}]"] if config_folder is not None else []
-    message = ""
-    with _own_hydra():
-        try:
-            cfg = compose("config", overrides=[*map(at_home, overrides), *extra])
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            message = explained(error)
-    if message:
-        raise ConfigError(message)
-    return with_asked(cfg, [*map(at_home, overrides)], "".join(extra))
+    typed_here = [at_home(text) for text in overrides]
+    with explained(mistakes.explain, (HydraException, OmegaConfBaseException, ValueError)), _own_hydra():
+        cfg = compose("config", overrides=[*typed_here, *extra])
+    return with_asked(cfg, typed_here, "".join(extra))
 
 
 def at_home(override: str) -> str:
     """`data.root=~/photos` with the home folder in place of `~`, which Hydra cannot parse and a shell leaves there."""
     return re.sub(r"(?<=[=,])~[\w.-]*(?=/|,|$)", lambda found: os.path.expanduser(found[0]), override)
-
-
-def explained(error: Exception) -> str:
-    """What is wrong with settings and what to do, in a line; empty for an error about something else."""
-    return mistakes.explained(error, Config)
 
 
 @cache
@@ -102,18 +92,11 @@ def typed(cfg: DictConfig) -> Config:
     Raises:
         ConfigError: a value is missing or does not resolve, or there is no such setting.
     """
-    message = ""
-    try:
+    with explained(mistakes.explain, (OmegaConfBaseException,)):
         is_typed = OmegaConf.get_type(cfg) is Config  # what Hydra composed is; a merge takes most of the time
-        value = OmegaConf.to_object(cfg if is_typed else OmegaConf.merge(_schema(), cfg))
-    except OmegaConfBaseException as error:
-        message = explained(error)
-    if message:
-        raise ConfigError(message)
-    if not isinstance(value, Config):
-        raise TypeError(f"expected a Config, got {type(value).__name__}")
-    if added := mistakes.keys_of(value) - mistakes.keys(Config):  # Hydra lets `+key=value` do so
-        raise ConfigError("; ".join(mistakes.no_setting(key, Config) for key in sorted(added)))
+        value: Config = OmegaConf.to_object(cfg if is_typed else OmegaConf.merge(_schema(), cfg))  # type: ignore[assignment]
+    if added := {key for key, *_ in leaves(value)} - set(SETTINGS):  # Hydra lets `+key=value` do so
+        raise ConfigError("; ".join(map(mistakes.no_setting, sorted(added))))
     return value
 
 
@@ -134,7 +117,7 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
         try:
             _apply(result, text)
         except (HydraException, OmegaConfBaseException, ConfigError) as error:
-            problems.append(f"{text!r}: {explained(error)}")
+            problems.append(f"{text!r}: {mistakes.explain(error)}")
     if problems:
         raise ConfigError("; ".join(problems))
     return result
@@ -234,7 +217,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _parsed(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return OverridesParser.create().parse_override(text)
+    return OverridesParser.create().parse_overrides([text])[0]
 
 
 def _apply(cfg: DictConfig, text: str) -> None:

@@ -1,8 +1,10 @@
-"""The settings of a run: every key, its type and its default. Standard library only."""
+"""The settings of a run: every key, its type, its default and the values that it may have. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from math import isfinite
 from typing import Any
 
 BALANCED = "balanced"  # of trainer.class_weights: each class counts as much as any other
@@ -16,6 +18,68 @@ USUAL: dict[str, Any] = {
     "interpolation": "bilinear",
 }  # what the settings of these names in `data` are where neither the user nor a pretrained network says
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+TASKS = ("train", "plan", "memory")
+METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
+LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
+
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what is said of one that is not
+FINITE: Rule = (isfinite, "is no number")
+
+
+def at_least(low: int) -> Rule:
+    """A value from `low` up."""
+    return lambda value: value >= low, f"is below {low}"
+
+
+def below(high: int) -> Rule:
+    """A value below `high`."""
+    return lambda value: value < high, f"is not below {high}"
+
+
+def between(low: int, high: int) -> Rule:
+    """A value between these two, and none of them."""
+    return lambda value: low < value < high, f"is not between {low} and {high}"
+
+
+def one_of(*choices: str) -> Rule:
+    """One of these texts."""
+    return lambda value: value in choices, f"is none of {', '.join(choices)}"
+
+
+def _is_batch_size(value: Any) -> bool:
+    return value == LARGEST or (type(value) is int and value >= 1)
+
+
+def _are_class_weights(value: Any) -> bool:
+    if not isinstance(value, list):
+        return bool(value == BALANCED)
+    are_numbers = all(type(weight) in (int, float) and isfinite(weight) and weight >= 0 for weight in value)
+    return are_numbers and any(value)
+
+
+def _are_shares(value: list[float]) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1] <= 1
+
+
+BATCH_SIZE: Rule = (_is_batch_size, f"is neither a whole number above 0 nor {LARGEST}, the largest that fits")
+CLASS_WEIGHTS: Rule = (
+    _are_class_weights,
+    f"is none of what is allowed: null, {BALANCED}, or a list of numbers from 0 up, one for each class and not all 0",
+)
+SHARES: Rule = (_are_shares, "is no pair of shares of the image, 0 < least <= most <= 1")
+PROBABILITY: Rule = (lambda value: 0 <= value <= 1, "is no probability from 0 to 1")
+CLIPPING: Rule = (lambda value: value > 0, "is not above 0; null turns clipping off")
+SEED: Rule = (
+    lambda value: -LARGEST_SEED <= value <= LARGEST_SEED,
+    f"is no whole number from {-LARGEST_SEED} to {LARGEST_SEED}",
+)
+
+
+def setting(default: Any, *rules: Rule) -> Any:
+    """A field of a dataclass, with the rules that its value must keep to; a null that is the default keeps to any."""
+    return field(default=default, metadata={"rules": rules})
+
 
 @dataclass
 class ModelConfig:
@@ -23,7 +87,7 @@ class ModelConfig:
 
     name: str = "efficientnet_b0"
     pretrained: bool = False
-    num_classes: int | None = None  # null: as many as the data set has
+    num_classes: int | None = setting(None, at_least(2))  # null: as many as the data set has
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -34,22 +98,26 @@ class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
     val: dict[str, Any] | None = field(default_factory=dict)  # empty: val_fraction of train, split by seed
     root: str | None = None
-    val_fraction: float = 0.2
-    image_size: int = 224
-    transforms: str = "torchvision"
-    hflip: float = 0.5
-    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    val_fraction: float = setting(0.2, between(0, 1))
+    image_size: int = setting(224, at_least(1))
+    transforms: str = setting("torchvision", one_of("torchvision", "timm", "none"))
+    hflip: float = setting(0.5, PROBABILITY)
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0], metadata={"rules": (SHARES,)})
     auto_augment: str | None = None
     # null in these five: as the weights of a pretrained network expect, else USUAL
     mean: list[float] | None = None
     std: list[float] | None = None
-    crop_pct: float | None = None  # side of the crop over that of the resized image, in evaluation
-    crop_mode: str | None = None  # center: of the image, resized by its shorter side; squash: of both sides resized
-    interpolation: str | None = None
-    num_workers: int = 2
-    on_error: str = "raise"
-    max_pixels: int | None = None  # of a file: larger ones are broken; null: Pillow's own limit, 178,956,970
-    cache: str = "none"  # ram, disk: images are decoded once and augmented on the device
+    # side of the crop over that of the resized image, in evaluation
+    crop_pct: float | None = setting(None, between(0, 2))
+    # center: of the image, resized by its shorter side; squash: of both sides resized
+    crop_mode: str | None = setting(None, one_of("center", "squash"))
+    interpolation: str | None = setting(None, one_of("bilinear", "bicubic"))
+    num_workers: int = setting(2, at_least(0))
+    on_error: str = setting("raise", one_of("raise", "skip"))
+    # of a file: larger ones are broken; null: Pillow's own limit, 178,956,970
+    max_pixels: int | None = setting(None, at_least(1))
+    # ram, disk: images are decoded once and augmented on the device
+    cache: str = setting("none", one_of("none", "ram", "disk"))
 
 
 def with_usual(data: DataConfig) -> DataConfig:
@@ -62,9 +130,9 @@ class OptimizerConfig:
     """A timm optimizer by name; `kwargs` go to its constructor (`foreach`, `fused`, `betas`, ...)."""
 
     name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    momentum: float = 0.9
+    lr: float = setting(1e-3, FINITE, at_least(0))
+    weight_decay: float = setting(0.05, FINITE, at_least(0))
+    momentum: float = setting(0.9, FINITE, at_least(0), below(1))
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,8 +144,8 @@ class ScheduleConfig:
     """
 
     name: str = "cosine"
-    warmup_epochs: float = 0.0
-    min_lr: float = 0.0
+    warmup_epochs: float = setting(0.0, FINITE, at_least(0))
+    min_lr: float = setting(0.0, FINITE, at_least(0))
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,23 +156,23 @@ class TrainerConfig:
     `batch_size` is a whole number, or `max` for the largest that fits; a rung has a number.
     """
 
-    epochs: int = 1
-    batch_size: Any = 24
-    micro_batch_size: int | None = None  # null: the batch size
-    eval_batch_size: int | None = None  # null: the micro-batch size
-    precision: str = "fp32"
+    epochs: int = setting(1, at_least(1))
+    batch_size: Any = setting(24, BATCH_SIZE)
+    micro_batch_size: int | None = setting(None, at_least(1))  # null: the batch size
+    eval_batch_size: int | None = setting(None, at_least(1))  # null: the micro-batch size
+    precision: str = setting("fp32", one_of(*PRECISIONS))
     checkpoint_activations: bool = False
     channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
     tf32: bool | None = None  # null: what torch does
-    clip_grad: float | None = None
-    ema_decay: float | None = None
-    label_smoothing: float = 0.0
-    class_weights: Any = None  # balanced, or a number for each class
-    lr_policy: str = "auto"
+    clip_grad: float | None = setting(None, CLIPPING)
+    ema_decay: float | None = setting(None, between(0, 1))
+    label_smoothing: float = setting(0.0, FINITE, at_least(0), below(1))
+    class_weights: Any = setting(None, CLASS_WEIGHTS)  # balanced, or a number for each class
+    lr_policy: str = setting("auto", one_of("none", "linear", "sqrt", "auto"))
     deterministic: bool = False
-    engine: str = "auto"
-    checkpoint_every: int | None = None  # updates; null: at the end of every epoch
-    log_every: int = 20  # updates
+    engine: str = setting("auto", one_of("auto", "eager", "graph", "compile"))
+    checkpoint_every: int | None = setting(None, at_least(1))  # updates; null: at the end of every epoch
+    log_every: int = setting(20, at_least(1))  # updates
 
 
 @dataclass
@@ -160,7 +228,7 @@ class CardConfig:
 class Config:
     """Everything a run is told."""
 
-    task: str = "train"
+    task: str = setting("train", one_of(*TASKS))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -173,7 +241,25 @@ class Config:
     batch: list[int] = field(default_factory=lambda: [8, 16, 24, 32])  # of task=memory
     size: list[int] = field(default_factory=lambda: [160, 192, 224])  # of task=memory
     device: str = "auto"
-    seed: int = 0
+    seed: int = setting(0, SEED)
     resume: str | None = None
     output_dir: str | None = None  # null: Hydra's output folder
-    optimized_metric: str = "val_accuracy"
+    optimized_metric: str = setting("val_accuracy", one_of(*METRICS))
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Rule, ...]]]:
+    """The settings in a dataclass, in order: full name, value, and the rules for it.
+
+    An instance may have been given more than its class has.
+    """
+    known = {each.name: each for each in fields(settings)}
+    for name, value in vars(settings).items():
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{name}.")
+            continue
+        is_default_null = name in known and value is None is known[name].default
+        has_rules = name in known and not is_default_null
+        yield prefix + name, value, known[name].metadata.get("rules", ()) if has_rules else ()
+
+
+SETTINGS = tuple(key for key, *_ in leaves(Config()))  # the full names of all

@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from adaptive_trainer.config.overrides import compose_config, typed
-from adaptive_trainer.config.schema import Config
-from adaptive_trainer.config.validate import PRECISIONS, check
+from adaptive_trainer.config.schema import PRECISIONS, Config
+from adaptive_trainer.config.validate import check
 from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.zoo import check_name
