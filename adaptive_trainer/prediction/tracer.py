@@ -24,7 +24,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from adaptive_trainer.models.losses import WEIGHTED, Criterion, Loss, correct
+from adaptive_trainer.models.loss_kinds import LossKind
+from adaptive_trainer.models.losses import Criterion, Loss, correct
 from adaptive_trainer.models.memory_format import to_channels_last
 from adaptive_trainer.models.stepping import steps_alike
 from adaptive_trainer.prediction.recorder import NotFollowed, Recorder, fake_device, materialize
@@ -199,7 +200,7 @@ class _Training:
                 group["foreach"] = True
         self.scaler = GradScaler("cpu", enabled=spec.precision == "fp16")
         self.criterion = Criterion.of(spec.loss)
-        self.meters = [torch.zeros(()) for _ in range(METERS + (self.criterion.kind == WEIGHTED))]
+        self.meters = [torch.zeros(()) for _ in range(METERS + (self.criterion.kind is LossKind.WEIGHTED))]
         self.average = [torch.empty_like(t) for t in model.state_dict().values()] if spec.ema else []
         buffers = [*model.buffers(), *(model.buffers() if spec.ema else ())]  # the average's are kept too
         self.copies = [torch.empty_like(t) for t in (*buffers, *self.meters)] if spec.undo else []

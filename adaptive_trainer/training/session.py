@@ -168,8 +168,7 @@ def settle(config: Config, state: TrainState) -> None:
 
 def _around(state: TrainState, config: Config, parts: Parts) -> Session:
     used = recipe(config)
-    loss = Criterion.of(parts.make_loss(config, parts.num_classes))
-    loss.to(parts.device)
+    loss = Criterion.of(parts.make_loss(config, parts.num_classes), parts.device)
     update = Update(state, loss, used, device=parts.device, capacity=parts.capacity)
     schedule = build_schedule(
         state.optimizer,

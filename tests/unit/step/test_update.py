@@ -26,6 +26,7 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.models.loss_kinds import Found, LossKind
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
 from adaptive_trainer.recipe import Recipe
@@ -44,7 +45,7 @@ AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 def known(loss: Loss) -> Criterion:
     """The mean loss that a function gives, without finding out that it is one."""
     criterion = Criterion(loss)
-    criterion._known = dict.fromkeys((True, False), ("mean", None))
+    criterion._declared = Found(LossKind.MEAN)
     return criterion
 
 
