@@ -38,19 +38,20 @@ class Growth:
         return self._seen < SAMPLES or updates % every == 0
 
     def note(self, updates: int, held: int) -> None:
-        """After so many updates so many bytes are held."""
+        """Note that after so many updates so many bytes are held."""
         self._held.append((updates, held))
         self._seen += 1
+        # Counting takes a while, so it waits for a first suspicion.
         if not self._since and len(self._held) >= SUSPECT and _grows(list(self._held)[-SUSPECT:]):
             self._since, (self._before, _) = updates, _census(self.device)
 
     def text(self, held: int) -> str:
-        """What grows, in words; empty where nothing does.
+        """Say what grows; empty where nothing does.
 
         Args:
             held: bytes that are held now that the failed update's own are free.
         """
-        late = list(self._held)[len(self._held) // 2 :] if len(self._held) >= 2 * LEAST else list(self._held)
+        late = list(self._held)[len(self._held) // 2 if len(self._held) >= 2 * LEAST else 0 :]
         if len(late) < LEAST or not _grows(late):
             return ""
         (first, before), (last, after) = late[0], late[-1]
@@ -65,10 +66,7 @@ class Growth:
         )
 
     def _kept(self, last: int) -> str:
-        """The kinds of tensors that came with each update since they were counted, those with the most memory first.
-
-        Tensors that only autograd holds are not seen.
-        """
+        """The kinds of tensors that came with each update since they were counted, those with the most memory first."""
         kinds, nbytes = _census(self.device)
         came = {kind: kinds[kind] - self._before[kind] for kind, _ in nbytes.most_common()}
         named = [kind for kind in came if self._since and came[kind] >= max(last - self._since, 1)][:NAMED]
@@ -80,19 +78,16 @@ def _grows(samples: list[tuple[int, int]]) -> bool:
 
 
 def _census(device: torch.device) -> tuple[Counter[str], Counter[str]]:
-    """How many tensors there are of each shape and type, and how many bytes they take."""
-    kinds: Counter[str] = Counter()
-    nbytes: Counter[str] = Counter()
-    storages = set[int]()
+    """How many tensors there are of each shape and type, but for those that only autograd holds, and their bytes."""
+    kinds, nbytes, storages = Counter[str](), Counter[str](), set[int]()
     gc.collect()  # garbage of earlier work would go meanwhile, and be missed
     for value in gc.get_objects():
         if type(value) is not torch.Tensor or value.device != device or value.layout is not torch.strided:
             continue
         storage = value.untyped_storage()
-        if storage._cdata in storages:
-            continue
-        storages.add(storage._cdata)
-        kind = f"{' x '.join(map(str, value.shape)) or 'one number'}, {str(value.dtype).removeprefix('torch.')}"
-        kinds[kind] += 1
-        nbytes[kind] += storage.nbytes()
+        if storage._cdata not in storages:
+            storages.add(storage._cdata)
+            kind = f"{' x '.join(map(str, value.shape)) or 'one number'}, {str(value.dtype).removeprefix('torch.')}"
+            kinds[kind] += 1
+            nbytes[kind] += storage.nbytes()
     return kinds, nbytes

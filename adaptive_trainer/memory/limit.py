@@ -1,14 +1,11 @@
 """How much memory training may use: a real cap on a CUDA card, or a simulated card where there is none.
 
 On CUDA the cap limits the caching allocator, so that a big card runs out of memory where a small one would. Without
-CUDA, live tensor bytes are counted at the operators, through a model of the same allocator, and
-`torch.OutOfMemoryError` is raised where a card of that size would raise it. Updates that repeat what was counted are
-counted once in a while.
+CUDA, `SimulatedCard` counts live tensor bytes and raises `torch.OutOfMemoryError` where a card of that size would.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,11 +22,10 @@ from adaptive_trainer.memory.simulated import SimulatedCard
 from adaptive_trainer.memory.usage import Usage, format_bytes
 from adaptive_trainer.utils.device import device_of
 
-COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
-
 DEFAULT_SIMULATED = 512 * 2**20
 DEMO_DATA = ("adaptive_trainer.data.digits", "torchvision.datasets.FakeData")  # which show what the ladder does
 
+NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)")
 UNITS = {"b": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", start=1)
@@ -70,69 +66,53 @@ def parse_limit(value: object) -> Limit:
     Raises:
         ConfigError: anything else, and sizes below one segment of the allocator (most likely a unit was forgotten).
     """
-    if value is None:
+    text = value.strip().lower() if isinstance(value, str) else None
+    if value is None or text in ("", "null"):
         return Limit()
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if text in ("", "null"):
-            return Limit()
-        if text == "none":
-            return Limit(lifted=True)
-        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text)
-        if match and match[2] in UNITS:
-            return _size(value, float(match[1]) * UNITS[match[2]])
-        if match and not match[2]:
-            return _number(value, float(match[1]))
+    if text == "none":
+        return Limit(lifted=True)
+    number, unit = 0.0, ""
+    if match := NUMBER.fullmatch(text or ""):
+        number, unit = float(match[1]), match[2]
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        return _number(value, float(value))
+        number = float(value)
+    if not unit and 0 < number <= 1:
+        return Limit(fraction=number)
+    if unit in UNITS or (not unit and number > 1 and number.is_integer()):
+        size = number * UNITS[unit or "b"]
+        if size < SMALL_SEGMENT:
+            raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
+        return Limit(bytes=int(size))
     raise ConfigError(f"memory.limit={value!r} cannot be read; {ALLOWED}")
 
 
-def _number(value: object, number: float) -> Limit:
-    if 0 < number <= 1:
-        return Limit(fraction=number)
-    if math.isfinite(number) and number > 1 and number.is_integer():
-        return _size(value, number)
-    raise ConfigError(f"memory.limit={value!r} is neither a size nor a fraction; {ALLOWED}")
-
-
-def _size(value: object, size: float) -> Limit:
-    if size < SMALL_SEGMENT:
-        raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
-    return Limit(bytes=int(size))
-
-
+@dataclass(eq=False)
 class Capacity:
     """The memory that training may use on one device. `limited` makes it.
 
     Attributes:
         device: the device.
         bytes: the cap; None where none is set.
-        size: the cap, else all of the device; None where that is not known.
         description: the device and the cap, in words.
         card: the simulated card, where there is one.
+        total: bytes of the whole device; None where that is not known.
+        foreign: bytes that the caller's own tensors held on a CUDA card before.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        limit: int | None,
-        description: str,
-        card: SimulatedCard | None = None,
-        total: int | None = None,
-        foreign: int = 0,
-    ) -> None:
-        self.device = device
-        self.bytes = limit
-        self.size = total if limit is None else limit
-        self.description = description
-        self.card = card
-        self._foreign = foreign
-        self._failed = self._working = False
+    device: torch.device
+    bytes: int | None
+    description: str
+    card: SimulatedCard | None = None
+    total: int | None = None
+    foreign: int = 0
 
-    @contextmanager
-    def device_work(self, kind: Hashable = None) -> Iterator[None]:
-        """Around what a card would do: forward, backward, optimizer step. Data loading stays outside.
+    @property
+    def size(self) -> int | None:
+        """The cap, else all of the device; None where that is not known."""
+        return self.total if self.bytes is None else self.bytes
+
+    def device_work(self, kind: Hashable = None) -> AbstractContextManager[None]:
+        """Enclose what a card would do: forward, backward, optimizer step. Data loading stays outside.
 
         Args:
             kind: names work whose operators and shapes are always the same: a simulated card need not count each
@@ -141,33 +121,7 @@ class Capacity:
         Raises:
             ConfigError: a simulated card meets compiled code, such as the step of some optimizers.
         """
-        if self.card is None or self._working:
-            yield
-            return
-        self._forget_failure()
-        self._failed = self._working = True
-        is_compiled = False
-        try:
-            with self.card.work(kind):
-                yield
-            self._failed = False
-        except RuntimeError as error:
-            is_compiled = COMPILED in str(error)
-            if not is_compiled:
-                raise
-        finally:
-            self._working = False
-        if is_compiled:
-            raise ConfigError(
-                "a simulated card counts operators, and this network, loss or optimizer runs code of torch.compile, "
-                "which is not made of them; memory.limit=none trains without the simulated card"
-            )
-
-    def _forget_failure(self) -> None:
-        """Empty the simulated card's cache after a failure, as `oom.release` empties a real card's."""
-        if self._failed and not self._working and self.card is not None:
-            self.card.empty_cache()
-            self._failed = False
+        return nullcontext() if self.card is None else self.card.work(kind)
 
     def usage(self) -> Usage:
         """What is used now and was used at the most, in bytes; zeros where nothing counts (a CPU with no limit)."""
@@ -180,7 +134,6 @@ class Capacity:
 
     def reset_peaks(self) -> None:
         """Start counting peaks anew."""
-        self._forget_failure()
         usage.reset_peaks(self.device)
 
     def empty_cache(self) -> None:
@@ -191,22 +144,15 @@ class Capacity:
             torch.cuda.empty_cache()
 
     def room(self) -> int | None:
-        """Bytes that training could hold in tensors now: the cap, or what other processes leave of the card.
-
-        What the caller's own tensors held on a CUDA card before is not counted. None where that is not known.
-        """
+        """Bytes that training could hold in tensors now; None where that is not known."""
         if self.device.type != "cuda":
             return self.bytes
         left = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-        return (left if self.bytes is None else min(left, self.bytes)) - self._foreign
+        return (left if self.bytes is None else min(left, self.bytes)) - self.foreign
 
     def pressure(self) -> bool:
         """As `usage.is_short`."""
         return usage.is_short(self.device)
-
-    def other_users(self) -> str:
-        """A sentence on who else holds memory of the device."""
-        return usage.describe_users(self.device)
 
 
 def limit_for(config: Config, device: torch.device, *, is_own_data: bool = False) -> object:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer import oom
+from adaptive_trainer.errors import ConfigError, explained
 from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
 from adaptive_trainer.memory.usage import Usage, format_bytes
 
+COMPILED = "found no compiled frames"  # what torch.compile(fullgraph=True) says under a dispatch mode
 COUNTED_FIRST = 32  # of each kind of work, so that what begins soon is found where it begins
 COUNTED_EVERY = 50  # of work that repeats itself
 
@@ -42,7 +44,7 @@ class SimulatedCard(TorchDispatchMode):
 
     As a dispatch mode it counts while it is entered, and in `work`, which leaves out what repeats itself; storages that
     die are given back at any time. Tensors that were there before (weights, the batch) count from the first operator
-    that is given them. The scratch memory of single kernels is not seen.
+    that is given them. The workspaces of single kernels are not seen.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -56,21 +58,39 @@ class SimulatedCard(TorchDispatchMode):
         self._repeats: dict[Hashable, int] = {}  # kinds that leave this state as it is, and how often since counted
         self._counted: Hashable = None  # the kind of the last work, if it was counted to its end
         self._times: Counter[Hashable] = Counter()  # how often each kind was
+        self._is_working = self._has_failed = False
 
     @contextmanager
     def work(self, kind: Hashable) -> Iterator[None]:
-        """Count what is done inside, unless it is known to repeat itself.
+        """Count what is done inside, unless it is known to repeat itself. Work within work is part of it.
 
         Args:
             kind: names work whose operators and shapes are always the same; None is counted in any case.
+
+        Raises:
+            ConfigError: it runs compiled code.
         """
-        if self._is_repetition(kind):
+        if self._is_working:
             yield
             return
-        with self:
-            yield
-        self._counted = kind
-        self._times[kind] += 1
+        self._empty_after_failure()
+        is_counted = not self._is_repetition(kind)
+        self._is_working = self._has_failed = True
+        try:
+            with explained(_explain, (RuntimeError,)), self if is_counted else nullcontext():
+                yield
+            self._has_failed = False
+        finally:
+            self._is_working = False
+        if is_counted:
+            self._counted = kind
+            self._times[kind] += 1
+
+    def _empty_after_failure(self) -> None:
+        """Empty the cache after work that failed, as `oom.release` empties a real card's."""
+        if self._has_failed and not self._is_working:
+            self.empty_cache()
+            self._has_failed = False
 
     def _is_repetition(self, kind: Hashable) -> bool:
         state, counted, self._counted = self._state(), self._counted, None
@@ -163,6 +183,7 @@ class SimulatedCard(TorchDispatchMode):
 
     def reset_peaks(self) -> None:
         """Start counting peaks anew."""
+        self._empty_after_failure()
         self._drain()
         self._allocator.reset_peaks()
 
@@ -170,3 +191,12 @@ class SimulatedCard(TorchDispatchMode):
         """Give back every wholly free segment, as `torch.cuda.empty_cache` does."""
         self._drain()
         self._allocator.empty_cache()
+
+
+def _explain(error: Exception) -> ConfigError | None:
+    if COMPILED not in str(error):
+        return None
+    return ConfigError(
+        "a simulated card counts operators, and this network, loss or optimizer runs code of torch.compile, "
+        "which is not made of them; memory.limit=none trains without the simulated card"
+    )

@@ -1,6 +1,6 @@
-"""What memory is used, and by whom: tables for people, plain numbers for the trainer.
+"""How much memory is used, and by whom: plain numbers for the trainer, lines for people.
 
-Without a GPU the functions show the simulated card that trains just now, where there is one.
+Without a GPU they are of the simulated card that trains just now, where there is one.
 """
 
 from __future__ import annotations
@@ -9,21 +9,18 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any, ParamSpec, Protocol, TextIO, TypeVar, overload
 
 import torch
 
 from adaptive_trainer import oom
+from adaptive_trainer.memory.processes import processes_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 SHORT = 0.8  # share of the room above which memory counts as really short
-NO_GPU = "no CUDA GPU here and no simulated card in use: nothing to show"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +38,17 @@ class Usage:
     num_alloc_retries: int = 0
 
 
-class Card(Protocol):
-    """A simulated card, as far as this module needs to know it."""
+class _Card(Protocol):
+    """`simulated.SimulatedCard`, whose module needs this one."""
 
-    @property
-    def capacity(self) -> int:
-        """Its size in bytes."""
+    capacity: int
 
-    def usage(self) -> Usage:
-        """What is used of it."""
-
-    def reset_peaks(self) -> None:
-        """Start counting peaks anew."""
-
-    def empty_cache(self) -> None:
-        """Give back what is reserved and not allocated."""
+    def usage(self) -> Usage: ...
+    def reset_peaks(self) -> None: ...
+    def empty_cache(self) -> None: ...
 
 
-simulated_cards: list[Card] = []  # those in use, the innermost last; `memory.capacity.limited` keeps the list
+simulated_cards: list[_Card] = []  # those in use, the innermost last; `memory.limit.limited` keeps the list
 
 
 def format_bytes(n: int | None) -> str:
@@ -113,35 +103,42 @@ def reset_peaks(device: torch.device) -> None:
         simulated_cards[-1].reset_peaks()
 
 
-def _devices() -> list[torch.device]:
-    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-
-
-def _current() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def describe_users(device: torch.device) -> str:
+    """Say who else holds memory of the device, and how much is held outside this process's allocator."""
+    if device.type != "cuda":
+        return "no other process uses this device's memory"
+    free, total = torch.cuda.mem_get_info(device)
+    outside = max(0, total - free - snapshot(device).reserved)
+    text = f"{format_bytes(outside)} are held outside this process's allocator (its own CUDA context included)"
+    found = processes_on(device)
+    if isinstance(found, str):
+        return f"{text}; by whom is not known: {found}"
+    others = [f"{user.name} (pid {user.pid}): {format_bytes(user.bytes)}" for user in found if user.pid != os.getpid()]
+    return f"{text}; {', '.join(others) or 'NVML names no other process (in a container it may not see them)'}"
 
 
 def print_gpu_memory(file: TextIO | None = None) -> None:
     """Print, per GPU: name, total, allocated, reserved, free on the device, percentages, and who else holds memory."""
-    lines = [line for device in _devices() for line in (_cuda_line(device), "  " + describe_users(device))]
-    lines += [_card_line(card) for card in simulated_cards]
-    print("\n".join(lines or [NO_GPU]), file=file or sys.stdout)
-
-
-def _cuda_line(device: torch.device) -> str:
-    free, total = torch.cuda.mem_get_info(device)
-    return _line(f"{device} ({torch.cuda.get_device_name(device)})", total, snapshot(device), free)
-
-
-def _card_line(card: Card) -> str:
-    used = card.usage()
-    return _line("simulated card", card.capacity, used, card.capacity - used.reserved)
+    lines = []
+    for device in _devices():
+        free, total = torch.cuda.mem_get_info(device)
+        name = f"{device} ({torch.cuda.get_device_name(device)})"
+        lines += [_line(name, total, snapshot(device), free), "  " + describe_users(device)]
+    for card in simulated_cards:
+        used = card.usage()
+        lines.append(_line("simulated card", card.capacity, used, card.capacity - used.reserved))
+    empty = "no CUDA GPU here and no simulated card in use: nothing to show"
+    print("\n".join(lines) or empty, file=file or sys.stdout)
 
 
 def _line(name: str, total: int, used: Usage, free: int) -> str:
     parts = [("allocated", used.allocated), ("reserved", used.reserved), ("free on the device", free)]
     shares = [f"{label} {format_bytes(value)} ({100 * value / total:.0f} %)" for label, value in parts]
     return f"{name}: total {format_bytes(total)}, {', '.join(shares)}"
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def clear_gpu_memory() -> int:
@@ -153,24 +150,18 @@ def clear_gpu_memory() -> int:
     """
     oom.forget_traceback()
     devices = _devices() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    before = _held(devices)
-    oom.release(torch.device("cpu"))
-    for device in devices:
+
+    def used() -> list[Usage]:
+        return [snapshot(device) for device in devices] + [card.usage() for card in simulated_cards]
+
+    before = used()
+    for device in (torch.device("cpu"), *devices):
         oom.release(device)
     for card in simulated_cards:
         card.empty_cache()
-    freed = before - _held(devices)
-    still = sum(used.allocated for used in _all_usage(devices))
-    print(f"freed {format_bytes(freed)}; {format_bytes(still)} are still in use")
+    freed = sum(each.reserved for each in before) - sum(each.reserved for each in used())
+    print(f"freed {format_bytes(freed)}; {format_bytes(sum(each.allocated for each in used()))} are still in use")
     return freed
-
-
-def _all_usage(devices: list[torch.device]) -> list[Usage]:
-    return [snapshot(device) for device in devices] + [card.usage() for card in simulated_cards]
-
-
-def _held(devices: list[torch.device]) -> int:
-    return sum(used.reserved for used in _all_usage(devices))
 
 
 class Monitor:
@@ -187,13 +178,14 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         """Start measuring."""
-        self.device = _current()
+        is_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
         reset_peaks(self.device)
         _monitors.append(self)
         self.before = self.peak = snapshot(self.device).allocated
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop measuring and print one line; an error goes on."""
         self.note_peak()
         _monitors.remove(self)
@@ -212,7 +204,7 @@ class Monitor:
         return measured
 
     def note_peak(self) -> None:
-        """Keep the peak seen so far; called before someone resets the device's own."""
+        """Keep the peak seen so far, before someone resets the device's own."""
         self.peak = max(self.peak, snapshot(self.device).peak_allocated)
 
 
@@ -235,69 +227,4 @@ def monitor_gpu_memory(target: Any = "", /, *, file: TextIO | None = None) -> An
 
     Measures the current CUDA device, or the simulated card in use. Monitors may be nested.
     """
-    if callable(target):
-        return Monitor("", file)(target)
-    return Monitor(target, file)
-
-
-@dataclass(frozen=True, slots=True)
-class GpuProcess:
-    """A process that holds memory of a GPU. `bytes` is None where the driver does not say (containers, Windows)."""
-
-    pid: int
-    name: str
-    bytes: int | None
-
-
-def memory_users(device: torch.device) -> list[GpuProcess]:
-    """The processes that hold memory of a CUDA device, by NVML; the largest first, [] where NVML cannot tell.
-
-    In a container the pids are the host's, and some or all processes may be missing.
-    """
-    found = _ask_nvml(device)
-    return found if isinstance(found, list) else []
-
-
-def describe_users(device: torch.device) -> str:
-    """A sentence on who else holds memory of the device, and how much is held outside this process's allocator."""
-    if device.type != "cuda":
-        return "no other process uses this device's memory"
-    free, total = torch.cuda.mem_get_info(device)
-    outside = max(0, total - free - snapshot(device).reserved)
-    text = f"{format_bytes(outside)} are held outside this process's allocator (its own CUDA context included)"
-    found = _ask_nvml(device)
-    if isinstance(found, str):
-        return f"{text}; by whom is not known: {found}"
-    others = [f"{user.name} (pid {user.pid}): {format_bytes(user.bytes)}" for user in found if user.pid != os.getpid()]
-    return f"{text}; {', '.join(others) or 'NVML names no other process (in a container it may not see them)'}"
-
-
-def _ask_nvml(device: torch.device) -> list[GpuProcess] | str:
-    """The device's processes, or why they are not known. Only reads."""
-    try:
-        import pynvml
-    except ImportError:
-        return "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return f"NVML: {error}"
-    try:
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        users = [GpuProcess(p.pid, _process_name(pynvml, p.pid), p.usedGpuMemory) for p in running]
-    except (pynvml.NVMLError, RuntimeError, AssertionError) as error:  # torch: no such device, no driver
-        return f"NVML: {error}"
-    finally:
-        pynvml.nvmlShutdown()
-    return sorted(users, key=lambda user: -(user.bytes or 0))
-
-
-def _process_name(pynvml: Any, pid: int) -> str:
-    with suppress(pynvml.NVMLError):
-        name = pynvml.nvmlSystemGetProcessName(pid)
-        return Path(name.decode(errors="replace") if isinstance(name, bytes) else name).name
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return "unknown program"
+    return Monitor("", file)(target) if callable(target) else Monitor(target, file)

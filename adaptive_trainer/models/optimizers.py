@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -17,57 +16,58 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from adaptive_trainer.config.schema import OptimizerConfig, ScheduleConfig
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, explained
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # one kernel for all parameters, on CPU and CUDA
-CHOOSES_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable", "maximize")
+CHOOSES_IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable", "maximize"}
 SCHEDULES = ("none", "constant", "cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt")
 WARMUP_LR = 1e-5
 TICKS = 1000  # of a schedule's clock in one update: timm rounds some lengths to whole ones
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> Optimizer:
-    """The timm optimizer that `config.name` names, over the model's parameters.
+    """Build the timm optimizer that `config.name` names, over the model's parameters.
 
     Biases and parameters of one dimension have no weight decay. The fused implementation is used where torch has one
-    for the device and `config.kwargs` do not choose another.
+    for the device and the parameters and `config.kwargs` do not choose another.
 
     Raises:
         ConfigError: the name is unknown, needs what this trainer does not do, or `config.kwargs` do not suit it.
     """
     check_optimizer(config)
-    kwargs = {**(_fused(config, device) if _is_real(model) else {}), **config.kwargs}
-    problem = _not_together(kwargs, device)
-    try:
-        if not problem:
-            optimizer = _created(model, config, kwargs)
-            make_momentum(optimizer)
-            return optimizer
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
-        problem = str(error).splitlines()[0]
-    given = f" with optimizer.kwargs={config.kwargs}" if config.kwargs else ""
-    raise ConfigError(f"optimizer.name={config.name}{given} cannot be built: {problem}")
+    kwargs = {**_fused(model, config, device), **config.kwargs}
+
+    def explain(error: Exception) -> ConfigError:
+        given = f" with optimizer.kwargs={config.kwargs}" if config.kwargs else ""
+        return ConfigError(f"optimizer.name={config.name}{given} cannot be built: {str(error).splitlines()[0]}")
+
+    with explained(explain, (TypeError, ValueError, AssertionError, ImportError)):
+        _check_together(kwargs, device)
+        optimizer = _created(model, config, kwargs)
+    make_momentum(optimizer)
+    return optimizer
 
 
 def _created(model: nn.Module, config: OptimizerConfig, kwargs: dict[str, Any]) -> Optimizer:
-    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum, **kwargs}
     try:
-        optimizer: Optimizer = create_optimizer_v2(model, config.name, **settings, **kwargs)
+        optimizer: Optimizer = create_optimizer_v2(model, config.name, **settings)
         return optimizer
     except ValueError as error:
         if "Nesterov" not in str(error) or config.momentum or "nesterov" in kwargs:
             raise
     # Without momentum Nesterov's step is the plain one; torch refuses it, and timm's `sgd` asks for it by default.
-    return create_optimizer_v2(model, config.name, **settings, **kwargs, nesterov=False)
+    return create_optimizer_v2(model, config.name, **settings, nesterov=False)
 
 
-def _not_together(kwargs: dict[str, Any], device: torch.device) -> str:
-    """Why these cannot be, where torch would say so only in the first step, or by an error that is no ValueError."""
+def _check_together(kwargs: dict[str, Any], device: torch.device) -> None:
+    """Refuse what torch would refuse only in the first step, or by an error that is no ValueError."""
     if kwargs.get("differentiable"):
-        return "differentiable=True is for steps inside autograd; leave it out"
+        raise ValueError("differentiable=True is for steps inside autograd; leave it out")
     if kwargs.get("capturable") and device.type == "cpu":
-        return "capturable=True is for a CUDA card, and this is a CPU; leave it out"
-    return "fused=True and foreach=True exclude each other" if kwargs.get("fused") and kwargs.get("foreach") else ""
+        raise ValueError("capturable=True is for a CUDA card, and this is a CPU; leave it out")
+    if kwargs.get("fused") and kwargs.get("foreach"):
+        raise ValueError("fused=True and foreach=True exclude each other")
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -76,7 +76,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
     Raises:
         ConfigError: it is so.
     """
-    name, known = config.name.lower(), _known()
+    name, known = config.name.lower(), list(map(str, list_optimizers()))
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["adamw", "sgd", "lion"]
         raise ConfigError(f"unknown optimizer.name={config.name}: did you mean {', '.join(near)}? (a timm optimizer)")
@@ -91,20 +91,11 @@ def check_optimizer(config: OptimizerConfig) -> None:
         raise ConfigError(f"optimizer.name={config.name} does not take optimizer.kwargs {', '.join(ignored)}")
 
 
-@functools.cache
-def _known() -> list[str]:
-    return [str(each) for each in list_optimizers()]
-
-
-def _is_real(model: nn.Module) -> bool:
-    """Complex parameters have no fused implementation."""
-    return not any(parameter.is_complex() for parameter in model.parameters())
-
-
-def _fused(config: OptimizerConfig, device: torch.device) -> dict[str, Any]:
-    if device.type not in ("cpu", "cuda") or any(key in config.kwargs for key in CHOOSES_IMPLEMENTATION):
-        return {}
-    if config.kwargs.get("dampening"):  # would apply to the first step too, with a momentum that is there before it
+def _fused(model: nn.Module, config: OptimizerConfig, device: torch.device) -> dict[str, bool]:
+    is_chosen = CHOOSES_IMPLEMENTATION & config.kwargs.keys()
+    is_complex = any(parameter.is_complex() for parameter in model.parameters())  # for which there is none
+    # Dampening would apply to the first step too, as `make_momentum` makes a momentum before it.
+    if is_chosen or is_complex or device.type not in ("cpu", "cuda") or config.kwargs.get("dampening"):
         return {}
     return {"fused": True} if _class_of(config.name) in FUSED else {}
 
@@ -128,14 +119,14 @@ def kind_of_state(config: OptimizerConfig) -> tuple[Any, ...]:
 
 
 def _kind_of_setting(value: Any) -> Any:
-    """Of a fraction only whether it is zero, which leaves a part out; whole numbers are sizes and counts."""
     if isinstance(value, list | tuple):
         return tuple(map(_kind_of_setting, value))
+    # Of a fraction only whether it is zero, which leaves a part out; whole numbers are sizes and counts.
     return ("fraction", value != 0) if isinstance(value, float) else value
 
 
 def make_momentum(optimizer: Optimizer) -> None:
-    """The momentum of a fused SGD, where it is missing: as zeros, so that the first step is like any other.
+    """Make the momentum of a fused SGD where it is missing: as zeros, so that the first step is like any other.
 
     torch would make it there without a value, and leave it so where a GradScaler finds an overflow and no step is done.
     """
@@ -190,7 +181,7 @@ class Schedule:
 def build_schedule(
     optimizer: Optimizer, config: ScheduleConfig, *, lr: float, epochs: int, updates_per_epoch: int
 ) -> Schedule:
-    """The timm schedule that `config.name` names, counted in updates; nothing is changed before `Schedule.apply`.
+    """Build the timm schedule that `config.name` names, counted in updates; nothing changes before `Schedule.apply`.
 
     Lengths in `config.kwargs` (`decay_epochs`, ...) are epochs after the warm-up.
 
@@ -211,16 +202,16 @@ def build_schedule(
     start, floor = min(kwargs.pop("warmup_lr", WARMUP_LR), lr), min(config.min_lr, lr)
     if config.name == "rsqrt" and warmup:
         kwargs.setdefault("stable_timescale", config.warmup_epochs)
-    problem = ""
-    try:
+
+    def explain(error: Exception) -> ConfigError:
+        given = f" with schedule.kwargs={config.kwargs}" if config.kwargs else ""
+        known = f"; the names are {', '.join(SCHEDULES)}" if config.name not in SCHEDULES else ""
+        why = str(error).splitlines()[0].rstrip(". ")
+        return ConfigError(f"schedule.name={config.name}{given} cannot be built: {why}{known}")
+
+    with explained(explain, (TypeError, ValueError)):
         curve = _curve(config.name, lr, floor, max(last - warmup, 1), updates_per_epoch, kwargs)
-        if curve is not None or config.name == "none":
-            return Schedule(optimizer, lr, warmup, start, last - warmup, floor, curve)
-    except (TypeError, ValueError) as error:
-        problem = str(error).splitlines()[0].rstrip(". ")
-    given = f" with schedule.kwargs={config.kwargs}" if config.kwargs else ""
-    known = f"; the names are {', '.join(SCHEDULES)}" if config.name not in SCHEDULES else ""
-    raise ConfigError(f"schedule.name={config.name}{given} cannot be built: {problem or 'unknown'}{known}")
+    return Schedule(optimizer, lr, warmup, start, last - warmup, floor, curve)
 
 
 def _curve(name: str, lr: float, floor: float, end: int, updates_per_epoch: int, kwargs: dict[str, Any]) -> Any:
@@ -238,6 +229,8 @@ def _curve(name: str, lr: float, floor: float, end: int, updates_per_epoch: int,
         updates_per_epoch=updates_per_epoch * TICKS,
         **kwargs,
     )
+    if curve is None and name != "none":
+        raise ValueError("unknown")
     if hasattr(curve, "get_cycle_length"):
         curve.t_initial *= end * TICKS / curve.get_cycle_length()
     return curve

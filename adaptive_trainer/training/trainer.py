@@ -32,6 +32,7 @@ from adaptive_trainer.data.preprocessing import settled
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.ladder.resolve import Rung, changed, resolve, stages, stored_size
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
+from adaptive_trainer.memory.usage import describe_users
 from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.models.memory_format import channels_last_pays
 from adaptive_trainer.models.zoo import build_model
@@ -385,7 +386,7 @@ def _shortage(error: BaseException, advice: str) -> str:
 
 def _advice(capacity: Capacity) -> str:
     return (
-        f"capacity: {capacity.description}\n{capacity.other_users()}\n"
+        f"capacity: {capacity.description}\n{describe_users(capacity.device)}\n"
         "what to try: a larger memory.limit, closing other programs on the card, ladder=faithful, "
         "a smaller model.name, data.image_size or trainer.micro_batch_size"
     )

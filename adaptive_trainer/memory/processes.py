@@ -1,0 +1,47 @@
+"""Which processes hold memory of a GPU, by NVML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A process that holds memory of a GPU. `bytes` is None where the driver does not say (containers, Windows)."""
+
+    pid: int
+    name: str
+    bytes: int | None
+
+
+def processes_on(device: torch.device) -> list[GpuProcess] | str:
+    """List the processes that hold memory of a CUDA device, the largest first, or say why they are not known.
+
+    In a container the pids are the host's, and some or all processes may be missing.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
+    try:
+        pynvml.nvmlInit()
+        # torch.cuda.list_gpu_processes knows neither MIG nor names, and fails where the driver does not say how much.
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except (pynvml.NVMLError, RuntimeError, AssertionError) as error:  # torch: no such device, no driver
+        return f"NVML: {error}"
+    users = [GpuProcess(process.pid, _name(process.pid), process.usedGpuMemory) for process in running]
+    return sorted(users, key=lambda user: -(user.bytes or 0))
+
+
+def _name(pid: int) -> str:
+    import pynvml
+
+    try:
+        return Path(pynvml.nvmlSystemGetProcessName(pid)).name
+    except pynvml.NVMLError:  # a container does not see the host's processes
+        return "unknown program"
