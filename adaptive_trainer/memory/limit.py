@@ -71,19 +71,21 @@ def parse_limit(value: object) -> Limit:
         return Limit()
     if text == "none":
         return Limit(lifted=True)
-    number, unit = 0.0, ""
+    number, unit = None, ""
     if match := NUMBER.fullmatch(text or ""):
         number, unit = float(match[1]), match[2]
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = float(value)
+    if number is None or unit not in ("", *UNITS):
+        raise ConfigError(f"memory.limit={value!r} cannot be read; {ALLOWED}")
     if not unit and 0 < number <= 1:
         return Limit(fraction=number)
-    if unit in UNITS or (not unit and number > 1 and number.is_integer()):
-        size = number * UNITS[unit or "b"]
-        if size < SMALL_SEGMENT:
-            raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
-        return Limit(bytes=int(size))
-    raise ConfigError(f"memory.limit={value!r} cannot be read; {ALLOWED}")
+    if not unit and not (number > 1 and number.is_integer()):
+        raise ConfigError(f"memory.limit={value!r} is neither a size nor a fraction; {ALLOWED}")
+    size = number * UNITS[unit or "b"]
+    if size < SMALL_SEGMENT:
+        raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
+    return Limit(bytes=int(size))
 
 
 @dataclass(eq=False)
