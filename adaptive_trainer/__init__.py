@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from adaptive_trainer.ladder.descent import Attempt, descend
-    from adaptive_trainer.ladder.resolve import Rung, make_ladder
+    from adaptive_trainer.ladder.rung import Rung, make_ladder
     from adaptive_trainer.memory.limit import limit_memory
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
     from adaptive_trainer.oom import is_out_of_memory
@@ -72,7 +72,7 @@ _NAMES = {
         "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "UserError",
     ),
     "ladder.descent": ("Attempt", "descend"),
-    "ladder.resolve": ("Rung", "make_ladder"),
+    "ladder.rung": ("Rung", "make_ladder"),
     "memory.limit": ("limit_memory",),
     "memory.usage": ("clear_gpu_memory", "monitor_gpu_memory", "print_gpu_memory"),
     "oom": ("is_out_of_memory",),

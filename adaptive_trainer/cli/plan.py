@@ -18,7 +18,8 @@ from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder.resolve import Rung, resolve, stages, stored_size
+from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.zoo import check_name

@@ -14,9 +14,14 @@ from adaptive_trainer.errors import ConfigError
 
 def check(config: Config) -> None:
     """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
-    rules = (_each_alone, _learning_rate, _transforms, _batch, _class_weights)
-    if problems := [problem for rule in rules for problem in rule(config)]:
+    if problems := problems_of(config):
         raise ConfigError("; ".join(problems))
+
+
+def problems_of(config: Config) -> list[str]:
+    """What is wrong with each value, or combination of values, that cannot be right."""
+    rules = (_each_alone, _learning_rate, _transforms, _batch, _class_weights)
+    return [problem for rule in rules for problem in rule(config)]
 
 
 def check_no_card(card: CardConfig) -> None:

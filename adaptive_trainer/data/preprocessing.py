@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adaptive_trainer.config.schema import USUAL, Config, ModelConfig, with_usual
-from adaptive_trainer.ladder.resolve import Rung
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.models.zoo import TORCHVISION, build_model, outline
 
 Ladder = Sequence[Rung[Config]]

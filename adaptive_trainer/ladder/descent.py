@@ -13,17 +13,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import LadderExhausted, OutOfMemory
-from adaptive_trainer.ladder.resolve import Rung, own
+from adaptive_trainer.ladder.rung import Rung, own
 from adaptive_trainer.memory.usage import is_short
 
 T = TypeVar("T")
 R = TypeVar("R")
+UNTRIED = "not tried by this run"
+
+
+class Outcome(StrEnum):
+    """What became of a rung."""
+
+    FITS = "fits"
+    OOM = "oom"  # out of memory
+    SKIPPED = "skipped"  # not tried
+    FAILED = "failed"  # with an error that is not about memory
+
+
+IN_WORDS = {Outcome.OOM: "out of memory", Outcome.SKIPPED: "predicted not to fit"}
 
 
 @dataclass(slots=True)
@@ -32,7 +47,7 @@ class Attempt:
 
     Attributes:
         rung: its name.
-        outcome: `fits`, `oom`, `skipped` (not tried) or `failed` (an error that is not about memory).
+        outcome: an `Outcome`, which is a text.
         phase: where it ended, in words.
         reason: why, in words.
         predicted_bytes: smallest capacity the rung was expected to need; None where it was not predicted.
@@ -41,7 +56,7 @@ class Attempt:
     """
 
     rung: str
-    outcome: str
+    outcome: Outcome
     phase: str = ""
     reason: str = ""
     predicted_bytes: int | None = None
@@ -103,14 +118,15 @@ def descend(
             on_attempt(entry)
 
     for rung in ladder:
-        reason, predicted = (rung.passed_over, None) if rung.passed_over or judge is None else judge(rung)
-        if reason:
-            record(Attempt(rung.name, "skipped", reason=reason, predicted_bytes=predicted))
+        entry = Attempt(rung.name, Outcome.SKIPPED, reason=rung.passed_over)
+        if judge is not None and not rung.passed_over:
+            entry.reason, entry.predicted_bytes = judge(rung)
+        if entry.reason:
+            record(entry)
             continue
         before = oom.held(device)
-        entry, value = _try(rung, attempt, device, meter, record)
-        entry.predicted_bytes = predicted
-        if entry.outcome == "oom":
+        value = _tried(entry, partial(attempt, own(rung.settings)), device, meter, record)
+        if value is None:
             oom.release(device, before)
         record(entry)
         if value is not None:
@@ -118,34 +134,34 @@ def descend(
     raise LadderExhausted(exhausted_message(attempts))
 
 
-def _try(
-    rung: Rung[T],
-    attempt: Callable[[T], R],
+def _tried(
+    entry: Attempt,
+    work: Callable[[], R],
     device: torch.device,
     meter: Meter | None,
     record: Callable[[Attempt], None],
-) -> tuple[Attempt, tuple[R] | None]:
-    """One rung tried: its record, and the value in a tuple of one when it fits."""
-    entry = Attempt(rung.name, "fits")
-    started = time.perf_counter()
+) -> tuple[R] | None:
+    """What the work returns, in a tuple of one; None where memory ran out. The entry says how it went."""
     value: tuple[R] | None = None
+    started = time.perf_counter()
     if meter is not None:
         meter.reset_peaks()
     try:
-        value = (attempt(own(rung.settings)),)
+        value = (work(),)
+        entry.outcome = Outcome.FITS
     except OutOfMemory as error:
-        entry.outcome, entry.phase, entry.reason = "oom", error.phase, error.reason
+        entry.outcome, entry.phase, entry.reason = Outcome.OOM, error.phase, error.reason
     except Exception as error:
         failure = oom.describe(error, pressure=lambda: is_short(device))
-        entry.outcome, entry.phase, entry.reason = "oom", "attempt", failure.text
+        entry.outcome, entry.phase, entry.reason = Outcome.OOM, "attempt", failure.text
         if not failure.fills(device):
-            entry.outcome = "failed"
+            entry.outcome = Outcome.FAILED
             record(entry)
             raise
     entry.seconds = round(time.perf_counter() - started, 3)
     if meter is not None:
         entry.peak_allocated_bytes, entry.peak_reserved_bytes = meter.peaks()
-    return entry, value
+    return value
 
 
 def outcomes(rungs: Sequence[Rung[Any]], attempts: Sequence[Attempt]) -> str:
@@ -153,16 +169,17 @@ def outcomes(rungs: Sequence[Rung[Any]], attempts: Sequence[Attempt]) -> str:
     last = {entry.rung: entry for entry in attempts}
     found: dict[str, list[str]] = {}
     for rung in rungs:
-        entry = last.get(rung.name)
-        if entry is None and not rung.passed_over:
-            found.setdefault("not tried by this run", []).append(rung.name)
-        elif entry is None or (entry.outcome == "skipped" and entry.predicted_bytes is None):
-            reason = rung.passed_over if entry is None else entry.reason
-            found.setdefault("passed over", []).append(f"{rung.name} ({reason})")
-        else:
-            said = {"oom": "out of memory", "skipped": "predicted not to fit"}.get(entry.outcome, entry.outcome)
-            found.setdefault(said, []).append(rung.name)
+        said, name = _outcome(rung, last.get(rung.name))
+        found.setdefault(said, []).append(name)
     return "; ".join(f"{said}: {', '.join(names)}" for said, names in found.items())
+
+
+def _outcome(rung: Rung[Any], entry: Attempt | None) -> tuple[str, str]:
+    if entry is None:
+        return ("passed over", f"{rung.name} ({rung.passed_over})") if rung.passed_over else (UNTRIED, rung.name)
+    if entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is None:
+        return "passed over", f"{rung.name} ({entry.reason})"
+    return IN_WORDS.get(entry.outcome, entry.outcome), rung.name
 
 
 def exhausted_message(attempts: Sequence[Attempt]) -> str:

@@ -1,30 +1,27 @@
-"""Rungs and what they are allowed to do: make the recipe smaller, never larger, and say every change with its reason.
+"""Make complete settings of each configured rung, cumulative from the request down. No torch, no device.
 
-Pure: no torch, no device. `resolve` turns the configured ladder into complete settings, one per rung, cumulative from
-the request down; `make_ladder` does the same for plain dictionaries, for people with a training loop of their own.
+A rung makes the recipe smaller, never larger, and every change has its reason.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.config.overrides import apply_overrides, flat, typed
 from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig
-from adaptive_trainer.config.validate import check
+from adaptive_trainer.config.validate import problems_of
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.ladder.rung import REQUESTED, Change, Rung
 from adaptive_trainer.recipe import Recipe
 
 T = TypeVar("T")
 Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
-REQUESTED = "requested"
 WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
@@ -35,35 +32,6 @@ FIXED = (
     *OF_THE_RUN, *OF_A_STAGE, "memory", "model.num_classes", "trainer.tf32", "trainer.deterministic", "data.train",
     "data.val", "data.root", "data.cache",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Rung(Generic[T]):
-    """One step of a ladder.
-
-    Attributes:
-        name: as in the configuration; rung 0 is `requested`.
-        settings: everything in force at this rung, cumulative.
-        overrides: what this rung itself sets.
-        passed_over: why the rung is not to be tried; empty when it is.
-        notes: decisions taken on the way to these settings, each with its reason.
-    """
-
-    name: str
-    settings: T
-    overrides: tuple[str, ...] = ()
-    passed_over: str = ""
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A setting that differs from what was asked for."""
-
-    key: str
-    asked: Any
-    used: Any
-    why: str
 
 
 def recipe(config: Config) -> Recipe:
@@ -105,45 +73,6 @@ def stored_size(requests: Iterable[Config]) -> int:
     return max(sizes, default=0)
 
 
-def make_ladder(
-    requested: Mapping[str, Any], steps: Mapping[str, Mapping[str, Any]]
-) -> tuple[Rung[dict[str, Any]], ...]:
-    """A ladder of plain settings: `make_ladder({"batch": 64}, {"half": {"batch": 32}, "amp": {"amp": True}})`.
-
-    Raises:
-        ConfigError: a step sets a key that the request does not have, or is named `requested`.
-    """
-    if REQUESTED in steps:
-        raise ConfigError(f"a step cannot be named {REQUESTED!r}, which is the name of the first rung")
-    settings = own(dict(requested))
-    ladder = [Rung(REQUESTED, own(settings))]
-    for name, step in steps.items():
-        unknown = sorted(set(step) - set(settings))
-        if unknown:
-            raise ConfigError(f"step {name!r} sets {', '.join(unknown)}; the request has {', '.join(sorted(settings))}")
-        settings |= step
-        ladder.append(Rung(name, own(settings), tuple(f"{key}={value}" for key, value in step.items())))
-    return tuple(ladder)
-
-
-def own(settings: T) -> T:
-    """The settings in containers of their own, nested ones too; what is in these (networks, tensors) is the same."""
-    leaves: dict[int, Any] = {}
-    queue, seen = [settings], set[int]()
-    while queue:
-        value: Any = queue.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            queue += [*value, *value.values()]
-        elif isinstance(value, list | tuple | set | frozenset | deque):
-            queue += value
-        elif not OmegaConf.is_config(value):
-            leaves[id(value)] = value  # what `deepcopy` takes for copied already
-    return copy.deepcopy(settings, leaves)
-
-
 def resolve(
     cfg: DictConfig, batch_size: int = DEFAULT_BATCH, why: str = "", refuse: Refuse | None = None
 ) -> tuple[Rung[Config], ...]:
@@ -164,10 +93,10 @@ def resolve(
         ConfigError: one message with every problem of the request and of all rungs.
     """
     asked = typed(cfg)
-    wrong_request = _problem(asked)
-    if wrong_request is not None and not isinstance(asked.trainer.batch_size, int):
-        raise ConfigError(wrong_request)  # no rung can be compared with it
-    problems = [] if wrong_request is None else [wrong_request]
+    of_request = problems_of(asked)
+    if not isinstance(asked.trainer.batch_size, int):
+        _refuse_all(of_request)  # no rung can be compared with it
+    problems = list(of_request)
     is_found = asked.trainer.batch_size == LARGEST
     said = [f"batch size {LARGEST} -> {batch_size}: {why}"] if is_found else []
     if is_found:
@@ -184,14 +113,15 @@ def resolve(
             problems.append(f"rung {name!r}: {error}")
             continue
         follows = follows and not any(_sets_lr(text) for text in kept)
-        if (text := _problem(config)) not in (None, wrong_request):  # rungs inherit what is wrong with the request
-            problems.append(f"rung {name!r}: {text}")
+        # Rungs inherit what is wrong with the request.
+        if wrong := [problem for problem in problems_of(config) if problem not in of_request]:
+            problems += [f"rung {name!r}: {problem}" for problem in wrong]
             continue
         passed_over = "" if kept else "; ".join(notes) or "it sets nothing"
         if is_found and config.trainer.batch_size == batch_size:
             notes = [*said, *notes]
         made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
-        ladder.append(_following(made, asked) if follows and wrong_request is None else made)
+        ladder.append(_following(made, asked) if follows and not of_request else made)
     _refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
     return tuple(ladder)
 
@@ -246,14 +176,6 @@ def _following(rung: Rung[Config], asked: Config) -> Rung[Config]:
     return replace(rung, settings=settings, notes=(*rung.notes, why) if why else rung.notes)
 
 
-def _problem(config: Config) -> str | None:
-    try:
-        check(config)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
 def _step(
     cfg: DictConfig, config: Config, overrides: list[str], refuse: Callable[[Config, Config], str] | None
 ) -> tuple[DictConfig, Config, list[str], list[str]]:
@@ -273,9 +195,8 @@ def _step(
         differing = changed(config, settings)
         if fixed := [key for key in differing if key.startswith(FIXED)]:
             raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
-        reason = (
-            recipe(config).no_step_down_to(recipe(settings)) if differing else "it is so already, or comes to the same"
-        )
+        reason = "" if differing else "it is so already, or comes to the same"
+        reason = reason or recipe(config).no_step_down_to(recipe(settings))
         if not reason and refuse is not None:
             reason = refuse(config, settings)
         if reason:

@@ -21,7 +21,8 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError, ModelError, UserError
 from adaptive_trainer.ladder.batch_size import largest
-from adaptive_trainer.ladder.resolve import Rung, recipe, stored_size, with_batch_size
+from adaptive_trainer.ladder.resolve import recipe, stored_size, with_batch_size
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.losses import Criterion, Loss, build_loss

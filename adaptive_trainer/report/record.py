@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt
-from adaptive_trainer.ladder.resolve import Change
+from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import failure
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole

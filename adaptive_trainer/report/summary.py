@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from adaptive_trainer.ladder.descent import Attempt
-from adaptive_trainer.ladder.resolve import Change
+from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
 from adaptive_trainer.utils.tables import table

@@ -19,7 +19,8 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import Position, updates_per_epoch
 from adaptive_trainer.errors import ConfigError, OutOfMemory
-from adaptive_trainer.ladder.resolve import Rung, recipe
+from adaptive_trainer.ladder.resolve import recipe
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.memory_format import to_channels_last

@@ -21,8 +21,9 @@ from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.preprocessing import remark
 from adaptive_trainer.errors import CheckpointError, ConfigError, Interrupted, LadderExhausted, OutOfMemory
 from adaptive_trainer.ladder import batch_size
-from adaptive_trainer.ladder.descent import Attempt, Found, descend, exhausted_message, outcomes
-from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, Change, Rung, changes, recipe, resolve, with_batch_size
+from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, descend, exhausted_message, outcomes
+from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, changes, recipe, resolve, with_batch_size
+from adaptive_trainer.ladder.rung import Change, Rung
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import kind_of_state
@@ -418,7 +419,7 @@ class Stage:
     def _failed_in_training(self, rung: Rung[Config], phase: str, reason: str) -> None:
         allocated, reserved = self.parts.capacity.peaks()
         where = f"{phase}, after update {self._opened.state.updates}"
-        self._attempted(Attempt(rung.name, "oom", where, reason, None, allocated, reserved))
+        self._attempted(Attempt(rung.name, Outcome.OOM, where, reason, None, allocated, reserved))
 
     def _look_for_leak(self, growth: Growth) -> None:
         oom.release(self.parts.device)  # what is garbage is no leak

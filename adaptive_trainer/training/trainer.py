@@ -30,7 +30,8 @@ from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch
 from adaptive_trainer.data.pipeline import told_by_the_loader
 from adaptive_trainer.data.preprocessing import settled
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
-from adaptive_trainer.ladder.resolve import Rung, changed, resolve, stages, stored_size
+from adaptive_trainer.ladder.resolve import changed, resolve, stages, stored_size
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
 from adaptive_trainer.memory.usage import describe_users
 from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss

@@ -12,7 +12,7 @@ from torch import nn
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import LadderExhausted
-from adaptive_trainer.ladder.descent import Attempt
+from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.planning.judge import Judge
@@ -38,7 +38,7 @@ def need_of(config: Config) -> int:
 
 
 def failed(config: Config, predicted: int | None) -> Attempt:
-    return Attempt("a rung", "oom", "forward", "out of memory", predicted_bytes=predicted)
+    return Attempt("a rung", Outcome.OOM, "forward", "out of memory", predicted_bytes=predicted)
 
 
 @pytest.mark.parametrize(("share", "skipped"), [(0.88, True), (0.92, False), (1.1, False)])
@@ -123,7 +123,7 @@ def test_a_proof_is_remembered_until_it_turns_out_not_to_hold(tmp_path: Path, mo
         each._is_cuda = True
         assert each.proven(config) is None
         room = 50 * MiB
-        each.learn(config, Attempt("a rung", "fits", peak_allocated_bytes=30 * MiB, peak_reserved_bytes=40 * MiB))
+        each.learn(config, Attempt("a rung", Outcome.FITS, peak_allocated_bytes=30 * MiB, peak_reserved_bytes=40 * MiB))
         assert each.proven(config) is None, "proven with 60 MiB free at first"
         room = 60 * MiB
         known = each.proven(config)

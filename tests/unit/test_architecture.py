@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
     "utils.files",
     "data.folders",
     "ladder.resolve",
+    "ladder.rung",
     "config.mistakes",
     "utils.screen",
     "utils.tables",

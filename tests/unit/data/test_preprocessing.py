@@ -24,7 +24,8 @@ from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, center_wind
 from adaptive_trainer.data.preprocessing import own, remark, settled
 from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder.resolve import Rung, resolve
+from adaptive_trainer.ladder.resolve import resolve
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.models.zoo import build_model
 
 CPU = torch.device("cpu")

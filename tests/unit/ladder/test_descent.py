@@ -14,7 +14,7 @@ from torch import nn
 
 from adaptive_trainer import descend, make_ladder
 from adaptive_trainer.errors import ConfigError, LadderExhausted
-from adaptive_trainer.ladder.resolve import own
+from adaptive_trainer.ladder.rung import own
 from adaptive_trainer.memory.limit import limited
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import Config, RungConfig
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder.resolve import Rung, changes, make_ladder, recipe, resolve, scaled_lr
+from adaptive_trainer.ladder.resolve import changes, recipe, resolve, scaled_lr
+from adaptive_trainer.ladder.rung import Rung, make_ladder
 from adaptive_trainer.recipe import Recipe
 
 DEFAULT = ["requested", "batch-16", "batch-8", "image-192", "image-160", "amp", "accumulate"]

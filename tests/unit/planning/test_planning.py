@@ -23,7 +23,8 @@ from adaptive_trainer.config.overrides import compose_config, config_dir, typed
 from adaptive_trainer.config.schema import CardConfig, Config, ModelConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.errors import ConfigError, LadderExhausted, ModelError
-from adaptive_trainer.ladder.resolve import Rung, resolve, stored_size
+from adaptive_trainer.ladder.resolve import resolve, stored_size
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.planning.cache import Measurement, PlanCache, versions
 from adaptive_trainer.planning.device_spec import DeviceSpec, card_of, spec_of
