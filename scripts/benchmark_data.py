@@ -34,7 +34,7 @@ from torchvision.datasets import ImageFolder
 from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import USUAL, Config
 from adaptive_trainer.data.cached.build import with_cache
-from adaptive_trainer.data.cached.prefetch import train_feed
+from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.datasets import DataSets, build_datasets
 from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.position import Position
@@ -89,15 +89,14 @@ class Bench:
         data, trainer = self.data(cache), self.config.trainer
         how: dict[str, Any] = {"batch_size": trainer.batch_size, "image_size": self.config.data.image_size}
         workers, pinned = self.config.data.num_workers, self.device.type == "cuda"
-        loader = Loader(data, **how, num_workers=workers, pin_memory=pinned)
+        loader = (
+            Loader(data, **how, num_workers=workers, pin_memory=pinned)
+            if data.stored is None
+            else Prefetcher(data, **how, device=self.device)
+        )
 
         def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-            position = Position(0, number, 0, len(data.train))
-            batches: Iterable[Batch] = (
-                loader.train(position)
-                if data.stored is None
-                else train_feed(data, position, **how, device=self.device, channels_last=False)
-            )
+            batches: Iterable[Batch] = loader.train(Position(0, number, 0, len(data.train)))
             for batch in batches:
                 yield self.moved(batch.images, batch.labels)
 

@@ -32,7 +32,7 @@ from adaptive_trainer import compose_config, oom
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.datasets import build_datasets
 from adaptive_trainer.data.loader import Batch
-from adaptive_trainer.data.pipeline import Supply
+from adaptive_trainer.data.pipeline import Pipeline
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity, limited
@@ -116,7 +116,7 @@ def _with_peak(case: Case, kind: str, overrides: tuple[str, ...], undo: type[Und
 # ---- loop: the whole harness against its engine ----------------------------------------------------------------------
 
 
-class Prepared(Supply):
+class Prepared(Pipeline):
     """Data that are there: one batch again and again, or a loader's."""
 
     batch: Batch | None = None
@@ -146,8 +146,8 @@ class Timed(Loop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given, run = self.supply, self.engine.run
-        self.supply = self.prepared = Prepared(
+        given, run = self.pipeline, self.engine.run
+        self.pipeline = self.prepared = Prepared(
             given.data, given.config, self.device, given.make_room, given.channels_last, given.pressure, given.event
         )
 
@@ -258,7 +258,7 @@ def looped(mine: Timed, updates: int) -> dict[str, list[float]]:
         pin_memory=mine.device.type == "cuda", persistent_workers=True,
     )  # fmt: skip
     outside: list[float] = []
-    with closing(mine.supply):
+    with closing(mine.pipeline):
         found = alternating({
             "alone": lambda: per_update(bare, updates, mine.device),
             "one batch": lambda: epoch(mine, batch, outside),

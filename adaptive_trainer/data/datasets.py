@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from textwrap import shorten
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from adaptive_trainer.data.cached.store import Stored
 from adaptive_trainer.data.folders import check_root
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.data.transforms import build_transform
-from adaptive_trainer.errors import ConfigError, DataError, UserError
+from adaptive_trainer.errors import ConfigError, DataError, UserError, explained
 from adaptive_trainer.utils.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -62,13 +63,13 @@ class DataSets:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(eq=False)
 class Digits(Dataset[tuple[Image.Image, int]]):
     """Grey PIL images made from an array (N, H, W) of bytes."""
 
+    images: Array
+    targets: list[int]
     classes = tuple("0123456789")
-
-    def __init__(self, images: np.ndarray[Any, Any], targets: list[int]) -> None:
-        self.images, self.targets = images, targets
 
     def __len__(self) -> int:
         """Number of images."""
@@ -130,20 +131,16 @@ def build_datasets(
 
 
 def check_batch_size(config: Config, samples: int) -> None:
-    """Refuse a batch that is larger than the training set.
-
-    Raises:
-        ConfigError: it is.
-    """
+    """Raise a ConfigError for a batch that is larger than the training set."""
     if config.trainer.batch_size != LARGEST and config.trainer.batch_size > samples:
         raise ConfigError(
-            f"trainer.batch_size={config.trainer.batch_size} is above the {samples} samples of the training set; make "
-            "it smaller"
+            f"trainer.batch_size={config.trainer.batch_size} is above the {samples} samples of the training set; "
+            "make it smaller"
         )
 
 
 def described(data: DataSets) -> tuple[str, list[str]]:
-    """How much there is of what; what of it is not used, and what else was noticed, in words."""
+    """Describe how much there is of what; what of it is not used, and what else was noticed."""
     source = "of a set of their own" if data.split is None else "held out of the training set"
     names = shorten(", ".join(data.classes), 200, placeholder="...")
     counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
@@ -162,47 +159,38 @@ def _common_names(training: MapDataset, validation: MapDataset) -> tuple[str, ..
     return ours
 
 
-def _instantiate(node: dict[str, Any], name: str) -> Dataset[Any] | None:
-    """What the `_target_` makes. Errors about data become a DataError, those of the user's own code pass unchanged."""
+def _instantiate(node: dict[str, Any], name: str) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
     if not node.get("_target_"):
         raise ConfigError(f"data.{name} has no _target_; choose data=digits, imagefolder, cifar10, ... or name a class")
-    original: BaseException | None = None
     try:
-        result: Dataset[Any] | None = instantiate(node, _convert_="all")
-        return result
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         original, text = error.__cause__, str(error).splitlines()[0]
-    about = f"data.{name}: {node['_target_']}"
+    about, reason = f"data.{name}: {node['_target_']}", str(original)
     if original is None or (isinstance(original, ImportError) and "locating" in text):
         raise ConfigError(f"{about} cannot be used: {text}")
-    reason = str(original)
     if isinstance(original, UserError):
-        raise type(original)(reason)
+        raise type(original)(reason)  # a new one, which keeps nothing of Hydra's
     if isinstance(original, TypeError) and "argument" in reason:
         raise ConfigError(f"{about} was given other arguments than it takes: {reason}")
     if isinstance(original, OSError) or "not found or corrupted" in reason:
         raise DataError(f"{about} cannot get its data: {reason}")
-    raise original
+    raise original  # of the user's own code
 
 
 def _map_style(data: Any, name: str) -> MapDataset:
     is_other = isinstance(data, str | bytes | IterableDataset)  # which have these two, and not what is meant
     if is_other or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise ConfigError(f"the {name} set is a {type(data).__name__}; one with a length and an index is needed")
-    problem = ""
-    try:
+    what, advice = f"the {name} set cannot say how long it is", "look at data.train and data.val"
+    with explained(lambda error: ConfigError(f"{what} ({error}); {advice}"), (TypeError, ValueError)):
         count = len(data)
-    except (TypeError, ValueError) as error:
-        problem = str(error)
-    if problem:
-        raise ConfigError(f"the {name} set cannot say how long it is ({problem}); look at data.train and data.val")
     if not count:
         raise DataError(f"the {name} set is empty")
-    checked: MapDataset = data
-    return checked
+    return data  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -223,20 +211,18 @@ def _split(data: Any, labels: Array | None, fraction: float, wanted: Split) -> t
 
 
 def _of_split(split: Split | None, labels: Array | None, data: Any) -> list[str]:
-    """What is to be said of a split that takes no notice of the classes."""
     if split is None or split.kind != RANDOM:
         return []
     why = "as in the run that is resumed"
     if labels is None:
-        kind = type(_base(data)).__name__
-        why = f"since {kind} has no list of its labels (`targets`)"
+        why = f"since {type(_base(data)).__name__} has no list of its labels (`targets`)"
     elif len(np.unique(labels)) == len(labels):
         why = "since every class has one image only"
     return [f"validation images are held out at random, and not a share of every class, {why}"]
 
 
 def _of_classes(train: _Part, val: _Part, names: tuple[str, ...], count: int) -> list[str]:
-    """Which classes have no images to train on, or none to validate on, as far as there are lists of labels."""
+    """Name the classes without images to train on, or to validate on, as far as there are lists of labels."""
     if train.labels is None:
         return []
     notes, seen = [], np.bincount(train.labels, minlength=count)
@@ -268,18 +254,16 @@ def _listed(classes: Array, names: tuple[str, ...]) -> str:
 
 
 def _checked(part: _Part, name: str, count: int) -> _Part:
-    """The part, without its list of labels where the data set gives others.
-
-    Raises:
-        DataError: there are labels that are no classes.
-    """
-    wrong = np.flatnonzero([] if part.labels is None else (part.labels < 0) | (part.labels >= count))
-    if part.labels is None or not len(wrong):
+    """Refuse labels that are no classes; leave out a list of labels where the data set gives others."""
+    if part.labels is None:
+        return part
+    wrong = np.flatnonzero((part.labels < 0) | (part.labels >= count))
+    if not len(wrong):
         return part
     given = None
     with suppress(Exception):  # a broken sample, say, which is met again when it is its turn
         given = int(part.data[int(wrong[0])][1])
-    if given != part.labels[wrong[0]]:
+    if given != part.labels[wrong[0]]:  # the list is of something else
         return replace(part, labels=None)
     values, found = np.unique(part.labels[wrong], return_counts=True)
     each = ", ".join(f"{value} ({number} samples)" for value, number in zip(values[:5], found[:5], strict=True))
@@ -290,12 +274,11 @@ def _checked(part: _Part, name: str, count: int) -> _Part:
 
 
 def _base(data: Any) -> Any:
-    """The data set below all subsets."""
     return _base(data.dataset) if isinstance(data, Subset) else data
 
 
 def sample_name(data: Any, index: int) -> str:
-    """The path of a sample where the data set has a list of them (`samples`), else its number."""
+    """The path of a sample where the data set lists them (`samples`), else its number."""
     if isinstance(data, Subset):
         return sample_name(data.dataset, data.indices[index])
     listed = getattr(data, "samples", None)
@@ -305,7 +288,6 @@ def sample_name(data: Any, index: int) -> str:
 
 
 def _class_names(data: Any) -> tuple[str, ...]:
-    """The names of the classes where the data set has a list of them, else none."""
     found = getattr(_base(data), "classes", None)
     return tuple(str(name) for name in found) if isinstance(found, list | tuple) else ()
 
@@ -317,12 +299,7 @@ def labels_of(data: Any) -> Array:
 
 
 def _class_count(data: Any, names: tuple[str, ...], labels: Array | None, asked: int | None) -> int:
-    """The number of classes: of their names, as the data set says, by its labels, or as asked for.
-
-    Raises:
-        ConfigError: `model.num_classes` is smaller.
-        DataError: there is only one class.
-    """
+    """The number of classes: of their names, as the data set says, by its labels, or as asked for."""
     if (listed := known_labels(_base(data))) is not None:
         labels = listed  # those of the whole, of which this is a part
     found = len(names) or _counted(data) or (asked or 0 if labels is None else int(labels.max()) + 1)
@@ -334,55 +311,42 @@ def _class_count(data: Any, names: tuple[str, ...], labels: Array | None, asked:
 
 
 def _counted(data: Any) -> int:
-    """The number of classes that the data set says itself; 0 where it does not."""
     known = getattr(_base(data), "num_classes", None)
     return known if isinstance(known, int) else 0
 
 
 def _read_labels(data: Any) -> Array:
-    """The labels of all samples, which are read for them.
-
-    Raises:
-        ConfigError: there are many.
-        DataError: a sample cannot be read, or has no label that is a whole number.
-    """
     kind, count = type(_base(data)).__name__, len(data)
     if count > SCAN_LIMIT:
         raise ConfigError(f"{kind} has no `classes` or `targets`; give model.num_classes")
-    log.info(
-        "%s has neither `classes` nor `targets`: all %d samples are read once to count the classes; "
-        "model.num_classes=N spares that",
-        kind,
-        count,
-    )
-    labels, problem = np.zeros(count, dtype=np.int64), ""
+    what = f"all {count} samples are read once to count the classes; model.num_classes=N spares that"
+    log.info("%s has neither `classes` nor `targets`: %s", kind, what)
+    labels = np.zeros(count, dtype=np.int64)
     with Progress("counting classes:", count) as progress:
         for index in range(count):
-            try:
+            with explained(partial(_unusable, data, index), (OSError, TypeError)):
                 labels[index] = labelled(data[index])[1]
-            except OSError as error:
-                problem = f"cannot be read ({error}); repair it, or give model.num_classes"
-            except TypeError as error:
-                problem = f"cannot be used: {error}"
-            if problem:
-                raise DataError(f"{sample_name(data, index)} {problem}")
             progress.advance(1)
     return labels
 
 
-def labelled(sample: Any) -> tuple[Any, int]:
-    """The image and the label of a sample.
+def _unusable(data: Any, index: int, error: Exception) -> DataError:
+    problem = f"cannot be used: {error}"
+    if isinstance(error, OSError):
+        problem = f"cannot be read ({error}); repair it, or give model.num_classes"
+    return DataError(f"{sample_name(data, index)} {problem}")
 
-    Raises:
-        TypeError: it is something else, said in words.
-    """
+
+def labelled(sample: Any) -> tuple[Any, int]:
+    """The image and the label of a sample; a TypeError says in words that it is something else."""
     if isinstance(sample, Mapping):
         keys = ", ".join(map(str, sample))
         raise TypeError(
             f"it is a {type(sample).__name__} of {keys}; wrap the data set in one that gives (image, label)"
         )
-    if not isinstance(sample, tuple | list) or len(sample) != 2:
-        much = f" of {len(sample)}" if isinstance(sample, tuple | list) else ""
+    is_list = isinstance(sample, tuple | list)
+    if not is_list or len(sample) != 2:
+        much = f" of {len(sample)}" if is_list else ""
         raise TypeError(f"it is a {type(sample).__name__}{much}, and not a pair (image, label)")
     image, label = sample
     if isinstance(label, str):

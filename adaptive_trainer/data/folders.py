@@ -27,11 +27,7 @@ def is_hidden(name: str, is_folder: bool) -> bool:
 
 
 def check_folders(data: DataConfig) -> None:
-    """Refuse folders of images that cannot be trained on, as far as a look at their classes tells; nothing is imported.
-
-    Raises:
-        DataError: a folder is missing, has fewer than two classes, or is named where nothing uses it.
-    """
+    """Raise a DataError for folders of images that cannot be trained on, as far as a look at their classes tells."""
     check_root(data)
     for node in (data.train, data.val or {}):
         if node.get("_target_") == TARGET:
@@ -42,11 +38,7 @@ def check_folders(data: DataConfig) -> None:
 
 
 def check_root(data: DataConfig) -> None:
-    """Refuse a folder that is named where nothing uses it.
-
-    Raises:
-        DataError: it is.
-    """
+    """Raise a DataError for a folder that is named where nothing uses it."""
     if data.root is None:
         return
     named = re.compile(rf"(?<!\w){re.escape(data.root.rstrip('/'))}(?!\w)")  # or a folder within
@@ -58,7 +50,7 @@ def check_root(data: DataConfig) -> None:
 
 
 def _texts(node: Any) -> Iterator[str]:
-    """The texts in a node and in what is within it, but for the names of what is called."""
+    """Yield the texts in a node and in what is within it, but for the names of what is called."""
     if isinstance(node, dict):
         node = [value for key, value in node.items() if key != "_target_"]
     if isinstance(node, list | tuple):
@@ -69,11 +61,7 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def split_folder(root: str | None, split: str) -> Path | None:
-    """The folder of a split, `train` or `val`; None for `val` where there is none.
-
-    Raises:
-        DataError: the root is missing, or the split is another.
-    """
+    """The folder of a split, `train` or `val`; None for `val` where there is none. A missing root is a DataError."""
     if split not in SPLITS:
         raise DataError(f"split={split} of a folder of images is neither {' nor '.join(SPLITS)}")
     if not root:
@@ -98,24 +86,18 @@ def _split_in(top: Path, split: str) -> Path | None:
 
 
 def _shown_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name, True))
 
 
 def beside_splits(root: str) -> list[str]:
     """The names of folders beside those of the splits, which nothing uses; none where there is no `train`."""
-    used = [split_folder(root, split) for split in SPLITS]
-    if used[0] == Path(root).expanduser():
-        return []
-    return [name for name in _shown_folders(Path(root).expanduser()) if name not in [p.name for p in used if p]]
+    top = Path(root).expanduser()
+    used = [folder for folder in (split_folder(root, split) for split in SPLITS) if folder]
+    return [] if top in used else [name for name in _shown_folders(top) if top / name not in used]
 
 
 def class_folders(folder: Path, least: int = 2) -> tuple[str, ...]:
-    """The names of the classes, sorted; hidden folders are left out.
-
-    Raises:
-        DataError: there are fewer than `least`.
-    """
+    """The names of the classes, sorted, without hidden folders; fewer than `least` are a DataError."""
     names = _shown_folders(folder)
     if len(names) < least:
         found = f"one class folder, {names[0]}" if names else "no class folders"

@@ -39,11 +39,14 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             DataError: fewer than two classes, or a class without an image.
         """
         self.classes = class_folders(folder) if classes is None else classes
-        suffixes, top = _suffixes(), frozenset([_identity(str(folder))])
+        suffixes, top = _suffixes(), frozenset([os.path.realpath(folder)])
         hidden = [path.name for path in folder.iterdir() if is_hidden(path.name, path.is_dir())]
-        folders = [folder / name for name in self.classes]
-        found = [list(_files_in(str(path), top, hidden)) if path.is_dir() else [] for path in folders]
-        files = [[path for path in paths if path.lower().endswith(suffixes)] for paths in found]
+        others: list[str] = []
+        files: list[list[str]] = []
+        for path in (folder / name for name in self.classes):
+            found = list(_files_in(str(path), top, hidden)) if path.is_dir() else []
+            files.append([name for name in found if name.lower().endswith(suffixes)])
+            others += [os.path.basename(name).lower() for name in found if not name.lower().endswith(suffixes)]
         empty = [name for name, paths in zip(self.classes, files, strict=True) if not paths]
         if empty and classes is None:
             raise DataError(
@@ -51,7 +54,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
                 "or remove the folder"
             )
         # counters, since the fingerprint of the images leaves them out
-        self._others = _others(found, suffixes)
+        self._others = Counter(os.path.splitext(name)[1] or name for name in others)
         self._hidden = Counter("._*" if name.startswith("._") else name for name in hidden)
         self._beside = Counter(beside)
         self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
@@ -63,19 +66,15 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         others = f"{_counted(self._others)} are not used: images are {' '.join(_suffixes())}"
         hidden = f"{self._hidden.total()} hidden files and folders are left out: {_counted(self._hidden)}"
         beside = f"beside the training images, nothing uses the folders {', '.join(self._beside)}"
-        texts = {others: self._others, hidden: self._hidden, beside: self._beside}
-        return [text for text, found in texts.items() if found]
+        found = (others, self._others), (hidden, self._hidden), (beside, self._beside)
+        return [text for text, counts in found if counts]
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An upright RGB image and its label.
-
-        Raises:
-            OSError: the file is broken.
-        """
+        """An upright RGB image and its label; an OSError where the file is broken."""
         path, label = self.samples[index]
         try:
             with warnings.catch_warnings():
@@ -98,17 +97,9 @@ def _suffixes() -> tuple[str, ...]:
     return (*IMAGE_FILES, *(suffix for suffix in WITH_PLUGIN if suffix in known))
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _files_in(folder: str, above: frozenset[tuple[int, int]], hidden: list[str]) -> Iterator[str]:
-    """Files below a folder, and links that lead nowhere; no pipes or sockets, which would be waited for.
-
-    Names of what is hidden are added to `hidden`. What cannot be looked into is no folder without images.
-    """
-    here = _identity(folder)
+def _files_in(folder: str, above: frozenset[str], hidden: list[str]) -> Iterator[str]:
+    """Files below a folder, and links that lead nowhere; names of what is hidden are added to `hidden`."""
+    here = os.path.realpath(folder)
     if here in above:  # a link to a folder that it is in
         return
     with os.scandir(folder) as entries:
@@ -120,25 +111,18 @@ def _files_in(folder: str, above: frozenset[tuple[int, int]], hidden: list[str])
             hidden.append(entry.name)
         elif is_folder:
             folders.append(entry.path)
-        elif is_file or not os.path.exists(entry.path):
+        elif is_file or not os.path.exists(entry.path):  # no pipes or sockets, which would be waited for
             yield entry.path
     for path in folders:
         yield from _files_in(path, above | {here}, hidden)
 
 
 def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """Whether it is a folder, and whether it is a file, which takes no look at the file itself but for links."""
     try:
+        # the folder knows, unless it is a link: millions of files are not looked at one by one
         return entry.is_dir(), entry.is_file()
     except OSError:  # a circle of links
         return False, False
-
-
-def _others(found: list[list[str]], suffixes: tuple[str, ...]) -> Counter[str]:
-    """How many files of which suffix, or name, are no images."""
-    paths = [path for paths in found for path in paths if not path.lower().endswith(suffixes)]
-    names = [os.path.basename(path).lower() for path in paths]
-    return Counter(os.path.splitext(name)[1] or name for name in names)
 
 
 def _counted(found: Counter[str]) -> str:
@@ -150,10 +134,8 @@ def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:
     """Images sorted into folders, one a class: ROOT/CLASS/image.jpg, or ROOT/train/CLASS/... and ROOT/val/CLASS/...
 
     Args:
-        root: the folder.
         split: `train` (also found as `training`) or `val` (also `valid` or `validation`), in whatever case. None comes
-            back for `val` where there is no such folder: it is then split from the training images. Classes without
-            validation images are no mistake.
+            back for `val` where there is no such folder. Classes without validation images are no mistake.
 
     Raises:
         DataError: a folder is missing, has fewer than two classes, or a class without an image.

@@ -1,59 +1,28 @@
-"""Loaders that start at any position and give the same samples whatever the workers and the batch sizes.
-
-A sample's augmentation is seeded by its key (seed, epoch, index) alone, also where it draws from generators that the
-data set or a transform owns, and loading in the main process leaves all random numbers as they were. A sample that
-cannot be read ends the run with its name, or is left out and named in its batch (`data.on_error`).
-"""
+"""Loaders that start at any position and give the same samples whatever the workers and the batch sizes."""
 
 from __future__ import annotations
 
-import errno
-import functools
-import random
-import re
 import signal
-import struct
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from adaptive_trainer import oom
-from adaptive_trainer.config.schema import DataConfig
-from adaptive_trainer.data.datasets import (
-    DataSets,
-    MapDataset,
-    labelled,
-    sample_name,
-)
-from adaptive_trainer.data.position import Key, Position, key_seed, updates_per_epoch
-from adaptive_trainer.data.transforms import TOO_LARGE, Transform, build_transform, to_rgb, wrong_range
-from adaptive_trainer.errors import DataError
-from adaptive_trainer.utils.belongings import Belongings
-from adaptive_trainer.utils.random import put_all, states_of
-from adaptive_trainer.utils.random import seed as seed_generator
+from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.position import Key, Position, updates_per_epoch
+from adaptive_trainer.data.samples import EVALUATION, Both, Samples
+from adaptive_trainer.data.transforms import build_transform
+from adaptive_trainer.errors import OutOfMemory
 
-BROKEN = (OSError, SyntaxError, EOFError, struct.error, *TOO_LARGE)  # what PIL raises for a bad file
-NOT_THE_FILE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 SECONDS_AFTER_SIGTERM = 30
-FEWER_WORKERS = {4: 2, 2: 0, 1: 0}
-EVALUATION = -1  # stands for the epoch in the key of an evaluation sample
-
-
-class SampleError(DataError):
-    """A sample cannot be used. The traceback that a data worker wraps around the message is cut away."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition("SampleError: ")[2].strip())
+LOADING = frozenset({oom.Kind.HOST, oom.Kind.WORKER})  # what fewer workers, or another try, can answer
 
 
 class Batch(NamedTuple):
@@ -72,72 +41,120 @@ class Batch(NamedTuple):
     skipped: list[str]
 
 
-class Loader:
-    """Batches of training and of evaluation, by the same workers in one pass after another, until it is closed.
+class SampleLoader:
+    """Samples by their keys, read by the same workers in one pass after another, until it is closed.
 
     They start with the first pass. A pass ends the one before it, wherever that has come to.
     """
 
-    def __init__(self, data: DataSets, *, batch_size: int, image_size: int, num_workers: int, pin_memory: bool) -> None:
-        self._sizes = len(data.train), len(data.val)
-        self._batch_size = batch_size
+    def __init__(
+        self,
+        dataset: Samples | Both,
+        num_workers: int,
+        *,
+        pin_memory: bool = False,
+        collate: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
         self._keys = _Keys()
-        self._running: Iterator[Batch] | None = None
-        train, val = (
-            _View(part, build_transform(data.config, image_size, training=training), data.num_classes, data.config)
-            for part, training in ((data.train, True), (data.val, False))
+        self._running: Iterator[Any] | None = None
+        self._loader = _DataLoader(
+            dataset,
+            batch_sampler=self._keys,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=collate or _collate,
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            # without one of its own, it draws its workers' seeds from the run's random numbers
+            generator=torch.Generator().manual_seed(0),
         )
-        most = max(updates_per_epoch(size, batch_size) for size in self._sizes)  # more would have nothing to do
-        self._loader = _loader(_Both(train, val), self._keys, min(num_workers, most), pin_memory)
 
-    def train(self, position: Position) -> Iterator[Batch]:
-        """The rest of the epoch from `position` on, one batch an update, augmented."""
-        return self._start(position.batches(self._batch_size))
-
-    def evaluate(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """The validation set in order, from sample `start` on, not augmented."""
-        return self._start(_in_order(start, self._sizes[1], batch_size))
-
-    def _start(self, batches: Iterable[list[Key]]) -> Iterator[Batch]:
+    def start(self, batches: Iterable[list[Key]]) -> Generator[Any, None, None]:
+        """A pass over batches of these samples."""
         self._keys.batches = batches
-        self._running = iter(self._loader)  # with workers it is the same object each time
-        return self._running
+        self._running = running = iter(self._loader)  # with workers it is the same object each time
+        return (batch for batch in running)
 
     def close(self) -> None:
         """End the workers."""
-        end_workers(self._running)
+        # Now, and not when the last reference to the iterator goes: the frames of an error keep it alive.
+        if isinstance(self._running, _Workers):
+            self._running._shutdown_workers()
 
 
-def end_workers(running: Iterator[Batch] | None) -> None:
-    """Now, and not when the last reference to a loader's iterator goes: the frames of an error keep it alive."""
-    shut_down = getattr(running, "_shutdown_workers", None)
-    if shut_down is not None:
-        shut_down()
+class Loader(SampleLoader):
+    """Batches of training and of evaluation."""
+
+    def __init__(self, data: DataSets, *, batch_size: int, image_size: int, num_workers: int, pin_memory: bool) -> None:
+        train, val = (
+            Samples(part, build_transform(data.config, image_size, training=training), data.num_classes, data.config)
+            for part, training in ((data.train, True), (data.val, False))
+        )
+        self._val_size, self._batch_size = len(data.val), batch_size
+        most = max(updates_per_epoch(size, batch_size) for size in (len(data.train), len(data.val)))
+        # more workers than batches would have nothing to do
+        super().__init__(Both(train, val), min(num_workers, most), pin_memory=pin_memory)
+
+    def train(self, position: Position) -> Generator[Batch, None, None]:
+        """The rest of the epoch from `position` on, one batch an update, augmented."""
+        return self.start(position.batches(self._batch_size))
+
+    def evaluate(self, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
+        """The validation set in order, from sample `start` on, not augmented."""
+        return self.start(in_order(start, self._val_size, batch_size))
 
 
-def _in_order(start: int, stop: int, batch_size: int) -> list[list[Key]]:
+def in_order(start: int, stop: int, batch_size: int) -> list[list[Key]]:
+    """The keys of samples that are not augmented, batch by batch."""
     keys = [(0, EVALUATION, index) for index in range(start, stop)]
     return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
 
 
-def plain_loader(
-    data: MapDataset,
-    transform: Transform,
-    config: DataConfig,
-    num_classes: int,
+def resumed(
+    samples: int,
+    begin: Callable[[int], Any],
+    answer: Callable[[oom.Failure, int], None],
     *,
-    collate: Callable[[list[Any]], Any],
-    batch_size: int,
-    num_workers: int,
-    start: int = 0,
-) -> DataLoader[Any]:
-    """The samples from `start` on, in order, through a transform and a collate function of the caller's.
+    kinds: Collection[oom.Kind] = LOADING,
+    pressure: Callable[[], bool] | None = None,
+    make_room: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+) -> Generator[Any, None, None]:
+    """Batches of so many samples, pass after pass: where memory runs out, the next goes on with the same samples.
 
-    The collate function is given (transformed image, label), or the name of a broken sample to be left out.
+    Args:
+        begin: starts a pass behind so many samples: an iterator that can be closed.
+        answer: is given a failure, and the samples before it; makes room for the next pass, or raises.
+        kinds, pressure: as for `oom.attempt`.
+        make_room: runs work; where the device has no room for it, makes room and runs it once more.
     """
-    batches = _in_order(start, len(data), batch_size)
-    view = _View(data, transform, num_classes, config)
-    return _loader(view, _Keys(batches), min(num_workers, len(batches)), False, collate)
+    done = 0
+    while done < samples:
+        failure = running = batch = None
+        try:
+            running = make_room(partial(begin, done))  # starts workers, which can fail too
+            while done < samples:
+                batch = make_room(partial(next, running))
+                yield batch
+                done += batch.samples
+        except OutOfMemory:  # of work that was tried twice already
+            raise
+        except Exception as error:
+            failure = oom.describe(error, pressure=pressure)
+            if failure.kind not in kinds:
+                raise
+        finally:
+            if running is not None:
+                running.close()
+        if failure is not None:
+            running = batch = None  # what they hold is to be free
+            answer(failure, done)
+
+
+def fewer_workers(num_workers: int) -> int:
+    """Data workers after one has failed."""
+    if num_workers > 4:
+        return 4
+    return 2 if num_workers == 4 else 0
 
 
 @dataclass
@@ -148,139 +165,6 @@ class _Keys:
 
     def __iter__(self) -> Iterator[list[Key]]:
         return iter(self.batches)
-
-
-@dataclass(frozen=True)
-class _View(Dataset[Any]):
-    """What a loader sees: key -> (image, label), or the name of a broken sample to be left out."""
-
-    data: Any
-    transform: Transform
-    num_classes: int
-    config: DataConfig
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
-        sample = self._draw(key)
-        if not self._belongings.keep():  # it has made generators meanwhile: once more, with those seeded as well
-            sample = self._draw(key)
-        return sample
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_belongings"}  # a copy has its own
-
-    @functools.cached_property
-    def _belongings(self) -> Belongings:
-        """The generators that data set and transform own, in this process."""
-        found = Belongings({"data": self.data, "transform": self.transform}, into_data=True)
-        found.keep()
-        return found
-
-    def _draw(self, key: Key) -> tuple[Tensor, int] | str:
-        index = key[2]
-        problem, advice = "", "repair or remove it"
-        seeded = _seeded(key_seed(*key), self._belongings.generators.values())
-        with seeded, _pixels_allowed(self.config.max_pixels):
-            try:
-                image, label = self._pair(self.data[index], index)
-            except BROKEN as error:
-                if getattr(error, "errno", None) in NOT_THE_FILE or oom.describe(error).is_of_loading:
-                    raise
-                problem = f"{type(error).__name__}: {error}"
-                if isinstance(error, TOO_LARGE):
-                    advice = f"make it smaller, allow it with data.max_pixels={_pixels(problem)}"
-            if not problem:
-                check_label(self.data, index, label, self.num_classes)
-                return self.transform(image), label
-        name = sample_name(self.data, index)
-        if self.config.on_error == "skip":
-            return name
-        raise SampleError(f"{name} cannot be read ({problem}); {advice}, or use data.on_error=skip")
-
-    def _pair(self, sample: Any, index: int) -> tuple[Image.Image | Tensor, int]:
-        problem = ""
-        try:
-            image, label = labelled(sample)
-            pair = to_rgb(image), label
-            problem = wrong_range(image, self.config)
-            if not problem:
-                return pair
-        except (TypeError, ValueError) as error:
-            problem = f"is not a pair of an image and a whole number as its label: {error}"
-        raise SampleError(f"{sample_name(self.data, index)} {problem}")
-
-
-@dataclass(frozen=True)
-class _Both(Dataset[Any]):
-    """Training and validation set; the key tells which is meant."""
-
-    train: _View
-    val: _View
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
-        return (self.val if key[1] == EVALUATION else self.train)[key]
-
-
-def check_label(data: MapDataset, index: int, label: int, num_classes: int) -> None:
-    """Refuse a label that is no class.
-
-    Raises:
-        SampleError: it is not.
-    """
-    if not 0 <= label < num_classes:
-        raise SampleError(
-            f"{sample_name(data, index)} has label {label}; allowed are 0 to {num_classes - 1} "
-            f"({num_classes} classes): correct the label or set model.num_classes"
-        )
-
-
-@contextmanager
-def _seeded(seed: int, own: Iterable[Any] = ()) -> Iterator[None]:
-    """Seed torch's, Python's and numpy's random numbers, and own generators, for the block; put back what they were.
-
-    So a sample's draws depend on nothing but its key, whichever process asks for it and whatever was asked before.
-
-    Data sets that call `torch.manual_seed` would seed the GPUs as well, so theirs are put back too.
-    """
-    generator = torch.default_generator
-    python, numpy, cpu = random.getstate(), np.random.get_state(), generator.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    of_own = states_of(own)
-    try:
-        for number, (each, _) in enumerate(of_own, start=1):
-            seed_generator(each, (seed + number) % 2**63)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        generator.manual_seed(seed)
-        yield
-    finally:
-        put_all(of_own)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        generator.set_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _pixels_allowed(most: int | None) -> Iterator[None]:
-    """Pillow raises for images of more pixels than these, and is silent about the others; None: it does as it likes."""
-    if most is None:
-        yield
-        return
-    before = Image.MAX_IMAGE_PIXELS
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # which it raises from twice the limit on
-            Image.MAX_IMAGE_PIXELS = most
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
-def _pixels(problem: str) -> str:
-    """The number of pixels that Pillow names."""
-    found = re.search(r"\d+", problem)
-    return found[0] if found else "NUMBER"
 
 
 class _DataLoader(DataLoader[Any]):
@@ -312,30 +196,6 @@ class _Workers(_MultiProcessingDataLoaderIter):
             worker.join()
 
 
-def fewer_workers(num_workers: int) -> int:
-    """Data workers after one has failed."""
-    return FEWER_WORKERS.get(num_workers, 4 if num_workers > 4 else 0)
-
-
-def _loader(
-    view: _View | _Both,
-    keys: _Keys,
-    num_workers: int,
-    pin_memory: bool,
-    collate: Callable[[list[Any]], Any] | None = None,
-) -> DataLoader[Any]:
-    return _DataLoader(
-        view,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        collate_fn=collate or _collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else a loader draws its workers' seeds from the run's own numbers
-    )
-
-
 def _collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
     pairs = [sample for sample in samples if not isinstance(sample, str)]
     images = torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0, 3, 1, 1)
@@ -344,16 +204,14 @@ def _collate(samples: list[tuple[Tensor, int] | str]) -> Batch:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach every process of the group; only the main one answers them.
-
-    A second SIGTERM ends the worker at once, and the first after a while: it may be the way to get rid of one that
-    hangs, and whoever sends it may wait for the end.
-    """
+    # Ctrl-C, and a scheduler's SIGTERM, reach every process of the group; only the main one answers them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
 
 
 def _ignore_once(number: int, _: FrameType | None) -> None:
+    # A second SIGTERM ends the worker at once, and the first after a while: it may be the way to get rid of one that
+    # hangs, and whoever sends it may wait for the end.
     signal.signal(number, signal.SIG_DFL)
     if hasattr(signal, "alarm"):
         signal.alarm(SECONDS_AFTER_SIGTERM)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-
+import numpy as np
+import torch
 
 Key = tuple[int, int, int]  # (seed, epoch, index of the sample in the data set)
 
 
 def key_seed(*parts: int) -> int:
     """A seed of 63 bits that depends on all the numbers, the same in every process and on every machine."""
-    text = "/".join(str(part) for part in parts)
+    text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -42,11 +41,7 @@ class Position:
     size: int
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be a position.
-
-        Raises:
-            ValueError: the cursor is outside the data set, or the epoch is negative.
-        """
+        """Raise a ValueError where the cursor is outside the data set, or the epoch is negative."""
         if self.epoch < 0 or not 0 <= self.cursor < self.size:
             raise ValueError(
                 f"epoch {self.epoch}, cursor {self.cursor} is no position in {self.size} samples: "
@@ -55,19 +50,14 @@ class Position:
 
     def permutation(self) -> list[int]:
         """The order of the samples in this epoch."""
-        import torch
-
         generator = torch.Generator().manual_seed(key_seed(self.seed, self.epoch))
         order: list[int] = torch.randperm(self.size, generator=generator).tolist()
         return order
 
     def next_size(self, batch_size: int) -> int:
-        """Samples in the next update: at most `batch_size` (one more only for batch size 2).
-
-        No update is left with a single sample where that can be avoided, since BatchNorm has no variance of one: when
-        `batch_size + 1` samples remain, one fewer is taken now (3 of 3 for batch size 2).
-        """
+        """Samples in the next update: at most `batch_size` (one more only for batch size 2)."""
         remaining = self.size - self.cursor
+        # No update is left with a single sample where that can be avoided: BatchNorm has no variance of one.
         if remaining == batch_size + 1 and batch_size > 1:
             return batch_size - 1 if batch_size > 2 else 3
         return min(batch_size, remaining)
@@ -83,39 +73,28 @@ class Position:
 
     def batches(self, batch_size: int) -> Iterator[list[Key]]:
         """The remaining updates of this epoch, each as the keys of its samples."""
-        for part in self.indices(batch_size):
-            yield [(self.seed, self.epoch, index) for index in part.tolist()]
+        return ([(self.seed, self.epoch, index) for index in part.tolist()] for part in self.indices(batch_size))
 
     def indices(self, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
         """The remaining updates of this epoch, each as the indices of its samples in the data set, int64."""
-        import numpy as np
-
-        order = np.array(self.permutation())
-        position = self
+        order, position = np.array(self.permutation()), self
         while position.epoch == self.epoch:
             size = position.next_size(batch_size)
             yield order[position.cursor : position.cursor + size]
             position = position.advance(size)
 
     def advance(self, samples: int) -> Position:
-        """The position after `samples` more; at the end of the data set it is the start of the next epoch.
-
-        Raises:
-            ValueError: that many samples are not left in this epoch, or the number is negative.
-        """
+        """The position after `samples` more, of those left in this epoch; at its end, the start of the next."""
         remaining = self.size - self.cursor
         if not 0 <= samples <= remaining:
             raise ValueError(f"cannot advance by {samples}: {remaining} samples are left in epoch {self.epoch}")
         if samples == remaining:
-            return Position(self.seed, self.epoch + 1, 0, self.size)
-        return Position(self.seed, self.epoch, self.cursor + samples, self.size)
+            return replace(self, epoch=self.epoch + 1, cursor=0)
+        return replace(self, cursor=self.cursor + samples)
 
     def schedule_step(self, batch_size: int) -> int:
-        """Updates that lead here when every update so far had `batch_size` samples: what a schedule counts by.
-
-        It equals the number of updates in a run whose batch size never changed, and depends on nothing but position
-        and batch size, so that a schedule needs no memory of its own.
-        """
+        """Updates that lead here when every update so far had `batch_size` samples: what a schedule counts by."""
+        # From position and batch size alone, so that a schedule needs no memory of its own.
         per_epoch = updates_per_epoch(self.size, batch_size)
         return self.epoch * per_epoch + min(math.ceil(self.cursor / batch_size), per_epoch - 1)
 

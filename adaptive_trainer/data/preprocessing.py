@@ -68,9 +68,8 @@ def settled(
 
     def filled(config: Config) -> Config:
         known = _kept(config.model, saved)
-        if known is None:
-            is_known = config.model.pretrained and make_model is build_model
-            known = own(config.model) if is_known else None
+        if known is None and config.model.pretrained and make_model is build_model:
+            known = own(config.model)
         nulls = {key: value for key, value in (known or {}).items() if getattr(config.data, key) is None}
         return replace(config, data=with_usual(replace(config.data, **nulls)))
 
@@ -88,7 +87,7 @@ def _kept(model: ModelConfig, saved: dict[str, Any] | None) -> dict[str, Any] | 
 
 
 def remark(config: Config, make_model: Callable[[ModelConfig, int], nn.Module]) -> str:
-    """What is to be said of the images that a pretrained network is given; empty where it is not pretrained."""
+    """Say how images are prepared for a pretrained network; empty where it is not pretrained."""
     if not config.model.pretrained:
         return ""
     name, used = config.model.name, {key: getattr(config.data, key) for key in USUAL}
@@ -98,17 +97,11 @@ def remark(config: Config, make_model: Callable[[ModelConfig, int], nn.Module]) 
     text = f"images are prepared with {_text(used)}"
     if known is None:
         return f"{text}: it is not known what the weights of the network expect; set what differs"
-    others = {key: value for key, value in known.items() if not _is_same(value, used[key])}
+    others = {key: value for key, value in known.items() if _text({key: value}) != _text({key: used[key]})}
     text += f", and the weights of {name} expect {_text(others)}" if others else f", as the weights of {name} expect"
     if config.data.cache != "none" and used["interpolation"] != USUAL["interpolation"]:
         text += f"; data.cache={config.data.cache} resamples {USUAL['interpolation']} all the same"
     return text
-
-
-def _is_same(ours: Any, theirs: Any) -> bool:
-    if not isinstance(ours, list):
-        return bool(ours == theirs)
-    return all(abs(a - b) < 1e-6 for a, b in zip(ours, theirs, strict=True))
 
 
 def _text(settings: dict[str, Any]) -> str:

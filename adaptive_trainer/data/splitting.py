@@ -84,10 +84,11 @@ def held_out(total: int, fraction: float, split: Split, labels: Array | None) ->
 
 
 def _shares(sizes: Array, count: int) -> Array:
-    """How many samples each class gives: `count` in all, in proportion to the sizes; one at least, where that goes."""
+    """How many samples each class gives: `count` in all, in proportion to the sizes."""
     most = sizes - 1
     count = min(count, int(most.sum()))
     exact = sizes * (count / sizes.sum())
+    # one at least, where that goes
     least = np.minimum(most, 1) if np.count_nonzero(most) <= count else np.zeros_like(sizes)
     shares: Array = np.clip(np.floor(exact).astype(np.int64), least, most)
     while (missing := count - int(shares.sum())) != 0:

@@ -12,36 +12,26 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from adaptive_trainer.config.schema import DataConfig, with_usual
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, explained
 
 Transform = Callable[[Any], Tensor]
-AUTO_AUGMENT = {
-    "ra": "RandAugment",
-    "ta_wide": "TrivialAugmentWide",
-    "imagenet": "AutoAugment",
-    "augmix": "AugMix",
-}  # names of torchvision's reference scripts
+AUTO_AUGMENT = {  # by the names of torchvision's reference scripts
+    "ra": "RandAugment", "ta_wide": "TrivialAugmentWide", "imagenet": "AutoAugment", "augmix": "AugMix",
+}  # fmt: skip
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # what Pillow raises for a large image
 WHOLE_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 MOST = 32.0  # that floats which go to 1, or some range of the user's own, have; an image of 0 to 255 has more
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation; 1 is upright
+TURN = Image.Transpose
+UPRIGHT = dict(enumerate((  # by EXIF orientation; 1 is upright
+    TURN.FLIP_LEFT_RIGHT, TURN.ROTATE_180, TURN.FLIP_TOP_BOTTOM, TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE,
+    TURN.ROTATE_90,
+), start=2))  # fmt: skip
 
 
 def to_rgb(image: Any) -> Image.Image | Tensor:
-    """A PIL image, or a tensor (C, H, W) or (H, W), grey or with alpha, with exactly three channels.
+    """Give a PIL image, or a tensor (C, H, W) or (H, W), grey or with alpha, exactly three channels.
 
-    A PIL image whose EXIF data says that it lies down, or is mirrored, is turned upright.
-
-    Raises:
-        TypeError: it is neither.
+    A PIL image whose EXIF data says that it lies down, or is mirrored, is turned upright. All else is a TypeError.
     """
     if isinstance(image, Image.Image):
         return image if image.mode == "RGB" and _turn(image) is None else read_as_rgb(image)
@@ -55,14 +45,13 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
     raise TypeError(f"the image is {got}; a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels is needed")
 
 
-def wrong_range(image: Any, config: DataConfig) -> str:
-    """Why a tensor's values would be taken for others; empty where they are as they should be, or nothing uses them so.
+def wrong_range(image: Any, config: DataConfig) -> str | None:
+    """Say why a tensor's values would be taken for others: floats from 0 to 255, which are scaled as if they went to 1.
 
-    Floats from 0 to 255, say, which are scaled as if they went to 1. With `data.transforms=none` floats may have any
-    range, but for a cache, which stores bytes.
+    With `data.transforms=none` floats may have any range, but for a cache, which stores bytes.
     """
     if not isinstance(image, Tensor) or not image.numel():
-        return ""
+        return None
     if image.dtype in WHOLE_NUMBERS:
         return f"is a tensor of {image.dtype}; give bytes (torch.uint8), or floats from 0 to 1"
     are_scaled = config.transforms != "none" or config.cache != "none"
@@ -71,15 +60,11 @@ def wrong_range(image: Any, config: DataConfig) -> str:
             f"has floats from {float(image.min()):g} to {float(image.max()):g}, which are taken to go from 0 to 1; "
             "divide them by 255, or give bytes (torch.uint8)"
         )
-    return ""
+    return None
 
 
 def read_as_rgb(image: Image.Image) -> Image.Image:
-    """An upright copy with three channels of bytes, read from its file.
-
-    Raises:
-        OSError: it cannot be read, or has shades of no known range.
-    """
+    """An upright copy with three channels of bytes, read from its file; an OSError where that cannot be done."""
     turn = _turn(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # else all above 255 is white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
@@ -94,11 +79,9 @@ def read_as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes an image upright, by its EXIF data; None where it is so already, or the data cannot be read.
-
-    Not by `ImageOps.exif_transpose`, which writes the data anew and fails where another part of it is broken.
-    """
+    """What makes an image upright, by its EXIF data; None where it is so already, or the data cannot be read."""
     image.load()  # a TIFF is turned by Pillow here
+    # `ImageOps.exif_transpose` writes the data anew, and fails where another part of it is broken.
     with suppress(Exception):  # broken EXIF data raises nearly everything
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
@@ -112,10 +95,8 @@ def build_transform(config: DataConfig, image_size: int, *, training: bool) -> T
     Raises:
         ConfigError: `data.auto_augment` or another setting of the augmentation is not known.
     """
-    config = with_usual(config)
-    if config.transforms == "timm":
-        return _timm(config, image_size, training)
-    return _torchvision(config, image_size, training)
+    make = _timm if config.transforms == "timm" else _torchvision
+    return make(with_usual(config), image_size, training)
 
 
 def _torchvision(config: DataConfig, size: int, training: bool) -> Transform:
@@ -149,33 +130,27 @@ def _auto_augment(name: str) -> Any:
 
 def _timm(config: DataConfig, size: int, training: bool) -> Transform:
     from timm.data import create_transform
+    from torchvision.transforms import v2
 
     settings: dict[str, Any] = {
-        "scale": tuple(config.crop_scale),
-        "hflip": config.hflip,
+        key: getattr(config, key) for key in ("hflip", "auto_augment", "interpolation", "crop_pct", "crop_mode")
+    }
+    settings |= {
         "color_jitter": None,
-        "auto_augment": config.auto_augment,
-        "interpolation": config.interpolation,
         "mean": tuple(config.mean or ()),
         "std": tuple(config.std or ()),
-        "crop_pct": config.crop_pct,
-        "crop_mode": config.crop_mode,
+        "scale": tuple(config.crop_scale),
     }
-    problem = ""
-    try:
-        return _Pil(create_transform((3, size, size), is_training=training, **settings))
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        problem = f"{type(error).__name__} {error}"
-    raise ConfigError(f"timm does not take these transforms (data.auto_augment={config.auto_augment}): {problem}")
+    what = f"timm does not take these transforms (data.auto_augment={config.auto_augment})"
+    with explained(
+        lambda error: ConfigError(f"{what}: {type(error).__name__} {error}"),
+        (AssertionError, ValueError, KeyError, IndexError),
+    ):
+        chain = create_transform((3, size, size), is_training=training, **settings)
+    return v2.Compose([_to_pil, chain])  # type: ignore[no-any-return]
 
 
-class _Pil:
-    """timm's transforms want PIL images; others are made into some."""
+def _to_pil(image: Any) -> Image.Image:
+    from torchvision.transforms.v2.functional import to_pil_image
 
-    def __init__(self, chain: Transform) -> None:
-        self.chain = chain
-
-    def __call__(self, image: Any) -> Tensor:
-        from torchvision.transforms.v2.functional import to_pil_image
-
-        return self.chain(image if isinstance(image, Image.Image) else to_pil_image(image))
+    return image if isinstance(image, Image.Image) else to_pil_image(image)

@@ -19,7 +19,7 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch
-from adaptive_trainer.data.pipeline import Supply, told_by_the_loader
+from adaptive_trainer.data.pipeline import Pipeline, worker_deaths_deferred
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     DataError,
@@ -124,7 +124,7 @@ class Loop:
     stop: StopSignal
     avoid_thrashing: bool = False
     engine: Engine = field(init=False)
-    supply: Supply = field(init=False)
+    pipeline: Pipeline = field(init=False)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ class Loop:
         self.growth = Growth(self.device)
         self.engine = Engine(self.session.update, config.trainer.engine, config.trainer.batch_size, self.hooks.event)
         data = replace(self.data, config=config.data)
-        self.supply = Supply(
+        self.pipeline = Pipeline(
             data, config, self.device, self.engine.beside_graph, bool(config.trainer.channels_last),
             self.capacity.pressure, self.hooks.event,
         )  # fmt: skip
@@ -154,7 +154,7 @@ class Loop:
             Interrupted: a signal came; the state is saved.
             UserError: the host's memory has run out between updates, twice.
         """
-        with told_by_the_loader(), closing(self.supply):
+        with worker_deaths_deferred(), closing(self.pipeline):
             while True:
                 try:
                     return self._run()
@@ -198,7 +198,7 @@ class Loop:
         what = f"epoch {epoch + 1}/{trainer.epochs}:"
         with (
             Progress(what, state.position.size, state.position.cursor) as progress,
-            closing(self.supply.train(state.position)) as batches,
+            closing(self.pipeline.train(state.position)) as batches,
         ):
             for batch in batches:
                 self._train_on(batch, epoch, progress)
@@ -389,7 +389,7 @@ class Loop:
             while done < total:
                 batch, size = None, min(self.eval_batch_size, total - done)
                 try:
-                    with closing(self.supply.evaluate(self.eval_batch_size, done)) as batches:
+                    with closing(self.pipeline.evaluate(self.eval_batch_size, done)) as batches:
                         for batch in batches:
                             self._tell_broken(batch)
                             sums = self._evaluate_batch(batch)

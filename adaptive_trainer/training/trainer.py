@@ -27,7 +27,7 @@ from adaptive_trainer.config.schema import BALANCED, LARGEST, USUAL, Config, Mod
 from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch_size, described, labels_of
-from adaptive_trainer.data.pipeline import told_by_the_loader
+from adaptive_trainer.data.pipeline import worker_deaths_deferred
 from adaptive_trainer.data.preprocessing import settled
 from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError, Interrupted, LadderExhausted, UserError
 from adaptive_trainer.ladder.resolve import changed, resolve, stages, stored_size
@@ -346,7 +346,7 @@ def _with_cache(data: DataSets, ladders: Ladders, record: Record) -> tuple[DataS
         if stop.name:
             raise Interrupted(f"stopped by {stop.name} while images were decoded for data.cache; nothing was trained")
 
-    with StopSignal().listening() as stop, told_by_the_loader():
+    with StopSignal().listening() as stop, worker_deaths_deferred():
         data = with_cache(data, size, event=record.event, poll=poll)
         poll()
     if data.stored is not None:

@@ -26,7 +26,7 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import DataConfig, OptimizerConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
-from adaptive_trainer.data.cached.prefetch import train_feed
+from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.cached.store import Decoded, Stored
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch, Loader
@@ -709,7 +709,7 @@ def test_stored_images_reach_a_busy_card_as_they_are(batch_size: int, channels_l
     for device in (torch.device("cpu"), gpu_checks.CUDA):
         how: dict[str, Any] = {"image_size": 64, "device": device, "channels_last": channels_last}
         batches = found[device.type] = []
-        for batch in train_feed(data, Position(3, 1, 0, 203), batch_size=batch_size, **how):
+        for batch in Prefetcher(data, batch_size=batch_size, **how).train(Position(3, 1, 0, 203)):
             if device.type == "cuda":
                 torch.cuda._sleep(random.randrange(3_000_000))  # type: ignore[no-untyped-call]
             copies = batch.images.clone(), batch.labels.clone()
@@ -727,9 +727,8 @@ def test_stored_images_are_the_same_bits_in_any_batch_and_nothing_is_left() -> N
     oom.release(gpu_checks.CUDA)
     before = torch.cuda.memory_allocated()
     for batch_size in (4, 11):
-        feed = train_feed(data, Position(3, 1, 0, 203), batch_size=batch_size, image_size=64,
-                          device=gpu_checks.CUDA, channels_last=False)  # fmt: skip
-        found.append(torch.cat([batch.images.cpu() for batch in feed]))
+        prefetcher = Prefetcher(data, batch_size=batch_size, image_size=64, device=gpu_checks.CUDA)
+        found.append(torch.cat([batch.images.cpu() for batch in prefetcher.train(Position(3, 1, 0, 203))]))
     assert torch.equal(*found)
     oom.release(gpu_checks.CUDA)
     assert torch.cuda.memory_allocated() == before

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import RungConfig
-from adaptive_trainer.data.cached import prefetch as feed
+from adaptive_trainer.data.cached import prefetch
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import Interrupted, LadderExhausted
 from adaptive_trainer.report.record import Result
@@ -312,14 +312,14 @@ def test_no_memory_for_stored_images(part: str, times: int, monkeypatch: pytest.
 
     def short(original: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            if left[0] and threading.current_thread().name in ("feed", "MainThread"):
+            if left[0] and threading.current_thread().name in ("prefetcher_0", "MainThread"):
                 left[0] -= 1
                 raise MemoryError("no room")
             return original(*args, **kwargs)
 
         return called
 
-    owner, name = (feed, "_gathered") if part == "indices" else (feed, "_Host")
+    owner, name = (prefetch._Source, "gather") if part == "indices" else (prefetch, "_Host")
     monkeypatch.setattr(owner, name, short(getattr(owner, name)))
     settings = [
         "data=fakedata", "data.train.size=16", "data.val.size=8", "data.image_size=32", "data.cache=ram",

@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -33,9 +34,10 @@ from adaptive_trainer.data.cached.store import (
     written,
 )
 from adaptive_trainer.data.datasets import DataSets
-from adaptive_trainer.data.loader import NOT_THE_FILE, check_label, end_workers, fewer_workers, plain_loader
+from adaptive_trainer.data.loader import LOADING, SampleLoader, fewer_workers, in_order, resumed
+from adaptive_trainer.data.samples import NOT_THE_FILE, Samples, check_label
 from adaptive_trainer.data.splitting import source
-from adaptive_trainer.errors import ConfigError, DataError
+from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, DataError, explained
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.utils.files import alone, default_folder
 from adaptive_trainer.utils.progress import Progress
@@ -45,40 +47,43 @@ FORMAT = 2  # of the stored images: counted up when what is stored for the same 
 LIBRARIES = (torch.__version__, torchvision.__version__, PIL.__version__)  # they decode and resize
 SHARE = 0.8  # of what is free, that a cache may take
 BATCH = 16  # images that a worker hands over at a time
+LITTLE_MEMORY = "the host has too little memory ({})"
 
 
-class _NoRoom(Exception):
+class _NoRoom(AdaptiveTrainerError):
     """The cache is not built; says why."""
 
 
 def with_cache(
     data: DataSets, size: int, *, event: Callable[[str], None], poll: Callable[[], None] = lambda: None
 ) -> DataSets:
-    """The data sets with their images stored at `size` x `size` pixels, as `data.cache` asks.
-
-    Where there is no room they come back as they are, and `event` is told why.
+    """Store the images of the data sets at `size` x `size` pixels, as `data.cache` asks, where there is room.
 
     Args:
-        event: is told what was decided, and why.
+        event: records what was decided, and why.
         poll: is called between batches, and may raise to end the work.
 
     Raises:
         ConfigError: the data set cannot be cached in this way.
         DataError: a sample cannot be used (`SampleError`), or no sample of the data can be read.
     """
-    builder = _Builder(data, size, event, poll)
-    problem = ""
     try:
-        return replace(data, stored=builder.stored())
+        stored = oom.attempt(_Builder(data, size, event, poll).stored, kinds=LOADING)
+        if not isinstance(stored, oom.Failure):
+            return replace(data, stored=stored)
+        problem = LITTLE_MEMORY.format(stored.text)
     except _NoRoom as error:
         problem = str(error)
-    except Exception as error:
-        failure = oom.describe(error)
-        if not failure.is_of_loading:
-            raise
-        problem = f"the host has too little memory ({failure.text})"
     event(f"data.cache={data.config.cache} is not used: {problem}; images are decoded anew in every epoch")
     return data
+
+
+class _Part(NamedTuple):
+    """Some images, and the other arrays of `Decoded` for them."""
+
+    images: Tensor
+    rows: dict[str, Array]
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -99,40 +104,33 @@ class _Builder:
     poll: Callable[[], None]
 
     def stored(self) -> tuple[Stored, Stored]:
-        """Those of both sets. Parts of one data set share what is stored.
-
-        Raises:
-            _NoRoom: they do not fit.
-        """
-        sources = [source(part) for part in (self.sets.train, self.sets.val)]
+        """Those of both sets. Parts of one data set share what is stored."""
+        parts = self.sets.train, self.sets.val
+        sources = [source(part) for part in parts]
         bases: dict[int, _Base] = {}
-        for base, index in sources:
-            known = bases.get(id(base))
-            used = index if known is None else np.concatenate((known.used, index))
-            bases[id(base)] = _Base(base, np.unique(used))
-        for each in bases.values():
-            refuse_own_transforms(each.data, self.sets.config.cache)
+        for data, index in sources:
+            known = [bases[id(data)].used] if id(data) in bases else []
+            bases[id(data)] = _Base(data, np.unique(np.concatenate([*known, index])))
+        for base in bases.values():
+            refuse_own_transforms(base.data, self.sets.config.cache)
         make = self._in_memory if self.sets.config.cache == "ram" else self._on_disk
         decoded = dict(zip(bases, make(list(bases.values())), strict=True))
-        found = [Stored(decoded[id(base)], np.searchsorted(bases[id(base)].used, index)) for base, index in sources]
-        for part, stored in zip((self.sets.train, self.sets.val), found, strict=True):
-            self._check_labels(part, stored)
-        return found[0], found[1]
+        train, val = (
+            Stored(decoded[id(data)], np.searchsorted(bases[id(data)].used, index)) for data, index in sources
+        )
+        self._check_labels(self.sets.train, train)
+        self._check_labels(self.sets.val, val)
+        return train, val
 
     def _nbytes(self, base: _Base) -> int:
         return len(base.used) * 3 * self.size * self.size
 
     def _in_memory(self, bases: list[_Base]) -> list[Decoded]:
-        need, free = sum(map(self._nbytes, bases)), available_memory()
-        if free is not None and need > SHARE * free:
-            raise _NoRoom(
-                f"the images take {format_bytes(need)}, above {SHARE:.0%} of the {format_bytes(free)} of free memory"
-            )
+        _check_room(sum(map(self._nbytes, bases)), available_memory(), "of free memory")
         found = []
         for base in bases:
             images = np.empty((len(base.used), 3, self.size, self.size), np.uint8)
-            rows = self._decode(base, _filler(images))
-            found.append(Decoded(images, **rows))
+            found.append(Decoded(images, **self._decode(base, partial(_fill, images))))
         return found
 
     def _on_disk(self, bases: list[_Base]) -> list[Decoded]:
@@ -145,36 +143,29 @@ class _Builder:
 
     def _file(self, base: _Base, folder: Path) -> Decoded:
         """The images in `folder`, which one process makes while others wait."""
-        problem = ""
-        try:
-            with alone(folder, self.poll) as is_alone:
-                if is_alone:
-                    removed_leftovers(folder)
-                found = open_decoded(folder, len(base.used), self.size)
-                if found is not None and self._are_still_broken(base, found):
-                    self.event(f"data.cache=disk: {len(base.used)} images are taken from {folder}")
-                    return found
-                self._check_disk(base, folder.parent)
-                written(folder, self.size, lambda write: self._decode(base, write))
-                found = open_decoded(folder, len(base.used), self.size)
-        except OSError as error:
-            if error.errno in NOT_THE_FILE:
-                raise
-            problem = f"{folder} cannot be written: {error}"
-            if isinstance(error, PermissionError):
-                problem += " (another user's? ADAPTIVE_TRAINER_CACHE=FOLDER names a folder of your own)"
-        if problem or found is None:
-            raise _NoRoom(problem or f"{folder} does not hold what was written to it")
-        return found
 
-    def _check_disk(self, base: _Base, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        need, free = self._nbytes(base), shutil.disk_usage(folder).free
-        if need > SHARE * free:
-            raise _NoRoom(
-                f"the images take {format_bytes(need)}, above {SHARE:.0%} of the {format_bytes(free)} that are free in "
-                f"{folder}"
-            )
+        def refused(error: Exception) -> _NoRoom | None:
+            if getattr(error, "errno", None) in NOT_THE_FILE:
+                return None
+            own = " (another user's? ADAPTIVE_TRAINER_CACHE=FOLDER names a folder of your own)"
+            return _NoRoom(f"{folder} cannot be written: {error}{own if isinstance(error, PermissionError) else ''}")
+
+        count = len(base.used)
+        with explained(refused, (OSError,)), alone(folder, self.poll) as is_alone:
+            if is_alone:
+                removed_leftovers(folder)
+            found = open_decoded(folder, count, self.size)
+            if found is not None and self._are_still_broken(base, found):
+                self.event(f"data.cache=disk: {count} images are taken from {folder}")
+                return found
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder.parent).free
+            _check_room(self._nbytes(base), free, f"that are free in {folder.parent}")
+            written(folder, self.size, partial(self._decode, base))
+            found = open_decoded(folder, count, self.size)
+        if found is None:
+            raise _NoRoom(f"{folder} does not hold what was written to it")
+        return found
 
     def _key(self, base: _Base) -> str:
         """A digest of everything that the stored images depend on."""
@@ -184,32 +175,22 @@ class _Builder:
         return digest.hexdigest()[:32]
 
     def _are_still_broken(self, base: _Base, found: Decoded) -> bool:
-        """Whether the samples that could not be read cannot be read now; raises for them where none is to be broken."""
+        # one that cannot be read is refused here, unless data.on_error=skip
         broken = base.used[~found.is_sound]
         if not len(broken):
             return True
-        loader = self._loader(_Base(base.data, broken), num_workers=0)
-        return not any(part["is_sound"].any() for _, part in loader)
+        return not any(part.rows["is_sound"].any() for part in self._read(_Base(base.data, broken), num_workers=0))
 
-    def _loader(self, base: _Base, num_workers: int, start: int = 0) -> Any:
-        data: Any = Subset(base.data, base.used.tolist())
-        return plain_loader(
-            data, _Squash(self.size), self.sets.config, self.sets.num_classes, collate=_Collate(self.size),
-            batch_size=BATCH, num_workers=num_workers, start=start,
-        )  # fmt: skip
-
-    def _decode(self, base: _Base, write: Callable[[Array], None]) -> dict[str, Array]:
-        """Hand every image to `write`, in order; returns the other arrays of `Decoded`."""
-        started, count = time.perf_counter(), len(base.used)
+    def _decode(self, base: _Base, write: Callable[[int, Array], object]) -> dict[str, Array]:
+        """Hand all images to `write`, some at a time, with the number of the first; give the rest of `Decoded`."""
+        started, count, done = time.perf_counter(), len(base.used), 0
         parts: list[dict[str, Array]] = []
-        with (
-            Progress("decoding:", count) as progress,
-            closing(self._batches(base)) as batches,
-        ):
-            for images, rows in batches:
-                write(images)
-                parts.append(rows)
-                progress.advance(len(images))
+        with Progress("decoding:", count) as progress, closing(self._batches(base)) as batches:
+            for batch in batches:
+                write(done, batch.images.numpy())
+                done += batch.samples
+                parts.append(batch.rows)
+                progress.advance(batch.samples)
                 self.poll()
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if not rows["is_sound"].any():
@@ -222,34 +203,31 @@ class _Builder:
         )
         return rows
 
-    def _batches(self, base: _Base) -> Generator[tuple[Array, dict[str, Array]], None, None]:
+    def _batches(self, base: _Base) -> Generator[_Part, None, None]:
         """All batches; after a failure for want of memory the rest with fewer workers, without any once more."""
-        workers, done, retried_at = self.sets.config.num_workers, 0, -1
-        while done < len(base.used):
-            failure = None
-            iterator = None
-            try:
-                iterator = iter(self._loader(base, workers, done))
-                for images, rows in iterator:
-                    yield images.numpy(), rows
-                    done += len(images)
-            except Exception as error:
-                failure = oom.describe(error)
-                if not failure.is_of_loading or (not workers and done == retried_at):
-                    raise
-            finally:
-                end_workers(iterator)
-            if failure is not None and not workers:
-                iterator = None
+        workers, retried_at = self.sets.config.num_workers, -1
+
+        def answer(failure: oom.Failure, done: int) -> None:
+            nonlocal workers, retried_at
+            if workers:
+                was, workers = workers, fewer_workers(workers)
+                what = f"data.num_workers {was} -> {workers} for the cache"
+                self.event(f"a data worker failed ({failure.text}): {what}")
+            elif done == retried_at:
+                raise _NoRoom(LITTLE_MEMORY.format(failure.text))
+            else:
                 retried_at = done
                 oom.release(torch.device("cpu"))
                 self.event(f"out of memory in decoding images ({failure.text}): the same samples once more")
-            elif failure is not None:
-                fewer = fewer_workers(workers)
-                self.event(
-                    f"a data worker failed ({failure.text}): data.num_workers {workers} -> {fewer} for the cache"
-                )
-                workers = fewer
+
+        return resumed(len(base.used), lambda done: self._read(base, workers, done), answer)
+
+    def _read(self, base: _Base, num_workers: int, start: int = 0) -> Generator[_Part, None, None]:
+        data: Any = Subset(base.data, base.used.tolist())
+        batches = in_order(start, len(data), BATCH)
+        samples = Samples(data, _Squash(self.size), self.sets.num_classes, self.sets.config)
+        with closing(SampleLoader(samples, min(num_workers, len(batches)), collate=_Collate(self.size))) as loader:
+            yield from loader.start(batches)
 
     def _check_labels(self, part: Any, stored: Stored) -> None:
         labels = stored.decoded.labels[stored.rows]
@@ -258,15 +236,13 @@ class _Builder:
             check_label(part, int(number), int(labels[number]), self.sets.num_classes)
 
 
-def _filler(images: Array) -> Callable[[Array], None]:
-    done = 0
+def _check_room(need: int, free: int | None, where: str) -> None:
+    if free is not None and need > SHARE * free:
+        raise _NoRoom(f"the images take {format_bytes(need)}, above {SHARE:.0%} of the {format_bytes(free)} {where}")
 
-    def write(more: Array) -> None:
-        nonlocal done
-        images[done : done + len(more)] = more
-        done += len(more)
 
-    return write
+def _fill(images: Array, first: int, some: Array) -> None:
+    images[first : first + len(some)] = some
 
 
 @dataclass(frozen=True)
@@ -286,11 +262,11 @@ class _Squash:
 
 @dataclass(frozen=True)
 class _Collate:
-    """Arrays of a batch: (images, the other arrays of `Decoded`)."""
+    """From what a loader gives of each sample to the arrays of a batch."""
 
     size: int
 
-    def __call__(self, samples: list[Any]) -> tuple[Tensor, dict[str, Array]]:
+    def __call__(self, samples: list[Any]) -> _Part:
         images = np.zeros((len(samples), 3, self.size, self.size), np.uint8)
         labels, sizes = np.zeros(len(samples), np.int64), np.ones((len(samples), 2), np.int64)
         is_sound = np.zeros(len(samples), bool)
@@ -299,9 +275,5 @@ class _Collate:
                 (pixels, *sizes[row]), labels[row] = sample
                 images[row], is_sound[row] = pixels.numpy(), True
         checksums = np.array([zlib.crc32(image.data) for image in images], np.uint32)
-        return torch.from_numpy(images), {
-            "labels": labels,
-            "sizes": sizes,
-            "is_sound": is_sound,
-            "checksums": checksums,
-        }
+        rows = {"labels": labels, "sizes": sizes, "is_sound": is_sound, "checksums": checksums}
+        return _Part(torch.from_numpy(images), rows, len(samples))

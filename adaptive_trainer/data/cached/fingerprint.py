@@ -22,11 +22,7 @@ PLAIN = (str, bytes, int, float, bool, type(None))
 
 
 def refuse_own_transforms(data: Any, asked: str) -> None:
-    """Refuse a data set that changes its images itself, at random perhaps: they would be kept as they come once.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """Raise a ConfigError for a data set that changes its images itself, at random perhaps."""
     own = [name for name in OWN_TRANSFORMS if getattr(data, name, None) is not None]
     if own:
         raise ConfigError(
@@ -36,7 +32,7 @@ def refuse_own_transforms(data: Any, asked: str) -> None:
 
 
 def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
-    """What decides the images and labels of a data set, piece by piece: its code, and its files or its arrays.
+    """Yield what decides the images and labels of a data set: its code, and its files or its arrays.
 
     Args:
         used: the indices of its samples that count.
@@ -66,7 +62,7 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
 
 
 def _what_can_be_read(settings: dict[str, Any]) -> Iterator[bytes]:
-    """The content of attributes, without tallies and what is no plain data: functions, say."""
+    """Yield the bytes of attributes, without tallies and what is no plain data: functions, say."""
     for name, value in sorted(settings.items()):
         if not isinstance(value, Counter):
             with suppress(ConfigError):
@@ -82,7 +78,7 @@ def _state_of(path: str) -> tuple[int, int]:
 
 
 def _source_of(code: Any) -> bytes:
-    """The text of a class or function where Python can find it, else its name; of an object, of its class."""
+    """The text of a function or class, or of an object's class, where Python can find it; else its name."""
     if isinstance(code, partial):
         given = {str(key): value for key, value in (*enumerate(code.args), *code.keywords.items())}
         functions = b"".join(_source_of(value) for value in given.values() if callable(value))
@@ -95,28 +91,19 @@ def _source_of(code: Any) -> bytes:
 
 
 def _has_pixels(data: Any) -> bool:
-    """Whether it holds its images in an array, or is a `TensorDataset`."""
     arrays = [value for value in vars(data).values() if isinstance(value, Tensor | np.ndarray)]
     return isinstance(data, TensorDataset) or any(a.ndim > 2 and len(a) == len(data) for a in arrays)
 
 
-def _is_plain_list(value: Any) -> bool:
-    """Of labels, say, which can be many."""
-    return isinstance(value, list | tuple) and set(map(type, value)) <= set(PLAIN)
-
-
 def _content(value: Any, owner: str, above: frozenset[int] = frozenset()) -> Iterator[bytes]:
-    """What a value holds. Of one that is within itself, that it is.
-
-    Raises:
-        ConfigError: something in it is no plain data.
-    """
+    """Yield the bytes of a value; for one that is within itself, a marker. What is no plain data is refused."""
     if isinstance(value, Tensor):
         value = value.numpy(force=True)
     if isinstance(value, np.ndarray) and value.dtype != object:
         yield repr((value.dtype.str, value.shape)).encode()
         yield np.ascontiguousarray(value).tobytes()
-    elif isinstance(value, PLAIN) or _is_plain_list(value):
+    elif isinstance(value, PLAIN) or (isinstance(value, list | tuple) and set(map(type, value)) <= set(PLAIN)):
+        # a list at once: of labels, say, which can be many
         yield repr(value).encode() + b";"
     elif id(value) in above:
         yield b"itself;"

@@ -49,8 +49,6 @@ def _mixed(z: Array) -> Array:
 def crop_windows(sizes: Array, draws: Array, scale: tuple[float, float]) -> Array:
     """What torchvision's RandomResizedCrop cuts out: an area uniform in `scale`, a ratio log-uniform in 3/4 to 4/3.
 
-    The first of ten tries that lies within the image is taken, else the largest centre crop of an allowed ratio.
-
     Args:
         sizes: height and width of the originals, (N, 2).
         draws: uniform random numbers, (N, at least 40).
@@ -68,16 +66,17 @@ def crop_windows(sizes: Array, draws: Array, scale: tuple[float, float]) -> Arra
     tries = np.stack(
         (np.floor(top * (full_height - height + 1)), np.floor(left * (full_width - width + 1)), height, width), axis=2
     )
+    # the first try that lies within the image, else the largest centre crop of an allowed ratio
     chosen = tries[np.arange(len(sizes)), inside.argmax(axis=1)].astype(np.int64)
     return np.where(inside.any(axis=1)[:, None], chosen, _largest_centre(sizes))
 
 
 def _largest_centre(sizes: Array) -> Array:
-    height, width = sizes[:, 0], sizes[:, 1]
-    ratio = width / height
-    used_height = np.where(ratio < RATIO[0], np.rint(width / RATIO[0]), height).astype(np.int64)
-    used_width = np.where(ratio > RATIO[1], np.rint(height * RATIO[1]), width).astype(np.int64)
-    return np.stack(((height - used_height) // 2, (width - used_width) // 2, used_height, used_width), axis=1)
+    height, width = sizes.T
+    used_height = np.where(width / height < RATIO[0], np.rint(width / RATIO[0]), height)
+    used_width = np.where(width / height > RATIO[1], np.rint(height * RATIO[1]), width)
+    used = np.stack((used_height, used_width), axis=1).astype(np.int64)
+    return np.concatenate(((sizes - used) // 2, used), axis=1)
 
 
 def center_windows(sizes: Array, image_size: int, crop_pct: float = EVAL_CROP, crop_mode: str = "center") -> Array:
@@ -112,10 +111,12 @@ def windows(
     """
     flip: Array = np.zeros(len(sizes))
     boxes: Array = np.concatenate((np.zeros_like(sizes), sizes), axis=1)
-    if config.transforms != "none" and epoch is None:
+    if config.transforms == "none":
+        pass
+    elif epoch is None:
         used = with_usual(config)
         boxes = center_windows(sizes, image_size, used.crop_pct or EVAL_CROP, used.crop_mode or "")
-    elif config.transforms != "none" and epoch is not None:
+    else:
         draws = uniform(key_seed(seed, epoch), index, DRAWS)
         boxes = crop_windows(sizes, draws, (config.crop_scale[0], config.crop_scale[1]))
         flip = draws[:, -1] < config.hflip
@@ -128,9 +129,7 @@ class DeviceBatch:
 
     Args:
         capacity: most samples in a batch.
-        image_size: of the network's input.
-        stored_size: of the stored images.
-        channels_last: memory format of the network's input.
+        image_size, channels_last: of the network's input.
         config: with how images are normalised; None leaves them as they are.
 
     Attributes:
@@ -149,17 +148,14 @@ class DeviceBatch:
         channels_last: bool = False,
         config: DataConfig | None = None,
     ) -> None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        sides = (image_size, image_size)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.windows = torch.zeros(capacity, 5, device=device)
         self._places = torch.arange(CHUNK, dtype=torch.float32, device=device)[:, None]
         self.sent, self.labels = (torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(2))
         self.stored = torch.empty(capacity, 3, stored_size, stored_size, dtype=torch.uint8, device=device)
-        self.images = torch.empty(capacity, 3, *sides, device=device, memory_format=layout)
-        mean, std = [0.0] * 3, [1.0] * 3
-        if config is not None and config.transforms != "none":
-            used = with_usual(config)
-            mean, std = used.mean or mean, used.std or std
+        self.images = torch.empty(capacity, 3, image_size, image_size, device=device, memory_format=memory_format)
+        used = None if config is None or config.transforms == "none" else with_usual(config)
+        mean, std = (used and used.mean) or [0.0] * 3, (used and used.std) or [1.0] * 3
         self._scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
 
@@ -180,17 +176,12 @@ class DeviceBatch:
 
 
 def fitting(device: torch.device, work: Callable[[], T]) -> T:
-    """What the work of the data path returns.
+    """Return what the work of the data path returns.
 
     Raises:
-        OutOfMemory: it failed twice, for lack of memory on `device`; what it held is freed.
+        OutOfMemory: it failed for lack of memory on `device`, twice where that could help; what it held is freed.
     """
-    for _ in range(2):
-        try:
-            return work()
-        except Exception as error:
-            failure = oom.describe(error, pressure=lambda: is_short(device))
-            if failure.kind is not oom.Kind.DEVICE:
-                raise
-        oom.release(device)
-    raise OutOfMemory(failure.text, phase="loading data")
+    done = oom.retry(work, device, pressure=lambda: is_short(device))
+    if isinstance(done, oom.Failure):
+        raise OutOfMemory(done.text, phase="loading data")
+    return done

@@ -1,7 +1,6 @@
 """Decoded images in memory or on disk: the arrays, the files, and whether a file can be believed.
 
-A cache on disk is a folder that is put in place whole, under the digest of everything it depends on. Who reads it
-believes it only when its sizes, its small file, and a sample of its images agree with what was written.
+A cache on disk is a folder that is put in place whole, under the digest of everything it depends on.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -18,16 +16,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-
-log = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 PIXELS, ROWS, HEAD = "images.u8", "rows.npz", "head.json"
 CHECKED = 256  # images whose checksum is looked at when a cache is opened
-POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,41 +58,34 @@ class Stored:
 
 
 def open_decoded(folder: Path, count: int, size: int) -> Decoded | None:
-    """The images in `folder`, mapped into memory; None where there are none, or they are damaged.
-
-    Raises:
-        OSError: there is no memory to map them into.
-    """
+    """Map the images in `folder` into memory; None where there are none, or their sizes or checksums are wrong."""
     try:
         head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
         rows = (folder / ROWS).read_bytes()
         if head != _head(count, size, rows) or (folder / PIXELS).stat().st_size != count * 3 * size * size:
             return None
         with np.load(folder / ROWS, allow_pickle=False) as found:
-            parts = {name: found[name] for name in ("labels", "sizes", "is_sound", "checksums")}
+            parts = dict(found)
         images = np.asarray(np.memmap(folder / PIXELS, np.uint8, "r", shape=(count, 3, size, size)))
     except (OSError, ValueError, KeyError) as error:
         if getattr(error, "errno", None) == errno.ENOMEM:  # which says nothing of the files
             raise
         return None
     looked_at = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).astype(int))
-    if any(zlib.crc32(images[i].data) != parts["checksums"][i] for i in looked_at):
-        return None
-    return Decoded(images, **parts)
+    is_damaged = any(zlib.crc32(images[i].data) != parts["checksums"][i] for i in looked_at)
+    return None if is_damaged else Decoded(images, **parts)
 
 
 def _head(count: int, size: int, rows: bytes) -> dict[str, Any]:
     return {"count": count, "size": size, "rows": hashlib.sha256(rows).hexdigest()}
 
 
-def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], dict[str, Array]]) -> None:
-    """Put a cache in place at `folder`, whole or not at all.
+def written(folder: Path, size: int, fill: Callable[[Callable[[int, Array], object]], dict[str, Array]]) -> None:
+    """Put a cache in place at `folder`, whole or not at all (OSError).
 
     Args:
-        fill: is given a function that takes images in order, and returns the other arrays of `Decoded`.
-
-    Raises:
-        OSError: it cannot be written.
+        fill: is given a function that takes images in order, each time with the number of the first, and returns the
+            other arrays of `Decoded`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():  # damaged, or another user's: then it is known now, not after all images are decoded
@@ -108,7 +96,7 @@ def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], d
         part.mkdir()  # open to whom the user's umask lets in
         with (part / PIXELS).open("wb") as file:
             # not through a memory map: where the disk is full, a write says so and a map kills the process
-            rows: dict[str, Any] = fill(lambda images: _append(file, images))
+            rows: dict[str, Any] = fill(lambda _, images: file.write(images.data))
             file.flush()
             os.fsync(file.fileno())
         with (part / ROWS).open("wb") as file:
@@ -121,10 +109,6 @@ def written(folder: Path, size: int, fill: Callable[[Callable[[Array], None]], d
         shutil.rmtree(closed, ignore_errors=True)
 
 
-def _append(file: BinaryIO, images: Array) -> None:
-    file.write(images.data)
-
-
 def removed_leftovers(folder: Path) -> None:
     """Remove what killed processes have left of `folder`; only for who holds its lock."""
     for part in folder.parent.glob(f"{folder.name}.*.part"):
@@ -133,24 +117,20 @@ def removed_leftovers(folder: Path) -> None:
 
 def available_memory() -> int | None:
     """Bytes of RAM that a process can still take, by the kernel and by its control group; None where unknown."""
-    found = []
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    group = Path("/sys/fs/cgroup")
+    found, group = [], Path("/sys/fs/cgroup")
+    with suppress(OSError, KeyError):
+        found.append(1024 * _figures(Path("/proc/meminfo"))["MemAvailable:"])
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError):  # "max" is no number
             free = int((group / limit).read_text()) - int((group / used).read_text())
-            found.append(free + _cached_files(group / Path(limit).parent))
+            # its files in memory are what the kernel gives up first
+            found.append(free + _figures((group / limit).with_name("memory.stat")).get("inactive_file", 0))
     return min(found, default=None)
 
 
-def _cached_files(group: Path) -> int:
-    """Bytes of a control group's files in memory, which the kernel gives up first."""
-    with suppress(OSError, ValueError):
-        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.split()[0] == "inactive_file")
-    return 0
+def _figures(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines}

@@ -24,8 +24,9 @@ from torch.utils.data import Dataset, get_worker_info
 from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.datasets import DataSets, build_datasets
-from adaptive_trainer.data.loader import EVALUATION, Batch, Loader, SampleError
+from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.position import Position
+from adaptive_trainer.data.samples import EVALUATION, SampleError
 from adaptive_trainer.errors import DataError
 
 # Python 3.12 warns of every fork in a process with threads, and torch always has some

@@ -22,7 +22,7 @@ from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import Config, DataConfig
 from adaptive_trainer.data.cached import build as caching
 from adaptive_trainer.data.cached.build import with_cache
-from adaptive_trainer.data.cached.prefetch import eval_feed
+from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.datasets import DataSets, build_datasets, described
 from adaptive_trainer.data.folders import check_folders, check_root
 from adaptive_trainer.data.image_files import ImageFiles
@@ -79,7 +79,7 @@ def evaluated(config: Config, train: Any = None, val: Any = None) -> list[Batch]
     data = build_datasets(config, train, val)
     if config.data.cache != "none":
         data = with_cache(data, 32, event=lambda text: None)
-        return list(eval_feed(data, batch_size=8, image_size=16, device=CPU, channels_last=False))
+        return list(Prefetcher(data, batch_size=8, image_size=16, device=CPU).evaluate(8))
     with closing(Loader(data, batch_size=8, image_size=16, num_workers=0, pin_memory=False)) as loader:
         return list(loader.evaluate(8))
 
@@ -251,7 +251,7 @@ def loaded(data: Any, **how: Any) -> list[Batch]:
     sets = DataSets(data, data, 2, ("cat", "dog"), DataConfig(num_workers=0, **how))
     if sets.config.cache != "none":
         sets = with_cache(sets, 16, event=lambda text: None)
-        return list(eval_feed(sets, batch_size=8, image_size=16, device=CPU, channels_last=False))
+        return list(Prefetcher(sets, batch_size=8, image_size=16, device=CPU).evaluate(8))
     with closing(Loader(sets, batch_size=8, image_size=16, num_workers=0, pin_memory=False)) as loader:
         return list(loader.evaluate(8))
 

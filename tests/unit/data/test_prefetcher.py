@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
-from adaptive_trainer.data.cached.prefetch import FeedLoader, _Lane, eval_feed, train_feed
+from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.cached.store import Decoded, Stored
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch, Loader
@@ -55,14 +56,13 @@ def kept(broken: tuple[int, ...] = (), **settings: Any) -> DataSets:
     return DataSets(Named(), Named(), 3, ("a", "b", "c"), DataConfig(cache="ram", **settings), (rows, rows))
 
 
-def collected(loader: FeedLoader) -> list[Batch]:
+def collected(loader: Iterator[Batch]) -> list[Batch]:
     """A batch is valid until the next: copies."""
     return [batch._replace(images=batch.images.clone(), labels=batch.labels.clone()) for batch in loader]
 
 
 def train(data: DataSets, position: Position, batch_size: int = 4, image_size: int = 16) -> list[Batch]:
-    settings: dict[str, Any] = {"image_size": image_size, "device": CPU, "channels_last": False}
-    return collected(train_feed(data, position, batch_size=batch_size, **settings))
+    return collected(Prefetcher(data, batch_size=batch_size, image_size=image_size, device=CPU).train(position))
 
 
 def rows(found: list[Batch]) -> Tensor:
@@ -91,14 +91,14 @@ def test_the_samples_and_batches_are_those_of_the_other_loaders(batch_size: int)
         theirs = [(batch.labels.tolist(), batch.samples) for batch in loader.train(position)]
         assert [(b.labels.tolist(), b.samples) for b in train(data, position, batch_size)] == theirs
     theirs = [(batch.labels.tolist(), batch.samples) for batch in loader.evaluate(batch_size, start=3)]
-    feed = eval_feed(data, batch_size=batch_size, image_size=16, device=CPU, channels_last=False, start=3)
-    assert [(b.labels.tolist(), b.samples) for b in collected(feed)] == theirs
+    prefetcher = Prefetcher(data, batch_size=batch_size, image_size=16, device=CPU)
+    assert [(b.labels.tolist(), b.samples) for b in collected(prefetcher.evaluate(batch_size, start=3))] == theirs
 
 
 def test_evaluation_is_the_same_from_any_start() -> None:
     def load(batch_size: int, start: int) -> Tensor:
-        feed = eval_feed(kept(), batch_size=batch_size, image_size=16, device=CPU, channels_last=False, start=start)
-        return rows(collected(feed))
+        prefetcher = Prefetcher(kept(), batch_size=batch_size, image_size=16, device=CPU)
+        return rows(collected(prefetcher.evaluate(batch_size, start)))
 
     assert torch.equal(load(7, 11), load(5, 0)[11:])
 
@@ -115,21 +115,21 @@ def test_broken_samples_are_left_out_named_and_counted() -> None:
     assert torch.equal(whole[0].images, sound[[i for i, n in enumerate(order) if n not in (5, 6)]])
 
 
-def feeding() -> int:
-    return sum(thread.name == "feed" for thread in threading.enumerate())
+def prefetching() -> int:
+    return sum(thread.name.startswith("prefetcher") for thread in threading.enumerate())
 
 
 def test_a_thread_ends_with_its_pass() -> None:
-    before = feeding()
+    before = prefetching()
     train(kept(), Position(0, 0, 0, SIZE))
-    feed = train_feed(kept(), Position(0, 0, 0, SIZE), batch_size=2, image_size=8, device=CPU, channels_last=False)
-    ended, dropped = iter(feed), iter(feed)
+    prefetcher = Prefetcher(kept(), batch_size=2, image_size=8, device=CPU)
+    ended, dropped = (prefetcher.train(Position(0, 0, 0, SIZE)) for _ in range(2))
     next(ended), next(dropped)
-    assert feeding() == before + 2
-    ended._shutdown_workers()  # type: ignore[attr-defined]
+    assert prefetching() == before + 2
+    ended.close()  # type: ignore[attr-defined]
     assert list(ended) == []
-    assert feeding() == before + 1
-    thread = dropped._thread  # type: ignore[attr-defined]
+    assert prefetching() == before + 1
+    [thread] = dropped._thread._threads  # type: ignore[attr-defined]
     del dropped
     gc.collect()
     thread.join(10)
@@ -141,7 +141,7 @@ def test_an_error_of_the_thread_is_the_loaders() -> None:
     stored = Stored(data.stored[0].decoded, np.arange(SIZE - 5))  # type: ignore[index]
     with pytest.raises(IndexError, match="out of bounds"):
         train(replace(data, stored=(stored, stored)), Position(0, 0, 0, SIZE))
-    assert not feeding()
+    assert not prefetching()
 
 
 class Unusable:
@@ -152,14 +152,21 @@ class Unusable:
 
 
 @pytest.mark.parametrize("earlier", [None, IndexError("earlier")])
-def test_a_thread_says_that_it_ends_whatever_the_device_says(earlier: Exception | None) -> None:
-    lane = _Lane(
-        train_feed(kept(), Position(0, 0, 0, SIZE), batch_size=2, image_size=8, device=CPU, channels_last=False)
-    )
-    lane.side = Unusable()
-    lane.end(earlier)
-    found = lane.sent.get(timeout=10)
-    assert found is earlier if earlier else "illegal memory access" in str(found)
+def test_a_thread_ends_whatever_the_device_says(earlier: Exception | None) -> None:
+    def batches() -> Iterator[Any]:
+        ready.wait(10)
+        if earlier:
+            raise earlier
+        yield from ()
+
+    ready = threading.Event()
+    prefetcher = Prefetcher(kept(), batch_size=2, image_size=8, device=CPU)
+    found: Any = prefetcher._started(0, batches(), 2, 0, 0)
+    found._lane.side = Unusable()
+    ready.set()
+    with pytest.raises(type(earlier) if earlier else RuntimeError, match=r"earlier|illegal memory access"):
+        next(found)
+    assert not prefetching()
 
 
 def test_after_an_out_of_memory_the_same_batch_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +180,7 @@ def test_after_an_out_of_memory_the_same_batch_comes(monkeypatch: pytest.MonkeyP
         return real(buffers, count)
 
     monkeypatch.setattr(DeviceBatch, "resample", full)
-    feed = train_feed(kept(), Position(0, 0, 0, SIZE), batch_size=4, image_size=16, device=CPU, channels_last=False)
-    iterator = iter(feed)
+    iterator = Prefetcher(kept(), batch_size=4, image_size=16, device=CPU).train(Position(0, 0, 0, SIZE))
     found = [next(iterator).images.clone() for _ in range(2)]
     with pytest.raises(OutOfMemory) as caught:
         next(iterator)
@@ -196,18 +202,18 @@ SMALL = (
 
 
 def test_no_memory_for_loading_is_a_step_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = FeedLoader.__iter__
+    real = Prefetcher.train
 
-    def full(loader: FeedLoader) -> Any:
-        if loader.capacity == 8:
+    def full(prefetcher: Prefetcher, position: Position) -> Any:
+        if prefetcher.batch_size == 8:
             raise OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB", phase="loading data")
-        return real(loader)
+        return real(prefetcher, position)
 
-    monkeypatch.setattr(FeedLoader, "__iter__", full)
+    monkeypatch.setattr(Prefetcher, "train", full)
     ladder = ["ladder.rungs=[{name: half, overrides: ['trainer.batch_size=4']}]"]
     result = Trainer(compose_config([*SMALL, *ladder]), train_data=Eight(), output_dir=tmp_path / "a").fit()
     assert result.rung == "half"
     assert [a.phase for a in result.attempts if a.outcome == "oom"] == ["loading data, after update 0"]
-    assert not feeding()
+    assert not prefetching()
     with pytest.raises(LadderExhausted, match="loading data"):
         Trainer(compose_config([*SMALL, "ladder=none"]), train_data=Eight(), output_dir=tmp_path / "b").fit()
