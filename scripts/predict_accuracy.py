@@ -22,7 +22,7 @@ from adaptive_trainer import compose_config
 from adaptive_trainer.config.schema import Config, MemoryConfig
 from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.planning.device_spec import spec_of
-from adaptive_trainer.planning.ladder_plan import Planner
+from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.training.measure import measure
 
@@ -111,8 +111,8 @@ def cases() -> list[Case]:
 def run(case: Case) -> Outcome:
     """Predict and measure one recipe."""
     config = case.config()
-    planner = Planner(spec_of(config))
-    found, classes = planner.predict(config), planner.classes(config)
+    predictor = Predictor(spec_of(config))
+    found, classes = predictor.predict(config), predictor.networks.classes(config)
     title = f"{case.group} | {recipe(config)}, {config.optimizer.name}"
     if found.min_capacity_bytes is None:
         return Outcome(title, (), (), unknown=found.reason)

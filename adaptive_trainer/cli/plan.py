@@ -6,12 +6,13 @@ import io
 import json
 import logging
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from adaptive_trainer.config.overrides import typed
@@ -24,9 +25,12 @@ from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.planning.cache import PlanCache
-from adaptive_trainer.planning.device_spec import DeviceSpec, spec_of
-from adaptive_trainer.planning.ladder_plan import ASSUMED_CLASSES, Plan, Planner, check_names, image_refusal, plan
-from adaptive_trainer.prediction.estimator import verdict
+from adaptive_trainer.planning.device_spec import spec_of
+from adaptive_trainer.planning.ladder_plan import Plan, plan
+from adaptive_trainer.planning.networks import ASSUMED_CLASSES
+from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.planning.refusals import check_names, image_refusal, no_step, refusal
+from adaptive_trainer.prediction.estimator import Verdict, verdict
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.files import as_csv, default_folder, refused_by_disk, write_whole
 from adaptive_trainer.utils.screen import nearby, width
@@ -37,11 +41,6 @@ log = logging.getLogger(__name__)
 MiB = 2**20
 LARGEST_PLANNED = 2**20  # samples: a plan does not open the data, which bounds a batch
 Measure = Callable[[Config, int], tuple[int, int] | None]
-
-
-def _planner(config: Config, stored: int | None = None) -> Planner:
-    cache = PlanCache(default_folder())
-    return Planner(spec_of(config, cache), cache=cache, stored_size=stored)
 
 
 def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
@@ -55,69 +54,84 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
     config = typed(cfg)
-    device, is_open = device_of(config.device), _is_open(config)
-    limit = limit_for(config, device)
-    if is_open and limit is None and device.type == "cpu":
-        config.device = "cpu"  # the simulated card that training would take
-    if config.device == "cpu":
-        config.memory.limit = limit
-    asked, made = stages(cfg), dict[str, Plan]()
-    planner = _planner(config, stored_size(typed(settings) for _, settings in asked))
-    for name, settings in asked:
-        ladder, is_found = _ladder(settings, planner)
-        made[name] = plan(ladder, planner, is_found=is_found)
-        if made[name].rows[0].verdict == "skipped":
-            raise ModelError(made[name].rows[0].reason)
+    note = _as_in_training(config, device_of(config.device))
+    asked = stages(cfg)
+    predictor = _predictor(config, stored_size(typed(settings) for _, settings in asked))
+    made = {name: _plan(settings, predictor) for name, settings in asked}
     for name, each in made.items():
         log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
-    if is_open and device.type == "cpu":
-        card = "this is the simulated card that training would take; card=rtx2060 names another"
-        none = "training on your own data takes the CPU, with no limit; card=rtx2060 names a card to plan for"
-        log.info("there is no CUDA here: %s", none if limit else card)
+    if note:
+        log.info("%s", note)
     if cfg.model.num_classes is None:
         log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
     contents = [{"stage": name, **_content(each)} for name, each in made.items()]
     content = contents[0] if len(contents) == 1 else {"stages": contents}
-    _write(output_dir, "plan.json", json.dumps(content, indent=2) + "\n")
-    _log_files(output_dir, "plan.json")
+    _write(output_dir, {"plan.json": json.dumps(content, indent=2) + "\n"})
     return each
 
 
-def _is_open(config: Config) -> bool:
-    """Whether neither a card nor a limit nor a device is named: what training would take is asked about."""
-    return config.card == CardConfig() and config.memory.limit is None and config.device == "auto"
+def _as_in_training(config: Config, device: torch.device) -> str:
+    """Take the simulated card that training would take; say so where the settings name no device."""
+    limit = limit_for(config, device)
+    is_open = config.card == CardConfig() and config.memory.limit is None and config.device == "auto"
+    if is_open and limit is None and device.type == "cpu":
+        config.device = "cpu"
+    if config.device == "cpu":
+        config.memory.limit = limit
+    if not is_open or device.type != "cpu":
+        return ""
+    if limit:
+        text = "training on your own data takes the CPU, with no limit; card=rtx2060 names a card to plan for"
+    else:
+        text = "this is the simulated card that training would take; card=rtx2060 names another"
+    return f"there is no CUDA here: {text}"
 
 
-def _ladder(cfg: DictConfig, planner: Planner) -> tuple[tuple[Rung[Config], ...], bool]:
-    """The rungs of the settings, and whether rung 0 has the largest batch size that is predicted to fit."""
-    ladder, capacity = resolve(cfg), planner.spec.capacity
-    check_names(ladder)
+def _predictor(config: Config, stored: int | None = None) -> Predictor:
+    cache = PlanCache(default_folder())
+    return Predictor(spec_of(config, cache), cache=cache, stored_size=stored)
 
+
+def _plan(cfg: DictConfig, predictor: Predictor) -> Plan:
     def refuse(_: str, above: Config, settings: Config) -> str:
-        return planner.refusal(above, settings) or planner.no_step(above, settings)
+        return refusal(predictor.networks, above, settings) or no_step(predictor, above, settings)
 
-    if cfg.trainer.batch_size != LARGEST:
-        return resolve(cfg, refuse=refuse), False
-    asked = f"trainer.batch_size={LARGEST}"
+    ladder = resolve(cfg)
+    check_names(ladder)
+    size, why = _largest(ladder[0], predictor) if cfg.trainer.batch_size == LARGEST else (None, "")
+    ladder = resolve(cfg, refuse=refuse) if size is None else resolve(cfg, size or 1, why, refuse)
+    if size is not None:
+        log.info("%s", "; ".join(ladder[0].notes))
+    made = plan(ladder, predictor, is_found=bool(size))
+    if made.rows[0].verdict == Verdict.SKIPPED:
+        raise ModelError(made.rows[0].reason)
+    return made
+
+
+def _largest(asked: Rung[Config], predictor: Predictor) -> tuple[int, str]:
+    """The largest batch size that is predicted to fit, 0 where none is, and why it is this one."""
+    capacity, key = predictor.spec.capacity, f"trainer.batch_size={LARGEST}"
     if capacity is None:
-        raise ConfigError(f"{asked} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
-    size, reason = planner.largest_batch(ladder[0].settings, capacity, LARGEST_PLANNED)
+        raise ConfigError(f"{key} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
+    size, reason = predictor.largest_batch(asked.settings, capacity, LARGEST_PLANNED)
     if size is None:
-        raise ConfigError(f"{asked} cannot be planned, because the update cannot be predicted: {reason}")
+        raise ConfigError(f"{key} cannot be planned, because the update cannot be predicted: {reason}")
     room = format_bytes(capacity)
-    why = f"the largest that is predicted to fit in {room}; training proves it, or one near it"
-    ladder = resolve(cfg, size or 1, why if size else f"not even one sample is predicted to fit in {room}", refuse)
-    log.info("%s", "; ".join(ladder[0].notes))
-    return ladder, size > 0
+    if not size:
+        return 0, f"not even one sample is predicted to fit in {room}"
+    return size, f"the largest that is predicted to fit in {room}; training proves it, or one near it"
 
 
 def _content(made: Plan) -> dict[str, Any]:
-    landing = {"lands_on": made.lands_on, "perhaps": list(made.perhaps)}
-    return {**_about(made.spec), **landing, "rungs": [asdict(row) for row in made.rows]}
-
-
-def _about(spec: DeviceSpec) -> dict[str, Any]:
-    return {"target": spec.description, "capacity_bytes": spec.capacity, "context_bytes": spec.context}
+    """A plan as plain data."""
+    return {
+        "target": made.spec.description,
+        "capacity_bytes": made.spec.capacity,
+        "context_bytes": made.spec.context,
+        "lands_on": made.lands_on,
+        "perhaps": list(made.perhaps),
+        "rungs": [asdict(row) for row in made.rows],
+    }
 
 
 def plan_table(made: Plan) -> str:
@@ -127,7 +141,7 @@ def plan_table(made: Plan) -> str:
     for row in made.rows:
         sizes = (row.live_bytes, row.allocated_bytes, row.reserved_bytes, row.min_capacity_bytes, row.min_card_bytes)
         what = f"{row.recipe} ({row.reason})" if row.reason and row.live_bytes is None else row.recipe
-        lines.append((row.rung, row.verdict, *(_mib(size) for size in sizes), what))
+        lines.append((row.rung, row.verdict, *map(_mib, sizes), what))
     spec = made.spec
     room = "" if spec.capacity is None else f"; {format_bytes(spec.capacity)} for tensors"
     outside = f", {format_bytes(spec.context)} for the CUDA context" if spec.context else ""
@@ -154,7 +168,7 @@ class Cell:
 
     batch: int
     size: int
-    verdict: str
+    verdict: Verdict
     allocated_bytes: int | None
     reserved_bytes: int | None
     min_capacity_bytes: int | None
@@ -177,22 +191,22 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
         ModelError: the network is unknown.
     """
     check_name(cfg.model.name)
-    planner = _planner(typed(cfg))
+    predictor = _predictor(typed(cfg))
     cells = [
-        _cell(typed(cfg), batch, size, planner, measure)
+        _cell(typed(cfg), batch, size, predictor, measure)
         for batch in _numbers(cfg, "batch")
         for size in _numbers(cfg, "size")
     ]
-    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.spec.description}"
+    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {predictor.spec.description}"
     seen = " [measured]" if any(cell.measured_allocated_bytes is not None for cell in cells) else ""
     text = f"{head}; peak allocated MiB{seen}\n{memory_table(cells)}"
-    if any(cell.verdict in ("hopeless", "unsure") for cell in cells):
+    if any(cell.verdict in MARKS for cell in cells):
         text += "\n! does not fit, ? too near the limit to say"
     log.info("%s", text)
-    _write(output_dir, "memory.txt", text + "\n")
-    _write(output_dir, "memory.csv", as_csv([asdict(cell) for cell in cells]))
-    _draw(cells, head, Path(output_dir) / "memory.png")
-    _log_files(output_dir, "memory.txt", "memory.csv", "memory.png")
+    files: dict[str, str | bytes] = {"memory.txt": text + "\n", "memory.csv": as_csv([asdict(cell) for cell in cells])}
+    if picture := _drawn(cells, head):
+        files["memory.png"] = picture
+    _write(output_dir, files)
     return cells
 
 
@@ -203,28 +217,20 @@ def _numbers(cfg: DictConfig, key: str) -> list[int]:
     return numbers
 
 
-def _cell(asked: Config, batch: int, size: int, planner: Planner, measure: Measure | None) -> Cell:
+def _cell(asked: Config, batch: int, size: int, predictor: Predictor, measure: Measure | None) -> Cell:
     config = deepcopy(asked)
     config.trainer.batch_size, config.data.image_size = batch, size
     config.trainer.micro_batch_size = min(batch, asked.trainer.micro_batch_size or batch)
     check(config)
-    found = planner.predict(config)
-    capacity = planner.spec.capacity
-    answer = "unknown" if capacity is None or found.reason else verdict(found, capacity)
-    reason = (image_refusal(config, planner.classes(config)) or found.reason) if found.reason else ""
-    seen = measure(config, planner.classes(config)) if measure is not None and not reason else None
+    found, classes = predictor.predict(config), predictor.networks.classes(config)
+    reason = (image_refusal(config, classes) or found.reason) if found.reason else ""
+    seen = measure(config, classes) if measure is not None and not reason else None
     allocated, reserved = (None, None) if seen is None else seen
-    return Cell(
-        batch,
-        size,
-        answer,
-        found.allocated_bytes,
-        found.reserved_bytes,
-        found.min_capacity_bytes,
-        allocated,
-        reserved,
-        reason,
-    )
+    sizes = found.allocated_bytes, found.reserved_bytes, found.min_capacity_bytes
+    return Cell(batch, size, verdict(found, predictor.spec.capacity), *sizes, allocated, reserved, reason)
+
+
+MARKS = {Verdict.HOPELESS: " !", Verdict.UNSURE: " ?"}
 
 
 def memory_table(cells: Sequence[Cell]) -> str:
@@ -235,51 +241,42 @@ def memory_table(cells: Sequence[Cell]) -> str:
     for batch in dict.fromkeys(cell.batch for cell in cells):
         row = [by_place[batch, size] for size in sizes]
         notes = "; ".join(dict.fromkeys(cell.reason for cell in row if cell.reason))
-        lines.append([str(batch), *(_shown(cell) for cell in row), notes])
+        lines.append([str(batch), *map(_shown, row), notes])
     return table(lines)
 
 
 def _shown(cell: Cell) -> str:
     measured = "" if cell.measured_allocated_bytes is None else f" [{_mib(cell.measured_allocated_bytes)}]"
-    return f"{_mib(cell.allocated_bytes)}{measured}" + {"hopeless": " !", "unsure": " ?"}.get(cell.verdict, "")
+    return f"{_mib(cell.allocated_bytes)}{measured}{MARKS.get(cell.verdict, '')}"
 
 
-def _draw(cells: Sequence[Cell], title: str, path: Path) -> None:
-    """A line for each image size over the batch size; nothing but a message where matplotlib is missing."""
+def _drawn(cells: Sequence[Cell], title: str) -> bytes | None:
+    """A PNG with a line for each image size over the batch size; None and a message where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         log.warning("matplotlib is not installed, so there is no picture (pip install matplotlib)")
-        return
+        return None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for size in dict.fromkeys(cell.size for cell in cells):
-        known = [cell for cell in cells if cell.size == size and cell.allocated_bytes is not None]
-        (line,) = axes.plot(
-            [c.batch for c in known], [(c.allocated_bytes or 0) / MiB for c in known], "o-", label=f"{size} px"
-        )
-        seen = [cell for cell in known if cell.measured_allocated_bytes is not None]
-        axes.plot(
-            [c.batch for c in seen],
-            [(c.measured_allocated_bytes or 0) / MiB for c in seen],
-            "x",
-            color=line.get_color(),
-        )
+        mine = [cell for cell in cells if cell.size == size]
+        known = [(c.batch, c.allocated_bytes / MiB) for c in mine if c.allocated_bytes is not None]
+        seen = [(c.batch, c.measured_allocated_bytes / MiB) for c in mine if c.measured_allocated_bytes is not None]
+        (line,) = axes.plot([x for x, _ in known], [y for _, y in known], "o-", label=f"{size} px")
+        axes.plot([x for x, _ in seen], [y for _, y in seen], "x", color=line.get_color())
     axes.set(xlabel="batch size", ylabel="peak allocated, MiB (x: measured)", title=title, ylim=(0, None))
     axes.title.set_fontsize("small")
     axes.legend()
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
-    _write(path.parent, path.name, picture.getvalue())
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()
 
 
-def _log_files(output_dir: str | Path, *names: str) -> None:
-    written = [name for name in names if (Path(output_dir) / name).exists()]
-    log.info("written: %s in %s", ", ".join(written), nearby(Path(output_dir).absolute()))
-
-
-def _write(output_dir: str | Path, name: str, content: str | bytes) -> None:
+def _write(output_dir: str | Path, files: Mapping[str, str | bytes]) -> None:
     folder = Path(output_dir)
     with refused_by_disk(ConfigError, f"cannot write in {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, content)
+        for name, content in files.items():
+            write_whole(folder / name, content)
+    log.info("written: %s in %s", ", ".join(files), nearby(folder.absolute()))

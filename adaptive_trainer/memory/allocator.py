@@ -15,6 +15,7 @@ allocated and reserved bytes, and shows whether the program fits a capacity:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 MiB = 1 << 20
 MIN_BLOCK = 512
@@ -24,8 +25,7 @@ LARGE_SEGMENT = 20 * MiB
 LARGE_SEGMENT_LIMIT = 10 * MiB
 LARGE_ROUNDING = 2 * MiB
 
-# A free block's sort key is its size and then its address, packed into one integer.
-ADDRESS_BITS = 60
+ADDRESS_BITS = 60  # a free block's sort key is its size and then its address, packed into one integer
 
 
 class AllocatorFull(Exception):
@@ -34,31 +34,26 @@ class AllocatorFull(Exception):
     Attributes (bytes): `requested`, `segment` (what had to be reserved for it), `allocated`, `reserved`, `capacity`.
     """
 
-    def __init__(self, *, requested: int, segment: int, allocated: int, reserved: int, capacity: int) -> None:
+    def __init__(self, requested: int, segment: int, allocated: int, reserved: int, capacity: int) -> None:
         super().__init__(
             f"tried to allocate {requested} bytes (a segment of {segment}) with {allocated} allocated "
             f"and {reserved} reserved of {capacity} bytes"
         )
-        self.requested = requested
-        self.segment = segment
-        self.allocated = allocated
-        self.reserved = reserved
-        self.capacity = capacity
+        self.requested, self.segment = requested, segment
+        self.allocated, self.reserved, self.capacity = allocated, reserved, capacity
 
 
+@dataclass(slots=True, eq=False)
 class _Block:
     """A piece of a segment; `previous` and `next` are its neighbours in the same segment."""
 
-    __slots__ = ("address", "free", "next", "pool", "previous", "requested", "size")
-
-    def __init__(self, address: int, size: int, pool: list[int]) -> None:
-        self.address = address
-        self.size = size
-        self.pool = pool
-        self.requested = 0
-        self.free = False
-        self.previous: _Block | None = None
-        self.next: _Block | None = None
+    address: int
+    size: int
+    pool: list[int]
+    requested: int = 0
+    free: bool = False
+    previous: _Block | None = None
+    next: _Block | None = None
 
 
 class CachingAllocator:
@@ -86,9 +81,9 @@ class CachingAllocator:
         Raises:
             AllocatorFull: the capacity does not allow it.
         """
-        if nbytes <= 0:
-            if nbytes:
-                raise ValueError(f"{nbytes} bytes cannot be allocated; give 0 or more")
+        if nbytes < 0:
+            raise ValueError(f"{nbytes} bytes cannot be allocated; give 0 or more")
+        if not nbytes:
             return 0
         size = (nbytes + MIN_BLOCK - 1) & -MIN_BLOCK
         small = size <= SMALL_LIMIT
@@ -106,6 +101,7 @@ class CachingAllocator:
         self._used[block.address] = block
         self.requested += nbytes
         self.allocated += block.size
+        # Not `max`: a call costs more here than all else of a line, and a plan replays millions of events.
         if self.requested > self.peak_requested:
             self.peak_requested = self.requested
         if self.allocated > self.peak_allocated:
@@ -169,22 +165,15 @@ class CachingAllocator:
         elif size < LARGE_SEGMENT_LIMIT:
             segment = LARGE_SEGMENT
         else:
-            segment = (size + LARGE_ROUNDING - 1) // LARGE_ROUNDING * LARGE_ROUNDING
+            segment = (size + LARGE_ROUNDING - 1) & -LARGE_ROUNDING
         capacity = self.capacity
         if capacity is not None and self.reserved + segment > capacity:
             self.num_retries += 1
             self.empty_cache()
             if self.reserved + segment > capacity:
-                raise AllocatorFull(
-                    requested=nbytes,
-                    segment=segment,
-                    allocated=self.allocated,
-                    reserved=self.reserved,
-                    capacity=capacity,
-                )
+                raise AllocatorFull(nbytes, segment, self.allocated, self.reserved, capacity)
         self.reserved += segment
-        if self.reserved > self.peak_reserved:
-            self.peak_reserved = self.reserved
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         block = _Block(self._next_address, segment, pool)
         self._next_address += segment
         return block
@@ -207,5 +196,4 @@ class CachingAllocator:
     def _take(self, block: _Block) -> None:
         key = (block.size << ADDRESS_BITS) | block.address
         del self._free[key]
-        pool = block.pool
-        del pool[bisect_left(pool, key)]
+        del block.pool[bisect_left(block.pool, key)]

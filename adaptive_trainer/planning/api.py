@@ -21,7 +21,7 @@ from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.planning.cache import PlanCache
 from adaptive_trainer.planning.device_spec import DeviceSpec, spec_of
-from adaptive_trainer.planning.ladder_plan import Planner
+from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.prediction.estimator import Prediction
 from adaptive_trainer.prediction.estimator import predict as predict_trace
 from adaptive_trainer.prediction.tracer import TraceSpec
@@ -92,7 +92,7 @@ def predict(
     check(config)
     check_name(config.model.name)
     spec = _device_spec(device) if device is not None else spec_of(config)
-    return Planner(spec, cache=PlanCache(default_folder())).predict(config)
+    return Predictor(spec, cache=PlanCache(default_folder())).predict(config)
 
 
 def _device_spec(device: str | torch.device) -> DeviceSpec:
@@ -105,14 +105,14 @@ def _device_spec(device: str | torch.device) -> DeviceSpec:
 def _predict_network(
     model: nn.Module, optimizer: OptimizerOrFactory, input_shape: Sequence[int], device: DeviceSpec, **settings: Any
 ) -> Prediction:
-    gradients = [parameter.grad for parameter in model.parameters()]
+    before = [parameter.grad for parameter in model.parameters()]
     spec = _spec(model, optimizer, input_shape, device, **settings)
     found = predict_trace(spec, capability=device.capability, multiprocessors=device.multiprocessors)
-    was_used = False
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        was_used = was_used or parameter.grad is not gradient
+    after = [parameter.grad for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
         parameter.grad = gradient
-    if was_used:
+    # What is traced is a copy: a gradient here comes of a loss or a network that holds on to the original.
+    if any(one is not other for one, other in zip(before, after, strict=True)):
         return Prediction(None, None, None, None, found.seconds, "the loss or the network uses these very parameters")
     return found
 

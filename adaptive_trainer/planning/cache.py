@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from adaptive_trainer.prediction.estimator import Prediction
+from adaptive_trainer.prediction.estimator import Prediction, Verdict
+from adaptive_trainer.utils.files import write_whole
 
 Key = dict[str, Any]
 PACKAGES = ("torch", "torchvision", "timm")
@@ -30,9 +29,9 @@ class Measurement:
     """What one recipe came to on one card.
 
     Attributes:
-        fits_in: the smallest room, in bytes for the allocator, in which it held; None: it never did.
+        fits_in: the smallest room, in bytes for the allocator, in which it fitted; None: it never did.
         oom_in: the largest room in which it ran out of memory; None: it never did.
-        peak_allocated, peak_reserved: bytes, of the last time it held.
+        peak_allocated, peak_reserved: bytes, of the last time it fitted.
     """
 
     fits_in: int | None = None
@@ -40,24 +39,39 @@ class Measurement:
     peak_allocated: int | None = None
     peak_reserved: int | None = None
 
-    def verdict(self, room: int) -> str:
-        """ "fits" or "hopeless" in `room` bytes; "" where what was measured says neither."""
+    def verdict(self, room: int) -> Verdict:
+        """Whether it fits in `room` bytes; unknown where what was measured does not say."""
         if self.fits_in is not None and room >= self.fits_in:
-            return "fits"
-        return "hopeless" if self.oom_in is not None and room <= self.oom_in else ""
+            return Verdict.FITS
+        return Verdict.HOPELESS if self.oom_in is not None and room <= self.oom_in else Verdict.UNKNOWN
 
     def fitted(self, room: int, peak_allocated: int, peak_reserved: int) -> Measurement:
-        """With the news that it held in `room` bytes; what contradicts it is forgotten."""
+        """Add that it fitted in `room` bytes; what contradicts it is forgotten."""
         fits_in = room if self.fits_in is None else min(room, self.fits_in)
         oom_in = None if self.oom_in is not None and self.oom_in >= room else self.oom_in
         return Measurement(fits_in, oom_in, peak_allocated, peak_reserved)
 
     def failed(self, room: int) -> Measurement:
-        """With the news that it ran out of memory in `room` bytes; what contradicts it is forgotten."""
+        """Add that it ran out of memory in `room` bytes; what contradicts it is forgotten."""
         oom_in = room if self.oom_in is None else max(room, self.oom_in)
         if self.fits_in is not None and self.fits_in <= room:
             return Measurement(None, oom_in)
         return Measurement(self.fits_in, oom_in, self.peak_allocated, self.peak_reserved)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """That a network was seen to take images of a size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The least that was seen to be taken of a card outside the allocator: the CUDA context and its modules."""
+
+    context_bytes: int
+
+
+Entry = TypeVar("Entry", Prediction, Measurement, Size, Context)
 
 
 class PlanCache:
@@ -66,88 +80,51 @@ class PlanCache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def prediction(self, key: Key) -> Prediction | None:
-        """The prediction kept under the key. `seconds` is what it once took."""
-        found = self._read("prediction", key)
-        return None if found is None else _made(Prediction, found)
-
-    def keep_prediction(self, key: Key, prediction: Prediction) -> None:
-        """Keep a prediction under the key; not one that failed, for the failure may have been the machine's."""
-        if not prediction.reason:
-            self._write("prediction", key, asdict(prediction))
-
-    def measurement(self, key: Key, card: str) -> Measurement:
-        """What was measured of the recipe on the card so named; nothing, the first time."""
-        found = self._read("measurement", {**key, "card": card})
-        return (None if found is None else _made(Measurement, found)) or Measurement()
-
-    def keep_measurement(self, key: Key, card: str, measurement: Measurement) -> None:
-        """Replace what is known of the recipe on the card. Of two processes at once, the later is believed."""
-        self._write("measurement", {**key, "card": card}, asdict(measurement))
-
-    def takes_images(self, key: Key) -> bool:
-        """Whether the network of the key has been seen to take images of the key's size."""
-        return self._read("size", key) is not None
-
-    def keep_takes_images(self, key: Key) -> None:
-        """Keep that it does."""
-        self._write("size", key, {})
-
-    def context_bytes(self, card: str) -> int | None:
-        """The least that was seen to be taken of the card outside the allocator: the CUDA context and its modules."""
-        found = self._read("context", {"card": card, "torch": version("torch")})
-        value = None if found is None else found.get("context_bytes")
-        return value if isinstance(value, int) and value >= 0 else None
-
-    def keep_context(self, card: str, context_bytes: int) -> None:
-        """Keep what is taken of the card outside the allocator, if that is less than what is known.
-
-        Other processes add to it, so the least is nearest to what a process of one's own takes.
-        """
-        context_bytes = min(context_bytes, self.context_bytes(card) or context_bytes)
-        self._write("context", {"card": card, "torch": version("torch")}, {"context_bytes": context_bytes})
-
-    def _path(self, kind: str, key: Key) -> Path | None:
-        digest = hashlib.sha256(_text(key).encode()).hexdigest()[:32]
-        return None if self.folder is None else self.folder / f"{kind}-{digest}.json"
-
-    def _read(self, kind: str, key: Key) -> dict[str, Any] | None:
-        path = self._path(kind, key)
-        if path is None:
+    def get(self, kind: type[Entry], key: Key) -> Entry | None:
+        """The entry of this kind that is kept under the key."""
+        if self.folder is None:
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(self._path(self.folder, kind, key).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(content, dict) or _text(content.get("key")) != _text(key):
             return None
         value = content.get("value")
-        return value if isinstance(value, dict) else None
+        if not isinstance(value, dict) or value.keys() != {field.name for field in fields(kind)}:
+            return None
+        return kind(**value) if all(map(_is_sound, value, value.values())) else None
 
-    def _write(self, kind: str, key: Key, value: dict[str, Any]) -> None:
-        path = self._path(kind, key)
-        if path is None:
+    def keep(self, key: Key, entry: Prediction | Measurement | Size | Context) -> None:
+        """Keep an entry under the key. Of two processes at once, the later is believed."""
+        has_failed = isinstance(entry, Prediction) and entry.reason  # which may have been the machine's failure
+        if self.folder is None or has_failed:
             return
-        part = ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                part = file.name
-                file.write(_text({"key": key, "value": value}))
-            os.replace(part, path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(part)
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(self.folder, type(entry), key), _text({"key": key, "value": asdict(entry)}))
+
+    def context_bytes(self, card: str) -> int | None:
+        """What was seen to be taken of the card outside the allocator."""
+        found = self.get(Context, _of_card(card))
+        return None if found is None else found.context_bytes
+
+    def keep_context(self, card: str, context_bytes: int) -> None:
+        """Keep what is taken of the card outside the allocator, if that is less than what is known."""
+        # Other processes add to it, so the least is nearest to what a process of one's own takes.
+        self.keep(_of_card(card), Context(min(context_bytes, self.context_bytes(card) or context_bytes)))
+
+    def _path(self, folder: Path, kind: type[Any], key: Key) -> Path:
+        digest = hashlib.sha256(_text(key).encode()).hexdigest()[:32]
+        return folder / f"{kind.__name__.lower()}-{digest}.json"
+
+
+def _of_card(card: str) -> Key:
+    return {"card": card, "torch": version("torch")}
 
 
 def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def _made(kind: type[Any], fields: dict[str, Any]) -> Any:
-    """A dataclass from what was read; None where the file holds something else."""
-    known = fields.keys() == kind.__dataclass_fields__.keys()
-    return kind(**fields) if known and all(_is_sound(name, value) for name, value in fields.items()) else None
 
 
 def _is_sound(name: str, value: Any) -> bool:
@@ -160,7 +137,7 @@ def _is_sound(name: str, value: Any) -> bool:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of everything whose change may change a prediction; of this package, a digest of its source."""
+    """Everything whose change may change a prediction; of this package, a digest of its source."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.errors import ModelError
 from adaptive_trainer.models.zoo import TORCHVISION, outline, without_weights
-from adaptive_trainer.planning.cache import PlanCache, versions
+from adaptive_trainer.planning.cache import PlanCache, Size, versions
 from adaptive_trainer.utils.files import default_folder
 
 
@@ -30,30 +30,29 @@ def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> 
     if (channels := config.kwargs.get("in_chans", 3)) != 3:
         raise ModelError(f"model.kwargs.in_chans={channels}: images have 3 channels, grey ones too; leave it out")
     kwargs = json.dumps(without_weights(config).kwargs, sort_keys=True)
-    made_for, refusal = _refusal(config.name, kwargs, image_size, num_classes)
-    if refusal:
+    if failure := _failure(config.name, kwargs, image_size, num_classes):
         advice = "" if config.name.startswith(TORCHVISION) else f", or +model.kwargs.img_size={image_size} if it has it"
         raise ModelError(
-            f"{config.name} refuses data.image_size={image_size}: {refusal}. Use data.image_size={made_for}{advice}, "
-            "or another model.name"
+            f"{config.name} refuses data.image_size={image_size}: {failure}. "
+            f"Use data.image_size={_made_for(config)}{advice}, or another model.name"
         )
 
 
 @functools.lru_cache(maxsize=256)
-def _refusal(name: str, kwargs: str, image_size: int, num_classes: int) -> tuple[int, str]:
-    """The size the network was made for, and why it refuses `image_size` (empty: it does not)."""
-    made_for = _made_for(ModelConfig(name=name, kwargs=json.loads(kwargs)))
+def _failure(name: str, kwargs: str, image_size: int, num_classes: int) -> str:
+    """Why the network refuses the size; empty where it does not."""
     cache = PlanCache(None if ":" in name else default_folder())  # a hub's and a folder's networks change
     key = {"versions": versions(), "name": name, "kwargs": kwargs, "size": image_size, "classes": num_classes}
-    if cache.takes_images(key):
-        return made_for, ""
-    model = outline(ModelConfig(name=name, kwargs=json.loads(kwargs)), num_classes)
-    failure = "" if model is None else failure_at(model, image_size)
-    if model is None or (failure and failure_at(model, made_for)):
-        return made_for, ""
+    if cache.get(Size, key) is not None:
+        return ""
+    config = ModelConfig(name=name, kwargs=json.loads(kwargs))
+    model = outline(config, num_classes)
+    if model is None:
+        return ""
+    failure = failure_at(model, image_size)
     if not failure:
-        cache.keep_takes_images(key)
-    return made_for, failure
+        cache.keep(key, Size())
+    return "" if failure and failure_at(model, _made_for(config)) else failure
 
 
 def _made_for(config: ModelConfig) -> int:

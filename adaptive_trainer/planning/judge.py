@@ -1,6 +1,6 @@
 """What the descent knows of a rung before it is tried, and what it remembers afterwards.
 
-Only the hopeless is skipped: a prediction never takes the place of the proof. A proof made earlier on this card does.
+Only the hopeless is skipped: a prediction never takes the place of the dry run. One made earlier on this card does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning.cache import Measurement, PlanCache
+from adaptive_trainer.planning import refusals
+from adaptive_trainer.planning.cache import Key, Measurement, PlanCache
 from adaptive_trainer.planning.device_spec import DeviceSpec
-from adaptive_trainer.planning.ladder_plan import LossFactory, ModelFactory, Planner, other_allocator
-from adaptive_trainer.prediction.estimator import verdict
-from adaptive_trainer.utils.device import precision_refusal
+from adaptive_trainer.planning.networks import ModelFactory
+from adaptive_trainer.planning.predictor import LossFactory, Predictor, other_allocator
+from adaptive_trainer.prediction.estimator import Verdict, verdict
+from adaptive_trainer.utils.device import capability_of, precision_refusal
 from adaptive_trainer.utils.files import default_folder
 
 
@@ -39,16 +41,12 @@ class Judge:
         val_size: int | None = None,
     ) -> None:
         self.capacity = capacity
-        self._card, self._is_cuda = "simulated", capacity.device.type == "cuda"
+        self._is_cuda = capacity.device.type == "cuda"
+        self._card = torch.cuda.get_device_name(capacity.device) if self._is_cuda else "simulated"
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
-        self._room_before = 0  # a proof, in which kernels are loaded beside the allocator
-        spec = DeviceSpec(capacity.description, False, (0, 0), capacity.bytes, 0)
-        if self._is_cuda:
-            about = torch.cuda.get_device_properties(capacity.device)
-            self._card = about.name
-            spec = DeviceSpec(capacity.description, True, (about.major, about.minor), capacity.room(), 0)
-        self._planner = Planner(
-            spec,
+        self._room_before = 0  # a dry run, in which kernels are loaded beside the allocator
+        self._predictor = Predictor(
+            DeviceSpec(capacity.description, self._is_cuda, capability_of(capacity.device), capacity.room()),
             num_classes=num_classes,
             make_model=make_model,
             make_loss=make_loss,
@@ -62,37 +60,37 @@ class Judge:
         room = self.capacity.room()
         if room is None:
             return "", None
-        prediction = self._planner.recalled(config)
+        prediction = self._predictor.recalled(config)
         if prediction is None:
-            weights = self._planner.weights_bytes(config)
+            weights = self._predictor.networks.weights_bytes(config)
             if weights > room:  # said without a trace, which takes about ten times as long
                 return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
-            prediction = self._planner.predict(config)
+            prediction = self._predictor.predict(config)
         need, measured = prediction.min_capacity_bytes, self._measurement(config).verdict(room)
-        if measured == "hopeless":
+        if measured == Verdict.HOPELESS:
             return f"it ran out of memory in {format_bytes(room)} on this card before", need
-        if need is None or measured == "fits" or (self._is_cuda and other_allocator()):
+        if need is None or measured == Verdict.FITS or (self._is_cuda and other_allocator()):
             return "", need
-        if verdict(prediction, room) == "hopeless":
+        if verdict(prediction, room) == Verdict.HOPELESS:
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
         return self._doubt(config.model, need), need
 
     def refusal(self, above: Config, config: Config) -> str:
         """Why these settings, one step below those, are not to be tried, whatever the room; empty where they may be."""
         return (
-            self._planner.refusal(above, config)
+            refusals.refusal(self._predictor.networks, above, config)
             or precision_refusal(self.capacity.device, config.trainer.precision)
             or self._no_step(above, config)
         )
 
     def _no_step(self, above: Config, config: Config) -> str:
-        """As `Planner.no_step`; empty where nothing limits a descent. A network too large for a trace has none."""
+        """As `refusals.no_step`; empty where nothing limits a descent. A network too large for a trace has none."""
         room = self.capacity.room()
         if room is None or config.model == above.model:
             return ""
-        was, need = (self._planner.weights_bytes(each) for each in (above, config))
+        was, need = (self._predictor.networks.weights_bytes(each) for each in (above, config))
         if need <= room:
-            return self._planner.no_step(above, config)
+            return refusals.no_step(self._predictor, above, config)
         more = f"its weights alone take {format_bytes(need)}, no less than those above ({format_bytes(was)})"
         return f"{config.model.name} is no step down from {above.model.name}: {more}" if need >= was else ""
 
@@ -116,7 +114,7 @@ class Judge:
         room = self.capacity.room()
         if room is None or (self._is_cuda and other_allocator()):
             return None
-        return self._planner.largest_batch(config, room, most)[0]
+        return self._predictor.largest_batch(config, room, most)[0]
 
     def learn(self, config: Config, entry: Attempt) -> None:
         """Remember how an attempt ended, on a CUDA card from one run to the next."""
@@ -132,9 +130,9 @@ class Judge:
             peaks = (entry.peak_allocated_bytes or 0, entry.peak_reserved_bytes)
             self._keep(config, known.fitted(max(room, self._room_before), *peaks))
             free, total = torch.cuda.mem_get_info(self.capacity.device)
-            self._planner.cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
-        elif entry.outcome == "oom" and verdict(self._planner.predict(config), room) != "fits":
-            # had it been predicted to fit, another process might be the cause
+            self._predictor.cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
+        elif entry.outcome == "oom" and verdict(self._predictor.predict(config), room) != Verdict.FITS:
+            # Had it been predicted to fit, another process might be the cause.
             self._keep(config, known.failed(room))
 
     def proven(self, config: Config) -> Measurement | None:
@@ -144,7 +142,7 @@ class Judge:
             return None
         self._room_before = room
         known = self._measurement(config)
-        return known if known.verdict(room) == "fits" else None
+        return known if known.verdict(room) == Verdict.FITS else None
 
     def forget(self, config: Config) -> None:
         """Forget that these settings fitted: it turned out not to hold."""
@@ -157,10 +155,13 @@ class Judge:
         self._room_before = 0
 
     def _measurement(self, config: Config) -> Measurement:
-        """Of this card; a simulated one is not measured."""
+        """What this card measured; a simulated one measures nothing."""
         if not self._is_cuda:
             return Measurement()
-        return self._planner.cache.measurement(self._planner.key(config), self._card)
+        return self._predictor.cache.get(Measurement, self._key(config)) or Measurement()
 
     def _keep(self, config: Config, measurement: Measurement) -> None:
-        self._planner.cache.keep_measurement(self._planner.key(config), self._card, measurement)
+        self._predictor.cache.keep(self._key(config), measurement)
+
+    def _key(self, config: Config) -> Key:
+        return {**self._predictor.key(config), "card": self._card}

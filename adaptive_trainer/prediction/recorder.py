@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive_trainer.prediction.plain import plain_result
+from adaptive_trainer.prediction.plain import operator_of, plain_result
 
 aten = torch.ops.aten
 
@@ -42,14 +42,14 @@ SUM, ATTENTION_BACKWARD = aten.sum.dim_IntList, aten._scaled_dot_product_flash_a
 
 
 class Kind:
-    """What an event is. Marks stand for scratch memory that an operator takes and gives back."""
+    """What an event is. Marks stand for a workspace that an operator takes and gives back."""
 
     BORN = 0
     DIED = 1
     GEMM = 2  # matrix product in forward or step
     GEMM_BIAS = 3  # matrix product with a bias added, in forward or step
     GEMM_BACKWARD = 4  # matrix product in backward: on a CUDA device it runs in another thread
-    CONV = 5  # convolution that needs its operands in another layout; the size is that of all operands
+    CONV = 5  # convolution that needs its operands in another memory format; the size is that of all operands
     # Weight gradient of a 1x1 convolution, in float32 or in half precision, with the CONV mark of its operands next;
     # the size is that of one float32 weight gradient per sample
     SPLIT = 6
@@ -63,7 +63,7 @@ class NotFollowed(Exception):
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down storages as they are born and die, and marks.
+    """Records storages as they are born and die, and marks.
 
     Args:
         cuda: note what a CUDA card would: marks, and no tensors that stay on the host. Else, all that a CPU holds.
@@ -177,10 +177,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
         groups, stride = (args[8], args[3]) if forward else (args[9], args[4])
         operands = sum(t.numel() * t.element_size() for t in (x, weight, y))
-        depthwise = groups > 1 and groups == x.shape[1]  # a kernel of PyTorch's own, or one without scratch
+        depthwise = groups > 1 and groups == x.shape[1]  # a kernel of PyTorch's own, or one without a workspace
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4
         pointwise = groups == 1 and all(n == 1 for n in (*weight.shape[2:], *stride))
-        for number, result in enumerate((out,) if forward else out):  # each has a convolution, and scratch, of its own
+        # Each result has a convolution, and a workspace, of its own.
+        for number, result in enumerate((out,) if forward else out):
             if not isinstance(result, Tensor):
                 continue
             self._storage(result, on_host=False)
@@ -212,17 +213,11 @@ def _kernels() -> list[tuple[str, str, Callable[..., Any]]]:
     on_cuda, on_cpu = (
         set(torch._C._dispatch_get_registrations_for_dispatch_key(key)) for key in ("AutocastCUDA", "AutocastCPU")
     )
-    rules = {name: _in_float32(_operator(name)) for name in FLOAT32}
-    rules |= {name: _to_float32(_operator(name)) for name in FLOAT32_OUTPUT}
-    rules |= {name: _softmax(_operator(name), fused) for name, fused in SOFTMAX.items()}
-    missing = {f"aten::{name}" for name in rules} & on_cuda - on_cpu
-    kernels = [(name, "AutocastCPU", kernel) for name, kernel in rules.items() if f"aten::{name}" in missing]
+    rules = {name: _in_float32(operator_of(name)) for name in FLOAT32}
+    rules |= {name: _to_float32(operator_of(name)) for name in FLOAT32_OUTPUT}
+    rules |= {name: _softmax(operator_of(name), fused) for name, fused in SOFTMAX.items()}
+    kernels = [(name, "AutocastCPU", rule) for name, rule in rules.items() if f"aten::{name}" in on_cuda - on_cpu]
     return [*kernels, ("dropout", "AutogradCPU", _dropout), ("scaled_dot_product_attention", "AutogradCPU", _attention)]
-
-
-def _operator(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet, None), overload or "default", None)
 
 
 def _no_autocast() -> Any:
@@ -243,9 +238,9 @@ def _in_float32(operator: Any) -> Callable[..., Any]:
 
 def _to_float32(operator: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        if _half(args[0]) and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
         with _no_autocast():
-            if _half(args[0]) and kwargs.get("dtype") is None:
-                kwargs["dtype"] = torch.float32
             return operator(*args, **kwargs)
 
     return kernel
@@ -261,11 +256,8 @@ def _softmax(operator: Any, fused: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _dropout(x: Tensor, p: float, train: bool) -> Tensor:
-    if not train or p == 0 or x.numel() == 0:
-        return x
-    dropped: Tensor = torch.native_dropout(x, p, train)[0]
-    return dropped
+def _dropout(x: Tensor, p: float, train: bool) -> Any:
+    return torch.native_dropout(x, p, train)[0] if train and p and x.numel() else x
 
 
 def _attention(
@@ -278,7 +270,7 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Any:
     """CUDA keeps no attention matrix where there is dropout, or a mask that learns; the CPU's own choice does."""
     grouped = query.shape[:-2] != key.shape[:-2]
     if query.ndim != 4 or grouped or query.shape[-1] != value.shape[-1]:
@@ -286,9 +278,8 @@ def _attention(
             query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
         )
     elif dropout_p == 0 and (attn_mask is None or not attn_mask.requires_grad):
-        mask = _additive(attn_mask, query)
         out = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
+            query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
         )
     else:
         mask = _additive(attn_mask, query)
@@ -297,8 +288,7 @@ def _attention(
         out = aten._scaled_dot_product_efficient_attention(
             query, key, value, full, needs_gradient, dropout_p, is_causal, scale=scale
         )
-    result: Tensor = out[0]
-    return result
+    return out[0]
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -318,10 +308,10 @@ def materialize(model: nn.Module) -> None:
                 made[id(tensor)] = nn.Parameter(made[id(tensor)], requires_grad=tensor.requires_grad)
         return made[id(tensor)]
 
-    originals = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]  # keep ids valid
+    originals = []  # held, so that no two have the same id
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
+                    originals.append(tensor)
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
-    del originals

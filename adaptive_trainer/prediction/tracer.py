@@ -1,7 +1,7 @@
 """The allocations of one training update and one evaluation batch, found without a GPU and without any memory.
 
 The network, the optimizer and the update run on fake tensors: they have shapes but no data. Every storage that is born
-or dies is written down in order; matrix products and convolutions leave a mark, since their scratch memory depends on
+or dies is written down in order; matrix products and convolutions leave a mark, since their workspace depends on
 the card and is priced at replay (`predict`).
 
 The size of every allocation is affine in the samples and in the samples times the area of an image. So a few traces of
@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -349,18 +349,7 @@ def _combined(known: Sequence[Trace], batches: tuple[int, ...], area: int) -> Tr
             if constant is not None and constant.min(initial=0) < -0.5:
                 return None
         result[mine] = np.rint(value)
-    first = known[0]
-    return Trace(
-        first.kinds,
-        first.numbers,
-        tuple(int(n) for n in result),
-        first.parts,
-        batches,
-        area,
-        first.update_start,
-        first.evaluation_start,
-        first.copies,
-    )
+    return replace(known[0], sizes=tuple(int(n) for n in result), batches=batches, area=area)
 
 
 def _weighted(rows: Any, wanted: Any, sizes: Any) -> Any:

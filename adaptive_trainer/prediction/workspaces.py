@@ -19,12 +19,12 @@ LEAST_VALUES, MOST_VALUES = 16, 256  # a thread adds up
 
 
 @dataclass(frozen=True)
-class Scratch:
+class Workspaces:
     """What libraries and kernels take, in bytes.
 
     Attributes:
-        gemm: workspace of a matrix product.
-        bias: the workspace of one that adds a bias in the same go.
+        gemm: workspace of a matrix product: 32 MiB from compute capability 9.0 on, else 8.125 MiB.
+        bias: the workspace of one that adds a bias in the same go: 1 MiB, or none of its own.
         kept: the threads that multiply keep theirs.
         threads: that the card's multiprocessors hold at once.
     """
@@ -35,15 +35,15 @@ class Scratch:
     threads: int
 
     @staticmethod
-    def of(capability: tuple[int, int], multiprocessors: int, version: tuple[int, int]) -> Scratch:
-        """On a card, with a version of torch such as (2, 11)."""
+    def of(capability: tuple[int, int], multiprocessors: int, version: tuple[int, int]) -> Workspaces:
+        """Find them for a card and a version of torch such as (2, 11)."""
         gemm = 32 * MiB if capability >= HOPPER else 8 * MiB + 128 * 1024
         kept = version < SCOPED_WORKSPACES_SINCE
         threads = multiprocessors * FEWER_THREADS.get(capability, MOST_THREADS)
-        return Scratch(gemm, 0 if kept and version >= UNIFIED_WORKSPACES_SINCE else MiB, kept, threads)
+        return Workspaces(gemm, 0 if kept and version >= UNIFIED_WORKSPACES_SINCE else MiB, kept, threads)
 
     def reduction(self, rows: int, outputs: int) -> int:
-        """Of the kernel that adds up `rows` values for each of `outputs` values that lie side by side.
+        """Find what the kernel takes that adds up `rows` values for each of `outputs` values that lie side by side.
 
         Where the outputs alone do not fill the card, several blocks share the rows and leave their float32 sums in
         global memory: one for each block, output and, as torch has it, each further thread of a row of the block and
@@ -56,14 +56,13 @@ class Scratch:
         width = min(across, most // height)
         values = -(-rows // height)
         grid = -(-(outputs // vector) // width)
-        target = self.threads // (width * height)
+        at_once = self.threads // (width * height)
         is_split = rows >= min(height * LEAST_VALUES, MOST_VALUES)  # across the rows of a block
-        if not is_split or values < MOST_VALUES or grid > target:
+        if not is_split or values < MOST_VALUES or grid > at_once:
             return 0
-        blocks = min(max(-(-target // grid), -(-values // MOST_VALUES)), -(-values // LEAST_VALUES))
+        blocks = min(max(-(-at_once // grid), -(-values // MOST_VALUES)), -(-values // LEAST_VALUES))
         return 4 * outputs * blocks * width * vector if blocks > 1 else 0
 
 
 def _last_power(n: int) -> int:
-    """The largest power of two up to n."""
     return 1 << (max(n, 1).bit_length() - 1)

@@ -29,7 +29,7 @@ from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.judge import Judge
-from adaptive_trainer.planning.ladder_plan import single_sample
+from adaptive_trainer.planning.refusals import single_sample
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.record import Record

@@ -39,7 +39,7 @@ from adaptive_trainer.models.memory_format import channels_last_pays
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.image_size import check_image_size
 from adaptive_trainer.planning.judge import Judge
-from adaptive_trainer.planning.ladder_plan import check_names
+from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.report.earlier import is_within, left_by_earlier, set_aside, way_on
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import rung_table, summary

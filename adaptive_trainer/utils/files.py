@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,8 @@ POLL_SECONDS = 0.1
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file by way of a temporary name, so that no reader meets half of it, nor is half of it left."""
-    part = path.with_name(f"{path.name}.part")
+    # A name of its own, as several processes and threads may write the same entry of a cache.
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)

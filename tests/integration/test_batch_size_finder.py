@@ -28,7 +28,7 @@ from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.planning.api import predict
 from adaptive_trainer.planning.device_spec import spec_of
-from adaptive_trainer.planning.ladder_plan import Planner
+from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.step.dry_run import prove
@@ -325,11 +325,11 @@ def test_a_plan_begins_with_the_largest_that_is_predicted(tmp_path: Path) -> Non
     overrides = ["model.name=mobilenetv3_small_050", "data.image_size=64", "memory.limit=100MiB", "device=cpu"]
     made = run_plan(compose_config([*overrides, "trainer.batch_size=max"]), tmp_path)
     config = resolve(compose_config(overrides))[0].settings
-    planner = Planner(spec_of(config))
+    predictor = Predictor(spec_of(config))
     needs = []
     for size in range(2, 200):
         config.trainer.batch_size = size
-        needs.append(planner.predict(config).min_capacity_bytes or 0)
+        needs.append(predictor.predict(config).min_capacity_bytes or 0)
         if needs[-1] > 100 * MiB:
             break
     assert f"batch {size - 1}, image 64" in made.rows[0].recipe

@@ -270,13 +270,13 @@ def test_what_an_earlier_process_has_seen_to_be_taken_is_not_tried_again(
     monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path))
     monkeypatch.setattr(image_size, "failure_at", failure)
     for _ in range(2):
-        image_size._refusal.cache_clear()  # as in a new process
+        image_size._failure.cache_clear()  # as in a new process
         check_image_size(ModelConfig("test_efficientnet"), 96, 10)
         with pytest.raises(ModelError, match="too small"):
             check_image_size(ModelConfig("test_efficientnet"), 48, 10)
     assert tried.count(96) == 1
     assert tried.count(48) == 2
-    image_size._refusal.cache_clear()
+    image_size._failure.cache_clear()
 
 
 def test_has_batch_norm() -> None:

@@ -28,7 +28,8 @@ from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.planning.cache import Measurement, PlanCache, versions
 from adaptive_trainer.planning.device_spec import DeviceSpec, card_of, spec_of
-from adaptive_trainer.planning.ladder_plan import Planner, plan
+from adaptive_trainer.planning.ladder_plan import plan
+from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.files import default_folder
@@ -132,8 +133,8 @@ def test_a_card_that_makes_no_sense(wrong: CardConfig) -> None:
 def default_plan() -> Any:
     """The default ladder on a card on which some rungs fit, and one is unsure."""
     ladder = resolve(compose_config())
-    planner = Planner(card(1500 * MiB))
-    return plan(ladder, planner), ladder, planner
+    predictor = Predictor(card(1500 * MiB))
+    return plan(ladder, predictor), ladder, predictor
 
 
 def test_the_default_ladder(default_plan: Any) -> None:
@@ -149,10 +150,10 @@ def test_the_default_ladder(default_plan: Any) -> None:
 
 
 def test_it_lands_where_the_verdicts_say(default_plan: Any) -> None:
-    made, ladder, planner = default_plan
+    made, ladder, predictor = default_plan
     for capacity, lands_on, perhaps in ((10 * GiB, "requested", ()), (40 * MiB, None, ())):
-        planner.spec = replace(made.spec, capacity=capacity)
-        found = plan(ladder, planner)
+        predictor.spec = replace(made.spec, capacity=capacity)
+        found = plan(ladder, predictor)
         assert (found.lands_on, found.perhaps) == (lands_on, perhaps)
 
 
@@ -160,7 +161,7 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
     asked = resolve(compose_config(["model.name=vit_tiny_patch16_224", "trainer.batch_size=2", "ladder=none"]))[0]
     smaller = resolve(compose_config(["model.name=vit_tiny_patch16_224", "data.image_size=160", "ladder=none"]))[0]
     ladder = [asked, Rung("more", asked.settings, (), "it would raise batch_size"), replace(smaller, name="image-160")]
-    made = plan(ladder, Planner(card(10 * GiB)))
+    made = plan(ladder, Predictor(card(10 * GiB)))
     assert [row.verdict for row in made.rows] == ["fits", "skipped", "skipped"]
     assert made.rows[1].reason == "it would raise batch_size"
     assert "refuses data.image_size=160" in made.rows[2].reason
@@ -168,12 +169,12 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
 
 def test_a_larger_network_is_no_step_down() -> None:
     ladder = resolve(compose_config([*SMALL, "model.name=mobilenetv3_small_050"]))
-    rows = {row.rung: row for row in plan(ladder, Planner(card(GiB))).rows}
+    rows = {row.rung: row for row in plan(ladder, Predictor(card(GiB))).rows}
     for rung, name in (("mobilenetv3-large", "mobilenetv3_large_100"), ("mobilenetv3-small", "mobilenetv3_small_100")):
         said = f"{name} is no step down from mobilenetv3_small_050: it is predicted to need"
         assert (rows[rung].verdict, rows[rung].reason[: len(said)]) == ("skipped", said)
     usual = resolve(compose_config(["model.name=efficientnet_b0"]))
-    assert plan(usual, Planner(card(GiB))).rows[-1].verdict != "skipped"
+    assert plan(usual, Predictor(card(GiB))).rows[-1].verdict != "skipped"
 
 
 class DataDependent(nn.Module):
@@ -188,7 +189,7 @@ class DataDependent(nn.Module):
 
 def test_what_cannot_be_traced_is_unknown_and_may_hold() -> None:
     ladder = resolve(compose_config([*SMALL, "ladder=none"]))
-    made = plan(ladder, Planner(card(GiB), make_model=lambda config, classes: DataDependent(classes)))
+    made = plan(ladder, Predictor(card(GiB), make_model=lambda config, classes: DataDependent(classes)))
     (row,) = made.rows
     assert (row.verdict, row.live_bytes) == ("unknown", None)
     assert row.reason
@@ -197,17 +198,17 @@ def test_what_cannot_be_traced_is_unknown_and_may_hold() -> None:
 
 
 def test_an_unknown_optimizer_is_unknown() -> None:
-    found = Planner(card(GiB)).predict(first(*SMALL, "optimizer.name=adamww"))
+    found = Predictor(card(GiB)).predict(first(*SMALL, "optimizer.name=adamww"))
     assert "unknown optimizer.name=adamww" in found.reason
 
 
 def test_what_changes_the_need_changes_the_prediction() -> None:
-    planner = Planner(card(GiB))
-    plain = planner.predict(first(*SMALL)).live_bytes
+    predictor = Predictor(card(GiB))
+    plain = predictor.predict(first(*SMALL)).live_bytes
     assert plain is not None
 
     def need(*overrides: str) -> int:
-        return planner.predict(first(*SMALL, *overrides)).live_bytes or 0
+        return predictor.predict(first(*SMALL, *overrides)).live_bytes or 0
 
     assert need("trainer.ema_decay=0.9") > plain
     assert need("trainer.micro_batch_size=4") < plain
@@ -215,15 +216,16 @@ def test_what_changes_the_need_changes_the_prediction() -> None:
     assert need("+optimizer.kwargs.foreach=true") > plain  # an allocating step needs copies to be undone
     assert need("model.num_classes=5000") > plain
     assert need("optimizer.lr=0.5") == plain
-    large = planner.predict(first(*SMALL, "trainer.eval_batch_size=400"))
+    large = predictor.predict(first(*SMALL, "trainer.eval_batch_size=400"))
     assert large.live_bytes is not None
     assert large.live_bytes > plain
-    assert large.min_capacity_bytes == planner.predict(first(*SMALL)).min_capacity_bytes  # evaluation can be halved
+    assert large.min_capacity_bytes == predictor.predict(first(*SMALL)).min_capacity_bytes  # evaluation can be halved
 
 
 def test_micro_batches_of_one_are_joined_only_for_batch_norm() -> None:
-    planner = Planner(card(GiB))
-    two, one = (planner.predict(first(*SMALL, "trainer.batch_size=4", f"trainer.micro_batch_size={n}")) for n in (2, 1))
+    predictor = Predictor(card(GiB))
+    small = (*SMALL, "trainer.batch_size=4")
+    two, one = (predictor.predict(first(*small, f"trainer.micro_batch_size={n}")) for n in (2, 1))
     assert one.min_capacity_bytes == two.min_capacity_bytes
 
 
@@ -323,9 +325,9 @@ KEY = {"model": "m", "batch": 8}
 def test_a_second_plan_comes_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ladder = resolve(compose_config([*SMALL, "ladder=none"]))
     cache = PlanCache(tmp_path)
-    made = plan(ladder, Planner(card(GiB), cache=cache))
-    monkeypatch.setattr("adaptive_trainer.planning.ladder_plan.predict", None)  # it would have to be called
-    again = plan(ladder, Planner(card(GiB), cache=cache))
+    made = plan(ladder, Predictor(card(GiB), cache=cache))
+    monkeypatch.setattr("adaptive_trainer.planning.predictor.predict", None)  # it would have to be called
+    again = plan(ladder, Predictor(card(GiB), cache=cache))
     assert [replace(row, seconds=0.0) for row in again.rows] == [replace(row, seconds=0.0) for row in made.rows]
 
 
@@ -334,26 +336,27 @@ def test_networks_and_losses_of_ones_own_are_not_kept(tmp_path: Path) -> None:
         return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes) if config.name == "" else nn.Linear(3 * 64**2, 10))
 
     cache = PlanCache(tmp_path)
-    assert not Planner(card(GiB), make_model=own, cache=cache).predict(first(*SMALL)).reason
-    assert not Planner(card(GiB), make_loss=lambda *_: nn.CrossEntropyLoss(), cache=cache).predict(first(*SMALL)).reason
+    assert not Predictor(card(GiB), make_model=own, cache=cache).predict(first(*SMALL)).reason
+    with_loss = Predictor(card(GiB), make_loss=lambda *_: nn.CrossEntropyLoss(), cache=cache)
+    assert not with_loss.predict(first(*SMALL)).reason
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_key_tells_apart_what_matters() -> None:
-    planner = Planner(card(GiB))
-    base = planner.key(first(*SMALL))
+    predictor = Predictor(card(GiB))
+    base = predictor.key(first(*SMALL))
     changes = (
         "trainer.batch_size=4", "trainer.micro_batch_size=2", "trainer.eval_batch_size=3", "data.image_size=96",
         "trainer.precision=fp16", "trainer.checkpoint_activations=true", "trainer.ema_decay=0.9",
         "trainer.clip_grad=1.0", "trainer.label_smoothing=0.1", "model.name=resnet18", "model.num_classes=7",
         "data.cache=disk", "+model.kwargs.drop_rate=0.2", "optimizer=sgd", "+optimizer.kwargs.foreach=true",
     )  # fmt: skip
-    keys = [planner.key(first(*SMALL, change)) for change in changes]
-    keys += [Planner(replace(planner.spec, capability=(9, 0))).key(first(*SMALL))]
-    keys += [Planner(replace(planner.spec, cuda=False)).key(first(*SMALL))]
+    keys = [predictor.key(first(*SMALL, change)) for change in changes]
+    keys += [Predictor(replace(predictor.spec, capability=(9, 0))).key(first(*SMALL))]
+    keys += [Predictor(replace(predictor.spec, cuda=False)).key(first(*SMALL))]
     texts = [json.dumps(key, sort_keys=True) for key in (base, *keys)]
     assert len(set(texts)) == len(texts)
-    assert planner.key(first(*SMALL, "optimizer.lr=0.5", "seed=3")) == base
+    assert predictor.key(first(*SMALL, "optimizer.lr=0.5", "seed=3")) == base
     assert {"torch", "timm", "torchvision", "adaptive_trainer"} <= base["versions"].keys()
 
 
@@ -362,7 +365,7 @@ def test_stored_images_take_what_their_buffers_hold() -> None:
     cached = (*SMALL, "data.cache=ram")
     for micro in (8, 2):
         how = f"trainer.micro_batch_size={micro}"
-        without, beside = (Planner(card(GiB)).predict(first(*keys, how)) for keys in (SMALL, cached))
+        without, beside = (Predictor(card(GiB)).predict(first(*keys, how)) for keys in (SMALL, cached))
         buffers = DeviceBatch(8, 64, 73, torch.device("cpu"))
         held = [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
         before = micro * (3 * 64 * 64 * 4 + 8)
@@ -373,13 +376,13 @@ def test_stored_images_take_what_their_buffers_hold() -> None:
 
 def test_stored_images_of_a_rung_are_those_of_the_request() -> None:
     rung = ("data.cache=disk", "data.image_size=32")
-    own, request = Planner(card(GiB)), Planner(card(GiB), stored_size=73)
+    own, request = Predictor(card(GiB)), Predictor(card(GiB), stored_size=73)
     assert own.key(first(*SMALL, *rung))["stored_size"] == 37
     assert request.key(first(*SMALL, *rung))["stored_size"] == 73
-    found = [planner.predict(first(*SMALL, *rung)).live_bytes for planner in (own, request)]
+    found = [predictor.predict(first(*SMALL, *rung)).live_bytes for predictor in (own, request)]
     assert None not in found
     assert found[1] - found[0] == 8 * 3 * (73**2 - 37**2)  # type: ignore[operator]
-    assert Planner(replace(own.spec, cuda=False)).key(first(*SMALL, *rung))["stored_size"] == 0
+    assert Predictor(replace(own.spec, cuda=False)).key(first(*SMALL, *rung))["stored_size"] == 0
     sizes = [first("data.cache=ram", f"data.image_size={size}") for size in (64, 224)]
     assert (stored_size(sizes), stored_size([first()])) == (256, 0)
 
@@ -395,17 +398,17 @@ def test_a_plan_counts_what_is_stored_for_the_request(tmp_path: Path) -> None:
 
 def test_what_was_kept_is_read(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path / "new" / "folder")
-    assert cache.prediction(KEY) is None
-    cache.keep_prediction(KEY, PREDICTION)
-    assert cache.prediction(KEY) == PREDICTION
-    assert cache.prediction({**KEY, "batch": 9}) is None
+    assert cache.get(Prediction, KEY) is None
+    cache.keep(KEY, PREDICTION)
+    assert cache.get(Prediction, KEY) == PREDICTION
+    assert cache.get(Prediction, {**KEY, "batch": 9}) is None
     assert [path.suffix for path in (tmp_path / "new" / "folder").iterdir()] == [".json"]
 
 
 def test_failures_are_not_kept(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path)
-    cache.keep_prediction(KEY, Prediction(None, None, None, None, 0.1, "no memory"))
-    assert cache.prediction(KEY) is None
+    cache.keep(KEY, Prediction(None, None, None, None, 0.1, "no memory"))
+    assert cache.get(Prediction, KEY) is None
 
 
 @pytest.mark.parametrize(
@@ -417,36 +420,36 @@ def test_failures_are_not_kept(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_damaged_file_counts_as_absent_and_is_mended(tmp_path: Path, damage: bytes) -> None:
     cache = PlanCache(tmp_path)
-    cache.keep_prediction(KEY, PREDICTION)
+    cache.keep(KEY, PREDICTION)
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage.replace(b'"KEY"', json.dumps(KEY).encode()))
-    assert cache.prediction(KEY) is None
-    cache.keep_prediction(KEY, PREDICTION)
-    assert cache.prediction(KEY) == PREDICTION
+    assert cache.get(Prediction, KEY) is None
+    cache.keep(KEY, PREDICTION)
+    assert cache.get(Prediction, KEY) == PREDICTION
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     for cache in (PlanCache(tmp_path / "file" / "folder"), PlanCache(None)):
-        cache.keep_prediction(KEY, PREDICTION)
-        assert cache.prediction(KEY) is None
+        cache.keep(KEY, PREDICTION)
+        assert cache.get(Prediction, KEY) is None
 
 
 def write_often(folder: Path, number: int) -> None:
     cache = PlanCache(folder)
     for turn in range(200):
-        cache.keep_prediction(KEY, replace(PREDICTION, live_bytes=1000 * number + turn))
+        cache.keep(KEY, replace(PREDICTION, live_bytes=1000 * number + turn))
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path)
-    cache.keep_prediction(KEY, PREDICTION)
+    cache.keep(KEY, PREDICTION)
     writers = [multiprocessing.Process(target=write_often, args=(tmp_path, number)) for number in (1, 2)]
     for writer in writers:
         writer.start()
     seen = set()
     while any(writer.is_alive() for writer in writers):
-        found = cache.prediction(KEY)
+        found = cache.get(Prediction, KEY)
         assert found is not None, "half an entry was read"
         seen.add(found.live_bytes)
     assert len(seen) > 1
@@ -456,10 +459,11 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 
 def test_measurements_of_a_card(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path)
-    assert cache.measurement(KEY, "H200") == Measurement()
-    cache.keep_measurement(KEY, "H200", Measurement().failed(100).fitted(200, 150, 180))
-    assert cache.measurement(KEY, "H200") == Measurement(200, 100, 150, 180)
-    assert cache.measurement(KEY, "T4") == Measurement()
+    mine = {**KEY, "card": "H200"}
+    assert cache.get(Measurement, mine) is None
+    cache.keep(mine, Measurement().failed(100).fitted(200, 150, 180))
+    assert cache.get(Measurement, mine) == Measurement(200, 100, 150, 180)
+    assert cache.get(Measurement, {**KEY, "card": "T4"}) is None
     for seen in (5000, 790, 810):  # another process was there as well the first time
         cache.keep_context("H200", seen * MiB)
     assert cache.context_bytes("H200") == 790 * MiB
@@ -467,9 +471,10 @@ def test_measurements_of_a_card(tmp_path: Path) -> None:
 
 
 def test_what_measurements_say() -> None:
-    assert Measurement().verdict(100) == ""
+    assert Measurement().verdict(100) == "unknown"
     known = Measurement().failed(100).fitted(200, 150, 180)
-    assert [known.verdict(room) for room in (99, 100, 101, 199, 200)] == ["hopeless", "hopeless", "", "", "fits"]
+    rooms = {99: "hopeless", 100: "hopeless", 101: "unknown", 199: "unknown", 200: "fits"}
+    assert {room: known.verdict(room) for room in rooms} == rooms
     assert known.fitted(90, 80, 85) == Measurement(90, None, 80, 85)
     assert known.failed(300) == Measurement(None, 300)
     assert known.failed(50) == known

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW
 
 from adaptive_trainer.prediction import recorder as fake
-from adaptive_trainer.prediction.plain import _layout, plain_result
+from adaptive_trainer.prediction.plain import _memory_format, plain_result
 from adaptive_trainer.prediction.recorder import Kind
 from adaptive_trainer.prediction.tracer import Trace, TraceSpec, trace
 
@@ -45,7 +45,7 @@ def images(draw: st.DrawFn) -> Tensor:
 def compare(func: Any, *args: Any, **kwargs: Any) -> None:
     found, expected = plain_result(func, args, kwargs), func(*args, **kwargs)
     if found is NotImplemented:  # what lies in both formats may be taken for the other than its partner
-        assert len({_layout(a) for a in args if isinstance(a, Tensor) and a.ndim == 4}) > 1, func
+        assert len({_memory_format(a) for a in args if isinstance(a, Tensor) and a.ndim == 4}) > 1, func
         return
     assert described(found) == described(expected), func
     assert owners(found, args) == owners(expected, args), func

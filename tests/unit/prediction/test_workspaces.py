@@ -1,4 +1,4 @@
-"""Scratch memory of kernels: what was seen on an H100 (132 multiprocessors, torch 2.11), and bounds."""
+"""Workspaces memory of kernels: what was seen on an H100 (132 multiprocessors, torch 2.11), and bounds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_trainer.prediction.workspaces import Scratch
+from adaptive_trainer.prediction.workspaces import Workspaces
 
-H100 = Scratch.of((9, 0), 132, (2, 11))
+H100 = Workspaces.of((9, 0), 132, (2, 11))
 
 
 @pytest.mark.parametrize(("outputs", "nbytes"), [(192, 4915200), (768, 19660800), (1536, 39321600)])
@@ -23,14 +23,14 @@ def test_few_rows_need_nothing() -> None:
 
 
 def test_a_smaller_card_shares_the_rows_among_fewer_blocks() -> None:
-    smaller = Scratch.of((7, 5), 30, (2, 11))
+    smaller = Workspaces.of((7, 5), 30, (2, 11))
     assert 0 < smaller.reduction(100_000, 768) < H100.reduction(100_000, 768)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 200))
 def test_partial_sums_are_bounded_by_the_card(rows: int, outputs: int, multiprocessors: int) -> None:
     """A block leaves at most 128 sums for an output, and there are about as many blocks as the card holds at once."""
-    card = Scratch.of((9, 0), multiprocessors, (2, 11))
+    card = Workspaces.of((9, 0), multiprocessors, (2, 11))
     least = -(-rows // 256)  # blocks, so that no thread adds up more
     assert 0 <= card.reduction(rows, outputs) <= 4 * outputs * 128 * max(card.threads, least)
 
@@ -43,13 +43,13 @@ def test_partial_sums_are_bounded_by_the_card(rows: int, outputs: int, multiproc
 def test_sums_on_this_card(rows: int, outputs: int, dtype: torch.dtype) -> None:
     about = torch.cuda.get_device_properties(0)
     version = torch.__version__.split(".")
-    card = Scratch.of((about.major, about.minor), about.multi_processor_count, (int(version[0]), int(version[1])))
+    card = Workspaces.of((about.major, about.minor), about.multi_processor_count, (int(version[0]), int(version[1])))
     x = torch.ones(rows, outputs, device="cuda", dtype=dtype)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     total = x.sum(0)
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-    scratch = card.reduction(rows, outputs)
-    semaphores = peak - total.nbytes - scratch
-    assert 0 <= semaphores <= 4 * outputs if scratch else semaphores == 0
+    taken = card.reduction(rows, outputs)
+    semaphores = peak - total.nbytes - taken
+    assert 0 <= semaphores <= 4 * outputs if taken else semaphores == 0

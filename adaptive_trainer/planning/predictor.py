@@ -1,0 +1,185 @@
+"""Predict what a recipe needs, as training would train it; known at once where it was predicted before."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+
+from adaptive_trainer.config.schema import Config
+from adaptive_trainer.data.position import micro_batches
+from adaptive_trainer.ladder.batch_size import largest
+from adaptive_trainer.ladder.resolve import recipe, stored_size, with_batch_size
+from adaptive_trainer.models.losses import Criterion, Loss, build_loss
+from adaptive_trainer.models.optimizers import build_optimizer
+from adaptive_trainer.models.savers import saver_settings
+from adaptive_trainer.planning.cache import Key, PlanCache, versions
+from adaptive_trainer.planning.device_spec import DeviceSpec
+from adaptive_trainer.planning.networks import ModelFactory, Networks
+from adaptive_trainer.prediction.estimator import Prediction, predict
+from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")
+SAMPLED = (8, 16)  # batch sizes whose needs show where to look for the largest
+# What decides whether attention keeps its matrix.
+ATTENTION: tuple[Callable[[], bool], ...] = (
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+)
+
+LossFactory = Callable[[Config, int], Loss | Criterion]
+
+
+class Predictor:
+    """Predicts recipes with the factories that training uses; one for all rungs of a run.
+
+    Args:
+        spec: the device that is predicted for.
+        num_classes: width of the model's head; the assumed one where neither this nor the settings say.
+        make_model, make_loss: as the Trainer was given them; its own where None.
+        cache: keeps predictions from one run to the next, but for what others make.
+        stored_size: height and width at which `data.cache` stores images; None: as if each recipe were the request.
+        val_size: samples of the validation set, above which no evaluation batch is; None where that is not known.
+    """
+
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        *,
+        num_classes: int | None = None,
+        make_model: ModelFactory | None = None,
+        make_loss: LossFactory | None = None,
+        cache: PlanCache | None = None,
+        stored_size: int | None = None,
+        val_size: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.networks = Networks(make_model, num_classes)
+        self.make_loss = make_loss or build_loss
+        # A factory has no name that would tell its networks or losses from those of another run.
+        is_named = make_loss is None and not self.networks.is_own
+        self.cache = cache if cache is not None and is_named else PlanCache(None)
+        self.stored_size = stored_size
+        self.val_size = val_size
+        self._tracer = Tracer()
+        self._known: dict[str, Prediction] = {}
+
+    def predict(self, config: Config) -> Prediction:
+        """Predict what the recipe of these settings will need. Never raises for one that cannot be predicted."""
+        start = time.perf_counter()
+        found = self.recalled(config)
+        if found is None:
+            try:
+                found = predict(
+                    self._spec(config),
+                    capability=self.spec.capability,
+                    multiprocessors=self.spec.multiprocessors,
+                    tracer=self._tracer,
+                )
+            except Exception as error:  # factories of the user's own may raise anything
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                found = Prediction(None, None, None, None, 0.0, reason)
+            found = replace(found, seconds=time.perf_counter() - start)
+            key = self.key(config)
+            self.cache.keep(key, found)
+            self._known[_text(key)] = found
+        return replace(found, seconds=time.perf_counter() - start)
+
+    def recalled(self, config: Config) -> Prediction | None:
+        """The prediction for this recipe, if it was made before."""
+        key = self.key(config)
+        found = self._known.get(_text(key)) or self.cache.get(Prediction, key)
+        if found is not None:
+            self._known[_text(key)] = found
+        return found
+
+    def largest_batch(self, config: Config, capacity: int, most: int) -> tuple[int | None, str]:
+        """Find the largest batch size up to `most` that is predicted to need no more than `capacity` bytes.
+
+        Returns:
+            The size, 0 where none fits, or None and the reason where it cannot be predicted.
+        """
+
+        def need(size: int) -> int | None:
+            return self.predict(with_batch_size(config, size)).min_capacity_bytes
+
+        def fits(size: int) -> bool:
+            least = need(size)
+            return least is not None and least <= capacity
+
+        small, large = map(need, SAMPLED)
+        if small is None or large is None:
+            reasons = (self.predict(with_batch_size(config, size)).reason for size in SAMPLED)
+            return None, next(filter(None, reasons), "")
+        a_sample = max(1, (large - small) // (SAMPLED[1] - SAMPLED[0]))
+        guess = SAMPLED[0] + (capacity - small) // a_sample
+        return largest(fits, guess=guess, step=max(1, guess // 100), least=1, most=most) or 0, ""
+
+    def key(self, config: Config) -> Key:
+        """Everything that the need for memory depends on, as plain data."""
+        used = recipe(config)
+        return {
+            "versions": versions(),
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            "attention": [switch() for switch in ATTENTION],
+            "model": self.networks.key(config),
+            "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
+            "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch(self.val_size), used.image_size],
+            "precision": used.precision,
+            **saver_settings(config.trainer),
+            "label_smoothing": config.trainer.label_smoothing > 0,
+            "class_weights": config.trainer.class_weights is not None,
+            "ema": config.trainer.ema_decay is not None,
+            "clip_grad": config.trainer.clip_grad is not None,
+            "channels_last": bool(config.trainer.channels_last),
+            "deterministic": config.trainer.deterministic,
+            "tf32": config.trainer.tf32,
+            "stored_size": self._stored_size(config),
+            "cuda": self.spec.cuda,
+            "capability": list(self.spec.capability),
+            "multiprocessors": self.spec.multiprocessors,
+        }
+
+    def _stored_size(self, config: Config) -> int:
+        if not self.spec.cuda:  # what waits on a CPU is not counted
+            return 0
+        return stored_size([config]) if self.stored_size is None else self.stored_size
+
+    def _spec(self, config: Config) -> TraceSpec:
+        used, cuda = recipe(config), self.spec.cuda
+        device = torch.device("cuda" if cuda else "cpu")
+        key, savers = self.key(config), saver_settings(config.trainer)
+        loss = Criterion.of(self.make_loss(config, self.networks.classes(config)))
+        parts = micro_batches(used.batch_size, used.micro_batch_size, False)
+        if 1 in parts and self.networks.has_batch_norm(config):
+            parts = micro_batches(used.batch_size, used.micro_batch_size, True)
+        return TraceSpec(
+            lambda: self.networks.build(config),
+            lambda model: build_optimizer(model, config.optimizer, device),
+            (3, used.image_size, used.image_size),
+            tuple(parts),
+            used.eval_batch(self.val_size),
+            loss=loss,
+            precision=used.precision,
+            channels_last=key["channels_last"],
+            ema=key["ema"],
+            clip_grad=key["clip_grad"],
+            undo=cuda,
+            cuda=cuda,
+            stored_size=key["stored_size"],
+            key=repr((*(key[name] for name in ("model", "optimizer", "label_smoothing")), savers, loss.kind)),
+        )
+
+
+def other_allocator() -> bool:
+    """Whether the environment asks for another allocator than the one that is modelled: expandable segments, say."""
+    return any(os.environ.get(name) for name in ALLOCATOR)
+
+
+def _text(key: Key) -> str:
+    return repr(sorted(key.items()))

@@ -1,0 +1,107 @@
+"""What settings are not trained with, whatever the memory, and why."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from adaptive_trainer.config.schema import Config
+from adaptive_trainer.errors import ConfigError, ModelError, UserError
+from adaptive_trainer.ladder.resolve import recipe
+from adaptive_trainer.ladder.rung import Rung
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer
+from adaptive_trainer.models.zoo import check_name
+from adaptive_trainer.planning.image_size import check_image_size, failure_at
+from adaptive_trainer.planning.networks import Networks
+from adaptive_trainer.planning.predictor import Predictor
+
+
+def refusal(networks: Networks, above: Config, config: Config) -> str:
+    """Why these settings, one step below those, cannot be trained with; empty where they may."""
+    reason = ""
+    if config.data.image_size != above.data.image_size or config.model != above.model:
+        reason = _size_refusal(networks, above, config)
+    if not reason and replace(config.optimizer, lr=0.0) != replace(above.optimizer, lr=0.0):
+        reason = _optimizer_refusal(networks.outline(config), config)
+    alone = "" if reason else single_sample(config)
+    return alone if alone and networks.has_batch_norm(config) else reason
+
+
+def no_step(predictor: Predictor, above: Config, config: Config) -> str:
+    """Why another network than the one above is no step down; empty where it may be one."""
+    if config.model == above.model:
+        return ""
+    was, need = (predictor.predict(each).min_capacity_bytes for each in (above, config))
+    if need is None or was is None or need < was:
+        return ""
+    more = f"it is predicted to need {format_bytes(need)}, no less than the rung above ({format_bytes(was)})"
+    return f"{config.model.name} is no step down from {above.model.name}: {more}"
+
+
+def _size_refusal(networks: Networks, above: Config, config: Config) -> str:
+    if not networks.is_own:
+        return image_refusal(config, networks.classes(config))
+    model, size = networks.outline(config), config.data.image_size
+    failure = "" if model is None else failure_at(model.eval(), size)
+    # A network that fails on shapes alone at the size above too, where it trained, is not understood this way.
+    if model is None or not failure or failure_at(model, above.data.image_size):
+        return ""
+    return f"{type(model).__name__} refuses data.image_size={size}: {failure}"
+
+
+def image_refusal(config: Config, num_classes: int) -> str:
+    """Why a network of timm or torchvision refuses the image size; empty where it does not."""
+    try:
+        check_image_size(config.model, config.data.image_size, num_classes)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def _optimizer_refusal(model: nn.Module | None, config: Config) -> str:
+    on_meta = {key: value for key, value in config.optimizer.kwargs.items() if key != "fused"}  # which meta has not
+    try:
+        if model is not None:
+            build_optimizer(model, replace(config.optimizer, kwargs=on_meta), torch.device("meta"))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def single_sample(config: Config) -> str:
+    """Why a network with BatchNorm is not trained with a batch or micro-batch of one; empty for larger ones."""
+    used = recipe(config)
+    if used.micro_batch_size > 1:
+        return ""
+    key = "batch_size" if used.batch_size == 1 else "micro_batch_size"
+    return (
+        f"trainer.{key}=1 leaves BatchNorm a single sample, which has no variance; "
+        "use 2 or more, or a model without BatchNorm"
+    )
+
+
+def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> None:
+    """Refuse networks, unless the caller makes his own, and optimizers that nobody knows, on any rung.
+
+    Raises:
+        ConfigError: there are some; all problems of the rungs at once.
+        ModelError: it is the network that was asked for.
+    """
+    checks: list[Callable[[Config], None]] = [lambda config: check_optimizer(config.optimizer)]
+    if not own_model:
+        checks.insert(0, lambda config: check_name(config.model.name))
+    problems: dict[str, str] = {}  # what is wrong, and the first rung of which it is: those below inherit it
+    for rung, check in itertools.product(ladder, checks):
+        try:
+            check(rung.settings)
+        except UserError as error:
+            if rung is ladder[0]:
+                raise
+            problems.setdefault(str(error), rung.name)
+    if problems:
+        raise ConfigError("; ".join(f"rung {name!r}: {text}" for text, name in problems.items()))
