@@ -12,6 +12,10 @@ import pytest
 import torch
 
 from adaptive_trainer.memory.limit import Capacity, limited
+from tests.support import composing
+
+torch.set_num_threads(1)  # threads of small operators wait for each other more than they work
+composing.remember()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -25,15 +29,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="module")
 def capacity() -> Iterator[Capacity]:
-    """The CPU with no limit on memory, for many small updates on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The CPU with no limit on memory, for many small updates."""
     with limited(torch.device("cpu"), "none") as found:
         gc.collect()
         gc.freeze()  # a collection after each failure then looks at new objects alone
         yield found
         gc.unfreeze()
-    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[3, pytest.param(1, marks=pytest.mark.slow)], ids=["a third", "all"])
+def every(request: pytest.FixtureRequest) -> int:
+    """One operator in so many fails: a third of them in each run of the tests, all under `-m slow`."""
+    stride: int = request.param
+    return stride
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 from adaptive_trainer import Trainer, compose_config, predict
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.memory.limit import Capacity, limited
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import Criterion, CrossEntropy, Loss, balanced
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.undo import TrainState
@@ -136,12 +136,6 @@ def labels_of(name: str, labels: list[int]) -> Tensor:
     return torch.where(found == 1, -100, found) if name == "ignoring -100" else found
 
 
-@pytest.fixture(scope="module")
-def free() -> Any:
-    with limited(CPU, "none") as capacity:
-        yield capacity
-
-
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=12, deadline=None)
 @given(
@@ -153,13 +147,13 @@ def free() -> Any:
 @example(labels=[1, 1, 1], weights=[1.0, 0.0, 2.0, 4.0], micro=1)
 @example(labels=[3, 3, 0, 0], weights=[1.0, 0.3, 2.0, 0.0], micro=2)
 def test_an_update_in_parts_is_the_update(
-    name: str, free: Capacity, labels: list[int], weights: list[float], micro: int
+    name: str, capacity: Capacity, labels: list[int], weights: list[float], micro: int
 ) -> None:
     if name in FOUND_OUT:  # smoothing at a class that weighs nothing is no weighted mean; nor is one of no class
         weights = [max(weight, 0.3) for weight in weights]
     w, y = torch.tensor(weights, dtype=torch.float64), labels_of(name, labels)
     images = torch.randn(len(y), 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    whole, parts = (Run(LOSSES[name](w), free, size, clip_grad=1.0) for size in (len(y), micro))
+    whole, parts = (Run(LOSSES[name](w), capacity, size, clip_grad=1.0) for size in (len(y), micro))
     for run in (whole, parts):
         for _ in range(3):
             run.update.run(images, y, samples=0)
@@ -177,11 +171,11 @@ def test_an_update_in_parts_is_the_update(
     sizes=st.lists(st.integers(1, 9), min_size=9, max_size=9),
 )
 def test_the_loss_of_an_evaluation_is_that_of_the_whole(
-    name: str, free: Capacity, labels: list[int], weights: list[float], sizes: list[int]
+    name: str, capacity: Capacity, labels: list[int], weights: list[float], sizes: list[int]
 ) -> None:
     w, y = torch.tensor(weights, dtype=torch.float64), labels_of(name, labels)
     images = torch.randn(len(y), 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    run = Run(LOSSES[name](w), free, len(y))
+    run = Run(LOSSES[name](w), capacity, len(y))
 
     def evaluated(sizes: list[int]) -> tuple[float, float]:
         parts = zip(torch.split(images, sizes), torch.split(y, sizes), strict=True)
@@ -201,11 +195,11 @@ def test_the_loss_of_an_evaluation_is_that_of_the_whole(
 
 @pytest.mark.parametrize("overflows", [False, True])
 @pytest.mark.parametrize("name", ["ignoring, weighted, smooth", "pair", "lambda"])
-def test_parts_with_a_scaled_loss(name: str, overflows: bool, free: Capacity) -> None:
+def test_parts_with_a_scaled_loss(name: str, overflows: bool, capacity: Capacity) -> None:
     """In half precision the scale of the loss must not change what is learned, and an overflow is left out."""
     runs = []
     for micro in (8, 3):
-        run = Run(LOSSES[name](torch.tensor([0.5, 1.0, 2.0, 4.0])), free, micro)
+        run = Run(LOSSES[name](torch.tensor([0.5, 1.0, 2.0, 4.0])), capacity, micro)
         run.model.float()
         run.state.scaler = run.update.state.scaler = GradScaler("cpu", init_scale=2.0**10)
         images = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
@@ -462,9 +456,9 @@ class Frozen(nn.Module):
         return loss
 
 
-def test_a_part_of_a_loss_that_is_kept_in_evaluation_mode_stays_in_it(free: Capacity) -> None:
+def test_a_part_of_a_loss_that_is_kept_in_evaluation_mode_stays_in_it(capacity: Capacity) -> None:
     loss = Frozen()
-    run = Run(loss, free, 8)
+    run = Run(loss, capacity, 8)
     images, labels = torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % CLASSES
     for _ in range(2):
         run.update.evaluate(run.model, images, labels)
@@ -474,8 +468,8 @@ def test_a_part_of_a_loss_that_is_kept_in_evaluation_mode_stays_in_it(free: Capa
     assert not loss.features.get_buffer("running_mean").any()
 
 
-def test_a_loss_may_be_of_another_kind_in_evaluation(free: Capacity) -> None:
-    run = Run(Frozen(), free, 8)
+def test_a_loss_may_be_of_another_kind_in_evaluation(capacity: Capacity) -> None:
+    run = Run(Frozen(), capacity, 8)
     images, labels = torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.arange(8) % CLASSES
     run.update.run(images, labels, samples=0)
     parts = [run.update.evaluate(run.model, images[part], labels[part]) for part in (slice(0, 3), slice(3, 8))]
