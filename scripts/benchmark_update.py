@@ -39,6 +39,7 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_FIRST
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
+from adaptive_trainer.step.backends.cuda_graph import Graph
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Progress, Undo
 from adaptive_trainer.training.loop import Hooks, Loop, StopSignal
@@ -198,8 +199,8 @@ def epoch(loop: Timed, batch: Batch | None, outside: list[float] | None = None) 
 
 def direct(loop: Timed) -> Callable[[Tensor, Tensor], None]:
     """The same engine without a loop around it: the graph replayed, or the update run."""
-    graph, update = loop.engine._graph, loop.session.update
-    return graph.replay if graph is not None else partial(update.run, samples=0)
+    graph, update = loop.engine.backend.graph, loop.session.update
+    return graph.replay if isinstance(graph, Graph) else partial(update.run, samples=0)
 
 
 def bare_epoch(loop: Timed, loader: DataLoader[list[Tensor]]) -> float:

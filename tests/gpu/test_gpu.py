@@ -41,6 +41,7 @@ from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
+from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import TrainState
@@ -185,7 +186,7 @@ def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(
 ) -> None:
     found, is_last = {}, optimizer == "adamw"
     for engine in ("graph", "auto"):
-        never = patch.object(Engine, "_record", lambda engine, *_: engine._refuse("the reference"))
+        never = patch.object(Recorded, "record", lambda *_: "the reference")
         reference = never if engine == "auto" else nullcontext()
         with reference:
             how = {"trainer__precision": precision, "trainer__engine": engine, "trainer__channels_last": is_last}
@@ -234,7 +235,7 @@ def test_twenty_compiled_updates_learn_what_eager_ones_learn(precision: str) -> 
             for _ in range(20):
                 engine.run(images, labels, samples=8)
             losses[name] = float(update.state.meters["loss"] / update.state.meters["seen"])
-        assert (engine._graph is not None) is (name == "compile"), events
+        assert (engine.backend.graph is not None) is (name == "compile"), events
         assert update.state.updates == 20
     assert losses["compile"] == pytest.approx(losses["eager"], rel=0.02 if precision == "fp32" else 0.05)
 
@@ -251,7 +252,7 @@ def test_nothing_of_compiled_code_and_its_graph_stays_when_the_engine_goes() -> 
         engine = Engine(update, "compile", 8, events.append)
         for _ in range(5):
             engine.run(images, labels, samples=8)
-        assert engine._graph is not None, events
+        assert engine.backend.graph is not None, events
         engine.run(images[:7], labels[:7], samples=7)  # beside the graph there may be no room, and then it goes
         del engine, eager
         oom.release(gpu_checks.CUDA)
@@ -385,7 +386,7 @@ def test_where_memory_runs_out_beside_the_graph_it_goes_and_the_update_is_made()
         engine = Engine(update, "graph", 8, events.append)
         for _ in range(5):
             engine.run(images, labels, samples=8)
-        assert engine._graph is not None
+        assert engine.backend.graph is not None
         engine.run(images[:7], labels[:7], samples=7)
     assert update.state.updates == 6
     assert "wanted in" in events[-1]
@@ -455,7 +456,7 @@ def trained(name: str, kind: str, **how: Any) -> tuple[dict[str, Any], list[str]
         engine = Engine(made(name, capacity, **how), kind, 8, events.append)
         advance(engine, 21)
         found = dump(engine.update.state) | {"rng cuda": torch.cuda.get_rng_state()}
-        assert (engine._graph is not None) is (kind == "graph"), events
+        assert (engine.backend.graph is not None) is (kind == "graph"), events
     return found, events
 
 
@@ -629,13 +630,13 @@ def test_gradients_that_an_optimizer_comes_to_keep_are_not_written_over() -> Non
         update.state.optimizer.register_step_post_hook(keep)
         engine = Engine(update, "graph", 8, events.append)
         advance(engine, 9)
-        had_graph = engine._graph is not None
+        had_graph = engine.backend.graph is not None
         advance(engine, 1)
         before = [(tensor, tensor.clone()) for tensor in kept]
         advance(engine, 1)
         assert before
         assert all(torch.equal(tensor, copy) for tensor, copy in before)
-    assert (had_graph, engine._graph is not None) == (True, False), events
+    assert (had_graph, engine.backend.graph is not None) == (True, False), events
     assert "keeps gradients" in events[-1]
 
 
@@ -647,12 +648,12 @@ def test_where_the_step_has_no_memory_beside_the_graph_it_goes_and_the_update_is
         update = made("nadamw", capacity, net=Net(width=128, hidden=4096))
         engine = Engine(update, name, 8, events.append)
         advance(engine, 9, size=256)
-        had_graph = engine._graph is not None
+        had_graph = engine.backend.graph is not None
         oom.release(gpu_checks.CUDA)
         room = (1500 << 20) - torch.cuda.memory_reserved() - (32 << 20)
         ballast = torch.empty(room >> 21 << 21, dtype=torch.uint8, device="cuda")
         advance(engine, 1, size=256)
-        has_graph = engine._graph is not None
+        has_graph = engine.backend.graph is not None
         del ballast
         advance(engine, 1, size=256)
         steps = {float(values["step"]) for values in update.state.optimizer.state.values() if values}
@@ -671,7 +672,7 @@ def test_nothing_of_recorded_passes_stays_when_the_engine_goes() -> None:
         held = torch.cuda.memory_allocated()
         engine = Engine(update, "graph", 8, events.append)
         advance(engine, 6)
-        assert engine._graph is not None, events
+        assert engine.backend.graph is not None, events
         del engine
         oom.release(gpu_checks.CUDA)
         assert torch.cuda.memory_allocated() < held + 2**16, "a few numbers of the random generator may stay"

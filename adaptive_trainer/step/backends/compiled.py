@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,71 @@ from torch._dynamo.exc import TorchDynamoException
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.models.savers import compile_refusal
+from adaptive_trainer.step.backends.eager import Eager
+from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.program import Accumulate, Forward
 from adaptive_trainer.step.update import Update
 
 MAX_TEXT = 300  # characters of a compiler's message
 
 
+class Compiled(Eager):
+    """Compiles at its first batch; on a CUDA card, what was compiled is then recorded as a graph."""
+
+    word = "compiled"
+
+    def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
+        super().__init__(update, name, event)
+        self._is_compiled = False
+        # While it compiles, any error may be the compiler's. Later another shape may be compiled for anew.
+        self._expected: tuple[type[Exception], ...] = (Exception,)
+
+    def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make one update; where compiled code fails, once more without it."""
+        if self._is_compiled:
+            return super().run(images, labels, samples)
+        reason = self._refusal()
+        if reason:
+            return self._run_uncompiled(reason, images, labels, samples)
+        self.event(f"engine: compiling for batches of {len(labels)}, as trainer.engine={self.name} asks")
+        started = time.perf_counter()
+        self.accumulate = partial(self.program.accumulate, forward=compile_forward(self.program.state.model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler warns of its own modules, and of the TF32 it would like
+            done = super().run(images, labels, samples)
+        if done is not self:
+            return done
+        self._is_compiled, self._expected = True, (OutOfMemory, TorchDynamoException)
+        self.event(f"engine: compiled, with the first update in {time.perf_counter() - started:.1f} s")
+        on_cuda = self.program.device.type == "cuda"
+        return Recorded(self.update, self.name, self.event, kernels=self) if on_cuda else self
+
+    def run_with(self, accumulate: Accumulate, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make one update with gradients from this function; where that fails, once more without compiled code."""
+        try:
+            return super().run_with(accumulate, images, labels, samples)
+        except self._expected as error:
+            if isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED:
+                raise
+            reason = _explained(error)
+        return self._run_uncompiled(reason, images, labels, samples)
+
+    def _refusal(self) -> str:
+        """Why nothing is to be compiled."""
+        if self.update.capacity.card is not None:
+            return "a simulated card counts operators, which compiled code is not made of (memory.limit=none lifts it)"
+        return compile_refusal(self.program.state.model)
+
+    def _run_uncompiled(self, reason: str, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        self.accumulate = self.program.accumulate  # what was compiled goes
+        oom.release(self.program.device)
+        self.event(f"engine: eager, not compiled: {reason}")
+        return Eager(self.update, self.name, self.event).run(images, labels, samples)
+
+
 def compile_forward(model: nn.Module) -> Forward:
-    """A function of the images that does what `model` does, compiled when it first meets a shape.
+    """Return a function of the images that does what `model` does, compiled when it first meets a shape.
 
     It is compiled whole or not at all. The model stays as it is; what was compiled goes with the function.
     """
@@ -31,41 +89,6 @@ def compile_forward(model: nn.Module) -> Forward:
     forward.__code__ = forward.__code__.replace()  # torch keeps compiled code with the code object: one of its own
     compiled: Forward = torch.compile(forward, fullgraph=True, dynamic=False)
     return compiled
-
-
-def run_compiled(
-    update: Update, accumulate: Accumulate, images: Tensor, labels: Tensor, *, samples: int, is_first: bool = False
-) -> str:
-    """`Update.run` through compiled code; why that failed, with the state as before.
-
-    Args:
-        accumulate: makes the gradients by compiled code.
-        is_first: the code is compiled on the way, which fails with any kind of error. Later only out-of-memories and
-            the compiler's own errors (another shape is compiled for anew) come back as text.
-
-    Raises:
-        DeviceUnusable: the device answers nothing any more.
-        Exception: what has nothing to do with compiled code, unchanged.
-    """
-    try:
-        with _compilers_warnings_ignored() if is_first else nullcontext():
-            update.run(images, labels, samples=samples, accumulate=accumulate)
-    except DeviceUnusable:
-        raise
-    except Exception as error:
-        expected = is_first or isinstance(error, OutOfMemory | TorchDynamoException)
-        if not expected or oom.describe(error).kind is oom.Kind.POISONED:
-            raise
-        return _explained(error)
-    return ""
-
-
-@contextmanager
-def _compilers_warnings_ignored() -> Iterator[None]:
-    """It warns of its own modules, and of the TF32 that it would like."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _explained(error: Exception) -> str:

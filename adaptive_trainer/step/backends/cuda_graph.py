@@ -10,7 +10,7 @@ import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
+from adaptive_trainer.errors import AdaptiveTrainerError, explained
 from adaptive_trainer.step.backends.host_state import HostState
 from adaptive_trainer.step.program import Accumulate, Program
 from adaptive_trainer.step.undo import Places
@@ -30,7 +31,7 @@ from adaptive_trainer.utils.random import state_of
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
 
 
-class GraphRefused(Exception):
+class GraphRefused(AdaptiveTrainerError):
     """The update cannot be recorded; says why."""
 
 
@@ -63,20 +64,13 @@ class Graph:
         self.groups = program.state.optimizer.param_groups if with_step else []
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._holders = _Holders()
+        self._lane: _Lane | None = None
         self._graph = torch.cuda.CUDAGraph()
         problem = ""
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
         try:
             with update.undone(), _unchanged_host(program):
-                self.images = torch.zeros_like(images, device=program.device)
-                self.labels = torch.zeros_like(labels, device=program.device)
-                self.rates = [torch.tensor(float(group["lr"]), device=program.device) for group in self.groups]
-                self._record(program, accumulate)
-                if not with_step:
-                    self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
-                self._lane = _Lane.beside(self.images, self.labels) if images.is_pinned() else None
-        except GraphRefused as error:
-            problem = str(error)
+                self._record(program, images, labels, accumulate or program.accumulate)
         except Exception as error:
             failure = oom.describe(error, pressure=update.capacity.pressure)
             if failure.kind is oom.Kind.POISONED:
@@ -115,29 +109,40 @@ class Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
-    def _record(self, program: Program, accumulate: Accumulate | None) -> None:
-        """Run the update's Python once; its kernels go into the graph and do not run."""
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(program.device)  # type: ignore[no-untyped-call]
-        has_ended = False
+    def _record(self, program: Program, images: Tensor, labels: Tensor, accumulate: Accumulate) -> None:
+        self.images = torch.zeros_like(images, device=program.device)
+        self.labels = torch.zeros_like(labels, device=program.device)
+        self.rates = [torch.tensor(float(group["lr"]), device=program.device) for group in self.groups]
+        for group, rate in zip(self.groups, self.rates, strict=True):  # whoever records puts the groups back
+            group.update({"lr": rate} | ({"capturable": True} if "capturable" in group else {}))
         for generator in Belongings(program.state.owners()).generators.values():
             if isinstance(generator, torch.Generator) and generator.device.type == "cuda":
                 self._graph.register_generator_state(generator)  # else each replay would draw the same numbers
+        if self.with_step:
+            self._capture(program.device, lambda: program.run(self.images, self.labels, accumulate))
+        else:
+            self._capture(program.device, lambda: accumulate(self.images, self.labels))
+            self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
+        if images.is_pinned():
+            with suppress(torch.OutOfMemoryError):  # a graph can do without
+                self._lane = _Lane(self.images, self.labels)
+
+    def _capture(self, device: torch.device, work: Callable[[], None]) -> None:
+        """Run the work's Python once; its kernels go into the graph and do not run."""
+        pool = torch.cuda.graph_pool_handle()
+        has_ended = False
         try:
-            with torch.cuda.stream(stream), _changing_values(self.groups, self.rates):
+            with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
                 # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
                 self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    if self.with_step:
-                        program.run(self.images, self.labels, accumulate)
-                    else:
-                        (accumulate or program.accumulate)(self.images, self.labels)
+                    work()
                 finally:
                     self._graph.capture_end()
                     has_ended = True
         finally:
             if not has_ended:
-                _abandon(program.device, pool)
+                _abandon(device, pool)
 
 
 class _Holders:
@@ -167,14 +172,6 @@ class _Lane:
         self.side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.cleared = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.clear()
-
-    @classmethod
-    def beside(cls, images: Tensor, labels: Tensor) -> _Lane | None:
-        """One for this batch of a graph; None where there is no memory for it, which a graph can do without."""
-        try:
-            return cls(images, labels)
-        except torch.OutOfMemoryError:
-            return None
 
     def suits(self, images: Tensor, labels: Tensor) -> bool:
         """Whether all of the batch is on the host, and lies there as on the device: else a copy takes more memory."""
@@ -208,22 +205,6 @@ def _abandon(device: torch.device, pool: Any) -> None:
     generator, fresh = torch.cuda.default_generators[index], torch.Generator(device)
     fresh.set_state(generator.get_state())
     generator.graphsafe_set_state(fresh)
-
-
-@contextmanager
-def _changing_values(groups: list[dict[str, Any]], rates: list[Tensor]) -> Iterator[None]:
-    """Learning rates as tensors that later replays read anew, while the optimizer's step is recorded."""
-    keys: tuple[str, ...] = ("lr", "capturable")
-    before = [{key: group[key] for key in keys if key in group} for group in groups]
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-        if "capturable" in group:
-            group["capturable"] = True
-    try:
-        yield
-    finally:
-        for group, values in zip(groups, before, strict=True):
-            group.update(values)
 
 
 @contextmanager
@@ -295,21 +276,21 @@ def synchronizing_refused() -> Iterator[None]:
     Raises:
         GraphRefused: one was called; whoever ran the update has rolled it back.
     """
-    problem = ""
     before = torch.cuda.get_sync_debug_mode()
     _set_sync_debug_mode("error")
     try:
-        yield
-    except RuntimeError as error:
-        if SYNCHRONIZES not in str(error):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
-        problem = f"an operator of the update waits for the card ({where})"
+        with explained(_waiting, (RuntimeError,)):
+            yield
     finally:
         _set_sync_debug_mode(before)
-    if problem:
-        raise GraphRefused(problem)
+
+
+def _waiting(error: Exception) -> GraphRefused | None:
+    if SYNCHRONIZES not in str(error):
+        return None
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+    return GraphRefused(f"an operator of the update waits for the card ({where})")
 
 
 def _set_sync_debug_mode(mode: str | int) -> None:

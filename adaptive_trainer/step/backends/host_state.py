@@ -144,15 +144,7 @@ def _fill(value: Any, content: Any) -> None:
         put(value, content)
     elif isinstance(value, np.ndarray):
         np.copyto(value, content)
-    elif isinstance(content, dict):
-        own = value if isinstance(value, dict) else vars(value)
+    else:
+        own = value if isinstance(value, dict | list | set | deque) else vars(value)
         own.clear()
-        own.update(content)
-    elif isinstance(value, list):
-        value[:] = content
-    elif isinstance(value, set):
-        value.clear()
-        value.update(content)
-    elif isinstance(value, deque):
-        value.clear()
-        value.extend(content)
+        (own.extend if isinstance(own, list | deque) else own.update)(content)

@@ -24,7 +24,8 @@ from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.backends.cuda_graph import GraphRefused, _Holders, _unchanged_host, step_refusal
-from adaptive_trainer.step.engine import IN_STEP, Engine
+from adaptive_trainer.step.backends.recorded import IN_STEP
+from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import TrainState, Undo
 from adaptive_trainer.step.update import Update
 from tests.support import runs
@@ -263,7 +264,7 @@ class FullInStep(Fault):  # type: ignore[no-untyped-call]
         self.engine = engine
 
     def _hits(self, number: int) -> bool:
-        return self.engine._graph is not None and self.engine.update.phase == "optimizer step"
+        return self.engine.backend.graph is not None and self.engine.update.phase == "optimizer step"
 
 
 def test_what_is_recorded_makes_room_for_the_step_and_the_update_is_made(start: Callable[..., runs.Run]) -> None:
@@ -275,7 +276,7 @@ def test_what_is_recorded_makes_room_for_the_step_and_the_update_is_made(start: 
     update = run.update()
     engine = Engine(update, "graph", 7, events.append)
     static: Any = Static(run, update)
-    engine._graph = static
+    engine.backend.graph = static
     for number in range(3):
         run.schedule.apply(run.state.position.schedule_step(7))
         at = run.state.position.cursor
@@ -283,7 +284,7 @@ def test_what_is_recorded_makes_room_for_the_step_and_the_update_is_made(start: 
         with FullInStep(engine) if number == 1 else Fault() as fault:
             engine.run(images, labels, samples=7)
         assert (fault.raised >= 2) is (number == 1), "and the same samples once more"
-        assert (engine._graph is None) is (number > 0)
+        assert (engine.backend.graph is None) is (number > 0)
     assert events == ["engine: eager, not a CUDA graph: its memory was wanted in optimizer step"]
     assert differences(dump(run.state), dump(plain.state)) == []
 
@@ -323,7 +324,7 @@ def test_gradients_that_an_optimizer_keeps_are_not_written_over(
     update = run.update()
     engine = Engine(update, "graph", 7, events.append)
     static: Any = Static(run, update)
-    engine._graph = static
+    engine.backend.graph = static
     for _ in range(7):
         run.schedule.apply(run.state.position.schedule_step(7))
         at = run.state.position.cursor

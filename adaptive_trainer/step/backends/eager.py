@@ -1,0 +1,43 @@
+"""What a way to run updates has to offer, and the plainest way: operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from adaptive_trainer.step.program import Accumulate
+from adaptive_trainer.step.update import Update
+
+
+class Eager:
+    """Runs updates on whole batches, one kernel after the other. Other ways derive from it, see `choose.BACKENDS`.
+
+    Args:
+        update: the transaction.
+        name: what `trainer.engine` asks for.
+        event: logs what was decided, and why.
+    """
+
+    word = "eager"
+    graph: object = None  # what holds memory between updates that can do without it
+
+    def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
+        self.update = update
+        self.name = name
+        self.event = event
+        self.program = update.program
+        self.accumulate: Accumulate = self.program.accumulate  # makes the gradients
+
+    def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make one update, as `Update.run`, and return what makes the next one: itself, or what it gave way to."""
+        return self.run_with(self.accumulate, images, labels, samples)
+
+    def run_with(self, accumulate: Accumulate, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make one update with gradients from this function."""
+        self.update.run(images, labels, samples=samples, accumulate=accumulate)
+        return self
+
+    def make_room(self, phase: str) -> Eager:
+        """Free that memory, as it is wanted in this phase, and return what goes on without."""
+        return self

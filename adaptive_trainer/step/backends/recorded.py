@@ -1,0 +1,146 @@
+"""Updates as a CUDA graph: whether one can be recorded, when it is, and what happens when it has to go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from adaptive_trainer import oom
+from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
+from adaptive_trainer.step.backends.eager import Eager
+from adaptive_trainer.step.update import Update
+
+T = TypeVar("T")
+IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward
+
+
+class Recorded(Eager):
+    """Replays a graph of the whole update; of forward and backward alone where the optimizer's step cannot be recorded.
+
+    Attributes:
+        kernels: makes the updates before the recording, and those after the graph was given up.
+        graph: what was recorded.
+        is_checked: an update has shown that nothing speaks against recording.
+    """
+
+    def __init__(self, update: Update, name: str, event: Callable[[str], None], kernels: Eager | None = None) -> None:
+        super().__init__(update, name, event)
+        self.kernels = kernels or Eager(update, name, event)
+        self.graph: Graph | None = None
+        self.is_checked = False
+        self._step_reason = ""  # why the step is not recorded
+
+    def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make one update: at first one that is checked, then record, then replay."""
+        if not self.is_checked and self.graph is None:
+            return self._check(images, labels, samples)
+        if self.graph is None:
+            reason = self.record(images, labels)
+            if reason:
+                return self.instead(reason).run(images, labels, samples)
+            self.announce(f"from here on, as trainer.engine={self.name} asks")
+        return self.replay(images, labels, samples)
+
+    def record(self, images: Tensor, labels: Tensor) -> str:
+        """Record the graph, of less where the step is in the way; why that failed, else nothing."""
+        accumulate = self.kernels.accumulate
+        while True:
+            made = _refused(lambda: Graph(self.update, images, labels, accumulate, with_step=not self._step_reason))
+            if isinstance(made, Graph):
+                self.graph = made
+                return ""
+            if not self._is_of_the_step(made):
+                return made
+
+    def announce(self, why: str) -> None:
+        """Log what is a graph now."""
+        what = "forward and backward are" if self._step_reason else "the whole update is"
+        rest = f"; the optimizer's step is not: {self._step_reason}" if self._step_reason else ""
+        self.event(f"engine: {what} one CUDA graph {why}{rest}")
+
+    def replay(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make the update by what was recorded; kernel by kernel for a batch of another shape."""
+        # No name of its own for the graph: it would keep the memory of one that is given up.
+        if self.graph is None or not self.graph.suits(images, labels):
+            return self._run_kernels(images, labels, samples)
+        if self.graph.with_step:
+            after = self.program.state.position.advance(samples)
+            self.graph.replay(images, labels)
+            self.update.commit(after)
+            return self
+        try:
+            return self.run_with(self.graph.replay, images, labels, samples)
+        except GraphRefused as error:  # a replay would do harm
+            reason = str(error)
+        return self.instead(reason).run(images, labels, samples)
+
+    def instead(self, reason: str) -> Eager:
+        """Give up the graph, or the thought of it, and return what goes on without."""
+        self.drop()
+        self.event(f"engine: {self.kernels.word}, not a CUDA graph: {reason}")
+        return self.kernels
+
+    def drop(self) -> None:
+        """Give back the graph's memory."""
+        if self.graph is not None:
+            self.graph = None
+            oom.release(self.program.device)
+
+    def make_room(self, phase: str) -> Eager:
+        """Give up the graph."""
+        return self.instead(f"its memory was wanted in {phase}")
+
+    def _check(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make an update that shows what speaks against a graph, once the optimizer has made its state."""
+        reason = refusal(self.program)
+        if reason:
+            return self.instead(reason).run(images, labels, samples)
+        if self.update.step_memory.may_allocate is None:
+            return self._run_kernels(images, labels, samples)
+        self.is_checked = True
+        self._step_reason = step_refusal(self.program)
+        done = _refused(lambda: self._run_checked(images, labels, samples))
+        if isinstance(done, Eager):
+            return done
+        if self._is_of_the_step(done):
+            return self._run_kernels(images, labels, samples)
+        return self.instead(done).run(images, labels, samples)
+
+    def _run_checked(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make an update in which nothing that is to be recorded may wait for the card.
+
+        Raises:
+            GraphRefused: something does; the update was rolled back.
+        """
+        if self._step_reason:
+            return self._or_self(self.kernels.run_with(self._accumulate_checked, images, labels, samples))
+        with synchronizing_refused():
+            return self._run_kernels(images, labels, samples)
+
+    def _accumulate_checked(self, images: Tensor, labels: Tensor) -> None:
+        with synchronizing_refused():
+            self.kernels.accumulate(images, labels)
+
+    def _run_kernels(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        return self._or_self(self.kernels.run(images, labels, samples))
+
+    def _or_self(self, done: Eager) -> Eager:
+        """What the kernels gave way to, and with it the thought of a graph; else itself."""
+        return self if done is self.kernels else done
+
+    def _is_of_the_step(self, reason: str) -> bool:
+        """Whether what has just failed came as far as the step; then forward and backward may be recorded alone."""
+        if self._step_reason or self.program.phase not in IN_STEP:
+            return False
+        self._step_reason = reason
+        return True
+
+
+def _refused(work: Callable[[], T]) -> T | str:
+    """What the work returns, or why no graph can do it."""
+    try:
+        return work()
+    except GraphRefused as error:
+        return str(error)
