@@ -1,5 +1,5 @@
 # make train   train on the embedded data; `make train ARGS="trainer.epochs=5"` changes settings
-# make quick   style, types and unit tests: after every change, under a minute on two cores
+# make quick   style, types and the unit tests of less than a second: after every change, under a minute
 # make test    all tests but those that need a GPU or take minutes; `make test ARGS="-k resume"` picks some
 # make gpu     tests that need a CUDA device
 # make lint    style and types
@@ -27,7 +27,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m adaptive_trainer $(ARGS)
 
 quick: lint
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) -m "not gpu and not slow and not long" tests/unit $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(PYTEST) $(ARGS)

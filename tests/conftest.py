@@ -37,7 +37,7 @@ def capacity() -> Iterator[Capacity]:
         gc.unfreeze()
 
 
-@pytest.fixture(params=[3, pytest.param(1, marks=pytest.mark.slow)], ids=["a third", "all"])
+@pytest.fixture(params=[pytest.param(3, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
 def every(request: pytest.FixtureRequest) -> int:
     """One operator in so many fails: a third of them in each run of the tests, all under `-m slow`."""
     stride: int = request.param

@@ -128,6 +128,7 @@ def default_plan() -> Any:
     return plan(ladder, predictor), ladder, predictor
 
 
+@pytest.mark.long
 def test_the_default_ladder(default_plan: Any) -> None:
     made, ladder, _ = default_plan
     assert [row.rung for row in made.rows] == [rung.name for rung in ladder]
@@ -140,6 +141,7 @@ def test_the_default_ladder(default_plan: Any) -> None:
         assert row.min_card_bytes == row.min_capacity_bytes + 450 * MiB
 
 
+@pytest.mark.long
 def test_it_lands_where_the_verdicts_say(default_plan: Any) -> None:
     made, ladder, predictor = default_plan
     for capacity, lands_on, perhaps in ((10 * GiB, "requested", ()), (40 * MiB, None, ())):
@@ -158,14 +160,15 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
     assert "refuses data.image_size=160" in made.rows[2].reason
 
 
-def test_a_larger_network_is_no_step_down() -> None:
+@pytest.mark.long
+def test_a_larger_network_is_no_step_down(default_plan: Any) -> None:
     ladder = resolve(compose_config([*SMALL, "model.name=mobilenetv3_small_050"]))
     rows = {row.rung: row for row in plan(ladder, Predictor(card(GiB))).rows}
     for rung, name in (("mobilenetv3-large", "mobilenetv3_large_100"), ("mobilenetv3-small", "mobilenetv3_small_100")):
         said = f"{name} is no step down from mobilenetv3_small_050: it is predicted to need"
         assert (rows[rung].verdict, rows[rung].reason[: len(said)]) == ("skipped", said)
-    usual = resolve(compose_config(["model.name=efficientnet_b0"]))
-    assert plan(usual, Predictor(card(GiB))).rows[-1].verdict != "skipped"
+    usual, _, _ = default_plan
+    assert usual.rows[-1].verdict != "skipped"
 
 
 class DataDependent(nn.Module):
@@ -193,6 +196,7 @@ def test_an_unknown_optimizer_is_unknown() -> None:
     assert "unknown optimizer.name=adamww" in found.reason
 
 
+@pytest.mark.long
 def test_what_changes_the_need_changes_the_prediction() -> None:
     predictor = Predictor(card(GiB))
     plain = predictor.predict(first(*SMALL)).live_bytes
@@ -258,6 +262,7 @@ def test_run_plan_refuses_a_size_that_the_network_refuses(tmp_path: Path) -> Non
         run_plan(settings("model.name=vit_tiny_patch16_224", "data.image_size=100", "ladder=none"), tmp_path)
 
 
+@pytest.mark.long
 def test_run_memory(tmp_path: Path) -> None:
     def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
         assert num_classes == 10
@@ -333,6 +338,7 @@ def test_networks_and_losses_of_ones_own_are_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_key_tells_apart_what_matters() -> None:
     predictor = Predictor(card(GiB))
     base = predictor.key(first(*SMALL))
@@ -500,6 +506,7 @@ MORE_TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "batch", "size", "more"), TINY)
 def test_a_tiny_network_trains_where_it_is_planned_to_fit(
     name: str, batch: int, size: int, more: list[str], tmp_path: Path

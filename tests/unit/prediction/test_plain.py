@@ -75,6 +75,7 @@ def test_batch_norm(real: Tensor, affine: bool, training: bool, mask: list[bool]
         compare(aten.native_batch_norm_backward.default, torch.empty_like(x), *rest)
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(real=images())
 def test_elementwise(real: Tensor) -> None:
@@ -248,8 +249,9 @@ def deaths_sorted(found: Trace) -> Trace:
     return replace(found, numbers=tuple(numbers))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050", "resnet18", "test_vit"])
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "resnet18", "test_vit"])
 def test_a_trace_is_the_same_without(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def traced() -> Any:
         spec = TraceSpec(

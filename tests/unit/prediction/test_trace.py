@@ -99,6 +99,7 @@ class Case:
             return capacity.peaks()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [

@@ -47,6 +47,7 @@ def train(folder: Path, engine: str) -> tuple[list[str], torch.Tensor]:
     return [event for event in result.events if event.startswith("engine")], weights
 
 
+@pytest.mark.long
 def test_a_graph_without_a_card_is_refused_with_the_reason_and_changes_nothing(tmp_path: Path) -> None:
     said, weights = train(tmp_path / "graph", "graph")
     assert said == ["engine: eager, not a CUDA graph: graphs need a CUDA card, and this is cpu"]
@@ -225,6 +226,7 @@ def test_a_step_on_gradients_in_fixed_tensors_has_the_bits_of_any_other(
     assert all(parameter.grad is None for parameter in run.state.model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "precision"), [("lion", "fp32"), ("nadamw", "fp16")])
 def test_an_out_of_memory_beside_fixed_tensors_leaves_no_trace(
     name: str, precision: str, start: Callable[..., runs.Run]
@@ -346,6 +348,7 @@ def test_why_a_step_is_not_recorded(start: Callable[..., runs.Run]) -> None:
     assert step_refusal(run.update().program) == "Adan keeps a part of its state on the host"
 
 
+@pytest.mark.long
 def test_channels_last_reaches_weights_images_and_nothing_else(tmp_path: Path) -> None:
     seen: list[bool] = []
 
@@ -384,6 +387,7 @@ def precisions() -> tuple[str, ...]:
     return (*newer, str(on.cuda.matmul.allow_tf32), str(on.cudnn.allow_tf32), torch.get_float32_matmul_precision())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
 @pytest.mark.parametrize(("wanted", "inside"), [("true", "tf32"), ("false", "ieee"), ("null", None)])
 def test_tf32_is_as_asked_in_the_run_and_as_before_after_it(
@@ -413,6 +417,7 @@ def test_tf32_is_as_asked_in_the_run_and_as_before_after_it(
     assert found[:2] == ((inside, inside) if inside else outside[:2])
 
 
+@pytest.mark.long
 def test_whatever_the_host_had_chosen_is_chosen_after_a_run() -> None:
     ended = subprocess.run([sys.executable, "-m", "tests.support.precisions"], capture_output=True, text=True, cwd=ROOT)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "146 runs\n", "")

@@ -496,6 +496,7 @@ def stopping(commit: Callable[..., None], at: int) -> Callable[..., None]:
     return counted
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "place"), [*ALONE, ("python", "list"), ("numpy", "dictionary"), ("torch", "object")])
 def test_a_resumed_run_draws_what_an_undisturbed_one_draws(kind: str, place: str, tmp_path: Path) -> None:
     expected = fit(tmp_path / "whole", kind, place)
@@ -503,11 +504,13 @@ def test_a_resumed_run_draws_what_an_undisturbed_one_draws(kind: str, place: str
         assert fit(tmp_path / str(at), kind, place, stop_at=at) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_generator_made_in_the_first_pass_is_resumed(kind: str, tmp_path: Path) -> None:
     assert fit(tmp_path / "a", kind, "alone", late=True, stop_at=3) == fit(tmp_path / "b", kind, "alone", late=True)
 
 
+@pytest.mark.long
 def test_a_data_set_draws_the_same_in_any_process(tmp_path: Path) -> None:
     expected = fit(tmp_path / "0", "numpy", "list", late=True)
     assert fit(tmp_path / "2", "numpy", "list", late=True, workers=2) == expected

@@ -253,6 +253,7 @@ def fails(loop: Loop, number: int, at: int, before: dict[str, Any]) -> bool:
     return bool(fault.raised)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_operator_of_every_block(case: Case, record_property: Callable[[str, object], None]) -> None:
     """Each fails in turn, in one run, until the block runs whole; the update ends as if nothing had been."""

@@ -218,6 +218,7 @@ def nothing(*_: Any) -> None:
     """Stands for an undo that has been forgotten."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("forgotten", "name", "seen"),
     [
