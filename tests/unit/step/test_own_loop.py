@@ -254,9 +254,10 @@ def fails(loop: Loop, number: int, at: int, before: dict[str, Any]) -> bool:
 
 
 @pytest.mark.long
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_operator_of_every_block(case: Case, record_property: Callable[[str, object], None]) -> None:
-    """Each fails in turn, in one run, until the block runs whole; the update ends as if nothing had been."""
+def test_every_operator_of_every_block(case: Case, every: int, record_property: Callable[[str, object], None]) -> None:
+    """Each (or a third) fails in turn, in one run, until the block runs whole: the end is as if nothing had been."""
     injections = 0
     for number in range(len(Loop(case).blocks())):
         expected = finish(at_block(case, number), number)
@@ -264,13 +265,14 @@ def test_every_operator_of_every_block(case: Case, record_property: Callable[[st
         before, at = loop.facts(), 0
         assert differences(expected, before)
         while fails(loop, number, at, before):
-            at += 1
-        injections += at
+            at += every
+            injections += 1
         assert differences(finish(loop, number + 1), expected) == []
     record_property("summary", f"Transaction, {case}: {injections} injections")
-    assert injections > 100
+    assert injections * every > 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_block_after_a_failure(case: Case) -> None:
     """Every 23rd operator fails in a run of its own, with the copies on the host, and the block then runs whole."""

@@ -1,0 +1,187 @@
+"""When a backend checks, records, replays, times and gives way: with a stand-in for the graph, on a CPU."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptive_trainer.config.overrides import compose_config, typed
+from adaptive_trainer.config.validate import check
+from adaptive_trainer.errors import ConfigError, OutOfMemory
+from adaptive_trainer.memory.limit import Capacity
+from adaptive_trainer.step.backends import choose, recorded
+from adaptive_trainer.step.backends.cuda_graph import GraphRefused
+from adaptive_trainer.step.backends.recorded import Recorded
+from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.step.update import Update
+from tests.support import runs
+from tests.support.faults import differences, dump
+
+
+class Stand:
+    """Does what a graph would do, operator by operator."""
+
+    made: ClassVar[list[bool]]  # `with_step` of each
+    refuse: ClassVar[Callable[[bool, Update], str]]  # why none is made
+
+    def __init__(self, update: Update, images: Tensor, labels: Tensor, accumulate: Any, *, with_step: bool) -> None:
+        Stand.made.append(with_step)
+        if reason := Stand.refuse(with_step, update):
+            raise GraphRefused(reason)
+        self.with_step, self.program, self.size = with_step, update.program, len(labels)
+
+    def suits(self, images: Tensor, labels: Tensor) -> bool:
+        return len(labels) == self.size
+
+    def replay(self, images: Tensor, labels: Tensor) -> None:
+        if not self.with_step:
+            self.program.accumulate(images, labels)
+            return
+        self.program.run(images, labels)
+        for parameter in self.program.state.model.parameters():
+            parameter.grad = None
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "Graph", Stand)
+    monkeypatch.setattr(recorded, "refusal", lambda program: "")
+    monkeypatch.setattr(recorded, "step_refusal", lambda program: "")
+    monkeypatch.setattr(recorded, "synchronizing_refused", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setitem(choose.BACKENDS, "auto", choose.Faster)
+    Stand.made, Stand.refuse = [], lambda with_step, update: ""
+
+
+def trained(name: str, capacity: Capacity, updates: int = 7) -> tuple[Engine, list[str], runs.Run]:
+    """An engine after so many whole batches, what it has logged, and its run, which is as a plain one."""
+    plain = runs.start(runs.Case("adamw-fused", "fp32", warm=False), capacity)
+    update = plain.update()
+    for _ in range(updates):
+        plain.advance(update)
+    expected = dump(plain.state)
+    run, events = runs.start(runs.Case("adamw-fused", "fp32", warm=False), capacity), list[str]()
+    engine = Engine(run.update(), name, 7, events.append)
+    for _ in range(updates):
+        advance(engine, run)
+    assert differences(dump(run.state), expected) == []
+    return engine, events, run
+
+
+def advance(engine: Engine, run: runs.Run) -> None:
+    run.schedule.apply(run.state.position.schedule_step(7))
+    at = run.state.position.cursor
+    engine.run(run.images[at : at + 7], run.labels[at : at + 7], samples=7)
+
+
+def test_a_graph_is_recorded_once_the_step_is_known_and_stays(capacity: Capacity) -> None:
+    engine, events, _ = trained("graph", capacity)
+    assert events == ["engine: the whole update is one CUDA graph from here on, as trainer.engine=graph asks"]
+    assert (Stand.made, type(engine.backend.graph)) == ([True], Stand)
+
+
+def test_where_the_recording_fails_in_the_step_the_rest_is_recorded(capacity: Capacity) -> None:
+    def refuse(with_step: bool, update: Update) -> str:
+        update.program.phase = "optimizer step" if with_step else "backward"
+        return "it prints" if with_step else ""
+
+    Stand.refuse = refuse
+    engine, events, _ = trained("graph", capacity)
+    first, rest = events[0].split("; ")
+    assert first == "engine: forward and backward are one CUDA graph from here on, as trainer.engine=graph asks"
+    assert (rest, len(events)) == ("the optimizer's step is not: it prints", 1)
+    assert (Stand.made, type(engine.backend.graph)) == ([True, False], Stand)
+
+
+@pytest.mark.parametrize("name", ["graph", "auto"])
+def test_where_nothing_can_be_recorded_updates_go_on_eagerly(name: str, capacity: Capacity) -> None:
+    def refuse(with_step: bool, update: Update) -> str:
+        update.program.phase = "forward"
+        return "it prints"
+
+    Stand.refuse = refuse
+    engine, events, _ = trained(name, capacity, 9)
+    assert events == ["engine: eager, not a CUDA graph: it prints"]
+    assert (Stand.made, engine.backend.graph) == ([True], None)
+
+
+@pytest.mark.parametrize("phase", ["forward", "optimizer step"])
+def test_what_the_checked_update_shows(phase: str, capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that waits for the device: in the forward pass no graph is tried, in the step one without it."""
+    waits = iter([True])
+
+    def run_checked(self: Recorded, *batch: Any) -> Any:
+        if next(waits, False):
+            self.program.phase = phase
+            raise GraphRefused("it waits")
+        raise AssertionError("checked once")
+
+    monkeypatch.setattr(Recorded, "_run_checked", run_checked)
+    _, events, _ = trained("graph", capacity)
+    assert Stand.made == ([False] if phase == "optimizer step" else [])
+    said = {"forward": "engine: eager, not a CUDA graph: it waits", "optimizer step": "step is not: it waits"}
+    assert events[0].endswith(said[phase])
+    assert len(events) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "word"), [((2.0, 1.0), "the whole update is one CUDA graph"), ((1.0, 2.0), "eager,")]
+)
+def test_the_faster_of_the_two_stays(
+    seconds: tuple[float, float], word: str, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    eager, replay = seconds
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(choose, "TIMED", 2)
+
+    def timed(method: Callable[..., Any], took: float) -> Callable[..., Any]:
+        def run(self: Any, *batch: Any) -> Any:
+            clock[0] += took
+            return method(self, *batch)
+
+        return run
+
+    monkeypatch.setattr(Recorded, "_run_kernels", timed(Recorded._run_kernels, eager))
+    monkeypatch.setattr(Recorded, "replay", timed(Recorded.replay, replay))
+    engine, events, run = trained("auto", capacity)
+    assert len(events) == 1
+    assert events[0].startswith(f"engine: {word}")
+    assert "2000.0 ms" in events[0]
+    assert (engine.backend.graph is None) is (word == "eager,")
+    advance(engine, run)
+    assert len(events) == 1
+
+
+def test_a_graph_makes_room_for_other_work_once(capacity: Capacity) -> None:
+    engine, events, _ = trained("graph", capacity)
+    calls: list[int] = []
+
+    def work() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OutOfMemory("CUDA out of memory", phase="evaluation")
+        return "done"
+
+    assert engine.beside_graph(work) == "done"
+    assert events[1:] == ["engine: eager, not a CUDA graph: its memory was wanted in evaluation"]
+    calls.clear()
+    with pytest.raises(OutOfMemory):
+        engine.beside_graph(work)
+    assert len(calls) == 1
+
+
+def test_every_backend_can_be_asked_for() -> None:
+    """The schema and the registry name the same."""
+    with pytest.raises(ConfigError) as caught:
+        check(typed(compose_config(["trainer.engine=warp"])))
+    assert re.search(r"trainer\.engine=warp is none of (.*)", str(caught.value))
+    for name in choose.BACKENDS:
+        check(typed(compose_config([f"trainer.engine={name}"])))
