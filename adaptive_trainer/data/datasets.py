@@ -121,7 +121,7 @@ def build_datasets(
     else:
         validation = _map_style(val, "validation")
         parts, split = (_Part(training, labels), _Part(validation, known_labels(validation))), None
-        names = _common_names(training, validation)
+        names = _common_names(training, validation)  # else labels of the two mean different classes
     check_batch_size(config, len(parts[0].data))
     count = _class_count(training, names, labels, config.model.num_classes)
     ours, theirs = (_checked(part, name, count) for part, name in zip(parts, ("training", "validation"), strict=True))
@@ -274,7 +274,7 @@ def _checked(part: _Part, name: str, count: int) -> _Part:
 
 
 def _base(data: Any) -> Any:
-    return _base(data.dataset) if isinstance(data, Subset) else data
+    return _base(data.dataset) if isinstance(data, Subset) else data  # a part has no names of its own
 
 
 def sample_name(data: Any, index: int) -> str:
@@ -351,4 +351,4 @@ def labelled(sample: Any) -> tuple[Any, int]:
     image, label = sample
     if isinstance(label, str):
         raise TypeError(f"its label is the text {label!r}; {NUMBERED}")
-    return image, operator.index(label)
+    return image, operator.index(label)  # whole numbers of NumPy and torch too

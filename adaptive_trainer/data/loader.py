@@ -61,7 +61,7 @@ class SampleLoader:
             dataset,
             batch_sampler=self._keys,
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            persistent_workers=num_workers > 0,  # they start slowly: once, and not in every epoch
             collate_fn=collate or _collate,
             pin_memory=pin_memory,
             worker_init_fn=_start_worker,
@@ -73,7 +73,7 @@ class SampleLoader:
         """A pass over batches of these samples."""
         self._keys.batches = batches
         self._running = running = iter(self._loader)  # with workers it is the same object each time
-        return (batch for batch in running)
+        return (batch for batch in running)  # can be closed without ending the workers
 
     def close(self) -> None:
         """End the workers."""
@@ -135,7 +135,7 @@ def resumed(
             while done < samples:
                 batch = make_room(partial(next, running))
                 yield batch
-                done += batch.samples
+                done += batch.samples  # when it comes back for more, this one was used
         except OutOfMemory:  # of work that was tried twice already
             raise
         except Exception as error:

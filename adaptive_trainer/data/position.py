@@ -77,7 +77,7 @@ class Position:
 
     def indices(self, batch_size: int) -> Iterator[np.ndarray[Any, Any]]:
         """The remaining updates of this epoch, each as the indices of its samples in the data set, int64."""
-        order, position = np.array(self.permutation()), self
+        order, position = np.array(self.permutation()), self  # once: it takes a while for millions
         while position.epoch == self.epoch:
             size = position.next_size(batch_size)
             yield order[position.cursor : position.cursor + size]

@@ -22,10 +22,10 @@ def own(model: ModelConfig) -> dict[str, Any] | None:
 
     By its configuration alone, without its weights. None where there is none.
     """
-    return _own(model.name, json.dumps(model.kwargs, sort_keys=True, default=str))
+    return _own(model.name, json.dumps(model.kwargs, sort_keys=True, default=str))  # a key that can be hashed
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # every rung of every stage asks
 def _own(name: str, kwargs: str) -> dict[str, Any] | None:
     given = json.loads(kwargs)
     if name.startswith(TORCHVISION):

@@ -78,7 +78,7 @@ def held_out(total: int, fraction: float, split: Split, labels: Array | None) ->
         rank = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         chosen = mixed[rank < np.repeat(_shares(sizes, count), sizes)]
     else:
-        chosen = order[:count]
+        chosen = order[:count]  # there are no classes to share between
     found = np.sort(chosen).astype(np.int64)
     return found.tolist(), Split(kind, split.seed, hashlib.blake2b(found.tobytes(), digest_size=8).hexdigest())
 

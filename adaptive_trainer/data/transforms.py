@@ -38,9 +38,9 @@ def to_rgb(image: Any) -> Image.Image | Tensor:
     if isinstance(image, Tensor) and image.ndim in (2, 3):
         planes = image if image.ndim == 3 else image[None]
         if planes.shape[0] in (3, 4):
-            return planes[:3]
+            return planes[:3]  # without alpha
         if planes.shape[0] in (1, 2):
-            return planes[:1].expand(3, -1, -1)
+            return planes[:1].expand(3, -1, -1)  # grey, with or without alpha
     got = f"a tensor of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
     raise TypeError(f"the image is {got}; a PIL image or a tensor (C, H, W) with 1, 3 or 4 channels is needed")
 

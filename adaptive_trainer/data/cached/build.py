@@ -109,7 +109,7 @@ class _Builder:
         sources = [source(part) for part in parts]
         bases: dict[int, _Base] = {}
         for data, index in sources:
-            known = [bases[id(data)].used] if id(data) in bases else []
+            known = [bases[id(data)].used] if id(data) in bases else []  # both parts may be of one data set
             bases[id(data)] = _Base(data, np.unique(np.concatenate([*known, index])))
         for base in bases.values():
             refuse_own_transforms(base.data, self.sets.config.cache)
@@ -191,7 +191,7 @@ class _Builder:
                 done += batch.samples
                 parts.append(batch.rows)
                 progress.advance(batch.samples)
-                self.poll()
+                self.poll()  # a signal ends it here
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if not rows["is_sound"].any():
             raise DataError("no image of the data set can be read; repair the files, or name another data.root")
@@ -256,7 +256,7 @@ class _Squash:
 
         height, width = v2.functional.get_size(image)
         pixels = v2.functional.pil_to_tensor(image) if not isinstance(image, Tensor) else image
-        small = v2.functional.resize(pixels, [self.size, self.size], antialias=True)
+        small = v2.functional.resize(pixels, [self.size, self.size], antialias=True)  # a window maps to it exactly
         return v2.functional.to_dtype(small, torch.uint8, scale=True), height, width
 
 

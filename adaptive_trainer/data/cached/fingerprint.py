@@ -43,7 +43,7 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
     kind, loader = type(data), getattr(data, "loader", None)
     yield f"{kind.__module__}.{kind.__qualname__}".encode()
     for code in (*kind.__mro__[:-1], loader):
-        yield _source_of(code)
+        yield _source_of(code)  # another text may decode otherwise
     yield from _what_can_be_read(vars(loader) if hasattr(loader, "__dict__") else {})
     listed = getattr(data, "samples", None)
     if isinstance(listed, list) and len(listed) == len(data) and isinstance(listed[0], tuple):
@@ -64,7 +64,7 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
 def _what_can_be_read(settings: dict[str, Any]) -> Iterator[bytes]:
     """Yield the bytes of attributes, without tallies and what is no plain data: functions, say."""
     for name, value in sorted(settings.items()):
-        if not isinstance(value, Counter):
+        if not isinstance(value, Counter):  # a tally decides no image
             with suppress(ConfigError):
                 yield from (name.encode(), *_content(value, ""))
 
@@ -73,7 +73,7 @@ def _state_of(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)
     except OSError:
-        return -1, -1
+        return -1, -1  # it is met when it is read
     return found.st_size, found.st_mtime_ns
 
 

@@ -37,7 +37,7 @@ def uniform(seed: int, index: Array, draws: int) -> Array:
     """
     start = _mixed(np.asarray(index, dtype=np.uint64) * GAMMA + np.uint64(seed))
     counters = np.arange(1, draws + 1, dtype=np.uint64) * GAMMA
-    return np.asarray((_mixed(start[:, None] + counters) >> np.uint64(11)) * 2.0**-53)
+    return np.asarray((_mixed(start[:, None] + counters) >> np.uint64(11)) * 2.0**-53)  # as many bits as a float64 has
 
 
 def _mixed(z: Array) -> Array:
@@ -92,8 +92,8 @@ def center_windows(sizes: Array, image_size: int, crop_pct: float = EVAL_CROP, c
     shorter = sizes if crop_mode == "squash" else sizes.min(axis=1, keepdims=True)
     resized = (side * sizes / shorter).astype(np.int64)
     start = np.rint((resized - image_size) / 2)
-    boxes = np.concatenate((start, np.full_like(start, image_size)), axis=1)
-    return np.asarray(boxes * np.tile(sizes / resized, 2))
+    boxes = np.concatenate((start, np.full_like(start, image_size)), axis=1)  # of the resized image
+    return np.asarray(boxes * np.tile(sizes / resized, 2))  # of the original
 
 
 def windows(

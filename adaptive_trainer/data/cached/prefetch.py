@@ -212,7 +212,7 @@ class _Pass(Iterator[Batch]):
     def close(self) -> None:
         """End the thread and let the memory go."""
         if self._lane is not None:
-            self._thread.shutdown()
+            self._thread.shutdown()  # after what it has begun
             # an error that a future holds knows the frames of the thread, and they the buffers
             del self._sent, self._gathered
             self._lane = None

@@ -98,13 +98,13 @@ def written(folder: Path, size: int, fill: Callable[[Callable[[int, Array], obje
             # not through a memory map: where the disk is full, a write says so and a map kills the process
             rows: dict[str, Any] = fill(lambda _, images: file.write(images.data))
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the head says that it is there
         with (part / ROWS).open("wb") as file:
             np.savez(file, **rows)
         head = _head(len(rows["labels"]), size, (part / ROWS).read_bytes())
         (part / HEAD).write_text(json.dumps(head), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # of a process that did the same, where there are no locks
-        part.rename(folder)
+        part.rename(folder)  # whole, or not at all
     finally:
         shutil.rmtree(closed, ignore_errors=True)
 
@@ -128,7 +128,7 @@ def available_memory() -> int | None:
             free = int((group / limit).read_text()) - int((group / used).read_text())
             # its files in memory are what the kernel gives up first
             found.append(free + _figures((group / limit).with_name("memory.stat")).get("inactive_file", 0))
-    return min(found, default=None)
+    return min(found, default=None)  # the tighter of the two
 
 
 def _figures(path: Path) -> dict[str, int]:
