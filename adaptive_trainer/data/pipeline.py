@@ -104,7 +104,10 @@ class Pipeline:
     def _answer(self, failure: oom.Failure, done: int) -> None:
         """Make room for the same samples once more; raise where that was no help."""
         if failure.is_of_loading and self.num_workers:
-            self._end_some_workers(failure)
+            self.close()
+            was, self.num_workers = self.num_workers, fewer_workers(self.num_workers)
+            self.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
+            self.event(f"data.num_workers {was} -> {self.num_workers}")
             return
         oom.release(self.device)
         is_first, self._retried_at = done != self._retried_at, done
@@ -117,10 +120,3 @@ class Pipeline:
                 f"the host has too little memory to load data, twice and without data workers: {failure.text}; close "
                 "other programs, or use a smaller trainer.batch_size, smaller images or data.cache=disk"
             )
-
-    def _end_some_workers(self, failure: oom.Failure) -> None:
-        self.close()
-        self.event(f"a data worker failed ({failure.text}): fewer workers, the same samples again")
-        fewer = fewer_workers(self.num_workers)
-        self.event(f"data.num_workers {self.num_workers} -> {fewer}")
-        self.num_workers = fewer

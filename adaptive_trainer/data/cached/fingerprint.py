@@ -51,7 +51,10 @@ def fingerprint(data: Any, used: Array) -> Iterator[bytes]:
         for index in used:
             path, label = listed[index]
             yield repr((os.path.abspath(path), *_state_of(path), int(label))).encode()
-    elif _has_pixels(data):
+    elif isinstance(data, TensorDataset) or any(
+        isinstance(value, Tensor | np.ndarray) and value.ndim > 2 and len(value) == len(data)
+        for value in vars(data).values()
+    ):  # it holds its images itself
         yield used.tobytes()
         yield from _content(sorted(vars(data).items()), kind.__name__)
     else:
@@ -88,11 +91,6 @@ def _source_of(code: Any) -> bytes:
         return inspect.getsource(code if is_code else type(code)).encode()
     except (OSError, TypeError):
         return str(getattr(code, "__qualname__", type(code))).encode()
-
-
-def _has_pixels(data: Any) -> bool:
-    arrays = [value for value in vars(data).values() if isinstance(value, Tensor | np.ndarray)]
-    return isinstance(data, TensorDataset) or any(a.ndim > 2 and len(a) == len(data) for a in arrays)
 
 
 def _content(value: Any, owner: str, above: frozenset[int] = frozenset()) -> Iterator[bytes]:
