@@ -23,7 +23,9 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+E = TypeVar("E", bound=Exception)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BARE = re.compile(r"[A-Za-z0-9_./:+%@-]+")  # what neither Hydra nor a shell takes for more than it is
 FORBIDDEN = (errno.EACCES, errno.EPERM)
@@ -118,7 +120,8 @@ class Interrupted(AdaptiveTrainerError):
 
 @contextmanager
 def explained(
-    explain: Callable[[Exception], AdaptiveTrainerError | None], kinds: tuple[type[Exception], ...] = (Exception,)
+    explain: Callable[[E], AdaptiveTrainerError | None],
+    kinds: tuple[type[E], ...] = (Exception,),  # type: ignore[assignment]
 ) -> Iterator[None]:
     """Raise our own error in place of another's.
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -40,7 +40,7 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.report.earlier import begin, fail
-from adaptive_trainer.utils.screen import show_error
+from adaptive_trainer.utils.screen import show_error, silence
 
 
 def main() -> None:
@@ -56,19 +56,18 @@ def main() -> None:
 
     try:
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
-        arguments = [as_list(at_home(argument), is_sweep) for argument in sys.argv[1:]]
-        sys.argv[1:] = options_first(arguments)
+        sys.argv[1:] = options_first([as_list(at_home(text), is_sweep) for text in sys.argv[1:]])
         hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except SystemExit:
         if not codes:
             raise
     except Exception as error:  # of what comes before the jobs and after them
         if isinstance(error, BrokenPipeError) and not codes:  # whoever read what was printed has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            silence(sys.stdout.fileno())
             return
-        said = explain(error)
-        show_error(traceback.format_exc() if whole_traceback or codes or not said else f"error: {said}")
-        codes.append(UserError.exit_code if said else 1)
+        ours = explain(error)
+        show_error(traceback.format_exc() if whole_traceback or codes or ours is None else f"error: {ours}")
+        codes.append(1 if ours is None else ours.exit_code)
     if any(codes):
         sys.exit(max(codes))
 
@@ -78,36 +77,35 @@ class OutputFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a single run."""
-        with suppress(OmegaConfBaseException):  # which Hydra finds too
-            self._make("hydra.run.dir", config.hydra.run.dir)
+        self._make(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a sweep."""
+        params = getattr(config.hydra.sweeper, "params", None) or {}
         for text in config.hydra.overrides.task:
-            if text.lstrip("+").startswith("output_dir=") and not re.search(r"[,$]|=(null)?$", text):
-                show_error(
-                    f"error: {text} would be the folder of all jobs of this sweep, which has to be one for each; "
-                    f"hydra.sweep.dir={text.partition('=')[2]} is a folder for the folders of all jobs"
+            key, _, value = text.lstrip("+").partition("=")
+            if key == "output_dir" and not re.search(r"[,$]|^(null)?$", value):
+                _end(
+                    f"{text} would be the folder of all jobs of this sweep, which has to be one for each; "
+                    f"hydra.sweep.dir={value} is a folder for the folders of all jobs"
                 )
-                sys.exit(UserError.exit_code)
-        self._refuse_double(config)
-        with suppress(OmegaConfBaseException):
-            self._make("hydra.sweep.dir", config.hydra.sweep.dir)
+            if key in params:  # what is typed beats a file: all jobs would be the same
+                _end(f"{text} is typed, and +sweep=... sweeps {key}; leave one of them out")
+        self._make(config, "hydra.sweep.dir")
 
-    def _refuse_double(self, config: DictConfig) -> None:
-        """What is typed beats a file, and would leave a sweep of it jobs that are all the same."""
-        typed_keys = {text.lstrip("+").partition("=")[0]: text for text in config.hydra.overrides.task}
-        for key in getattr(config.hydra.sweeper, "params", None) or {}:
-            if key in typed_keys:
-                show_error(f"error: {typed_keys[key]} is typed, and +sweep=... sweeps {key}; leave one of them out")
-                sys.exit(UserError.exit_code)
+    def _make(self, config: DictConfig, key: str) -> None:
+        with suppress(OmegaConfBaseException):  # a folder that does not resolve, which Hydra finds too
+            folder = OmegaConf.select(config, key)
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                _end(f"{key}={folder} cannot be made: {error}. {remedy(error, key)}")
 
-    def _make(self, key: str, folder: str) -> None:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            show_error(f"error: {key}={folder} cannot be made: {error}. {remedy(error, key)}")
-            sys.exit(UserError.exit_code)
+
+def _end(text: str) -> NoReturn:
+    """End the process with a mistake of the user's: of an exception in a callback Hydra would warn only."""
+    show_error(f"error: {text}")
+    sys.exit(UserError.exit_code)
 
 
 def as_list(argument: str, is_sweep: bool = False) -> str:
@@ -129,24 +127,23 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
         value = _run(cfg, overrides, folder)
     except Exception as error:
         code, said = _ended(error, folder)
-        codes.append(code)
         if isinstance(error, UserError):
             fail(folder, "failed", str(error))
         show_error(traceback.format_exc() if whole_traceback else said)
     else:
-        codes.append(0)
-        return value
+        code = 0
+    codes.append(code)
     if code == Interrupted.exit_code:
         sys.exit(code)  # not one job only: a sweep ends too
-    return float("nan")  # the other jobs of a sweep go on; the exit code tells
+    return value if code == 0 else float("nan")  # the other jobs of a sweep go on; the exit code says it
 
 
 def _ended(error: Exception, folder: Path) -> tuple[int, str]:
     """The exit code of a run that ended with an error, and what is shown of it."""
+    if isinstance(error, OmegaConfBaseException):  # a value that does not resolve
+        error = explain(error) or error
     if isinstance(error, AdaptiveTrainerError):
         return error.exit_code, str(error) if isinstance(error, Interrupted) else f"error: {error}"
-    if isinstance(error, OmegaConfBaseException):  # a value that does not resolve
-        return UserError.exit_code, f"error: {explain(error)}"
     from adaptive_trainer import oom
 
     found = oom.describe(error)
@@ -165,8 +162,9 @@ def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tupl
         if value and value != "auto":
             path = str(start / Path(value).expanduser())
             OmegaConf.update(cfg, key, path)
-            is_it = [text.lstrip("+").startswith(f"{key}=") for text in typed_again]
-            typed_again = [f"{key}={quoted(path)}" if it else text for it, text in zip(is_it, typed_again, strict=True)]
+            for number, text in enumerate(typed_again):
+                if text.lstrip("+").startswith(f"{key}="):
+                    typed_again[number] = f"{key}={quoted(path)}"
     return cfg, typed_again
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, explained
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
@@ -18,15 +18,11 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    problem = ""
-    try:
+    usable = "use auto, cpu, cuda or cuda:N"
+    with explained(lambda _: ConfigError(f"device={name}: there is no such device; {usable}"), (RuntimeError,)):
         device = torch.device(name)
-    except RuntimeError:
-        problem = "there is no such device"
-    if not problem and device.type not in ("cpu", "cuda"):
-        problem = f"nothing is trained on {device.type} devices"
-    if problem:
-        raise ConfigError(f"device={name}: {problem}; use auto, cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name}: nothing is trained on {device.type} devices; {usable}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -36,25 +32,24 @@ def device_of(name: str) -> torch.device:
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """CUDA's compute capability; (0, 0) of what is no CUDA card."""
+    """CUDA's compute capability; (0, 0) of a device that is no CUDA one."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def precision_refusal(device: torch.device, precision: str) -> str:
-    """Why nothing can be computed on this device in bf16 or fp16; empty where it can."""
-    dtype = AUTOCAST.get(precision)
+def precision_refusal(device: torch.device, precision: str) -> str | None:
+    """Why nothing can be computed on this device in bf16 or fp16; None where it can."""
     try:
-        if dtype is not None:
-            torch.autocast(device.type, dtype)
+        if dtype := AUTOCAST.get(precision):
+            torch.autocast(device.type, dtype)  # which asks the device
     except RuntimeError as error:
         return f"{device} does not take trainer.precision={precision}: {error}"
-    return ""
+    return None
 
 
-def tf32_refusal(device: torch.device) -> str:
-    """Why TF32 changes nothing on this device; empty where it may."""
+def tf32_refusal(device: torch.device) -> str | None:
+    """Why TF32 changes nothing on this device; None where it may."""
     found = capability_of(device)
     if found >= FIRST_WITH_TF32:
-        return ""
+        return None
     name = f"{torch.cuda.get_device_name(device)}, {found[0]}.{found[1]}" if device.type == "cuda" else str(device)
     return f"TF32 needs a CUDA card of compute capability 8.0 (Ampere) or newer, and this is {name}"

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from adaptive_trainer.errors import UserError, remedy
+from adaptive_trainer.errors import UserError, explained, remedy
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +50,8 @@ def append(path: Path, text: str) -> None:
 @contextmanager
 def refused_by_disk(kind: type[UserError], what: str) -> Iterator[None]:
     """Raise `kind` for an OSError of the block: what cannot be done, why, and what to do."""
-    problem = ""
-    try:
+    with explained(lambda error: kind(f"{what}: {error}. {remedy(error)}"), (OSError,)):
         yield
-    except OSError as error:
-        problem = f"{error}. {remedy(error)}"
-    if problem:
-        raise kind(f"{what}: {problem}")
 
 
 def as_csv(rows: Sequence[dict[str, Any]], *, with_header: bool = True) -> str:
@@ -89,14 +84,10 @@ def default_folder() -> Path | None:
     chosen = os.environ.get("ADAPTIVE_TRAINER_CACHE")
     if chosen is not None:
         return Path(chosen) if chosen else None
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME")
-    try:
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    with suppress(RuntimeError):  # a user without a home
         return (Path(base) if base else Path.home() / ".cache") / "adaptive_trainer"
-    except RuntimeError:  # a user without a home
-        return None
+    return None
 
 
 @contextmanager

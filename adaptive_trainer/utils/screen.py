@@ -42,7 +42,7 @@ def _shows_itself(name: str) -> bool:
 
 
 def show(text: str, stream: IO[str] | None) -> None:
-    """Write lines, above the bars; long ones are broken between words on a terminal. Whoever reads no more is let go.
+    """Write lines above the bars; on a terminal, break long ones between words.
 
     A reader that has gone, a closed stream or letters that a terminal does not have are no reason to stop training.
     """
@@ -52,17 +52,20 @@ def show(text: str, stream: IO[str] | None) -> None:
         text = "\n".join(_broken(line, width(stream)) for line in text.splitlines())
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
-    bars = sys.modules.get("tqdm")
+    bars = sys.modules.get("tqdm")  # not loaded: there are no bars
+    write = print if bars is None else bars.tqdm.write
     try:
-        if bars is None:
-            print(text, file=stream, flush=True)
-        else:
-            bars.tqdm.write(text, file=stream)
-            stream.flush()
+        write(text, file=stream)
+        stream.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(stream.fileno())
     except (OSError, ValueError):  # a full disk; closed
         pass
+
+
+def silence(descriptor: int) -> None:
+    """Let what is written there, to a reader that has gone, go nowhere: Python flushes it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def show_error(text: str) -> None:
@@ -101,7 +104,7 @@ def showing() -> Iterator[None]:
 
 @contextmanager
 def unlogged(name: str) -> Iterator[None]:
-    """What a library logs under this name, before it raises the same, is left out: whoever catches it says it."""
+    """Leave out what a library logs under this name before it raises the same: whoever catches it reports it."""
     logger = logging.getLogger(name)
     was_disabled, logger.disabled = logger.disabled, True
     try:
