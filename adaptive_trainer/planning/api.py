@@ -103,21 +103,6 @@ def _device_spec(device: str | torch.device) -> DeviceSpec:
 
 
 def _predict_network(
-    model: nn.Module, optimizer: OptimizerOrFactory, input_shape: Sequence[int], device: DeviceSpec, **settings: Any
-) -> Prediction:
-    before = [parameter.grad for parameter in model.parameters()]
-    spec = _spec(model, optimizer, input_shape, device, **settings)
-    found = predict_trace(spec, capability=device.capability, multiprocessors=device.multiprocessors)
-    after = [parameter.grad for parameter in model.parameters()]
-    for parameter, gradient in zip(model.parameters(), before, strict=True):
-        parameter.grad = gradient
-    # What is traced is a copy: a gradient here comes of a loss or a network that holds on to the original.
-    if any(one is not other for one, other in zip(before, after, strict=True)):
-        return Prediction(None, None, None, None, found.seconds, "the loss or the network uses these very parameters")
-    return found
-
-
-def _spec(
     model: nn.Module,
     optimizer: OptimizerOrFactory,
     input_shape: Sequence[int],
@@ -127,18 +112,12 @@ def _spec(
     loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
     precision: str = "fp32",
     channels_last: bool = False,
-) -> TraceSpec:
-    sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
-    if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ConfigError(
-            f"the input shape {input_shape} is none: samples first, then one sample's, such as (24, 3, 224, 224)"
-        )
+) -> Prediction:
+    _check_sizes(input_shape, micro_batch_size)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is none of {', '.join(PRECISIONS)}")
     samples, *shape = input_shape
-    if micro_batch_size is not None and not 1 <= micro_batch_size <= samples:
-        raise ConfigError(f"micro_batch_size={micro_batch_size} must be from 1 to the {samples} samples of the input")
-    return TraceSpec(
+    spec = TraceSpec(
         lambda: _without_data(model),
         lambda network: _optimizer_of(network, model, optimizer),
         tuple(shape),
@@ -148,6 +127,25 @@ def _spec(
         channels_last=channels_last,
         cuda=device.cuda,
     )
+    before = [parameter.grad for parameter in model.parameters()]
+    found = predict_trace(spec, capability=device.capability, multiprocessors=device.multiprocessors)
+    after = [parameter.grad for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
+        parameter.grad = gradient
+    # What is traced is a copy: a gradient here comes of a loss or a network that holds on to the original.
+    if any(one is not other for one, other in zip(before, after, strict=True)):
+        return Prediction(seconds=found.seconds, reason="the loss or the network uses these very parameters")
+    return found
+
+
+def _check_sizes(input_shape: Sequence[int], micro_batch_size: int | None) -> None:
+    sizes = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
+    if len(sizes) < 2 or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ConfigError(
+            f"the input shape {input_shape} is none: samples first, then one sample's, such as (24, 3, 224, 224)"
+        )
+    if micro_batch_size is not None and not 1 <= micro_batch_size <= sizes[0]:
+        raise ConfigError(f"micro_batch_size={micro_batch_size} must be from 1 to the {sizes[0]} samples of the input")
 
 
 def _without_data(model: nn.Module) -> nn.Module:
@@ -164,5 +162,5 @@ def _optimizer_of(network: nn.Module, model: nn.Module, optimizer: OptimizerOrFa
     copies: dict[int, Any] = dict(zip(map(id, model.parameters()), network.parameters(), strict=True))
     if not any(id(p) in copies for group in optimizer.param_groups for p in group["params"]):
         raise ConfigError("the optimizer holds none of the network's parameters; make it from model.parameters()")
-    copies[id(optimizer.state)] = defaultdict(dict)
+    copies[id(optimizer.state)] = defaultdict(dict)  # what it has learned is as large as what it will learn
     return copy.deepcopy(optimizer, copies)

@@ -21,6 +21,7 @@ from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.networks import ModelFactory, Networks
 from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
+from adaptive_trainer.recipe import Recipe
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")
@@ -82,8 +83,7 @@ class Predictor:
                     tracer=self._tracer,
                 )
             except Exception as error:  # factories of the user's own may raise anything
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                found = Prediction(None, None, None, None, 0.0, reason)
+                found = Prediction(reason=(str(error) or type(error).__name__).splitlines()[0])
             found = replace(found, seconds=time.perf_counter() - start)
             key = self.key(config)
             self.cache.keep(key, found)
@@ -122,39 +122,43 @@ class Predictor:
 
     def key(self, config: Config) -> Key:
         """Everything that the need for memory depends on, as plain data."""
-        used = recipe(config)
         return {
             "versions": versions(),
             "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             "attention": [switch() for switch in ATTENTION],
+            "recipe": asdict(self._recipe(config)),
             "model": self.networks.key(config),
             "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
-            "sizes": [used.batch_size, used.micro_batch_size, used.eval_batch(self.val_size), used.image_size],
-            "precision": used.precision,
             **saver_settings(config.trainer),
             "label_smoothing": config.trainer.label_smoothing > 0,
             "class_weights": config.trainer.class_weights is not None,
             "ema": config.trainer.ema_decay is not None,
-            "clip_grad": config.trainer.clip_grad is not None,
-            "channels_last": bool(config.trainer.channels_last),
             "deterministic": config.trainer.deterministic,
-            "tf32": config.trainer.tf32,
-            "stored_size": self._stored_size(config),
             "cuda": self.spec.cuda,
             "capability": list(self.spec.capability),
             "multiprocessors": self.spec.multiprocessors,
         }
 
-    def _stored_size(self, config: Config) -> int:
-        if not self.spec.cuda:  # what waits on a CPU is not counted
-            return 0
-        return stored_size([config]) if self.stored_size is None else self.stored_size
+    def _recipe(self, config: Config) -> Recipe:
+        """The recipe as far as memory depends on it."""
+        used = recipe(config)
+        stored = stored_size([config]) if self.stored_size is None else self.stored_size
+        return replace(
+            used,
+            eval_batch_size=used.eval_batch(self.val_size),
+            stored_size=stored if self.spec.cuda else 0,  # what waits on a CPU is not counted
+            num_classes=self.networks.classes(config),
+            # Only whether gradients are clipped decides; of the rest, nothing does.
+            clip_grad=None if used.clip_grad is None else 1.0,
+            lr=0.0,
+            num_workers=0,
+        )
 
     def _spec(self, config: Config) -> TraceSpec:
-        used, cuda = recipe(config), self.spec.cuda
+        used, cuda = self._recipe(config), self.spec.cuda
         device = torch.device("cuda" if cuda else "cpu")
         key, savers = self.key(config), saver_settings(config.trainer)
-        loss = Criterion.of(self.make_loss(config, self.networks.classes(config)))
+        loss = Criterion.of(self.make_loss(config, used.num_classes))
         parts = micro_batches(used.batch_size, used.micro_batch_size, False)
         if 1 in parts and self.networks.has_batch_norm(config):
             parts = micro_batches(used.batch_size, used.micro_batch_size, True)
@@ -163,15 +167,15 @@ class Predictor:
             lambda model: build_optimizer(model, config.optimizer, device),
             (3, used.image_size, used.image_size),
             tuple(parts),
-            used.eval_batch(self.val_size),
+            used.eval_batch_size,
             loss=loss,
             precision=used.precision,
-            channels_last=key["channels_last"],
+            channels_last=used.channels_last,
             ema=key["ema"],
-            clip_grad=key["clip_grad"],
+            clip_grad=used.clip_grad is not None,
             undo=cuda,
             cuda=cuda,
-            stored_size=key["stored_size"],
+            stored_size=used.stored_size,
             key=repr((*(key[name] for name in ("model", "optimizer", "label_smoothing")), savers, loss.kind)),
         )
 

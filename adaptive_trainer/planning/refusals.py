@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.errors import ConfigError, ModelError, UserError
+from adaptive_trainer.errors import ConfigError, UserError
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.usage import format_bytes
@@ -56,19 +57,21 @@ def _size_refusal(networks: Networks, above: Config, config: Config) -> str:
 
 def image_refusal(config: Config, num_classes: int) -> str:
     """Why a network of timm or torchvision refuses the image size; empty where it does not."""
-    try:
-        check_image_size(config.model, config.data.image_size, num_classes)
-    except ModelError as error:
-        return str(error)
-    return ""
+    return _why_not(lambda: check_image_size(config.model, config.data.image_size, num_classes))
 
 
 def _optimizer_refusal(model: nn.Module | None, config: Config) -> str:
+    if model is None:
+        return ""
     on_meta = {key: value for key, value in config.optimizer.kwargs.items() if key != "fused"}  # which meta has not
+    optimizer = replace(config.optimizer, kwargs=on_meta)
+    return _why_not(lambda: build_optimizer(model, optimizer, torch.device("meta")))
+
+
+def _why_not(check: Callable[[], object]) -> str:
     try:
-        if model is not None:
-            build_optimizer(model, replace(config.optimizer, kwargs=on_meta), torch.device("meta"))
-    except ConfigError as error:
+        check()
+    except UserError as error:
         return str(error)
     return ""
 
@@ -97,11 +100,9 @@ def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> N
         checks.insert(0, lambda config: check_name(config.model.name))
     problems: dict[str, str] = {}  # what is wrong, and the first rung of which it is: those below inherit it
     for rung, check in itertools.product(ladder, checks):
-        try:
+        if rung is ladder[0]:
             check(rung.settings)
-        except UserError as error:
-            if rung is ladder[0]:
-                raise
-            problems.setdefault(str(error), rung.name)
+        elif problem := _why_not(partial(check, rung.settings)):
+            problems.setdefault(problem, rung.name)
     if problems:
         raise ConfigError("; ".join(f"rung {name!r}: {text}" for text, name in problems.items()))

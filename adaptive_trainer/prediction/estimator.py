@@ -45,11 +45,11 @@ class Prediction:
         reason: why nothing is known; then the four sizes are None.
     """
 
-    live_bytes: int | None
-    allocated_bytes: int | None
-    reserved_bytes: int | None
-    min_capacity_bytes: int | None
-    seconds: float
+    live_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    min_capacity_bytes: int | None = None
+    seconds: float = 0.0
     reason: str = ""
 
 
@@ -74,7 +74,7 @@ def predict(
     try:
         trace = (tracer or Tracer()).trace(spec)
     except TraceError as error:
-        return Prediction(None, None, None, None, time.perf_counter() - start, str(error))
+        return Prediction(seconds=time.perf_counter() - start, reason=str(error))
     major, minor = version.split(".")[:2]
     workspaces = Workspaces.of(capability, multiprocessors, (int(major), int(minor)))
     with no_collection():

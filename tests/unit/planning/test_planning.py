@@ -374,12 +374,12 @@ def test_stored_images_take_what_their_buffers_hold() -> None:
 def test_stored_images_of_a_rung_are_those_of_the_request() -> None:
     rung = ("data.cache=disk", "data.image_size=32")
     own, request = Predictor(card(GiB)), Predictor(card(GiB), stored_size=73)
-    assert own.key(first(*SMALL, *rung))["stored_size"] == 37
-    assert request.key(first(*SMALL, *rung))["stored_size"] == 73
+    assert own.key(first(*SMALL, *rung))["recipe"]["stored_size"] == 37
+    assert request.key(first(*SMALL, *rung))["recipe"]["stored_size"] == 73
     found = [predictor.predict(first(*SMALL, *rung)).live_bytes for predictor in (own, request)]
     assert None not in found
     assert found[1] - found[0] == 8 * 3 * (73**2 - 37**2)  # type: ignore[operator]
-    assert Predictor(replace(own.spec, cuda=False)).key(first(*SMALL, *rung))["stored_size"] == 0
+    assert Predictor(replace(own.spec, cuda=False)).key(first(*SMALL, *rung))["recipe"]["stored_size"] == 0
     sizes = [first("data.cache=ram", f"data.image_size={size}") for size in (64, 224)]
     assert (stored_size(sizes), stored_size([first()])) == (256, 0)
 
