@@ -40,10 +40,12 @@ from adaptive_trainer.memory.simulated import COUNTED_FIRST
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.step.backends.cuda_graph import Graph
+from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Progress, Undo
-from adaptive_trainer.training.loop import Hooks, Loop, StopSignal
+from adaptive_trainer.training.loop import Loop
 from adaptive_trainer.training.session import Parts, enter
+from adaptive_trainer.training.stopping import StopSignal
 from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table
@@ -129,6 +131,13 @@ class Prepared(Pipeline):
             yield from [self.batch] * (position.size // self.batch.samples)
 
 
+class Printed(Listener):
+    """Prints decisions."""
+
+    def event(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
 class Timed(Loop):
     """A loop on such data that notes when an epoch has come into its stride.
 
@@ -172,9 +181,9 @@ def loop_of(config: Config, device: torch.device, updates: int, capacity: Capaci
     images = torch.rand(config.trainer.batch_size, 3, size, size).repeat(updates, 1, 1, 1)
     data = TensorDataset(images, torch.arange(samples) % 10)
     parts = Parts(build_model, build_loss, "", 10, samples, device, capacity)
-    hooks = Hooks(void, void, lambda text: print(text, file=sys.stderr), lambda: False, way_on="")
     sets = build_datasets(config, data, TensorDataset(images[:8], torch.arange(8)))
-    return Timed(enter(config, parts), sets, device, "requested", 8, hooks, StopSignal())
+    no_keeper: Any = None  # nothing is saved within an epoch
+    return Timed(enter(config, parts), sets, 8, Printed(), no_keeper, StopSignal())
 
 
 def epoch(loop: Timed, batch: Batch | None, outside: list[float] | None = None) -> float:

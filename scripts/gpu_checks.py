@@ -44,7 +44,7 @@ from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.session import Parts, Session, enter
-from adaptive_trainer.training.stage import Stage
+from adaptive_trainer.training.trial import Trial
 from adaptive_trainer.utils.global_state import private_process_state, seed_everything
 
 MiB = 1 << 20
@@ -122,15 +122,15 @@ class Descent:
 def descend_under(cap: int, folder: Path, *, predicting: bool) -> Descent:
     """Train one short epoch under `cap` MiB; without predictions every rung on the way really runs out of memory."""
     allocated: list[int] = []
-    prove = Stage._prove
+    prove = Trial.prove
 
-    def measured(stage: Stage, config: Config) -> int:
+    def measured(trial: Trial, config: Config) -> int:
         allocated.append(torch.cuda.memory_allocated(CUDA))
-        return prove(stage, config)
+        return prove(trial, config)
 
     started = time.perf_counter()
     blind = nullcontext() if predicting else patch.object(Judge, "assess", lambda *_: ("", None))
-    with patch.object(Stage, "_prove", measured), blind:
+    with patch.object(Trial, "prove", measured), blind:
         result = Trainer(compose_config([*FAKE, f"memory.limit={cap}MiB"]), output_dir=folder / f"cap-{cap}").fit()
     seconds = time.perf_counter() - started
     oom.release(CUDA)

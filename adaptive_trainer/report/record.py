@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +14,9 @@ from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.report.earlier import failure
+from adaptive_trainer.report.earlier import failure, is_within, set_aside
+from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
-
-log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
 
@@ -53,15 +51,16 @@ class Result:
     images: dict[str, Any] = field(default_factory=dict)
 
 
-class Record:
-    """Writes one run's files into its output folder, as things happen.
+class Record(Listener):
+    """Writes one run's files into its output folder, as things happen, and passes on what it hears.
 
     Attributes:
         has_begun: what is in the folder is this run's, which until then leaves the record of an earlier one alone.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, listeners: Sequence[Listener] = ()) -> None:
         self.folder = folder
+        self.listeners = listeners
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
         self.has_begun = False
@@ -70,20 +69,18 @@ class Record:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No other run works in the folder meanwhile, where the system and the disk have locks.
-
-        It is waited for: the data workers of a killed run live, and hold its lock, for seconds after it. Half of a
-        checkpoint, which such a run leaves, goes.
+        """Keep other runs out of the folder meanwhile, where the system and the disk have locks.
 
         Raises:
             CheckpointError: another run goes on working there.
         """
+        # The data workers of a killed run live, and hold its lock, for seconds after it: they are waited for.
+        refused_at = time.monotonic() + WAIT_SECONDS
         with ExitStack() as stack:
             with self._writing():
-                refused_at = time.monotonic() + WAIT_SECONDS
                 is_alone = stack.enter_context(alone(self.folder / ".run", lambda: self._refuse(refused_at)))
                 for part in self.folder.glob("checkpoints/*.pt.*.part") if is_alone else ():
-                    part.unlink(missing_ok=True)
+                    part.unlink(missing_ok=True)  # half of a checkpoint, which a killed run leaves
             yield
 
     def _refuse(self, at: float) -> None:
@@ -94,32 +91,52 @@ class Record:
 
     def begin(self, settings: str) -> None:
         """Write config.yaml, and the attempts so far."""
-        self.write("config.yaml", settings)
+        self._write("config.yaml", settings)
         self.has_begun = True
         for entry in self.attempts:
-            self._append(entry)
+            self._append("attempts.jsonl", as_json(asdict(entry)) + "\n")
+
+    def accept(self, settings: str, goes_on_from: Path | None) -> None:
+        """Begin, once nothing of the run is refused any more, and set aside what an earlier run has left."""
+        if not self.has_begun:
+            if not is_within(goes_on_from, self.folder):
+                self.event(set_aside(self.folder))
+            self.begin(settings)
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl, once the run has begun."""
         self.attempts.append(entry)
         if self.has_begun:
-            self._append(entry)
-
-    def _append(self, entry: Attempt) -> None:
-        with self._writing():
-            append(self.folder / "attempts.jsonl", as_json(asdict(entry)) + "\n")
+            self._append("attempts.jsonl", as_json(asdict(entry)) + "\n")
+        for listener in self.listeners:
+            listener.attempt(entry)
 
     def event(self, text: str) -> None:
-        """Log a decision and keep it for the result."""
-        log.info("%s", text)
+        """Keep a decision for the result."""
+        for listener in self.listeners:
+            listener.event(text)
         self.events.append(text)
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """Pass on the figures of an epoch, which `metrics` has written."""
+        for listener in self.listeners:
+            listener.epoch(row, epochs)
+
+    def checkpoint(self, path: Path) -> None:
+        """Pass on that a checkpoint was written."""
+        for listener in self.listeners:
+            listener.checkpoint(path)
+
+    def end(self, outcome: str) -> None:
+        """Pass on how the run ended."""
+        for listener in self.listeners:
+            listener.end(outcome)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.csv."""
         path = self.folder / "metrics.csv"
         is_new = not path.exists() or path.stat().st_size == 0
-        with self._writing():
-            append(path, as_csv([row], with_header=is_new))
+        self._append(path.name, as_csv([row], with_header=is_new))
 
     def forget_after(self, stage: int, model: str, epoch: int) -> None:
         """Drop rows of metrics.csv that a run resumed in `stage`, with `model`, after `epoch` will write again."""
@@ -131,25 +148,29 @@ class Record:
         kept = [
             row for row in rows if (int(row["stage"]), row["model"]) != (stage, model) or int(row["epoch"]) <= epoch
         ]
-        self.write("metrics.csv", as_csv(kept) if kept else "")
+        self._write(path.name, as_csv(kept) if kept else "")
 
     def result(self, result: Result) -> None:
         """Write result.json."""
         recipes = {"requested": result.requested.reported(), "used": result.used.reported()}
         content = {**asdict(result), **recipes, "accumulation": result.used.accumulation}
-        self.write("result.json", as_json(content, indent=2) + "\n")
+        self._write("result.json", as_json(content, indent=2) + "\n")
+        self.end(result.outcome)
 
     def failure(self, outcome: str, message: str) -> None:
         """Write result.json for a run that did not end well, if it has begun."""
-        if not self.has_begun:
-            return
         with suppress(Exception):  # disk or memory may be full, and the first error is the one to show
-            self.write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
+            if self.has_begun:
+                self._write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
+            self.end(outcome)
 
-    def write(self, name: str, text: str) -> None:
-        """Write a whole text file, by way of a temporary name."""
+    def _write(self, name: str, text: str) -> None:
         with self._writing():
             write_whole(self.folder / name, text)
+
+    def _append(self, name: str, text: str) -> None:
+        with self._writing():
+            append(self.folder / name, text)
 
     def _writing(self) -> AbstractContextManager[None]:
         return refused_by_disk(CheckpointError, f"cannot write the record of this run in {self.folder}")

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.rung import Change
+from adaptive_trainer.report.listeners import brief
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
 from adaptive_trainer.utils.tables import table
@@ -23,11 +23,6 @@ def rung_table(attempts: Sequence[Attempt]) -> str:
         peaks = (_mib(entry.peak_allocated_bytes), _mib(entry.peak_reserved_bytes))
         rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", where))
     return table(rows, left=(0, 1))
-
-
-def brief(reason: str) -> str:
-    """The beginning of a reason: an allocator's runs to several lines, and the record has all of it."""
-    return shorten(reason, 90, placeholder=" ...")
 
 
 def _mib(size: int | None) -> str:

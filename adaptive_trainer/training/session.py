@@ -7,6 +7,7 @@ another optimizer, or one whose state is of another kind, starts anew on the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -82,6 +83,17 @@ class Session:
     state: TrainState
     update: Update
     schedule: Schedule
+    rung: str = ""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network to evaluate and keep: the moving average where there is one."""
+        return self.state.model if self.state.ema is None else self.state.ema.module
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the training loss is a number."""
+        return math.isfinite(float(self.state.meters["loss"]))
 
 
 def enter(config: Config, parts: Parts, session: Session | None = None) -> Session:
@@ -90,18 +102,18 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
     Raises:
         OutOfMemory: the weights alone do not fit.
     """
-    failure = None
-    try:
+
+    def built() -> Session:
         with parts.capacity.device_work():
             fresh = session is None or config.model != session.config.model
             state = _new_state(config, parts) if fresh or session is None else _carried(config, session, parts)
             return _around(state, config, parts)
-    except Exception as error:
-        failure = oom.describe(error, pressure=parts.capacity.pressure)
-        if failure.kind is not oom.Kind.DEVICE:
-            raise
-    oom.release(parts.device)
-    raise OutOfMemory(failure.text, phase="building the model")
+
+    made = oom.attempt(built, pressure=parts.capacity.pressure)
+    if isinstance(made, oom.Failure):
+        oom.release(parts.device)
+        raise OutOfMemory(made.text, phase="building the model")
+    return made
 
 
 def _new_state(config: Config, parts: Parts) -> TrainState:

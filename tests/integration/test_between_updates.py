@@ -24,11 +24,14 @@ from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
+from adaptive_trainer.report.listeners import Lines
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.training import trainer
-from adaptive_trainer.training.loop import Loop, _Loss
-from adaptive_trainer.training.stage import Stage
+from adaptive_trainer.training.evaluation import Evaluation
+from adaptive_trainer.training.loop import Loop
+from adaptive_trainer.training.rungs import Climbing
+from adaptive_trainer.training.watch import BrokenImages, RunningLoss, Thrashing
 from tests.integration.test_resume import differing
 from tests.support.faults import Fault, differences, dump
 from tests.support.runs import Case, Run, start
@@ -123,18 +126,18 @@ class Refusing:
 
 PLACES: dict[str, tuple[Any, str]] = {
     "schedule": (Schedule, "apply"),
-    "loss asked for": (_Loss, "ask"),
-    "loss read": (_Loss, "answer"),
-    "broken images": (Loop, "_tell_broken"),
-    "a look at the allocator": (Loop, "_watch_for_thrashing"),
+    "loss asked for": (RunningLoss, "ask"),
+    "loss read": (RunningLoss, "answer"),
+    "broken images": (BrokenImages, "name"),
+    "a look at the allocator": (Thrashing, "look"),
     "peaks": (Capacity, "peaks"),
     "an epoch's figures": (Record, "metrics"),
-    "a line for people": (Loop, "_tell_epoch"),
+    "a line for people": (Lines, "epoch"),
     "a beginning": (Undo, "begin"),
     "a checkpoint": (checkpoint, "pack"),
     "the weights": (nn.Module, "state_dict"),
-    "is it time to climb": (Stage, "_may_climb"),
-    "evaluation": (Loop, "evaluate"),
+    "is it time to climb": (Climbing, "is_due"),
+    "evaluation": (Evaluation, "run"),
 }
 ERRORS = [
     MemoryError(),

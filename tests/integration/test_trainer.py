@@ -37,7 +37,7 @@ from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.step.dry_run import PROVEN_UPDATES, prove
 from adaptive_trainer.step.update import Update
-from adaptive_trainer.training import stage
+from adaptive_trainer.training import trial
 
 MiB = 2**20
 STEPS = {"half": ["trainer.batch_size=4"], "quarter": ["trainer.batch_size=2"]}
@@ -553,7 +553,7 @@ def test_the_update_with_the_largest_part_is_proven(
         proven.append(odd)
         return prove(update, sizes, odd=odd)
 
-    monkeypatch.setattr(stage, "prove", noted)
+    monkeypatch.setattr(trial, "prove", noted)
     settings = compose_config([*BASE, f"trainer.batch_size={batch}", f"trainer.micro_batch_size={micro}"])
     settings.trainer.epochs = 1
 

@@ -1,0 +1,89 @@
+"""The evaluation at the end of an epoch: the validation set in order, with a batch of its own."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from adaptive_trainer.data.pipeline import Pipeline
+from adaptive_trainer.errors import DataError, Interrupted, OutOfMemory
+from adaptive_trainer.report.listeners import Listener
+from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.training.stopping import StopSignal
+from adaptive_trainer.training.watch import BrokenImages
+from adaptive_trainer.utils.progress import Progress
+
+
+@dataclass
+class Evaluation:
+    """Evaluates networks on the validation set.
+
+    Attributes:
+        total: samples of the validation set.
+        batch_size: samples at a time; it is halved where they do not fit.
+    """
+
+    engine: Engine
+    pipeline: Pipeline
+    broken: BrokenImages
+    record: Listener
+    stop: StopSignal
+    total: int
+    batch_size: int
+    _done: int = field(init=False, default=0)
+    _seen: int = field(init=False, default=0)
+    _sums: tuple[float, float, float] = field(init=False, default=(0.0, 0.0, 0.0))
+
+    def run(self, model: nn.Module) -> tuple[float, float]:
+        """Mean loss and share of right answers; the share is NaN where the output is no row of scores for each image.
+
+        Raises:
+            OutOfMemory: a single sample does not fit.
+            DataError: no sample can be read.
+            Interrupted: a signal came; nothing is saved.
+        """
+        self._done, self._seen, self._sums = 0, 0, (0.0, 0.0, 0.0)
+        with Progress("evaluation:", self.total) as progress:
+            while self._done < self.total:
+                try:
+                    self._go_on(model, progress)
+                except OutOfMemory:
+                    if self._size == 1:
+                        raise
+                else:
+                    continue
+                self._halve()  # after the handler, when what the batch held is free
+        loss, weight, correct = self._sums
+        if not self._seen:
+            raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
+        if not weight:
+            raise DataError("the loss counts no label of the validation set: all have the weight 0")
+        return loss / weight, correct / self._seen
+
+    def _go_on(self, model: nn.Module, progress: Progress) -> None:
+        """From the first sample that is not done yet."""
+        with closing(self.pipeline.evaluate(self.batch_size, self._done)) as batches:
+            for batch in batches:
+                self.broken.name(batch)
+                if len(batch.labels):
+                    more = self.engine.evaluate(model, batch.images, batch.labels)
+                    self._sums = tuple(a + b for a, b in zip(self._sums, more, strict=True))  # type: ignore[assignment]
+                self._done += batch.samples
+                self._seen += len(batch.labels)
+                progress.advance(batch.samples)
+                if self.stop.name:
+                    raise Interrupted(f"stopped by {self.stop.name} in evaluation")
+
+    @property
+    def _size(self) -> int:
+        """Samples of the next batch."""
+        return min(self.batch_size, self.total - self._done)
+
+    def _halve(self) -> None:
+        smaller = max(1, self._size // 2)
+        self.record.event(
+            f"out of memory in evaluation: its batch {self.batch_size} -> {smaller}; training keeps its own"
+        )
+        self.batch_size = smaller

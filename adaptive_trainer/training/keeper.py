@@ -1,0 +1,98 @@
+"""What a phase leaves in the folder of its run: the last state, the best model, and what larger models have learned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.training.run import Run
+from adaptive_trainer.training.session import Session
+
+KEPT_WITH_THE_BEST = ("config", "rung", "stage", "num_classes", "classes", "best", "made_buffers")
+
+
+@dataclass
+class Keeper:
+    """Writes checkpoints, and the figures of epochs.
+
+    Attributes:
+        number: which phase of the run it is, from 0.
+        requested: what decides the memory that the request needs.
+        largest: the batch size that `max` has come to, or None where a number was asked for.
+        metrics: the figures of the last epoch.
+    """
+
+    run: Run
+    number: int
+    requested: dict[str, Any] = field(default_factory=dict)
+    largest: int | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.run.record.folder / "checkpoints"
+
+    def figures(self, row: dict[str, Any], session: Session) -> None:
+        """Write the figures of an epoch."""
+        model = self.run.parts.recipe(session.config).model
+        self.run.record.metrics({"stage": self.number, **row, "model": model})
+        self.metrics = row
+
+    def save(self, session: Session, *, is_best: bool = False) -> None:
+        """Write last.pt, and best.pt where these are the best weights so far."""
+        content = self.content(session)
+        if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
+            about = {key: content[key] for key in KEPT_WITH_THE_BEST}
+            self._write("best.pt", {**about, "model": content["ema"] or content["model"], "ema": None})
+        self._write("last.pt", content)
+
+    def content(self, session: Session) -> dict[str, Any]:
+        """The content of a checkpoint.
+
+        Raises:
+            CheckpointError: there is no memory to put it together.
+        """
+        parts, split = self.run.parts, self.run.data.split
+        return checkpoint.retried(self.folder / "last.pt", lambda: {
+            **checkpoint.pack(session.state, parts.device),
+            "rung": session.rung,
+            "stage": self.number,
+            "config": asdict(session.config),
+            "request": parts.request,
+            "requested": self.requested,
+            "largest_batch": self.largest,
+            "capacity": parts.capacity.size,
+            "metrics": self.metrics,
+            "num_classes": parts.num_classes,
+            "classes": list(self.run.data.classes),
+            "split": None if split is None else asdict(split),
+        })  # fmt: skip
+
+    def start_anew(self, larger: str, smaller: str, learned: dict[str, Any] | None) -> None:
+        """Keep what a larger model has learned, before a smaller one begins.
+
+        Args:
+            larger, smaller: their names.
+            learned: the content of a checkpoint; None where there is nothing to keep.
+        """
+        self.run.record.event(f"model {larger} -> {smaller}: the new model starts from epoch 1")
+        if learned is not None:
+            name = f"before-{smaller.replace('/', '-')}.pt"
+            self._write(name, learned)
+            self.run.record.event(f"what {larger} has learned is kept in checkpoints/{name}")
+        self.keep_best(larger)
+        self.metrics = {}
+
+    def keep_best(self, owner: str) -> None:
+        """Move the best model to a name of its own, before what is to come has a best."""
+        best, name = self.folder / "best.pt", f"best-{owner.replace('/', '-')}.pt"
+        if best.exists():
+            best.replace(self.folder / name)
+            self.run.record.event(f"the best of {owner} is kept in checkpoints/{name}")
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        checkpoint.save(self.folder / name, content)
+        self.run.record.checkpoint(self.folder / name)

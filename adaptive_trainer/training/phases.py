@@ -1,0 +1,87 @@
+"""The phases of a run, one after another: each goes on with the weights of the one before."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import Config
+from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.ladder.resolve import changed
+from adaptive_trainer.ladder.rung import Rung
+from adaptive_trainer.memory.limit import Capacity
+from adaptive_trainer.memory.usage import describe_users
+from adaptive_trainer.report.summary import rung_table
+from adaptive_trainer.training.run import Phase, Run
+from adaptive_trainer.training.stage import Stage
+from adaptive_trainer.training.trial import Weights
+
+log = logging.getLogger(__name__)
+
+
+class Done(NamedTuple):
+    """The last phase, the rung that it ended on, and name, rung and metrics of every phase."""
+
+    stage: Stage
+    rung: Rung[Config]
+    phases: list[dict[str, Any]]
+
+
+def train(phases: Sequence[Phase], run: Run, cfg: DictConfig, saved: dict[str, Any] | None) -> Done:
+    """Train every phase; from a checkpoint on, its own and those behind it.
+
+    Args:
+        cfg: the settings of the run.
+        saved: the checkpoint, or None.
+
+    Raises:
+        LadderExhausted: no rung of a phase fits; the message says what to try.
+    """
+    done: list[dict[str, Any]] = []
+    weights, after = None, ""
+    first = 0 if saved is None else saved["stage"]
+    for number, phase in enumerate(phases[first:], start=first):
+        if len(phases) > 1:
+            run.record.event(f"stage {phase.name}: {_differences(cfg, typed(phase.settings))}")
+        stage = Stage(phase, run, number, saved, weights, after)
+        saved = None  # it is large, and the stage lets it go
+        rung = _train(stage)
+        weights = Weights.of(stage.trial.opened) if number + 1 < len(phases) else None
+        after = phase.name
+        done.append({"name": phase.name, "rung": rung.name, "metrics": stage.keeper.metrics})
+    return Done(stage, rung, done)
+
+
+def _train(stage: Stage) -> Rung[Config]:
+    record, message = stage.run.record, ""
+    earlier = len(record.attempts)
+    try:
+        rung = stage.train()
+    except LadderExhausted as error:
+        message = str(error)
+    if message:
+        stage.run.accept()  # it is the memory that is short, and to be recorded
+        raise LadderExhausted(f"{message}\n{stage.leak or _advice(stage.run.parts.capacity)}")
+    log.info("stage %s: rung %s succeeded\n%s", stage.phase.name, rung.name, rung_table(record.attempts[earlier:]))
+    return rung
+
+
+def _differences(cfg: DictConfig, phase: Config) -> str:
+    """What a phase sets otherwise than the run."""
+    asked = typed(cfg)
+    asked.phases = phase.phases
+    if asked.trainer.channels_last is None and phase.trainer.channels_last:  # as decided for the run
+        asked.trainer.channels_last = True
+    return ", ".join(f"{key}={value}" for key, value in changed(asked, phase).items()) or "the settings as they are"
+
+
+def _advice(capacity: Capacity) -> str:
+    return (
+        f"capacity: {capacity.description}\n{describe_users(capacity.device)}\n"
+        "what to try: a larger memory.limit, closing other programs on the card, ladder=faithful, "
+        "a smaller model.name, data.image_size or trainer.micro_batch_size"
+    )

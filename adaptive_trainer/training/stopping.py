@@ -1,0 +1,34 @@
+"""How a run is stopped from outside."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM become a request to stop after the running update; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        """Listen while the block runs, in the main thread (elsewhere Python takes no signals); then restore."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name

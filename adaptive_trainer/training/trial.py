@@ -1,0 +1,198 @@
+"""A rung tried: the session is made to match its settings, and proven by a dry run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptive_trainer import oom
+from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints.resume import take_up
+from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.data.preprocessing import remark
+from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, descend
+from adaptive_trainer.ladder.resolve import recipe
+from adaptive_trainer.ladder.rung import Rung
+from adaptive_trainer.models.batch_norm import has_batch_norm
+from adaptive_trainer.planning.cache import Measurement
+from adaptive_trainer.planning.refusals import single_sample
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.training.keeper import Keeper
+from adaptive_trainer.training.run import Run
+from adaptive_trainer.training.session import Session, enter, settle
+
+Assess = Callable[[Rung[Config]], tuple[str, int | None]]
+
+
+class Weights(NamedTuple):
+    """What the next phase starts from: weights on the host, and the names of buffers that forward passes have made."""
+
+    config: ModelConfig
+    content: dict[str, Any]
+    made: list[str]
+
+    @classmethod
+    def of(cls, session: Session) -> Weights:
+        """Copy those of a session."""
+        content = session.state.model.state_dict()
+        for key, value in content.items():  # in place: the versions of its parts stay with it
+            content[key] = value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+        return cls(session.config.model, content, checkpoint.made_buffers(session.state))
+
+    def put_into(self, model: nn.Module) -> None:
+        """Give them to another network of the same kind."""
+        checkpoint.make_buffers(model, self.content, self.made)
+        model.load_state_dict(self.content)
+
+
+class Trial:
+    """Tries rungs, with the state of the session before.
+
+    Attributes:
+        session: of the last rung that fits.
+        saved: a checkpoint to go on from, until its state is in the session or its model is left.
+        is_climbing: a try that fails goes back to the session before.
+    """
+
+    def __init__(self, run: Run, keeper: Keeper, saved: dict[str, Any] | None, weights: Weights | None) -> None:
+        self.session: Session | None = None
+        self.saved = saved
+        self.is_climbing = False
+        self._run, self._keeper, self._weights = run, keeper, weights
+        self._tried: Rung[Config]
+        self._earlier: Measurement | None = None  # of an earlier proof, which was not made again
+
+    @property
+    def opened(self) -> Session:
+        """The session, where a rung has been entered."""
+        if self.session is None:
+            raise RuntimeError("no rung has been entered yet")
+        return self.session
+
+    def descend(
+        self, rungs: Iterable[Rung[Config]], assess: Assess, on_attempt: Callable[[Attempt], None]
+    ) -> Found[Config, int]:
+        """Try one rung after another; remember how it went for later runs.
+
+        What fails in training, later, is not remembered: that says too little of a rung.
+        """
+        judge, capacity, device = self._run.judge, self._run.parts.capacity, self._run.parts.device
+
+        def noted() -> Iterator[Rung[Config]]:
+            for self._tried in rungs:
+                yield self._tried
+
+        def attempted(entry: Attempt) -> None:
+            if entry.outcome is Outcome.OOM:
+                judge.learn(self._tried.settings, entry)
+            elif entry.outcome is Outcome.FITS and self._earlier is not None:
+                entry.reason = "proven on this card before"
+                entry.peak_allocated_bytes = self._earlier.peak_allocated
+                entry.peak_reserved_bytes = self._earlier.peak_reserved
+            on_attempt(entry)
+
+        judge.begin()
+        found = descend(noted(), self.prove, judge=assess, meter=capacity, on_attempt=attempted, device=device)
+        is_whole = found.value == self.eval_batch(found.rung.settings)  # evaluation was not halved
+        if self._earlier is None and is_whole:
+            judge.learn(found.rung.settings, found.attempts[-1])
+        return found
+
+    def prove(self, config: Config) -> int:
+        """Make the session match `config` and prove it; returns the evaluation batch that fits.
+
+        What this card has proven before is not proven again. Of a session that was built for this attempt nothing is
+        left when it fails.
+        """
+        if self.session is not None and config.model != self.session.config.model:
+            self._leave_model(config.model)
+        elif self.saved is not None and asdict(config.model) != self.saved["config"]["model"]:
+            self._leave_saved(config.model)
+        is_new, back = self.session is None, self.session if self.is_climbing else None
+        self.is_climbing, self._earlier = False, None
+        if back is not None:
+            back.update.free_copies()
+        try:
+            self.session = enter(config, self._run.parts, self.session)
+            self.session.rung = self._tried.name
+            if is_new:
+                self._fill(self.session)
+            update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)
+            # an earlier proof, and the session that a climb came from, say nothing of a larger last update
+            if back is None and update.largest_part(odd) <= update.largest_part(sizes.batch_size):
+                self._earlier = self._run.judge.proven(config)
+            eval_batch = sizes.eval_batch_size if self._earlier else prove(update, sizes, odd=odd)
+        except BaseException:
+            if is_new or back is not None:
+                self.session = back
+            if back is not None:
+                settle(back.config, back.state)
+            raise
+        self.saved = None
+        return eval_batch
+
+    def _sizes(self, config: Config) -> Recipe:
+        stored = 0 if self._run.data.stored is None else self._run.data.stored[0].size
+        return replace(
+            recipe(config),
+            eval_batch_size=self.eval_batch(config),
+            num_classes=self._run.parts.num_classes,
+            stored_size=stored,
+        )
+
+    @staticmethod
+    def _odd(session: Session) -> int:
+        """Size of the update with the largest micro-batch."""
+        here, batch_size = session.state.position, session.config.trainer.batch_size
+        sizes = here.sizes(batch_size) | replace(here, cursor=0).sizes(batch_size)
+        return max(sorted(sizes), key=session.update.largest_part)
+
+    def eval_batch(self, config: Config) -> int:
+        """Samples of an evaluation batch, as asked for."""
+        return recipe(config).eval_batch(len(self._run.data.val))
+
+    def _fill(self, session: Session) -> None:
+        """Put what was learned earlier into a new session."""
+        problem = single_sample(session.config)
+        if problem and has_batch_norm(session.state.model):
+            raise ConfigError(problem)
+        if text := remark(session.config, self._run.parts.make_model):
+            self._run.event_once(text)
+        if self.saved is not None:
+            self._resume(session, self.saved)
+        elif self._weights is not None and self._weights.config == session.config.model:
+            self._weights.put_into(session.state.model)
+        elif self._weights is not None:
+            before = self._weights.config.name
+            self._run.record.event(f"model {before} -> {session.config.model.name}: no weights are carried on")
+
+    def _resume(self, session: Session, saved: dict[str, Any]) -> None:
+        decided = take_up(saved, session.config, session.state, self._run.parts.device)
+        self._run.accept()
+        for text in decided:
+            self._run.record.event(text)
+        self._keeper.metrics = saved["metrics"]
+        model = self._run.parts.recipe(session.config).model
+        self._run.record.forget_after(self._keeper.number, model, session.state.finished_epochs)
+
+    def _leave_model(self, model: ModelConfig) -> None:
+        """Keep what the larger model has learned, and let it go."""
+        old = self.opened
+        learned = self._keeper.content(old) if old.state.updates and old.is_sound else None
+        self._keeper.start_anew(old.config.model.name, model.name, learned)
+        del old, learned
+        self.session = None
+        oom.release(self._run.parts.device)  # a network may hold itself in a circle of references
+
+    def _leave_saved(self, model: ModelConfig) -> None:
+        """The same for a checkpoint whose model does not fit any more."""
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            self._run.accept()
+            self._keeper.start_anew(saved["config"]["model"]["name"], model.name, saved)

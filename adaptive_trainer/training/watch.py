@@ -1,0 +1,127 @@
+"""What is looked at between updates: the mean loss, the allocator's cache, images that cannot be read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from adaptive_trainer.data.loader import Batch
+from adaptive_trainer.errors import DivergedError, OutOfMemory
+from adaptive_trainer.report.listeners import Listener
+from adaptive_trainer.training.session import Session
+
+UPDATES_PER_FLUSH = 5  # a cache that is flushed this often or more is thrashing
+
+
+def finite(kind: str, loss: float, session: Session, update: int | None = None) -> float:
+    """The loss, which is a number.
+
+    Raises:
+        DivergedError: it is none.
+    """
+    if math.isfinite(loss):
+        return loss
+    blame = ""
+    if session.config.trainer.precision == "fp16":
+        blame = f" fp16 overflows at 65504, and rung {session.rung!r} trains in it: try trainer.precision=bf16 or fp32."
+    raise DivergedError(
+        f"the {kind} loss is {loss} after update {update or session.state.updates}.{blame} "
+        f"A lower optimizer.lr (now {session.config.optimizer.lr:g}) or trainer.clip_grad=1 often helps"
+    )
+
+
+class RunningLoss:
+    """The mean training loss: asked for after one update and read after the next, so that a device need not wait."""
+
+    def __init__(self, session: Session) -> None:
+        on_cuda = session.update.device.type == "cuda"
+        self.is_asked = False
+        self._session = session
+        self._asked_after = 0
+        self._sums = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def ask(self) -> None:
+        """Begin to copy the sums as they are now."""
+        state = self._session.state
+        self._asked_after = state.updates
+        meters = (state.meters["loss"], state.meters.get("weight", state.meters["seen"]))
+        for there, here in zip(self._sums, meters, strict=True):
+            there.copy_(here, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        self.is_asked = True
+
+    def answer(self) -> float:
+        """The mean at the time when it was asked for.
+
+        Raises:
+            DivergedError: it is no number.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.is_asked = False
+        loss, weight = self._sums.tolist()
+        return finite("training", float(loss / (weight or 1)), self._session, self._asked_after)
+
+
+class Thrashing:
+    """Whether the allocator flushes its cache again and again: training works then, but slowly.
+
+    Args:
+        is_left: such a rung is to be left for the next.
+    """
+
+    def __init__(self, session: Session, record: Listener, *, is_left: bool) -> None:
+        self._session, self._record, self._is_left = session, record, is_left
+        self._has_warned = False
+        self._before = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        return self._session.state.updates, self._session.update.capacity.usage().num_alloc_retries
+
+    def look(self) -> None:
+        """Compare with the last look.
+
+        Raises:
+            OutOfMemory: the rung is to be left.
+        """
+        (since, before), self._before = self._before, self._now()
+        updates, flushes = self._before[0] - since, self._before[1] - before
+        if flushes * UPDATES_PER_FLUSH < updates or updates == 0 or flushes < 2:
+            return
+        text = f"the allocator flushed its cache {flushes} times in {updates} updates"
+        if self._is_left:
+            raise OutOfMemory(f"{text} and ladder.avoid_thrashing is on", phase="training")
+        if not self._has_warned:
+            self._has_warned = True
+            self._record.event(
+                f"rung {self._session.rung} fits, but {text}, which is slow; ladder.avoid_thrashing=true steps down"
+            )
+
+
+class BrokenImages:
+    """The images that were left out because they cannot be read."""
+
+    def __init__(self, record: Listener) -> None:
+        self._record = record
+        self._named: set[str] = set()
+        self._has_left_one = False
+
+    def name(self, batch: Batch) -> None:
+        """Record those of a batch, each once, three at a time."""
+        broken = [name for name in batch.skipped if name not in self._named]
+        if broken:
+            self._named.update(broken[:3])
+            what = "1 broken image is" if len(broken) == 1 else f"{len(broken)} broken images are"
+            self._record.event(f"{what} left out: {', '.join(broken[:3])}")
+
+    def without_the_last(self, batch: Batch) -> Batch:
+        """The batch with no sample, where broken ones have left BatchNorm a single one."""
+        if not self._has_left_one:
+            self._has_left_one = True
+            self._record.event(
+                f"of a batch of {batch.samples}, broken images have left one, and BatchNorm cannot train on one"
+            )
+        return batch._replace(images=batch.images[:0], labels=batch.labels[:0])
