@@ -39,8 +39,8 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_FIRST
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.step.backends.cuda_graph import Graph
 from adaptive_trainer.report.listeners import Listener
+from adaptive_trainer.step.backends.cuda_graph import Graph
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Progress, Undo
 from adaptive_trainer.training.loop import Loop

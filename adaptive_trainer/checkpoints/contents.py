@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
@@ -19,7 +20,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, explained
 
 WORDS = 624  # of the state of the Mersenne Twister
 
@@ -30,32 +31,29 @@ def checked(content: dict[str, Any], path: Path, keys: Sequence[str]) -> dict[st
     Raises:
         CheckpointError: a key is missing, or its value cannot be what was saved.
     """
-    problem, found = "", dict(content)
+
+    def refused(problem: str) -> CheckpointError:
+        return CheckpointError(f"{path} is no checkpoint to go on with: {problem}; use another one")
+
+    def altered(key: str, error: Exception) -> CheckpointError | None:
+        is_of_memory = oom.describe(error).kind is not oom.Kind.OTHER
+        return None if is_of_memory else refused(f"{key!r} is not what was saved: {_first_line(error)}")
+
+    found = dict(content)
     for key in keys:
-        if key not in content:
-            if key in SINCE_LATER:
-                continue
-            problem = f"it lacks {key!r}"
-            break
-        try:
-            found[key] = CHECKS[key](content[key])
-        except Exception as error:  # an altered value is refused with every kind of error
-            if oom.describe(error).kind is not oom.Kind.OTHER:
-                raise
-            problem = f"{key!r} is not what was saved: {_said(error)}"
-            break
-    if not problem and "position" in keys and not _agree(found):
-        problem = "'position' and 'finished_epochs' do not agree"
-    if problem:
-        raise CheckpointError(f"{path} is no checkpoint to go on with: {problem}; use another one")
+        if key in content:
+            with explained(partial(altered, key)):  # an altered value is refused with every kind of error
+                found[key] = CHECKS[key](content[key])
+        elif key not in SINCE_LATER:
+            raise refused(f"it lacks {key!r}")
+    if "position" in keys and not _agree(found):
+        raise refused("'position' and 'finished_epochs' do not agree")
     return found
 
 
-def _said(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, KeyError):
-        return f"there is no {text}"
-    return text or type(error).__name__
+def _first_line(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return f"there is no {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _agree(content: dict[str, Any]) -> bool:
@@ -64,8 +62,8 @@ def _agree(content: dict[str, Any]) -> bool:
     return bool(ahead == 0 or (ahead == 1 and cursor == 0))
 
 
-def _need(holds: bool, value: Any, wanted: str) -> Any:
-    if not holds:
+def _need(fits: bool, value: Any, wanted: str) -> Any:
+    if not fits:
         raise ValueError(f"{shortened(value)} is not {wanted}")
     return value
 
@@ -157,13 +155,13 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "made_buffers": _texts,
     "ema": _or_none(_named),
     "config": _config,
-    "num_classes": lambda value: _whole(value, 1),
+    "num_classes": partial(_whole, least=1),
     "classes": _texts,
     "stage": _whole,
     "rung": _text,
     "request": _text,
     "requested": _requested,
-    "largest_batch": _or_none(lambda value: _whole(value, 1)),
+    "largest_batch": _or_none(partial(_whole, least=1)),
     "capacity": _or_none(_whole),
     "metrics": _plain,
     "buffers": _named,

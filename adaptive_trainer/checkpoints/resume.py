@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
 from adaptive_trainer.checkpoints.trust import trusted
 from adaptive_trainer.config.overrides import asked, with_asked
@@ -153,7 +153,7 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
     was, wanted = before["optimizer"], asked["optimizer"]
     same_name = was["name"] == wanted["name"]  # one that is altered is none that could be looked up
     with_optimizer = same_name and kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
-    lost = checkpoint.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
+    lost = packing.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
     told = [
         f"the random numbers of {path} start anew: there is no such generator, or one of another kind" for path in lost
     ]

@@ -18,6 +18,7 @@ from adaptive_trainer.report.earlier import failure, is_within, set_aside
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
+WRITTEN_WHOLE = ("checkpoints/*.pt", "config.yaml", "metrics.csv", "result.json")
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
 
 
@@ -79,8 +80,9 @@ class Record(Listener):
         with ExitStack() as stack:
             with self._writing():
                 is_alone = stack.enter_context(alone(self.folder / ".run", lambda: self._refuse(refused_at)))
-                for part in self.folder.glob("checkpoints/*.pt.*.part") if is_alone else ():
-                    part.unlink(missing_ok=True)  # half of a checkpoint, which a killed run leaves
+                for name in WRITTEN_WHOLE if is_alone else ():
+                    for part in self.folder.glob(f"{name}.*.part"):
+                        part.unlink(missing_ok=True)  # half of a file, which a killed run leaves
             yield
 
     def _refuse(self, at: float) -> None:

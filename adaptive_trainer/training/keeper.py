@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session
 
@@ -57,7 +57,7 @@ class Keeper:
         """
         parts, split = self.run.parts, self.run.data.split
         return checkpoint.retried(self.folder / "last.pt", lambda: {
-            **checkpoint.pack(session.state, parts.device),
+            **packing.pack(session.state, parts.device),
             "rung": session.rung,
             "stage": self.number,
             "config": asdict(session.config),

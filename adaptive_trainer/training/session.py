@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from adaptive_trainer import oom
-from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints.optimizer_state import load_optimizer
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import Position, updates_per_epoch
 from adaptive_trainer.errors import ConfigError, OutOfMemory
@@ -162,7 +162,7 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
         state.optimizer = build_optimizer(state.model, config.optimizer, parts.device)
         if kind_of_state(config.optimizer) == kind_of_state(old.optimizer):
             learned = session.state.optimizer.state_dict()
-            checkpoint.load_optimizer(learned, state.optimizer, keep_groups=True)
+            load_optimizer(learned, state.optimizer, keep_groups=True)
     settle(config, state)
     return state
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
-from adaptive_trainer.checkpoints import checkpoint, resume
+from adaptive_trainer.checkpoints import checkpoint, packing, resume
 from adaptive_trainer.checkpoints.contents import OF_A_MODEL, checked
 from adaptive_trainer.checkpoints.resume import Start
 from adaptive_trainer.checkpoints.trust import LOADS, check_model, frozen
@@ -345,10 +345,10 @@ def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module
         name, advice = settings.name, "give load_model the factory that the Trainer was given"
         if model is not None:
             name, advice = f"what {getattr(model, '__name__', 'the factory')} makes", "is it the one that was trained?"
-        return CheckpointError(f"{path} does not fit {name} ({checkpoint.misfit(error)}); {advice}")
+        return CheckpointError(f"{path} does not fit {name} ({packing.misfit(error)}); {advice}")
 
     with explained(misfit, (RuntimeError, AttributeError)):
         weights = content["ema"] or content["model"]
-        checkpoint.make_buffers(network, weights, content.get("made_buffers", ()))
+        packing.make_buffers(network, weights, content.get("made_buffers", ()))
         network.load_state_dict(weights)
     return network.eval()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from adaptive_trainer import oom
-from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints.packing import made_buffers, make_buffers
 from adaptive_trainer.checkpoints.resume import take_up
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.preprocessing import remark
@@ -43,11 +43,11 @@ class Weights(NamedTuple):
         content = session.state.model.state_dict()
         for key, value in content.items():  # in place: the versions of its parts stay with it
             content[key] = value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-        return cls(session.config.model, content, checkpoint.made_buffers(session.state))
+        return cls(session.config.model, content, made_buffers(session.state))
 
     def put_into(self, model: nn.Module) -> None:
         """Give them to another network of the same kind."""
-        checkpoint.make_buffers(model, self.content, self.made)
+        make_buffers(model, self.content, self.made)
         model.load_state_dict(self.content)
 
 

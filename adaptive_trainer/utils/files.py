@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from adaptive_trainer.errors import UserError, explained, remedy
 
@@ -23,16 +23,41 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file by way of a temporary name, so that no reader meets half of it, nor is half of it left."""
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Give a file to write, which takes the place of `path` at the end: no reader meets half of it, nor is half left.
+
+    Args:
+        durable: it is on the disk when the block ends.
+    """
     # A name of its own, as several processes and threads may write the same entry of a cache.
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
+        if durable and os.name == "posix":  # Windows has no such call
+            _flush_folder(path.parent)  # the rename itself
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def append(path: Path, text: str) -> None:

@@ -27,9 +27,9 @@ SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")
 ALLOWED = (0, 75, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 KILLS = 3  # of one training, at most
 MOMENTS = (
-    "_evaluate_batch",
+    "evaluation._go_on",
     "checkpoint._write",
-    "checkpoint.pack",
+    "packing.pack",
     "record",
     "program.accumulate",
     "program.change",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from adaptive_trainer import Trainer, compose_config
-from adaptive_trainer.checkpoints import checkpoint, resume
+from adaptive_trainer.checkpoints import checkpoint, packing, resume
 from adaptive_trainer.errors import CheckpointError, Interrupted, LadderExhausted, OutOfMemory, UserError
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule
@@ -134,7 +134,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "an epoch's figures": (Record, "metrics"),
     "a line for people": (Lines, "epoch"),
     "a beginning": (Undo, "begin"),
-    "a checkpoint": (checkpoint, "pack"),
+    "a checkpoint": (packing, "pack"),
     "the weights": (nn.Module, "state_dict"),
     "is it time to climb": (Climbing, "is_due"),
     "evaluation": (Evaluation, "run"),
@@ -212,8 +212,8 @@ def test_memory_that_stays_short_between_updates_ends_in_words(
 def test_a_checkpoint_that_cannot_be_put_together_is_the_users_to_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusing = Refusing(checkpoint.pack, MemoryError("no room"), lambda _: True)
-    monkeypatch.setattr(checkpoint, "pack", refusing)
+    refusing = Refusing(packing.pack, MemoryError("no room"), lambda _: True)
+    monkeypatch.setattr(packing, "pack", refusing)
     with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*last\.pt: out of memory \(no room\)"):
         trained(tmp_path)
     assert refusing.raised == 2

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config, errors, oom
-from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
 from adaptive_trainer.memory.limit import Capacity
@@ -396,10 +396,10 @@ def test_out_of_memory_while_a_state_is_taken_over_is_another_rungs_to_answer(ca
     """As an error of torch's own: `load_state_dict` tells an out-of-memory as it tells a shape that does not fit."""
 
     def take_over() -> None:
-        checkpoint.unpack(content, state, runs.CPU, keep_groups=True, with_optimizer=True)
+        packing.unpack(content, state, runs.CPU, keep_groups=True, with_optimizer=True)
 
     case = runs.Case("adamw-single", "fp32", warm=True)
-    content = checkpoint.pack(runs.start(case, capacity).state, runs.CPU)
+    content = packing.pack(runs.start(case, capacity).state, runs.CPU)
     state, whole = runs.start(case, capacity).state, Fault()
     with whole:
         take_over()
@@ -778,9 +778,9 @@ def test_a_loss_between_those_that_are_told_is_looked_at_before_a_checkpoint(tmp
 
 def test_an_average_that_a_run_did_not_have_begins_with_its_weights(capacity: Capacity) -> None:
     with_average = runs.Case("sgd", "fp32", warm=False)
-    content = checkpoint.pack(runs.start(replace(with_average, warm=True, ema=False), capacity).state, runs.CPU)
+    content = packing.pack(runs.start(replace(with_average, warm=True, ema=False), capacity).state, runs.CPU)
     state = runs.start(with_average, capacity).state
-    checkpoint.unpack(content, state, runs.CPU, keep_groups=False, with_optimizer=True)
+    packing.unpack(content, state, runs.CPU, keep_groups=False, with_optimizer=True)
     assert state.ema is not None
     averaged = state.ema.module.state_dict()
     assert [name for name, value in state.model.state_dict().items() if not torch.equal(value, averaged[name])] == []

@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
-from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
@@ -261,9 +261,9 @@ def test_a_checkpoint_keeps_layouts(how: str, capacity: Capacity, tmp_path: Path
     resumed.state.factory = {name: layout(tensor) for name, tensor in tensors_of_network(fresh)}
     resumed.state.model, run.state.factory = fresh, resumed.state.factory
     resumed.state.optimizer = OPTIMIZERS["sgd"](fresh)
-    checkpoint.save(tmp_path / "last.pt", checkpoint.pack(run.state, CPU))
+    checkpoint.save(tmp_path / "last.pt", packing.pack(run.state, CPU))
     saved = checkpoint.load(tmp_path / "last.pt")
-    checkpoint.unpack(saved, resumed.state, CPU, keep_groups=False, with_optimizer=True)
+    packing.unpack(saved, resumed.state, CPU, keep_groups=False, with_optimizer=True)
     assert differences(dump(resumed.state), dump(run.state)) == []
     for each in (run, resumed):
         each.advance(each.update())
