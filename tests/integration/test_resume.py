@@ -214,7 +214,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from adaptive_trainer import checkpoint\n"
+        "from adaptive_trainer.checkpoints import checkpoint\n"
         "path = Path('state.pt')\n"
         "checkpoint.save(path, {'number': 1, 'w': torch.ones(100_000)})\n"
         "class Deadly(dict):\n"
@@ -633,7 +633,13 @@ def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *ov
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 @pytest.mark.parametrize(
     "where",
-    ["trainer.build_datasets", "trainer.Judge", "stage.prove", "session.build_optimizer", "checkpoint.save"],
+    [
+        "training.trainer.build_datasets",
+        "training.trainer.Judge",
+        "training.trial.prove",
+        "training.session.build_optimizer",
+        "checkpoints.checkpoint.save",
+    ],  # fmt: skip
 )
 def test_auto_begins_anew_what_was_stopped_before_its_first_checkpoint(
     where: str, end: str, batch_16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
