@@ -35,7 +35,7 @@ class RunningLoss:
     """The mean training loss: asked for after one update and read after the next, so that a device need not wait."""
 
     def __init__(self, session: Session) -> None:
-        on_cuda = session.update.device.type == "cuda"
+        on_cuda = session.update.capacity.device.type == "cuda"
         self.is_asked = False
         self._session = session
         self._asked_after = 0

@@ -639,7 +639,7 @@ def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *ov
         "training.trial.prove",
         "training.session.build_optimizer",
         "checkpoints.checkpoint.save",
-    ],  # fmt: skip
+    ],
 )
 def test_auto_begins_anew_what_was_stopped_before_its_first_checkpoint(
     where: str, end: str, batch_16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
