@@ -43,13 +43,13 @@ class Lines(Listener):
 
     def attempt(self, entry: Attempt) -> None:
         """Log a rung's outcome, and why."""
-        if entry.outcome is Outcome.FAILED:
+        if entry.outcome == Outcome.FAILED:
             return  # the error itself is on its way to the user
         peak = f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB" if entry.peak_allocated_bytes else ""
         where = f" in {entry.phase}" if entry.phase else ""
-        reason = brief(entry.reason) if entry.outcome is Outcome.OOM else entry.reason
+        reason = brief(entry.reason) if entry.outcome == Outcome.OOM else entry.reason
         why = f": {reason}" if reason else ""
-        took = f", {entry.seconds:.2f} s" if entry.outcome is not Outcome.SKIPPED else ""
+        took = f", {entry.seconds:.2f} s" if entry.outcome != Outcome.SKIPPED else ""
         log.info("rung %s: %s%s%s%s%s", entry.rung, entry.outcome, where, peak, took, why)
 
     def event(self, text: str) -> None:

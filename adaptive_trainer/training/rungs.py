@@ -95,7 +95,7 @@ class Rungs:
         return "" if hopeless and (is_known or self.is_last(rung)) else hopeless, need
 
     def _was_proven(self, name: str) -> bool:
-        return any(entry.rung == name and entry.outcome is Outcome.FITS for entry in self._run.record.attempts)
+        return any(entry.rung == name and entry.outcome == Outcome.FITS for entry in self._run.record.attempts)
 
     def changes(self, rung: Rung[Config], asked: Config | None = None) -> list[Change]:
         """What `rung` sets otherwise than was asked for, by default than the first rung, and why."""
@@ -140,7 +140,7 @@ class Climbing:
 
     def note(self, entry: Attempt) -> None:
         """Remember the room in which a rung did not fit."""
-        if entry.outcome is Outcome.OOM or (entry.outcome is Outcome.SKIPPED and entry.predicted_bytes is not None):
+        if entry.outcome == Outcome.OOM or (entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is not None):
             self._room[entry.rung] = self._capacity.room()
 
     def is_due(self, rung: Rung[Config], epochs: int) -> bool:

@@ -89,9 +89,9 @@ class Trial:
                 yield self._tried
 
         def attempted(entry: Attempt) -> None:
-            if entry.outcome is Outcome.OOM:
+            if entry.outcome == Outcome.OOM:
                 judge.learn(self._tried.settings, entry)
-            elif entry.outcome is Outcome.FITS and self._earlier is not None:
+            elif entry.outcome == Outcome.FITS and self._earlier is not None:
                 entry.reason = "proven on this card before"
                 entry.peak_allocated_bytes = self._earlier.peak_allocated
                 entry.peak_reserved_bytes = self._earlier.peak_reserved
