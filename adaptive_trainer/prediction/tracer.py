@@ -24,18 +24,22 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from adaptive_trainer.data.position import Position
 from adaptive_trainer.models.loss_kinds import LossKind
-from adaptive_trainer.models.losses import Criterion, Loss, correct
+from adaptive_trainer.models.losses import Criterion, Loss, Terms
 from adaptive_trainer.models.memory_format import to_channels_last
 from adaptive_trainer.models.stepping import steps_alike
 from adaptive_trainer.prediction.recorder import NotFollowed, Recorder, fake_device, materialize
+from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.program import Change, Program, is_classification
+from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.utils.random import same_random_numbers
 from adaptive_trainer.utils.screen import unlogged
 
 FAKE_TENSOR = "torch._subclasses.fake_tensor"  # logs 30 lines of an operator that refuses its shapes
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")  # where fake tensors are, whatever they stand for
 STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion
-METERS = 4  # scalars that add up the loss and the right answers
+METERS = ("loss", "correct", "seen", "skipped")
 TRACED_PARTS = 2  # the first micro-batch makes the gradients, the second adds to them, and so do all further ones
 
 
@@ -87,6 +91,17 @@ class TraceSpec:
     def batches(self) -> tuple[int, ...]:
         """Samples behind each part of a trace: what no sample has a part in, the batch, micro-batches, evaluation."""
         return (0, sum(self.micro_batches), *self.micro_batches[:TRACED_PARTS], self.eval_batch_size or 0)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the program of the update is told."""
+        return Recipe(
+            batch_size=sum(self.micro_batches),
+            micro_batch_size=max(self.micro_batches),
+            precision=self.precision,
+            clip_grad=1.0 if self.clip_grad else None,
+            channels_last=self.channels_last,
+        )
 
     @property
     def signature(self) -> Hashable:
@@ -168,12 +183,12 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
     recorder = Recorder(cuda=spec.cuda)
     with fake_device(cuda=spec.cuda), recorder:
         materialize(model)
-        training = _Training(spec, model.train(), recorder)
+        program = _Traced(spec, model.train(), recorder)
         update_start = len(recorder.kinds)
-        training.update()
+        program.update()
         evaluation_start = len(recorder.kinds)
         if spec.eval_batch_size:
-            training.evaluate(spec.eval_batch_size)
+            program.evaluate_batch(spec.eval_batch_size)
     return Trace(
         bytes(recorder.kinds),
         tuple(recorder.numbers),
@@ -183,97 +198,102 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
         _area(spec.input_shape),
         update_start,
         evaluation_start,
-        training.step_copies,
+        program.step_copies,
     )
 
 
-class _Training:
-    """The update and the evaluation, with every tensor held as long as `adaptive_trainer.step.update` holds it."""
+class _Traced(Program):
+    """The program of an update on tensors without data, in an order of births and deaths that is the real one's."""
 
     def __init__(self, spec: TraceSpec, model: nn.Module, recorder: Recorder) -> None:
         self.spec = spec
-        self.model = model
         self.recorder = recorder
-        self.optimizer = spec.make_optimizer(model)
-        for group in self.optimizer.param_groups if spec.cuda else ():
+        optimizer = spec.make_optimizer(model)
+        for group in optimizer.param_groups if spec.cuda else ():
             if group.get("foreach", True) is None and not group.get("fused"):
                 group["foreach"] = True
-        self.scaler = GradScaler("cpu", enabled=spec.precision == "fp16")
-        self.criterion = Criterion.of(spec.loss)
-        self.meters = [torch.zeros(()) for _ in range(METERS + (self.criterion.kind is LossKind.WEIGHTED))]
+        scaler = _Scaler("cpu", enabled=spec.precision == "fp16")
+        criterion = Criterion.of(spec.loss)
+        names = (*METERS, "weight") if criterion.kind is LossKind.WEIGHTED else METERS
+        meters = {name: torch.zeros(()) for name in names}
+        state = TrainState(model, optimizer, scaler, None, Position(0, 0, 0, 1), meters=meters)
+        super().__init__(state, criterion, spec.recipe, CPU)
+        self.foreach = spec.cuda or None  # on fake tensors, which are the CPU's, torch would not choose it
         self.average = [torch.empty_like(t) for t in model.state_dict().values()] if spec.ema else []
         buffers = [*model.buffers(), *(model.buffers() if spec.ema else ())]  # the average's are kept too
-        self.copies = [torch.empty_like(t) for t in (*buffers, *self.meters)] if spec.undo else []
+        self.copies = [torch.empty_like(t) for t in (*buffers, *meters.values())] if spec.undo else []
         self.step_copies = (0, 0)
 
     def update(self) -> None:
-        """Micro-batches, clipping, step: the gradients are gone at its end, the optimizer's state stays."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._accumulate()
-        self.recorder.part, self.recorder.in_step = 0, True
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-        if self.spec.clip_grad:
-            nn.utils.clip_grad_norm_(parameters, 1.0, foreach=self.spec.cuda or None)
-        born, before_step = len(self.recorder.sizes), len(self.recorder.kinds)
-        self.optimizer.step()
-        allocates = not steps_alike(self.optimizer) or self.recorder.any_died_since(born)
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        self.recorder.in_step = False
-        for parameter in parameters:
-            parameter.grad = None
-        if self.spec.undo and allocates:
-            state = [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
-            averaged = list(self.model.parameters()) if self.spec.ema else []
-            end, first = len(self.recorder.kinds), len(self.recorder.sizes)
-            self.copies += [torch.empty_like(t, requires_grad=False) for t in [*parameters, *state, *averaged]]
-            self.step_copies = first, len(self.recorder.sizes)
-            self.recorder.move_end(end, before_step)  # they are made beside the gradients
-
-    def _accumulate(self) -> None:
+        """The whole update: the gradients are gone at its end, the optimizer's state stays."""
         self.recorder.part = 1
+        total = sum(self.spec.micro_batches)
         is_whole = not self.spec.cuda or self.spec.stored_size > 0
-        images, labels = self._batch(self.spec.batches[1]) if is_whole else (None, None)
-        self.held = images, labels, self._waiting(self.spec.batches[1])  # by who asks for the update, to its end
-        start, total, weights = 0, sum(self.spec.micro_batches), []
+        # Of a batch that is on the host only the number of its labels is asked for.
+        images, labels = self._batch(total) if is_whole else (None, range(total))
+        self.held: Any = images, labels, self._waiting(total)  # by who asks for the update, to its end
+        self.run(images, labels, guard=self._watch)  # type: ignore[arg-type]
+        for parameter in self._parameters:
+            parameter.grad = None
+        if self.spec.undo and self.allocates:
+            self._copy_before_step()
+
+    def _split(self, images: Any, labels: Any) -> Iterator[Any]:
+        """The parts that differ; where the batch is on the host, their sizes."""
+        start = 0
         for part, samples in enumerate(self.spec.batches[2:-1], start=2):
             self.recorder.part = part
-            if images is None or labels is None:
-                x, y = self._batch(samples)
-            else:  # parts of a batch that is there already take no memory of their own
-                x, y = images[start : start + samples], labels[start : start + samples]
-            with self._autocast():
-                output = self.model(x)
-            with self._autocast():
-                terms = self.criterion(output, y)
-            self._measure(output, y)
-            share = terms.share(total)
-            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-            weights += [] if terms.weight is None else [terms.weight]
+            yield (samples, samples) if images is None else (
+                images[start : start + samples], labels[start : start + samples],
+            )  # fmt: skip
             start += samples
-        if len(weights) > 1:
-            correct(list(self.model.parameters()), total, weights)
+
+    def _placed(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Parts of a batch that is there already take no memory of their own."""
+        return (images, labels) if isinstance(images, Tensor) else self._batch(images)
+
+    def _terms(self, output: Any, labels: Tensor) -> Terms:
+        """Without a look at values, which there are none of."""
+        with self._autocast():
+            return self.criterion(output, labels)
+
+    def clip(self) -> None:
+        """From here on nothing depends on the samples."""
+        self.recorder.part, self.recorder.in_step = 0, True
+        super().clip()
+
+    def _watch(self, change: Change) -> None:
+        """Step, and see whether the step allocates."""
+        born, self.before_step = len(self.recorder.sizes), len(self.recorder.kinds)
+        change()
+        self.allocates = not steps_alike(self.state.optimizer) or self.recorder.any_died_since(born)
+        self.recorder.in_step = False
+
+    def _copy_before_step(self) -> None:
+        """The copies that an allocating step needs, which are made beside the gradients."""
+        state = [t for t in tree_leaves(list(self.state.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
+        averaged = self._parameters if self.spec.ema else []
+        changing = [*(p for p in self._parameters if p.requires_grad), *state, *averaged]
+        end, first = len(self.recorder.kinds), len(self.recorder.sizes)
+        self.copies += [torch.empty_like(t, requires_grad=False) for t in changing]
+        self.step_copies = first, len(self.recorder.sizes)
+        self.recorder.move_end(end, self.before_step)
 
     @torch.no_grad()
-    def _measure(self, output: Any, y: Tensor) -> None:
-        if isinstance(output, Tensor) and output.ndim == 2 and y.ndim == 1:
-            self.meters[0].add_((output.argmax(1) == y).sum())
-
-    @torch.no_grad()
-    def evaluate(self, samples: int) -> None:
+    def evaluate_batch(self, samples: int) -> None:
         """One batch through the network in evaluation mode."""
         if self.spec.stored_size:
             self.held = None, None, []
         self.recorder.part = len(self.spec.batches) - 1
-        self.model.eval()
+        model = self.state.model.eval()
         x, y = self._batch(samples)
         waiting = self._waiting(samples)
         with self._autocast():
-            output = self.model(x)
+            output = model(x)
             with self.criterion.evaluating():
                 self.criterion(output, y)
-        self._measure(output, y)
+        if is_classification(output, y):
+            (output.argmax(1) == y).sum()
         del waiting
 
     def _waiting(self, samples: int) -> list[Tensor]:
@@ -290,8 +310,13 @@ class _Training:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, torch.empty(samples, dtype=torch.long)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", AUTOCAST.get(self.spec.precision), enabled=self.spec.precision in AUTOCAST)
+
+class _Scaler(GradScaler):
+    """Leaves no step out: there are no values that could have overflowed."""
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Step always."""
+        return optimizer.step()
 
 
 class Tracer:

@@ -1,12 +1,13 @@
 """What one update does, in order: micro-batches, clipping, the optimizer's step, the moving average.
 
-This is the one description of an update. `Update` runs it so that it can be undone, and a CUDA graph records it.
+This is the one description of an update. `Update` runs it so that it can be undone, a CUDA graph records it, and
+`prediction.tracer` follows it on tensors without data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +42,7 @@ class Program:
         self.recipe = recipe
         self.device = device
         self.phase = "begin"
+        self.foreach: bool | None = None  # torch's choice of how gradients are clipped
         self.avoid_single = has_batch_norm(state.model)
         self._memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
         self._parameters = list(state.model.parameters())
@@ -82,15 +84,10 @@ class Program:
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
-        total, sizes = len(labels), self.parts(len(labels))
-        batches = [(images, labels)]
-        if len(sizes) > 1:
-            batches = list(zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True))
-        weights = []
-        for part, target in batches:
+        total, weights = len(labels), []
+        for part in self._split(images, labels):
             self.phase = "forward"
-            x = self._to_device(part)
-            y = target.to(self.device, non_blocking=True)
+            x, y = self._placed(*part)
             with self._autocast():
                 output = (forward or state.model)(x)
             terms = self._terms(output, y)
@@ -101,6 +98,15 @@ class Program:
             weights += [] if terms.weight is None else [terms.weight]
         if len(weights) > 1:
             correct(self._parameters, total, weights)
+
+    def _split(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        sizes = self.parts(len(labels))
+        if len(sizes) == 1:
+            return [(images, labels)]
+        return zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True)
+
+    def _placed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self._to_device(images), labels.to(self.device, non_blocking=True)
 
     def _to_device(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True, memory_format=self._memory_format)
@@ -126,7 +132,7 @@ class Program:
         meters["seen"].add_(len(target))
         if "weight" in meters:
             meters["weight"].add_(len(target) if terms.weight is None else terms.weight)
-        if _is_classification(output, target):
+        if is_classification(output, target):
             meters["correct"].add_((output.argmax(1) == target).sum())
 
     def clip(self) -> None:
@@ -138,7 +144,7 @@ class Program:
             for overflow in scaler._found_inf_per_device(state.optimizer).values():
                 state.meters["skipped"].add_(overflow)
         if self.recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self.recipe.clip_grad)
+            nn.utils.clip_grad_norm_(self._parameters, self.recipe.clip_grad, foreach=self.foreach)
 
     def change(self, entering: Callable[[], None] | None = None) -> None:
         """Step, adapt the scale, average: from the first change of a weight on, only a copy can undo it.
@@ -185,9 +191,10 @@ class Program:
             output = model(self._to_device(images))
         with self.criterion.evaluating():
             loss, weight = self._terms(output, y).sums()
-        right = float((output.argmax(1) == y).sum()) if _is_classification(output, y) else math.nan
+        right = float((output.argmax(1) == y).sum()) if is_classification(output, y) else math.nan
         return loss, weight, right
 
 
-def _is_classification(output: Any, target: Any) -> bool:
+def is_classification(output: Any, target: Any) -> bool:
+    """Whether the output is a row of scores for each label."""
     return isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim == 2 and target.ndim == 1

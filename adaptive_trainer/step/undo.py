@@ -19,7 +19,6 @@ from itertools import chain
 from typing import Any, ParamSpec
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, _refresh_per_optimizer_state
 from torch.optim import Optimizer
@@ -58,6 +57,7 @@ class TrainState:
     """All that one update changes, together or not at all.
 
     Attributes:
+        ema: the moving average: its `module` is a copy of the model, which `update(model, step=...)` changes; or None.
         position: which samples are done.
         loss: what the network is trained with; the buffers and random numbers that it owns are a part of the state.
         updates: committed updates since the model was built.
@@ -72,7 +72,7 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     scaler: GradScaler
-    ema: ModelEmaV3 | None
+    ema: Any
     position: Position
     loss: Any = None
     updates: int = 0

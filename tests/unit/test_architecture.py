@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -15,7 +17,7 @@ PACKAGE = Path(adaptive_trainer.__file__).parent
 
 # From the left to the right: a room uses those to its right only, and rooms of one group do not use each other.
 ROOMS = (
-    ("cli",), ("training",), ("checkpoints",), ("step", "planning"), ("prediction",), ("data",), ("report",),
+    ("cli",), ("training",), ("checkpoints",), ("planning",), ("prediction",), ("step",), ("data",), ("report",),
     ("models", "ladder"), ("memory",), ("config",), ("utils",), ("oom",), ("recipe", "errors"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
@@ -40,6 +42,8 @@ WITHOUT_TORCH = (
     "checkpoints.trust",
 )
 WITHOUT_HYDRA = ("errors", "utils", "oom", "config", "memory", "ladder", "models", "step")  # rooms to use alone
+CORE = ("step", "oom", "memory", "ladder")
+BESIDE_THE_CORE = ("hydra", "timm", "torchvision", "adaptive_trainer.prediction", "adaptive_trainer.planning")
 HEAVY = {"torch", "torchvision", "timm", "numpy", "sklearn", "PIL", "tqdm"}
 
 
@@ -110,6 +114,17 @@ def test_modules_of_a_room_import_in_no_circle(room: str) -> None:
     modules = {name for name in MODULES if name.startswith(f"{room}.") and not name.endswith("__init__")}
     graph = {name: {other for other in map(own, imports(parsed(name))) if other in modules} for name in modules}
     list(TopologicalSorter(graph).static_order())  # raises a CycleError
+
+
+def test_the_core_loads_neither_hydra_nor_networks_nor_predictions() -> None:
+    """Whoever takes an update, the answer to an out-of-memory or a ladder alone need not have the rest."""
+    core = [name for name in IN_ROOMS if room_of(name) in CORE and not name.endswith("__init__")]
+    code = (
+        f"import importlib, sys\nfor name in {core!r}:\n    importlib.import_module('adaptive_trainer.' + name)\n"
+        f"print([name for name in {BESIDE_THE_CORE!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

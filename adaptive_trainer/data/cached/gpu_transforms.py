@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  # registers the operator
 from torch import Tensor
 
 from adaptive_trainer import oom
@@ -151,6 +150,8 @@ class DeviceBatch:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.windows = torch.zeros(capacity, 5, device=device)
         self._places = torch.arange(CHUNK, dtype=torch.float32, device=device)[:, None]
+        import torchvision  # noqa: F401  # registers the operator that `resample` calls
+
         self.sent, self.labels = (torch.zeros(capacity, dtype=torch.int64, device=device) for _ in range(2))
         self.stored = torch.empty(capacity, 3, stored_size, stored_size, dtype=torch.uint8, device=device)
         self.images = torch.empty(capacity, 3, image_size, image_size, device=device, memory_format=memory_format)
