@@ -196,9 +196,9 @@ def limit_memory(limit: str | float, *, device: str | torch.device = "auto") -> 
             descend(ladder, attempt)
 
     On a CUDA card this is a cap on PyTorch's allocator, for all of the process; the cap that there was comes back at
-    the end. On the CPU the block meets a simulated card of that size: the tensors that its operators make are counted,
-    and `torch.OutOfMemoryError` is raised where a card would raise it. Tensors that the block has made before count;
-    code of `torch.compile` is refused, as it is not made of operators.
+    the end. On the CPU the block meets a simulated card of that size: the tensors that its operators make or use are
+    counted, and `torch.OutOfMemoryError` is raised where a card would raise it. Code of `torch.compile` is refused, as
+    it is not made of operators.
 
     Args:
         limit: a size ("6GiB", "512 MB", a whole number of bytes), a fraction of the card (0.5; without CUDA, of 512
@@ -206,8 +206,7 @@ def limit_memory(limit: str | float, *, device: str | torch.device = "auto") -> 
         device: "auto" (the first CUDA card, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Yields:
-        The capacity: its `size` in bytes, and `peaks()`, the peak allocated and reserved bytes. It is a meter for
-        `descend`.
+        The capacity: its `size` in bytes, and `peaks()`, a meter for `descend`.
 
     Raises:
         ConfigError: the limit cannot be read, is larger than the card, or there is no such device.

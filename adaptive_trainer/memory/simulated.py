@@ -1,12 +1,4 @@
-"""A simulated card: counts live tensor bytes at the operators and runs out of memory where a card of its size would.
-
-Counting takes time at every operator, and work that repeats itself would be counted to the same result. What decides
-that is the state of the card: its size, what is used and was used at the most, and every free block. Work that met the
-card in this state and left it in the same would do so again, with the same peaks: once it was counted `COUNTED_FIRST`
-times in all, it runs uncounted, but for every `COUNTED_EVERY`th time. Whatever changes the state (other work, a freed
-tensor, new peaks, another size, a failure, a leak) has everything counted again. Memory that depends on more than the
-shapes is found when it is needed in work that is counted.
-"""
+"""A simulated card: counts live tensor bytes at the operators and runs out of memory where a card of its size would."""
 
 from __future__ import annotations
 
@@ -42,9 +34,8 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
 class SimulatedCard(TorchDispatchMode):
     """Counts the tensors that operators see and make, and runs out of memory as a card of `capacity` bytes would.
 
-    As a dispatch mode it counts while it is entered, and in `work`, which leaves out what repeats itself; storages that
-    die are given back at any time. Tensors that were there before (weights, the batch) count from the first operator
-    that is given them. The workspaces of single kernels are not seen.
+    Tensors that were there before (weights, the batch) count from the first operator that is given them. The workspaces
+    of single kernels are not seen.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -54,7 +45,7 @@ class SimulatedCard(TorchDispatchMode):
         self._live: dict[int, _Storage] = {}
         # Storages die whenever Python collects garbage, perhaps while the allocator is at work: their blocks wait here.
         self._dead: deque[int] = deque()
-        self._found: object = None  # the state in which the last work met the card
+        self._found: object = None  # the state in which the last work met the card: all that decides what it does
         self._repeats: dict[Hashable, int] = {}  # kinds that leave this state as it is, and how often since counted
         self._counted: Hashable = None  # the kind of the last work, if it was counted to its end
         self._times: Counter[Hashable] = Counter()  # how often each kind was
@@ -93,7 +84,12 @@ class SimulatedCard(TorchDispatchMode):
             self._has_failed = False
 
     def _is_repetition(self, kind: Hashable) -> bool:
-        state, counted, self._counted = self._state(), self._counted, None
+        # Counting takes time at every operator, and work that meets the card in a state and leaves it in the same would
+        # do so again, with the same peaks. So it runs uncounted once it was counted often enough, but for every
+        # COUNTED_EVERYth time: memory may depend on more than shapes. Whatever changes the state (other work, a freed
+        # tensor, new peaks, another size, a failure, a leak) has everything counted again.
+        state = self.capacity, self.usage(), self._allocator.free_blocks()
+        counted, self._counted = self._counted, None
         if state != self._found:
             self._found, self._repeats = state, {}
         elif counted is not None:
@@ -102,10 +98,6 @@ class SimulatedCard(TorchDispatchMode):
             return False
         self._repeats[kind] += 1
         return self._repeats[kind] < COUNTED_EVERY
-
-    def _state(self) -> tuple[object, ...]:
-        """All that decides how the card takes the work that comes."""
-        return self.capacity, self.usage(), self._allocator.free_blocks()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -167,13 +159,11 @@ class SimulatedCard(TorchDispatchMode):
             self._allocator.free(self._dead.popleft())
 
     def _message(self, error: AllocatorFull) -> str:
-        free, cached = self.capacity - error.reserved, error.reserved - error.allocated
-        size, segment = format_bytes(error.requested), format_bytes(error.segment)
+        sizes = error.requested, error.segment, self.capacity, self.capacity - error.reserved
         return (
-            f"Simulated card out of memory. Tried to allocate {size} (in a new segment of {segment}). The card has a "
-            f"total capacity of {format_bytes(self.capacity)} of which {format_bytes(free)} is free; "
-            f"{format_bytes(error.allocated)} is allocated, and {format_bytes(cached)} is reserved but unallocated."
-        )
+            "Simulated card out of memory. Tried to allocate {} (in a new segment of {}). The card has a total "
+            "capacity of {} of which {} is free; {} is allocated, and {} is reserved but unallocated."
+        ).format(*map(format_bytes, (*sizes, error.allocated, error.reserved - error.allocated)))
 
     def usage(self) -> Usage:
         """What is used of the card, of what was counted."""

@@ -1,8 +1,7 @@
 """Losses, and how those of the parts of a batch make that of the whole.
 
-The mean of a batch is that of its parts, each weighted by its share of the loss's own denominator. That is the number
-of samples for most losses, and another one for those that weigh classes or leave labels out. A loss of the caller's may
-give its sum and denominator itself.
+Each part is weighted by its share of the loss's denominator: the number of samples for most losses, and another one for
+those that weigh classes or leave labels out. A loss of the caller's may give its sum and denominator itself.
 """
 
 from __future__ import annotations
@@ -142,12 +141,11 @@ def _inverse(weight: Tensor) -> Tensor:
 
 
 class Criterion:
-    """A loss, and how those of parts make that of the whole.
+    """A loss of (output, labels), with what is known of its kind.
 
     Attributes:
-        loss: of (output, labels).
         num_classes: labels are less; None where that is not known.
-        note: what is to be said of it, in words; empty where it is a plain mean.
+        note: what the user is to know of it, in words; empty where it is a plain mean.
     """
 
     def __init__(self, loss: Loss, num_classes: int | None = None) -> None:
@@ -266,10 +264,9 @@ def _weighed(loss: Loss, output: Tensor, labels: Tensor, weight: Tensor) -> Term
 
 def _as_pair(loss: Any, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
     """Sum and denominator of a cross entropy of torch's; None where the denominator is the samples."""
-    if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or labels.is_floating_point():
+    is_plain = isinstance(loss, CrossEntropy) and not loss.training
+    if is_plain or not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or labels.is_floating_point():
         return None  # of probabilities of classes all count
-    if isinstance(loss, CrossEntropy) and not loss.training:
-        return None
     counted = labels != loss.ignore_index
     weight = counted.sum() if loss.weight is None else (loss.weight[torch.where(counted, labels, 0)] * counted).sum()
     loss.reduction = "sum"

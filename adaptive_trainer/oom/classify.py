@@ -1,9 +1,4 @@
-"""Is an error an out-of-memory, and of which kind.
-
-`describe` sorts an error by its type, then by the `error_code` of `torch.AcceleratorError`, then by the texts that
-torch, CUDA's libraries and the DataLoader are known to write. It looks at the error itself, then at what it wraps or
-groups.
-"""
+"""Is an error an out-of-memory, and of which kind: by its type, its code, then by texts that libraries write."""
 
 from __future__ import annotations
 
@@ -60,19 +55,23 @@ class Failure:
 
 MAX_TEXT = 400  # characters kept of a message
 
+# Codes of the CUDA runtime, which `torch.AcceleratorError` carries.
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 CUDA_CAPTURE_INVALIDATED = 901  # what an out-of-memory turns into while a CUDA graph is captured
 # "Sticky" errors of the CUDA runtime: ECC, illegal address, launch timeout, assert, and the other faults of a kernel.
 CUDA_STICKY = frozenset({214, 700, 702, 710, 714, 715, 716, 717, 718, 719})
 
+# What the DataLoader puts before a worker's error, which arrives here as text.
 IN_DATA_LOADER = re.compile(r"^Caught (\S+) in (?:DataLoader worker process|pin memory thread)")
 TRACEBACK = "Traceback (most recent call last):"
+# The system has killed a worker, or its shared memory is used up: fewer workers need less of both.
 WORKER_GONE = re.compile(
     r"DataLoader worker \(pid\(s\) [\d, ]+\) exited unexpectedly"
     r"|DataLoader worker \(pid \d+\) is killed by signal: (?:Killed|Bus error)"
     r"|workers are out of shared memory"
     r"|unable to (?:open|mmap|allocate|resize|write to) .*(?:</?torch_|shared memory)"
 )
+# Nothing can be computed on the device any more, only a new process can use it.
 POISONED = re.compile(
     r"(?:CUDA|HIP)(?: driver)? error: (?:"
     r"an illegal memory access|device-side assert triggered|misaligned address|unspecified launch failure"
@@ -83,12 +82,14 @@ POISONED = re.compile(
     # A communicator that ran out of memory cannot be used again.
     r"|Failed to CUDA calloc|Cuda failure (?:2 )?'out of memory'"
 )
+# The host's memory, in this process.
 HOST = re.compile(
     r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)|\bstd::bad_alloc\b"
     r"|\bCannot allocate memory\b|^can't start new thread"  # a thread's stack is memory too
 )
 # An OSError that has lost its errno on the way from a data worker, and Pillow's, which has none.
 HOST_OS = re.compile(r"^\[Errno 12\]|^out of memory error when ")
+# The device's memory: torch's allocators, the runtimes, then CUDA's libraries, which allocate beside torch.
 DEVICE = re.compile(
     r"\b(?:CUDA|HIP|XPU|MPS backend) out of memory\b"
     r"|\b(?i:CUDA|HIP|Triton)(?: driver| runtime)? (?i:error)\b[^\n]{0,200}: out of memory"
@@ -124,10 +125,10 @@ def describe(error: BaseException, *, pressure: Callable[[], bool] | None = None
     found: Failure | None = None
     for link in _chain(error) if isinstance(error, Exception) else ():
         kind = _kind(link, pressure)
-        if kind is Kind.POISONED or (kind is not Kind.OTHER and found is None):
-            found = _failure(link, kind)
         if kind is Kind.POISONED:
-            break
+            return _failure(link, kind)
+        if kind is not Kind.OTHER and found is None:
+            found = _failure(link, kind)
     return found or _failure(error, Kind.OTHER)
 
 
@@ -159,12 +160,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _context(error: BaseException) -> BaseException | None:
-    """`__context__`, unless it was being handled outside the code that raised `error`.
-
-    Python links every new error to the one whose handler is running, even many calls further up: a shape mismatch in
-    a training started from an `except torch.OutOfMemoryError:` block is no out-of-memory. Such an outer handler is not
-    among the frames that `error` passed through.
-    """
+    """`__context__`, unless it was being handled outside the code that raised `error`."""
+    # Python links every new error to the one whose handler is running, even many calls further up: a shape mismatch in
+    # a training started from an `except torch.OutOfMemoryError:` block is no out-of-memory. Such an outer handler is
+    # not among the frames that `error` passed through.
     context = error.__context__
     if context is None or context.__traceback__ is None or error.__traceback__ is None:
         return context
@@ -190,16 +189,20 @@ def _kind(error: BaseException, pressure: Callable[[], bool] | None) -> Kind:
         return Kind.HOST
     if not isinstance(error, RuntimeError):
         return Kind.OTHER  # a ValueError may quote any text
-    return _kind_of_code(error, pressure) or _kind_of_text(text, pressure)
+    code = getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None
+    if code == CUDA_OUT_OF_MEMORY:
+        return Kind.DEVICE
+    if code in CUDA_STICKY:
+        return Kind.POISONED
+    return _if_short(pressure) if code == CUDA_CAPTURE_INVALIDATED else _kind_of_text(text, pressure)
 
 
 def _lacks_memory(number: int | None, text: str) -> bool:
-    """Whether an OSError with this errno and text is for want of memory."""
     return number == errno.ENOMEM or (number is None and bool(HOST_OS.search(text)))
 
 
 def _kind_in_worker(error: BaseException, type_name: str, text: str) -> Kind:
-    """By the type that was raised in the worker: what arrives here may be a RuntimeError that quotes another's text."""
+    # By the type that was raised in the worker: what arrives may be a RuntimeError that quotes another's text.
     if "MemoryError" in type_name:
         return Kind.WORKER
     is_same = type(error).__name__ == type_name
@@ -212,7 +215,7 @@ def _kind_in_worker(error: BaseException, type_name: str, text: str) -> Kind:
 
 
 def _quoted(type_name: str, text: str) -> str:
-    """The message of the error behind its traceback, whose lines of source may say anything."""
+    """The message behind a quoted traceback, whose lines of source may say anything."""
     end = text.rpartition(TRACEBACK)[2]
     found = re.search(rf"^\S*\b{re.escape(type_name)}: (.*)", end, re.MULTILINE | re.DOTALL)
     if found:
@@ -220,27 +223,11 @@ def _quoted(type_name: str, text: str) -> str:
     return "" if TRACEBACK in text else text.partition("\n")[2]
 
 
-def _kind_of_code(error: RuntimeError, pressure: Callable[[], bool] | None) -> Kind | None:
-    """By the code of the CUDA runtime, which `torch.AcceleratorError` carries; None where it decides nothing."""
-    code = getattr(error, "error_code", None) if isinstance(error, torch.AcceleratorError) else None
-    if code == CUDA_OUT_OF_MEMORY:
-        return Kind.DEVICE
-    if code in CUDA_STICKY:
-        return Kind.POISONED
-    if code == CUDA_CAPTURE_INVALIDATED:
-        return _if_short(pressure)
-    return None
-
-
 def _kind_of_text(text: str, pressure: Callable[[], bool] | None) -> Kind:
     if NOT_DEVICE_MEMORY.search(text):
         return Kind.OTHER
-    for pattern, kind in (
-        (WORKER_GONE, Kind.WORKER),
-        (POISONED, Kind.POISONED),
-        (HOST, Kind.HOST),
-        (DEVICE, Kind.DEVICE),
-    ):
+    groups = {WORKER_GONE: Kind.WORKER, POISONED: Kind.POISONED, HOST: Kind.HOST, DEVICE: Kind.DEVICE}
+    for pattern, kind in groups.items():  # in this order: some texts are of two groups
         if pattern.search(text):
             return kind
     return _if_short(pressure) if AMBIGUOUS.search(text) else Kind.OTHER

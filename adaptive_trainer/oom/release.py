@@ -38,18 +38,18 @@ def held(device: torch.device) -> int | None:
 def release(device: torch.device, before: int | None = None) -> None:
     """Free what nothing refers to any more and give the caching allocator's free memory back to the driver.
 
-    Call it after the `except` block, when the failed step's own references are gone: the error being handled keeps
-    every frame of the step alive.
-    `gc.collect` is most of the time it takes (0.1 to 0.2 s with torch and timm loaded).
+    Call it after the `except` block: the error being handled keeps every frame of the failed step alive.
 
     Args:
         before: what was `held` before the step. Where exactly as much is held now, nothing of the step is left, and
             there is nothing to collect.
     """
     torch.clear_autocast_cache()
-    _drop_failed_backward()
+    # After an error autograd's queue keeps the tensors of steps that were not run, until the next backward.
+    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
+        torch.zeros((), device="cpu", requires_grad=True).backward()  # type: ignore[no-untyped-call]
     if before is None or held(device) != before:
-        gc.collect()
+        gc.collect()  # most of the time that all this takes: 0.1 to 0.2 s with torch and timm loaded
     if device.type == "cpu":
         return
     torch.accelerator.synchronize(device)
@@ -65,26 +65,17 @@ def clear_workspaces(device: torch.device) -> None:
         clear()
 
 
-def _drop_failed_backward() -> None:
-    """Empty autograd's queue: after an error the steps that were not run keep their tensors until the next backward."""
-    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
-        torch.zeros((), device="cpu", requires_grad=True).backward()  # type: ignore[no-untyped-call]
-
-
 def forget_traceback() -> None:
     """Drop the last error that escaped to a prompt or a notebook cell, with the frames and tensors it holds.
 
-    IPython keeps it in four places, and a later cell that works clears only one of them. Outputs of cells (`Out[n]`,
-    `_`) are the user's own and stay. Outside IPython only the `sys.last_*` of a plain prompt are dropped.
+    Outputs of cells (`Out[n]`, `_`) are the user's own and stay.
     """
+    # IPython keeps the error in four places, and a later cell that works clears only one of them.
     for name in ("last_exc", "last_value", "last_traceback", "last_type"):
         if getattr(sys, name, None) is not None:
             setattr(sys, name, None)
-    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
-    shell = get_ipython() if get_ipython is not None else None
-    if shell is None:
-        return
-    shell.InteractiveTB.tb = None
-    result = shell.last_execution_result
-    if result is not None:
-        result.error_in_exec = result.error_before_exec = None
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        shell.InteractiveTB.tb = None
+        if shell.last_execution_result is not None:
+            shell.last_execution_result.error_in_exec = shell.last_execution_result.error_before_exec = None

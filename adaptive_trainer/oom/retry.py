@@ -58,13 +58,13 @@ def retry(
     Returns:
         What the work returns, or the failure of the second try; of the first, where it is exact and would come again.
     """
-    done = attempt(work, kinds=kinds, pressure=pressure)
-    if isinstance(done, Failure):
+    for is_last in (False, True):
+        done = attempt(work, kinds=kinds, pressure=pressure)
+        if not isinstance(done, Failure):
+            return done
         release(device)
-    if isinstance(done, Failure) and not done.exact:
+        if done.exact or is_last:
+            break
         if what:
             log.warning("out of memory in %s (%s): once more", what, done.text)
-        done = attempt(work, kinds=kinds, pressure=pressure)
-        if isinstance(done, Failure):
-            release(device)
     return done
