@@ -1,7 +1,7 @@
-"""How much memory training may use: a real cap on a CUDA card, or a simulated card where there is none.
+"""How much memory training may use: a real cap on a CUDA device, or a simulated device where there is none.
 
-On CUDA the cap limits the caching allocator, so that a big card runs out of memory where a small one would. Without
-CUDA, `SimulatedCard` counts live tensor bytes and raises `torch.OutOfMemoryError` where a card of that size would.
+On CUDA the cap limits the caching allocator, so that a big device runs out of memory where a small one would. Without
+CUDA, `SimulatedDevice` counts live tensor bytes and raises `torch.OutOfMemoryError` where a device of that size would.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.allocator import SMALL_SEGMENT
-from adaptive_trainer.memory.simulated import SimulatedCard
+from adaptive_trainer.memory.simulated import SimulatedDevice
 from adaptive_trainer.memory.usage import Usage, format_bytes
 from adaptive_trainer.utils.device import device_of
 
@@ -47,7 +47,7 @@ class Limit:
     lifted: bool = False
 
     def of(self, total: int) -> int | None:
-        """The limit in bytes on a card of `total` bytes; None where none is set.
+        """The limit in bytes on a device of `total` bytes; None where none is set.
 
         Raises:
             ConfigError: it is below one segment of the allocator.
@@ -96,15 +96,15 @@ class Capacity:
         device: the device.
         bytes: the cap; None where none is set.
         description: the device and the cap, in words.
-        card: the simulated card, where there is one.
+        simulated: the simulated device, where there is one.
         total: bytes of the whole device; None where that is not known.
-        foreign: bytes that the caller's own tensors held on a CUDA card before.
+        foreign: bytes that the caller's own tensors held on a CUDA device before.
     """
 
     device: torch.device
     bytes: int | None
     description: str
-    card: SimulatedCard | None = None
+    simulated: SimulatedDevice | None = None
     total: int | None = None
     foreign: int = 0
 
@@ -114,20 +114,20 @@ class Capacity:
         return self.total if self.bytes is None else self.bytes
 
     def device_work(self, kind: Hashable = None) -> AbstractContextManager[None]:
-        """Enclose what a card would do: forward, backward, optimizer step. Data loading stays outside.
+        """Enclose what a device would do: forward, backward, optimizer step. Data loading stays outside.
 
         Args:
-            kind: names work whose operators and shapes are always the same: a simulated card need not count each
+            kind: names work whose operators and shapes are always the same: a simulated device need not count each
                 repetition of it. None: it counts.
 
         Raises:
-            ConfigError: a simulated card meets compiled code, such as the step of some optimizers.
+            ConfigError: a simulated device meets compiled code, such as the step of some optimizers.
         """
-        return nullcontext() if self.card is None else self.card.work(kind)
+        return nullcontext() if self.simulated is None else self.simulated.work(kind)
 
     def usage(self) -> Usage:
         """What is used now and was used at the most, in bytes; zeros where nothing counts (a CPU with no limit)."""
-        return self.card.usage() if self.card is not None else usage.snapshot(self.device)
+        return self.simulated.usage() if self.simulated is not None else usage.snapshot(self.device)
 
     def peaks(self) -> tuple[int, int]:
         """Peak allocated and peak reserved bytes since the last `reset_peaks`."""
@@ -140,8 +140,8 @@ class Capacity:
 
     def empty_cache(self) -> None:
         """Give back what is reserved and not allocated."""
-        if self.card is not None:
-            self.card.empty_cache()
+        if self.simulated is not None:
+            self.simulated.empty_cache()
         elif self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -158,7 +158,7 @@ class Capacity:
 
 
 def limit_for(config: Config, device: torch.device, *, is_own_data: bool = False) -> object:
-    """`memory.limit` for a training: where it is null and there is no CUDA, a simulated card for the demo data alone.
+    """`memory.limit` for a training: where it is null and there is no CUDA, a simulated device for the demo data alone.
 
     Args:
         is_own_data: the data is the caller's, and not what the settings name.
@@ -173,10 +173,10 @@ def limited(device: torch.device, limit: object) -> AbstractContextManager[Capac
 
     Args:
         device: where training runs.
-        limit: `memory.limit`, see `parse_limit`. A fraction is of the CUDA card, or of the default simulated card.
+        limit: `memory.limit`, see `parse_limit`. A fraction is of the CUDA device, or of the default simulated device.
 
     Raises:
-        ConfigError: the limit cannot be read, is larger than the card, or cannot be set on this kind of device.
+        ConfigError: the limit cannot be read, is larger than the device, or cannot be set on this kind of device.
     """
     asked = parse_limit(limit)
     if device.type == "cuda":
@@ -190,26 +190,26 @@ def limited(device: torch.device, limit: object) -> AbstractContextManager[Capac
 
 @contextmanager
 def limit_memory(limit: str | float, *, device: str | torch.device = "auto") -> Iterator[Capacity]:
-    """Limit the memory of a device for the block: a big card runs out of memory where a small one would.
+    """Limit the memory of a device for the block: a big device runs out of memory where a small one would.
 
         with limit_memory("6GiB", device="cuda"):
             descend(ladder, attempt)
 
-    On a CUDA card this is a cap on PyTorch's allocator, for all of the process; the cap that there was comes back at
-    the end. On the CPU the block meets a simulated card of that size: the tensors that its operators make or use are
-    counted, and `torch.OutOfMemoryError` is raised where a card would raise it. Code of `torch.compile` is refused, as
-    it is not made of operators.
+    On a CUDA device this is a cap on PyTorch's allocator, for all of the process; the cap that there was comes back at
+    the end. On the CPU the block meets a simulated device of that size: the tensors that its operators make or use are
+    counted, and `torch.OutOfMemoryError` is raised where a device would raise it. Code of `torch.compile`, which is not
+    made of operators, is refused.
 
     Args:
-        limit: a size ("6GiB", "512 MB", a whole number of bytes), a fraction of the card (0.5; without CUDA, of 512
+        limit: a size ("6GiB", "512 MB", a whole number of bytes), a fraction of the device (0.5; without CUDA, of 512
             MiB), or "none" for no limit.
-        device: "auto" (the first CUDA card, else the CPU), "cpu", "cuda" or "cuda:N".
+        device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Yields:
         The capacity: its `size` in bytes, and `peaks()`, a meter for `descend`.
 
     Raises:
-        ConfigError: the limit cannot be read, is larger than the card, or there is no such device.
+        ConfigError: the limit cannot be read, is larger than the device, or there is no such device.
     """
     if limit is None or (isinstance(limit, str) and limit.strip().lower() in ("", "null")):
         raise ConfigError(f"limit_memory was given {limit!r}; write a size, such as limit_memory('6GiB'), or 'none'")
@@ -248,9 +248,9 @@ def _on_cpu(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         return
     size = asked.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
     text = f"a simulated card of {format_bytes(size)} (no CUDA here; memory.limit=none lifts it)"
-    card = SimulatedCard(size)
-    usage.simulated_cards.append(card)
+    simulated = SimulatedDevice(size)
+    usage.simulated_devices.append(simulated)
     try:
-        yield Capacity(device, size, text, card)
+        yield Capacity(device, size, text, simulated)
     finally:
-        usage.simulated_cards.remove(card)
+        usage.simulated_devices.remove(simulated)

@@ -1,4 +1,4 @@
-"""A simulated card: counts live tensor bytes at the operators and runs out of memory where a card of its size would."""
+"""A simulated device: counts live tensor bytes at the operators, and runs out of memory where a real one would."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
     nbytes: int
 
 
-class SimulatedCard(TorchDispatchMode):
-    """Counts the tensors that operators see and make, and runs out of memory as a card of `capacity` bytes would.
+class SimulatedDevice(TorchDispatchMode):
+    """Counts the tensors that operators see and make, and runs out of memory as a device of `capacity` bytes would.
 
     Tensors that were there before (weights, the batch) count from the first operator that is given them. The workspaces
     of single kernels are not seen.
@@ -45,7 +45,7 @@ class SimulatedCard(TorchDispatchMode):
         self._live: dict[int, _Storage] = {}
         # Storages die whenever Python collects garbage, perhaps while the allocator is at work: their blocks wait here.
         self._dead: deque[int] = deque()
-        self._found: object = None  # the state in which the last work met the card: all that decides what it does
+        self._found: object = None  # the state in which the last work met the device: all that decides what it does
         self._repeats: dict[Hashable, int] = {}  # kinds that leave this state as it is, and how often since counted
         self._counted: Hashable = None  # the kind of the last work, if it was counted to its end
         self._times: Counter[Hashable] = Counter()  # how often each kind was
@@ -78,16 +78,16 @@ class SimulatedCard(TorchDispatchMode):
             self._times[kind] += 1
 
     def _empty_after_failure(self) -> None:
-        """Empty the cache after work that failed, as `oom.release` empties a real card's."""
+        """Empty the cache after work that failed, as `oom.release` empties a real device's."""
         if self._has_failed and not self._is_working:
             self.empty_cache()
             self._has_failed = False
 
     def _is_repetition(self, kind: Hashable) -> bool:
-        # Counting takes time at every operator, and work that meets the card in a state and leaves it in the same would
-        # do so again, with the same peaks. So it runs uncounted once it was counted often enough, but for every
-        # COUNTED_EVERYth time: memory may depend on more than shapes. Whatever changes the state (other work, a freed
-        # tensor, new peaks, another size, a failure, a leak) has everything counted again.
+        # Counting takes time at every operator. Work that leaves the device in the state that it met would do so again,
+        # with the same peaks, so it runs uncounted once it was counted often enough, but for every COUNTED_EVERYth
+        # time: memory may depend on more than shapes. Whatever changes the state (other work, a freed tensor, new
+        # peaks, another size, a failure, a leak) has everything counted again.
         state = self.capacity, self.usage(), self._allocator.free_blocks()
         counted, self._counted = self._counted, None
         if state != self._found:
@@ -142,7 +142,7 @@ class SimulatedCard(TorchDispatchMode):
             handle = self._allocator.allocate(nbytes)
         except AllocatorFull as error:
             return self._message(error)
-        if known is not None:  # resized: as on a card, the old block goes when the new one is there
+        if known is not None:  # resized: as on a device, the old block goes when the new one is there
             self._allocator.free(known.handle)
         else:
             known = self._live[key] = _Storage(storage, self._forget)
@@ -166,7 +166,7 @@ class SimulatedCard(TorchDispatchMode):
         ).format(*map(format_bytes, (*sizes, error.allocated, error.reserved - error.allocated)))
 
     def usage(self) -> Usage:
-        """What is used of the card, of what was counted."""
+        """What is used of the device, of what was counted."""
         self._drain()
         a = self._allocator
         return Usage(a.allocated, a.reserved, a.peak_allocated, a.peak_reserved, a.num_retries)

@@ -1,6 +1,6 @@
 """How much memory is used, and by whom: plain numbers for the trainer, lines for people.
 
-Without a GPU they are of the simulated card that trains just now, where there is one.
+Without a GPU they are of the simulated device that trains just now, where there is one.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Usage:
     num_alloc_retries: int = 0
 
 
-class _Card(Protocol):
-    """`simulated.SimulatedCard`, whose module needs this one."""
+class _Simulated(Protocol):
+    """`simulated.SimulatedDevice`, whose module needs this one."""
 
     capacity: int
 
@@ -48,7 +48,7 @@ class _Card(Protocol):
     def empty_cache(self) -> None: ...
 
 
-simulated_cards: list[_Card] = []  # those in use, the innermost last; `memory.limit.limited` keeps the list
+simulated_devices: list[_Simulated] = []  # those in use, the innermost last; `memory.limit.limited` keeps the list
 
 
 def format_bytes(n: int | None) -> str:
@@ -62,7 +62,7 @@ def format_bytes(n: int | None) -> str:
 
 
 def snapshot(device: torch.device) -> Usage:
-    """What is used of a CUDA device, or of the simulated card in use; zeros where neither is known."""
+    """What is used of a CUDA device, or of the simulated device in use; zeros where neither is known."""
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         return Usage(
@@ -72,14 +72,14 @@ def snapshot(device: torch.device) -> Usage:
             stats.get("reserved_bytes.all.peak", 0),
             stats.get("num_alloc_retries", 0),
         )
-    return simulated_cards[-1].usage() if simulated_cards else Usage()
+    return simulated_devices[-1].usage() if simulated_devices else Usage()
 
 
 def is_short(device: torch.device) -> bool:
     """Whether memory is really short: more than 0.8 of what this process may have is reserved.
 
-    That is its cap, or what other processes leave of a CUDA device; the size of the simulated card in use. False where
-    nothing limits memory, and where the device is mute.
+    That is its cap, or what other processes leave of a CUDA device, or the size of the simulated device in use. False
+    where nothing limits memory, and where the device is mute.
     """
     try:
         reserved = snapshot(device).reserved
@@ -88,7 +88,7 @@ def is_short(device: torch.device) -> bool:
             free, total = torch.cuda.mem_get_info(index)
             room = min(free + reserved, int(torch.cuda.get_per_process_memory_fraction(index) * total))
             return reserved > SHORT * room
-        return bool(simulated_cards) and reserved > SHORT * simulated_cards[-1].capacity
+        return bool(simulated_devices) and reserved > SHORT * simulated_devices[-1].capacity
     except RuntimeError:
         return False
 
@@ -99,8 +99,8 @@ def reset_peaks(device: torch.device) -> None:
         monitor.note_peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif simulated_cards:
-        simulated_cards[-1].reset_peaks()
+    elif simulated_devices:
+        simulated_devices[-1].reset_peaks()
 
 
 def describe_users(device: torch.device) -> str:
@@ -124,9 +124,9 @@ def print_gpu_memory(file: TextIO | None = None) -> None:
         free, total = torch.cuda.mem_get_info(device)
         name = f"{device} ({torch.cuda.get_device_name(device)})"
         lines += [_line(name, total, snapshot(device), free), "  " + describe_users(device)]
-    for card in simulated_cards:
-        used = card.usage()
-        lines.append(_line("simulated card", card.capacity, used, card.capacity - used.reserved))
+    for each in simulated_devices:
+        used = each.usage()
+        lines.append(_line("simulated card", each.capacity, used, each.capacity - used.reserved))
     empty = "no CUDA GPU here and no simulated card in use: nothing to show"
     print("\n".join(lines) or empty, file=file or sys.stdout)
 
@@ -152,13 +152,13 @@ def clear_gpu_memory() -> int:
     devices = _devices() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
     def used() -> list[Usage]:
-        return [snapshot(device) for device in devices] + [card.usage() for card in simulated_cards]
+        return [snapshot(device) for device in devices] + [each.usage() for each in simulated_devices]
 
     before = used()
     for device in (torch.device("cpu"), *devices):
         oom.release(device)
-    for card in simulated_cards:
-        card.empty_cache()
+    for each in simulated_devices:
+        each.empty_cache()
     freed = sum(each.reserved for each in before) - sum(each.reserved for each in used())
     print(f"freed {format_bytes(freed)}; {format_bytes(sum(each.allocated for each in used()))} are still in use")
     return freed
@@ -225,6 +225,6 @@ def monitor_gpu_memory(target: Any = "", /, *, file: TextIO | None = None) -> An
             ...
         seen.peak  # bytes
 
-    Measures the current CUDA device, or the simulated card in use. Monitors may be nested.
+    Measures the current CUDA device, or the simulated device in use. Monitors may be nested.
     """
     return Monitor("", file)(target) if callable(target) else Monitor(target, file)

@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Tensor], Any]  # of (output, labels): a tensor of one n
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
-    """Cross entropy that refuses scores of another shape: on a card, a missing one would end the whole process.
+    """Cross entropy that refuses scores of another shape: on a CUDA device, a missing one would end the whole process.
 
     In evaluation mode it is the plain one, without class weights and smoothing: the same measure for any training.
 

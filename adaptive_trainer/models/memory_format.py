@@ -29,7 +29,7 @@ def channels_last_pays(config: Config, capability: tuple[int, int], *, images: i
 
     Args:
         config: what is asked for.
-        capability: of the CUDA card; (0, 0) where there is none.
+        capability: of the CUDA device; (0, 0) where there is none.
         images: that the run trains on, each as often as it comes.
     """
     if _pixels_at_a_time(config) < LEAST_PIXELS or images * config.data.image_size**2 < LEAST_IN_RUN:

@@ -24,7 +24,7 @@ class Kind(StrEnum):
 
 
 class SimulatedOutOfMemory(torch.OutOfMemoryError):
-    """A simulated card is full. It counts exactly, so the same work would fail again."""
+    """A simulated device is full. It counts exactly, so the same work would fail again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Failure:
         kind: what it says about memory.
         type_name: class name of the error that decided the kind.
         text: first line of its message.
-        exact: it came from a simulated card or a ladder that is used up, so a retry of the same work cannot help.
+        exact: it came from a simulated device or a ladder that is used up, so a retry of the same work cannot help.
     """
 
     kind: Kind

@@ -28,7 +28,7 @@ def probe(device: torch.device) -> bool:
 
 
 def held(device: torch.device) -> int | None:
-    """Bytes that tensors hold on a CUDA card, with the workspaces of cuBLAS given back; None elsewhere."""
+    """Bytes that tensors hold on a CUDA device, with the workspaces of cuBLAS given back; None elsewhere."""
     if device.type != "cuda":
         return None
     clear_workspaces(device)
@@ -59,7 +59,7 @@ def release(device: torch.device, before: int | None = None) -> None:
 
 
 def clear_workspaces(device: torch.device) -> None:
-    """Free the workspaces that cuBLAS keeps for each stream, on a CUDA card."""
+    """Free the workspaces that cuBLAS keeps for each stream, on a CUDA device."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is not None and device.type == "cuda":
         clear()

@@ -329,5 +329,5 @@ def test_a_card_is_simulated_for_demo_data_and_who_asks(overrides: list[str], ow
 
     cpu = torch.device("cpu")
     with limited(cpu, limit_for(typed(compose_config(overrides)), cpu, is_own_data=own)) as capacity:
-        assert (capacity.card is not None) == is_simulated
+        assert (capacity.simulated is not None) == is_simulated
         assert ("simulated card" in capacity.description) == is_simulated

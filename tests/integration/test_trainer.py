@@ -30,7 +30,7 @@ from adaptive_trainer.config.schema import ModelConfig, RungConfig
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, LadderExhausted
 from adaptive_trainer.memory import usage
-from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedDevice
 from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.recipe import Recipe
@@ -390,7 +390,7 @@ def process_state() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "dtype": torch.get_default_dtype(),
-        "cards": list(usage.simulated_cards),
+        "cards": list(usage.simulated_devices),
         "handlers": [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
         "grad": torch.is_grad_enabled(),
     }
@@ -449,15 +449,15 @@ def test_climbing_when_there_is_room_again(climb: bool, tmp_path: Path, monkeypa
 
     def room(self: Capacity) -> int:
         has_left = epochs.exists() and epochs.read_text().count("\n") > 2
-        assert self.card is not None
-        self.card.capacity = self.card._allocator.capacity = (32 if has_left else 8) * MiB
-        return self.card.capacity
+        assert self.simulated is not None
+        self.simulated.capacity = self.simulated._allocator.capacity = (32 if has_left else 8) * MiB
+        return self.simulated.capacity
 
     def appetite(training: bool, samples: int) -> int:
         return 12 * MiB if training and samples > 4 else 1
 
     monkeypatch.setattr(Capacity, "room", room)
-    monkeypatch.setattr(SimulatedCard, "__init__", _small(SimulatedCard.__init__))
+    monkeypatch.setattr(SimulatedDevice, "__init__", _small(SimulatedDevice.__init__))
     result, _ = fit(tmp_path, "memory.limit=32MiB", "trainer.epochs=4", f"ladder.climb={climb}", appetite=appetite)
     went_up = [("requested", "oom"), ("half", "fits"), ("requested", "fits")]
     assert outcomes(result) == (went_up if climb else went_up[:2])
@@ -465,8 +465,8 @@ def test_climbing_when_there_is_room_again(climb: bool, tmp_path: Path, monkeypa
     assert any("there is room again: trying rung requested above half" in event for event in result.events) == climb
 
 
-def _small(init: Callable[[SimulatedCard, int], None]) -> Callable[[SimulatedCard, int], None]:
-    def smaller(self: SimulatedCard, capacity: int) -> None:
+def _small(init: Callable[[SimulatedDevice, int], None]) -> Callable[[SimulatedDevice, int], None]:
+    def smaller(self: SimulatedDevice, capacity: int) -> None:
         init(self, 8 * MiB)
 
     return smaller

@@ -66,7 +66,7 @@ class Compiled(Eager):
 
     def _refusal(self) -> str:
         """Why nothing is to be compiled."""
-        if self.update.capacity.card is not None:
+        if self.update.capacity.simulated is not None:
             return "a simulated card counts operators, which compiled code is not made of (memory.limit=none lifts it)"
         return compile_refusal(self.program.state.model)
 

@@ -356,8 +356,8 @@ def run_out(card: Capacity) -> None:
 
 
 def shrink(card: Capacity) -> None:
-    assert card.card is not None
-    card.card.capacity = card.card._allocator.capacity = 32 * MiB
+    assert card.simulated is not None
+    card.simulated.capacity = card.simulated._allocator.capacity = 32 * MiB
 
 
 @pytest.mark.parametrize(
@@ -419,8 +419,8 @@ def test_work_that_was_not_done_to_its_end_is_not_known(card: Capacity) -> None:
     for _ in range(3):
         with pytest.raises(KeyError):
             fail(card, "b", KeyError())
-        assert card.card is not None
-        card.card._allocator.empty_cache()
+        assert card.simulated is not None
+        card.simulated._allocator.empty_cache()
     assert counts(card, "b", 8)
 
 

@@ -25,7 +25,7 @@ from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity, limited
-from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedCard
+from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedDevice
 from adaptive_trainer.models.loss_kinds import Found, LossKind
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
@@ -374,7 +374,7 @@ def watched(run: Run) -> list[bool]:
 
     def look(model: nn.Module, inputs: tuple[Tensor]) -> None:
         if model.training:
-            counted.append(_get_current_dispatch_mode() is run.capacity.card)
+            counted.append(_get_current_dispatch_mode() is run.capacity.simulated)
 
     run.state.model.register_forward_pre_hook(look)
     return counted
@@ -429,7 +429,7 @@ def test_a_proof_is_always_counted_and_so_is_what_makes_the_state_again() -> Non
         evaluated: list[bool] = []
         assert run.state.ema is not None
         run.state.ema.module.register_forward_pre_hook(
-            lambda *_: evaluated.append(_get_current_dispatch_mode() is card.card)
+            lambda *_: evaluated.append(_get_current_dispatch_mode() is card.simulated)
         )
         for _ in range(9):
             an_update(run, update)
@@ -496,7 +496,7 @@ def test_peaks_and_failures_are_those_of_a_card_that_counts_all(
     optimizer: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operators = [0, 0]
-    dispatch = SimulatedCard.__torch_dispatch__
+    dispatch = SimulatedDevice.__torch_dispatch__
     found: list[list[Any]] = []
     for number, every in enumerate((COUNTED_EVERY, 1)):
 
@@ -505,7 +505,7 @@ def test_peaks_and_failures_are_those_of_a_card_that_counts_all(
             return dispatch(*args)
 
         monkeypatch.setattr("adaptive_trainer.memory.simulated.COUNTED_EVERY", every)
-        monkeypatch.setattr(SimulatedCard, "__torch_dispatch__", counting)
+        monkeypatch.setattr(SimulatedDevice, "__torch_dispatch__", counting)
         with limited(CPU, "5MiB") as card:
             found.append(list(sizes_of(card, optimizer, precision)))
     assert found[0] == found[1]
