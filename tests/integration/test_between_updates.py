@@ -37,7 +37,7 @@ from tests.support.faults import Fault, differences, dump
 from tests.support.runs import Case, Run, start
 
 SETTINGS = [
-    "device=cpu", "memory.limit=none", "data.image_size=8", "data.transforms=none",
+    "device=cpu", "memory.limit=none", "ladder=none", "data.image_size=8", "data.transforms=none",
     "data.num_workers=0", "trainer.epochs=2", "trainer.batch_size=8", "trainer.log_every=1",
     "trainer.checkpoint_every=2", "resume=auto", "optimizer.lr=0.01", "trainer.eval_batch_size=4",
 ]  # fmt: skip

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import namedtuple
@@ -36,7 +35,7 @@ from adaptive_trainer.data.datasets import DataSets, build_datasets, digits
 from adaptive_trainer.data.image_files import ImageFiles
 from adaptive_trainer.data.samples import SampleError
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted
-from tests.support.forking import ROOT, Launcher
+from tests.support.forking import Launcher, Started
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -169,22 +168,25 @@ print(int(images(data).long().sum()))
 """
 
 
-def child(photos: Path, dies_at: int = -1) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, str(photos), str(photos.parent / "tally"), str(dies_at)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def child(launcher: Launcher, photos: Path, top: Path, name: str, dies_at: int = -1) -> Started:
+    folder, env = photos.parent / name, {"ADAPTIVE_TRAINER_CACHE": str(top.parent)}
+    folder.mkdir()
+    script = folder / "child.py"
+    script.write_text(CHILD)
+    args = (str(photos), str(photos.parent / "tally"), str(dies_at))
+    return launcher.start(*args, script=script, folder=folder, env=env)
 
 
-def test_of_two_processes_one_decodes_and_the_other_waits(photos: Path, top: Path) -> None:
-    children = [child(photos), child(photos)]
-    sums = [int(each.communicate()[0]) for each in children]
+def test_of_two_processes_one_decodes_and_the_other_waits(launcher: Launcher, photos: Path, top: Path) -> None:
+    children = [child(launcher, photos, top, name) for name in ("one", "other")]
+    sums = [int(each.wait().out) for each in children]
     assert len((photos.parent / "tally").read_text().splitlines()) == 10
     assert sums == [int(images(built(Counts(photos, photos.parent / "tally"))[0]).long().sum())] * 2
 
 
-def test_what_a_killed_process_leaves_is_not_believed(photos: Path, top: Path) -> None:
-    killed = child(photos, dies_at=9)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+def test_what_a_killed_process_leaves_is_not_believed(launcher: Launcher, photos: Path, top: Path) -> None:
+    killed = child(launcher, photos, top, "killed", dies_at=9).wait()
+    assert killed.code == -signal.SIGKILL
     assert [path.suffix for path in top.iterdir() if path.is_dir()] == [".part"]
     tally = Tally(photos)
     tally.seen = 10
@@ -213,7 +215,13 @@ def test_where_memory_has_no_room_training_goes_on_without(
 ) -> None:
     monkeypatch.setattr(caching, "available_memory", lambda: 9000)
     settings = ["data=imagefolder", f"data.root={photos}", "data.cache=ram", "data.image_size=32", "memory.limit=none"]
-    more = ["model.name=mobilenetv3_small_050", "trainer.batch_size=4", "data.num_workers=0", "device=cpu"]
+    more = [
+        "model.name=mobilenetv3_small_050",
+        "trainer.batch_size=4",
+        "data.num_workers=0",
+        "device=cpu",
+        "ladder=none",
+    ]
     result = Trainer(compose_config([*settings, *more]), output_dir=tmp_path / "out").fit()
     assert result.outcome == "trained"
     assert result.events[0].startswith(
@@ -496,7 +504,7 @@ def test_another_users_cache_that_cannot_be_read_is_no_end(shared: Path) -> None
 
 TINY = (
     "model.name=mobilenetv3_small_050", "data.image_size=32", "trainer.epochs=2", "trainer.batch_size=2",
-    "data=imagefolder", "data.num_workers=2", "device=cpu",
+    "data=imagefolder", "data.num_workers=2", "device=cpu", "ladder=none",
 )  # fmt: skip
 
 
@@ -534,7 +542,7 @@ def test_the_stages_share_what_is_stored_for_the_largest(photos: Path, tmp_path:
         "phases.stages=[{name: a, overrides: ['data.image_size=32']}, {name: b, overrides: ['data.image_size=64']}]"
     )
     settings = ["data=imagefolder", f"data.root={photos}", "data.cache=ram", "trainer.batch_size=4", "device=cpu"]
-    settings += ["model.name=mobilenetv3_small_050", "data.num_workers=0", stages]
+    settings += ["model.name=mobilenetv3_small_050", "data.num_workers=0", "ladder=none", stages]
     result = Trainer(compose_config(settings), output_dir=tmp_path / "out").fit()
     assert "stored at 73 x 73 pixels" in result.events[0]
     assert [stage["rung"] for stage in result.stages] == ["requested", "requested"]
@@ -557,7 +565,7 @@ class Dies(ImageFiles):
 
 def test_a_killed_worker_is_one_fewer(photos: Path, tmp_path: Path) -> None:
     settings = ["data.cache=ram", "data.image_size=32", "trainer.batch_size=4", "data.num_workers=1", "device=cpu"]
-    more = ["model.name=mobilenetv3_small_050"]
+    more = ["model.name=mobilenetv3_small_050", "ladder=none"]
     result = Trainer(compose_config([*settings, *more]), train_data=Dies(photos), output_dir=tmp_path / "out").fit()
     assert result.events[0].endswith("data.num_workers 1 -> 0 for the cache")
     assert "10 images decoded" in result.events[1]

@@ -17,6 +17,7 @@ from adaptive_trainer.models.zoo import build_model
 SMALL = [
     "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.num_workers=0",
     "data.image_size=160", "trainer.batch_size=8", "trainer.epochs=1", "device=cpu", "memory.limit=none",
+    "ladder=none",
 ]  # fmt: skip
 NONE, TURING, HOPPER = (0, 0), (7, 5), (9, 0)
 
@@ -110,7 +111,7 @@ def test_it_is_the_same_at_all_rungs(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("adaptive_trainer.training.trainer.capability_of", lambda _: HOPPER)
     monkeypatch.setattr(layout, "LEAST_IN_RUN", 0)
     limited = ["ladder=default", "memory.limit=80MiB", "trainer.batch_size=16"]
-    trainer = Trainer(compose_config([*SMALL[:-1], *limited]), output_dir=tmp_path)
+    trainer = Trainer(compose_config([*SMALL[:-2], *limited]), output_dir=tmp_path)
     assert trainer.fit().rung != "requested"
     assert trainer.model is not None
     assert trainer.model.get_parameter("conv_stem.weight").is_contiguous(memory_format=torch.channels_last)

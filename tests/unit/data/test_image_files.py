@@ -241,7 +241,8 @@ def test_a_folder_with_such_a_name_is_trained_on(tmp_path: Path) -> None:
     root = tmp_path / "my\u00a0'pho\\tos\" (1)"
     for number in range(8):
         photograph(root / ("cat", "dog")[number % 2] / f"{number}.jpg", 6)
-    cfg = compose_config(["data=imagefolder", "trainer.batch_size=2", "data.num_workers=0", "data.image_size=32"])
+    settings = ["data=imagefolder", "trainer.batch_size=2", "data.num_workers=0", "data.image_size=32", "ladder=none"]
+    cfg = compose_config(settings)
     cfg.data.root, cfg.model.name = str(root), "test_resnet"
     assert Trainer(cfg, output_dir=tmp_path / "out").fit().outcome == "trained"
 

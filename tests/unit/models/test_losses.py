@@ -291,7 +291,7 @@ def flat(_: Any, classes: int) -> nn.Module:
 def fit(folder: Path, *overrides: str, loss: Loss | None = None) -> Trainer:
     options = [
         "data.image_size=8", "data.transforms=none", "data.num_workers=0", "trainer.batch_size=8", "optimizer=sgd",
-        "trainer.epochs=2", "memory.limit=none", *overrides,
+        "trainer.epochs=2", "memory.limit=none", "ladder=none", *overrides,
     ]  # fmt: skip
     trainer = Trainer(
         compose_config(options), model=flat, train_data=uneven(), val_data=uneven(), loss=loss, output_dir=folder

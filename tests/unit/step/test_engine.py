@@ -35,7 +35,7 @@ from tests.support.forking import ROOT
 POSITION = Position(0, 0, 0, 4)
 SMALL = [
     "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=16", "data.val.size=4", "data.num_workers=0",
-    "data.image_size=32", "trainer.batch_size=4", "device=cpu", "memory.limit=none",
+    "data.image_size=32", "trainer.batch_size=4", "device=cpu", "memory.limit=none", "ladder=none",
 ]  # fmt: skip
 
 
