@@ -71,7 +71,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data set that is missing, empty, of one class, or holds a broken file."""
+    """A data set that is missing, empty, of one class, or has a broken file."""
 
 
 class ModelError(UserError):

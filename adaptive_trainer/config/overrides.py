@@ -168,7 +168,7 @@ def _beaten(cfg: DictConfig, said: list[str], parsed: list[tuple[str, str]]) -> 
     for _ in range(2):  # a choice that is made again needs what was typed for its group again
         try:
             stage = apply_overrides(cfg, [*said, *beaten])
-        except ConfigError:  # told where the stages are made
+        except ConfigError:  # which is reported where the stages are made
             return []
         chosen = {_parsed(text).key_or_group for text in said}
         for key, text in parsed:

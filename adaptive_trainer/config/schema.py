@@ -27,23 +27,19 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what
 FINITE: Rule = (isfinite, "is no number")
 
 
-def at_least(low: int) -> Rule:
-    """A value from `low` up."""
+def _at_least(low: int) -> Rule:
     return lambda value: value >= low, f"is below {low}"
 
 
-def below(high: int) -> Rule:
-    """A value below `high`."""
+def _below(high: int) -> Rule:
     return lambda value: value < high, f"is not below {high}"
 
 
-def between(low: int, high: int) -> Rule:
-    """A value between these two, and none of them."""
+def _between(low: int, high: int) -> Rule:
     return lambda value: low < value < high, f"is not between {low} and {high}"
 
 
-def one_of(*choices: str) -> Rule:
-    """One of these texts."""
+def _one_of(*choices: str) -> Rule:
     return lambda value: value in choices, f"is none of {', '.join(choices)}"
 
 
@@ -87,7 +83,7 @@ class ModelConfig:
 
     name: str = "efficientnet_b0"
     pretrained: bool = False
-    num_classes: int | None = setting(None, at_least(2))  # null: as many as the data set has
+    num_classes: int | None = setting(None, _at_least(2))  # null: as many as the data set has
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -98,9 +94,9 @@ class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
     val: dict[str, Any] | None = field(default_factory=dict)  # empty: val_fraction of train, split by seed
     root: str | None = None
-    val_fraction: float = setting(0.2, between(0, 1))
-    image_size: int = setting(224, at_least(1))
-    transforms: str = setting("torchvision", one_of("torchvision", "timm", "none"))
+    val_fraction: float = setting(0.2, _between(0, 1))
+    image_size: int = setting(224, _at_least(1))
+    transforms: str = setting("torchvision", _one_of("torchvision", "timm", "none"))
     hflip: float = setting(0.5, PROBABILITY)
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0], metadata={"rules": (SHARES,)})
     auto_augment: str | None = None
@@ -108,16 +104,16 @@ class DataConfig:
     mean: list[float] | None = None
     std: list[float] | None = None
     # side of the crop over that of the resized image, in evaluation
-    crop_pct: float | None = setting(None, between(0, 2))
+    crop_pct: float | None = setting(None, _between(0, 2))
     # center: of the image, resized by its shorter side; squash: of both sides resized
-    crop_mode: str | None = setting(None, one_of("center", "squash"))
-    interpolation: str | None = setting(None, one_of("bilinear", "bicubic"))
-    num_workers: int = setting(2, at_least(0))
-    on_error: str = setting("raise", one_of("raise", "skip"))
+    crop_mode: str | None = setting(None, _one_of("center", "squash"))
+    interpolation: str | None = setting(None, _one_of("bilinear", "bicubic"))
+    num_workers: int = setting(2, _at_least(0))
+    on_error: str = setting("raise", _one_of("raise", "skip"))
     # of a file: larger ones are broken; null: Pillow's own limit, 178,956,970
-    max_pixels: int | None = setting(None, at_least(1))
+    max_pixels: int | None = setting(None, _at_least(1))
     # ram, disk: images are decoded once and augmented on the device
-    cache: str = setting("none", one_of("none", "ram", "disk"))
+    cache: str = setting("none", _one_of("none", "ram", "disk"))
 
 
 def with_usual(data: DataConfig) -> DataConfig:
@@ -130,9 +126,9 @@ class OptimizerConfig:
     """A timm optimizer by name; `kwargs` go to its constructor (`foreach`, `fused`, `betas`, ...)."""
 
     name: str = "adamw"
-    lr: float = setting(1e-3, FINITE, at_least(0))
-    weight_decay: float = setting(0.05, FINITE, at_least(0))
-    momentum: float = setting(0.9, FINITE, at_least(0), below(1))
+    lr: float = setting(1e-3, FINITE, _at_least(0))
+    weight_decay: float = setting(0.05, FINITE, _at_least(0))
+    momentum: float = setting(0.9, FINITE, _at_least(0), _below(1))
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -144,8 +140,8 @@ class ScheduleConfig:
     """
 
     name: str = "cosine"
-    warmup_epochs: float = setting(0.0, FINITE, at_least(0))
-    min_lr: float = setting(0.0, FINITE, at_least(0))
+    warmup_epochs: float = setting(0.0, FINITE, _at_least(0))
+    min_lr: float = setting(0.0, FINITE, _at_least(0))
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -156,28 +152,28 @@ class TrainerConfig:
     `batch_size` is a whole number, or `max` for the largest that fits; a rung has a number.
     """
 
-    epochs: int = setting(1, at_least(1))
+    epochs: int = setting(1, _at_least(1))
     batch_size: Any = setting(24, BATCH_SIZE)
-    micro_batch_size: int | None = setting(None, at_least(1))  # null: the batch size
-    eval_batch_size: int | None = setting(None, at_least(1))  # null: the micro-batch size
-    precision: str = setting("fp32", one_of(*PRECISIONS))
+    micro_batch_size: int | None = setting(None, _at_least(1))  # null: the batch size
+    eval_batch_size: int | None = setting(None, _at_least(1))  # null: the micro-batch size
+    precision: str = setting("fp32", _one_of(*PRECISIONS))
     checkpoint_activations: bool = False
     channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
     tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = setting(None, CLIPPING)
-    ema_decay: float | None = setting(None, between(0, 1))
-    label_smoothing: float = setting(0.0, FINITE, at_least(0), below(1))
+    ema_decay: float | None = setting(None, _between(0, 1))
+    label_smoothing: float = setting(0.0, FINITE, _at_least(0), _below(1))
     class_weights: Any = setting(None, CLASS_WEIGHTS)  # balanced, or a number for each class
-    lr_policy: str = setting("auto", one_of("none", "linear", "sqrt", "auto"))
+    lr_policy: str = setting("auto", _one_of("none", "linear", "sqrt", "auto"))
     deterministic: bool = False
-    engine: str = setting("auto", one_of("auto", "eager", "graph", "compile"))
-    checkpoint_every: int | None = setting(None, at_least(1))  # updates; null: at the end of every epoch
-    log_every: int = setting(20, at_least(1))  # updates
+    engine: str = setting("auto", _one_of("auto", "eager", "graph", "compile"))
+    checkpoint_every: int | None = setting(None, _at_least(1))  # updates; null: at the end of every epoch
+    log_every: int = setting(20, _at_least(1))  # updates
 
 
 @dataclass
 class MemoryConfig:
-    """`limit`: a size (`5600MiB`), a fraction of the card, null (the default) or `none` (no limit)."""
+    """`limit`: a size (`5600MiB`), a fraction of the device's, null (the default) or `none` (no limit)."""
 
     limit: Any = None
 
@@ -226,9 +222,9 @@ class CardConfig:
 
 @dataclass
 class Config:
-    """Everything a run is told."""
+    """Every setting of a run."""
 
-    task: str = setting("train", one_of(*TASKS))
+    task: str = setting("train", _one_of(*TASKS))
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -244,7 +240,7 @@ class Config:
     seed: int = setting(0, SEED)
     resume: str | None = None
     output_dir: str | None = None  # null: Hydra's output folder
-    optimized_metric: str = setting("val_accuracy", one_of(*METRICS))
+    optimized_metric: str = setting("val_accuracy", _one_of(*METRICS))
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Rule, ...]]]:

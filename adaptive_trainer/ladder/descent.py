@@ -102,7 +102,7 @@ def descend(
             lists of the settings are its own to change.
         judge: says of a rung why it need not be tried ("" when it must be) and how many bytes it is expected to need.
         meter: measures each attempt's peaks.
-        on_attempt: is told each attempt's record as it happens.
+        on_attempt: gets each attempt's record as it happens.
         device: what to free after a failed attempt; the current CUDA device, or the CPU, where None.
 
     Raises:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.utils.random import process_wide, put_all, states_of
 
 _LOCK = threading.Lock()
 
@@ -42,9 +43,8 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
         tf32: whether a card may round the inputs of fp32 convolutions and matrix products to TF32 (10 bits after the
             point); None leaves that as it is.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn = states_of(process_wide())  # of CUDA's generators too, once they are made
     seed, had_cuda = torch.initial_seed(), torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda = torch.cuda.get_rng_state_all() if had_cuda else []
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     dtype, autocast = torch.get_default_dtype(), {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
@@ -64,12 +64,8 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
         torch.set_default_dtype(dtype)
         for kind, is_enabled in autocast.items():
             torch.set_autocast_enabled(kind, is_enabled)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if had_cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        put_all(drawn)
+        if not had_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(seed)  # what CUDA begins with where nothing has used it yet
 
 
@@ -90,24 +86,17 @@ def _tf32(allow: bool | None) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Precisions:
-    """What fp32 matrix products and convolutions are computed in, as it was set.
+    """What fp32 matrix products and convolutions are computed in, as it was set."""
 
-    A setting of the newer interface that is "none" follows a wider one, and reads as that. Convolutions that nobody has
-    set are TF32 until a wider one says otherwise, which they can never be again once they are set (torch 2.14): only
-    what has to change is written.
-
-    Attributes:
-        matmul, cudnn: of the older interface, which refuses to say while the newer says what the older cannot.
-        newer: of `_settings`, in that order.
-    """
-
+    # The older interface raises an error while the newer has a value that the older cannot express.
     matmul: str
     cudnn: bool
-    newer: tuple[str, ...]
+    newer: tuple[str, ...]  # of `_settings`, in that order
 
     @classmethod
     def taken(cls) -> _Precisions:
         """Those of the process, changed so that each can be read: `put` is to follow."""
+        # A setting of the newer interface that is "none" follows a wider one, and reads as that one.
         newer, every = [], _settings()
         held = [each.fp32_precision for each in every]
         for each, holds, readable in zip(every, held, READABLE, strict=True):
@@ -117,6 +106,8 @@ class _Precisions:
 
     def put(self) -> None:
         """Make them the process's; the wider ones, which hide others, last."""
+        # Convolutions that nobody has set are TF32 until a wider setting says otherwise. Once set, they can never be
+        # unset again (torch 2.14), so only what has to change is written.
         every = list(zip(_settings(), self.newer, strict=True))
         for each, _ in every[:WIDER]:
             each.fp32_precision = "none"
