@@ -73,6 +73,7 @@ class Transaction:
         on_host: bool = False,
     ) -> None:
         _check_kinds(model, optimizer, scaler, ema)
+        # One module over all: the undo asks it for every parameter and buffer there is.
         modules = nn.ModuleList([model, *(each for each in also if isinstance(each, nn.Module))])
         # A module's own buffers count too (torch's AveragedModel has one), so the whole of it takes `.module`'s place.
         average: Any = SimpleNamespace(module=ema) if isinstance(ema, nn.Module) else ema
@@ -83,7 +84,7 @@ class Transaction:
         scaler = scaler or GradScaler(self.device.type, enabled=False)
         state = _State(modules, optimizer, scaler, average, Position(0, 0, 0, 1), others=others)
         self._undo = Undo(state, self.device, on_host=on_host)
-        known = set(self._undo.parameters)
+        known = set(self._undo.parameters)  # others, as a loose temperature, are in no module
         self._undo.parameters += [parameter for parameter in trained if parameter not in known]
         self._gradients = _Gradients(self._undo.parameters, scaler, on_host=on_host)
 
@@ -116,6 +117,7 @@ class Transaction:
             self._end()
             return
         failure = oom.describe(error, pressure=self._is_short)
+        # Of a device that answers nothing any more, a roll-back would only raise the next error.
         if failure.kind is not oom.Kind.POISONED and not isinstance(error, DeviceUnusable):
             self._undo.roll_back()
             self._gradients.put_back()
@@ -134,7 +136,7 @@ class Transaction:
     def _keep(self) -> None:
         try:
             self._undo.begin()
-            self._undo.before_step()
+            self._undo.before_step()  # already: where in the block the step begins is the caller's affair
             self._gradients.keep()
         except BaseException:
             self._end()
@@ -202,6 +204,7 @@ class _Gradients:
                 if (grad := parameter.grad) is not None:
                     copy = grad.to(host if self.on_host else grad.device, copy=True)
                     self._kept.append((parameter, grad, copy))
+        # Gradients that were unscaled before the block must not be unscaled again.
         for key, stage in self._states_of_scaler().items():
             self._stages[key] = {**stage, "found_inf_per_device": dict(stage["found_inf_per_device"])}
 
@@ -211,7 +214,7 @@ class _Gradients:
         with _disable_current_modes():
             for parameter, grad, copy in self._kept:
                 grad.copy_(copy)
-                parameter.grad = grad
+                parameter.grad = grad  # the same tensor: the caller may hold it
         self._states_of_scaler().clear()
         self._states_of_scaler().update(self._stages)
 

@@ -50,7 +50,7 @@ class Faster(Recorded):
 
     @contextmanager
     def _timed(self, seconds: list[float]) -> Iterator[None]:
-        torch.cuda.synchronize(self.program.device)
+        torch.cuda.synchronize(self.program.device)  # what was launched before is not of this update
         started = time.perf_counter()
         yield
         torch.cuda.synchronize(self.program.device)

@@ -29,7 +29,8 @@ class HostState:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         waiting: list[tuple[str, Any]] = [(type(module).__name__, module) for module in modules]
-        known = {id(tensor) for _, root in waiting for module in root.modules() for tensor in _state_of(module)}
+        # Parameters and buffers are what an update is there to change.
+        known = {id(tensor) for _, root in waiting for tensor in (*root.parameters(), *root.buffers())}
         self._random = _global_random_numbers()
         self._kept: list[tuple[str, Any, Any]] = []  # holds on to objects: else another could get the address of one
         self._copies: dict[int, Tensor] = {}
@@ -66,11 +67,6 @@ class HostState:
                     _fill(value, content)
 
 
-def _state_of(module: nn.Module) -> list[Tensor]:
-    found = (*module._parameters.values(), *module._buffers.values())
-    return [tensor for tensor in found if tensor is not None]
-
-
 def _global_random_numbers() -> dict[str, Any]:
     return {
         "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
@@ -84,31 +80,25 @@ def _content(value: Any) -> Any:
     if isinstance(value, PLAIN):
         return None
     if isinstance(value, Tensor):
-        return 0 if value.is_inference() else value._version
+        return 0 if value.is_inference() else value._version  # counts writes, and waits for no device
     if is_generator(value):
         return state_of(value)
     if isinstance(value, np.ndarray):
-        return None if isinstance(value, np.memmap) else value.copy()
+        return None if isinstance(value, np.memmap) else value.copy()  # a map is data, and may be as large as a disk
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, list | set | deque):
         return list(value)
-    return dict(vars(value)) if isinstance(value, nn.Module) or _is_seen_into(value) else None
-
-
-def _is_seen_into(value: Any) -> bool:
-    """Whether it is an object with attributes, of the user's own kind."""
-    return is_own_kind(value) and bool(type(value).__dictoffset__)
+    has_attributes = is_own_kind(value) and type(value).__dictoffset__
+    return dict(vars(value)) if isinstance(value, nn.Module) or has_attributes else None
 
 
 def _parts(name: str, value: Any, content: Any) -> Iterator[tuple[str, Any]]:
     """What is in an object, by the name of the attribute that leads there."""
     if isinstance(value, nn.Module):
         yield from ((f"{type(value).__name__}.{key}", each) for key, each in content.items() if key not in HOOKS)
-    elif isinstance(content, dict):
-        yield from ((name, each) for each in content.values())
-    elif isinstance(content, list):
-        yield from ((name, each) for each in content)
+    elif isinstance(content, dict | list):
+        yield from ((name, each) for each in (content.values() if isinstance(content, dict) else content))
 
 
 def _has_changed(value: Any, content: Any) -> bool:

@@ -97,7 +97,7 @@ class Recorded(Eager):
         reason = refusal(self.program)
         if reason:
             return self.instead(reason).run(images, labels, samples)
-        if self.update.step_memory.may_allocate is None:
+        if self.update.step_memory.may_allocate is None:  # the optimizer has not made all of its state
             return self._run_kernels(images, labels, samples)
         self.is_checked = True
         self._step_reason = step_refusal(self.program)
@@ -132,6 +132,7 @@ class Recorded(Eager):
 
     def _is_of_the_step(self, reason: str) -> bool:
         """Whether what has just failed came as far as the step; then forward and backward may be recorded alone."""
+        # Where the step was left out already, nothing smaller is left to record.
         if self._step_reason or self.program.phase not in IN_STEP:
             return False
         self._step_reason = reason
