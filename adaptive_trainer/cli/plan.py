@@ -58,7 +58,7 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
     asked = stages(cfg)
     predictor = _predictor(config, stored_size(typed(settings) for _, settings in asked))
     made = {name: _plan(settings, predictor) for name, settings in asked}
-    for name, each in made.items():
+    for name, each in made.items():  # only now: a mistake in a later stage is said without the plans above it
         log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
     if note:
         log.info("%s", note)
@@ -96,7 +96,7 @@ def _plan(cfg: DictConfig, predictor: Predictor) -> Plan:
     def refuse(_: str, above: Config, settings: Config) -> str:
         return refusal(predictor.networks, above, settings) or no_step(predictor, above, settings)
 
-    ladder = resolve(cfg)
+    ladder = resolve(cfg)  # with no network asked: mistakes in names come before seconds of predictions
     check_names(ladder)
     size, why = _largest(ladder[0], predictor) if cfg.trainer.batch_size == LARGEST else (None, "")
     ladder = resolve(cfg, refuse=refuse) if size is None else resolve(cfg, size or 1, why, refuse)
@@ -257,6 +257,7 @@ def _drawn(cells: Sequence[Cell], title: str) -> bytes | None:
     except ImportError:
         log.warning("matplotlib is not installed, so there is no picture (pip install matplotlib)")
         return None
+    # Without pyplot, which would look for a screen.
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for size in dict.fromkeys(cell.size for cell in cells):

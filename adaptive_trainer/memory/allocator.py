@@ -1,15 +1,7 @@
 """A model of PyTorch's native CUDA caching allocator: one device, one stream, default settings. Pure Python.
 
 It places blocks as `c10/cuda/CUDACachingAllocator.cpp` does, so that replaying a program's allocations gives the same
-allocated and reserved bytes, and shows whether the program fits a capacity:
-
-- sizes are rounded up to 512 bytes; up to 1 MiB a block comes from the small pool, else from the large pool;
-- the smallest free block that is large enough is taken, the lowest address first; a remainder is split off when it is
-  at least 512 bytes (small pool) or more than 1 MiB (large pool); neighbouring free blocks are joined;
-- when no block is free, a segment is reserved: 2 MiB for the small pool, 20 MiB for requests under 10 MiB, else the
-  request rounded up to 2 MiB;
-- when the capacity does not allow the segment, all wholly free segments are given back and it is tried once more.
-  (The allocator's earlier step, giving back only large enough blocks, acts only where `max_split_size_mb` is set.)
+allocated and reserved bytes, and shows whether the program fits a capacity. The rules stand where they are applied.
 """
 
 from __future__ import annotations
@@ -85,16 +77,16 @@ class CachingAllocator:
             raise ValueError(f"{nbytes} bytes cannot be allocated; give 0 or more")
         if not nbytes:
             return 0
-        size = (nbytes + MIN_BLOCK - 1) & -MIN_BLOCK
+        size = (nbytes + MIN_BLOCK - 1) & -MIN_BLOCK  # rounded up
         small = size <= SMALL_LIMIT
         pool = self._small if small else self._large
-        at = bisect_left(pool, size << ADDRESS_BITS)
+        at = bisect_left(pool, size << ADDRESS_BITS)  # the smallest that is large enough, the lowest address first
         if at < len(pool):
             block = self._free.pop(pool.pop(at))
             block.free = False
         else:
             block = self._new_segment(size, pool, nbytes)
-        rest = block.size - size
+        rest = block.size - size  # is split off, unless it is too small for its pool
         if rest > SMALL_LIMIT or (small and rest >= MIN_BLOCK):
             self._split(block, size)
         block.requested = nbytes
@@ -119,22 +111,15 @@ class CachingAllocator:
         block = self._used.pop(handle)
         self.requested -= block.requested
         self.allocated -= block.size
-        pool = block.pool
         previous, following = block.previous, block.next
         if previous is not None and previous.free:
             self._take(previous)
-            block.address = previous.address
-            block.size += previous.size
-            block.previous = previous.previous
-            if block.previous is not None:
-                block.previous.next = block
+            _join(previous, block)
+            block = previous
         if following is not None and following.free:
             self._take(following)
-            block.size += following.size
-            block.next = following.next
-            if block.next is not None:
-                block.next.previous = block
-        self._put(block, pool)
+            _join(block, following)
+        self._put(block)
 
     def empty_cache(self) -> None:
         """Give back every wholly free segment."""
@@ -142,7 +127,7 @@ class CachingAllocator:
             kept = []
             for key in pool:
                 block = self._free[key]
-                if block.previous is None and block.next is None:
+                if block.previous is None and block.next is None:  # it is the whole segment
                     del self._free[key]
                     self.reserved -= block.size
                 else:
@@ -168,6 +153,8 @@ class CachingAllocator:
             segment = (size + LARGE_ROUNDING - 1) & -LARGE_ROUNDING
         capacity = self.capacity
         if capacity is not None and self.reserved + segment > capacity:
+            # An earlier step of the allocator, giving back only blocks that are large enough, acts only where
+            # `max_split_size_mb` is set.
             self.num_retries += 1
             self.empty_cache()
             if self.reserved + segment > capacity:
@@ -185,15 +172,22 @@ class CachingAllocator:
             block.next.previous = rest
         block.next = rest
         block.size = size
-        self._put(rest, block.pool)
+        self._put(rest)
 
-    def _put(self, block: _Block, pool: list[int]) -> None:
+    def _put(self, block: _Block) -> None:
         key = (block.size << ADDRESS_BITS) | block.address
         block.free = True
         self._free[key] = block
-        insort(pool, key)
+        insort(block.pool, key)
 
     def _take(self, block: _Block) -> None:
         key = (block.size << ADDRESS_BITS) | block.address
         del self._free[key]
         del block.pool[bisect_left(block.pool, key)]
+
+
+def _join(block: _Block, following: _Block) -> None:
+    block.size += following.size
+    block.next = following.next
+    if block.next is not None:
+        block.next.previous = block

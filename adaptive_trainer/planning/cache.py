@@ -88,6 +88,7 @@ class PlanCache:
             content = json.loads(self._path(self.folder, kind, key).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
+        # The key is kept in full, for two may have the same digest, or one be written by another version.
         if not isinstance(content, dict) or _text(content.get("key")) != _text(key):
             return None
         value = content.get("value")
@@ -142,7 +143,7 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # who changes the source is not asked to think of a version
     for path in sorted(Path(__file__).resolve().parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return {**found, "adaptive_trainer": digest.hexdigest()[:32]}

@@ -68,7 +68,7 @@ def spec_of(config: Config, cache: PlanCache | None = None) -> DeviceSpec:
     cap = limit.of(memory or 0)
     if cap is None:
         return spec
-    if memory is not None and cap > memory:
+    if memory is not None and cap > memory:  # of an assumed card, any limit is believed
         raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {spec.description}")
     room = cap if spec.capacity is None else min(cap, spec.capacity)
     return replace(spec, description=f"{spec.description}, limited to {format_bytes(cap)}", capacity=room)

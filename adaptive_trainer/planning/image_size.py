@@ -52,6 +52,7 @@ def _failure(name: str, kwargs: str, image_size: int, num_classes: int) -> str:
     failure = failure_at(model, image_size)
     if not failure:
         cache.keep(key, Size())
+    # One that fails at the size it was made for fails for another reason than the size.
     return "" if failure and failure_at(model, _made_for(config)) else failure
 
 

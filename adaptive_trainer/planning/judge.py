@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.ladder.descent import Attempt
+from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning import refusals
@@ -63,7 +63,7 @@ class Judge:
         prediction = self._predictor.recalled(config)
         if prediction is None:
             weights = self._predictor.networks.weights_bytes(config)
-            if weights > room:  # said without a trace, which takes about ten times as long
+            if weights > room:  # a trace would take about ten times as long
                 return f"its weights alone take {format_bytes(weights)}, and there are {format_bytes(room)}", weights
             prediction = self._predictor.predict(config)
         need, measured = prediction.min_capacity_bytes, self._measurement(config).verdict(room)
@@ -95,14 +95,12 @@ class Judge:
         return f"{config.model.name} is no step down from {above.model.name}: {more}" if need >= was else ""
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
-        """Why a failure in this descent speaks against these settings; "" where none does.
-
-        A failure that was predicted shows that the predictions for its model hold without a margin.
-        """
+        """Why a failure in this descent speaks against these settings; "" where none does."""
         for failed, predicted, room in self._failed:
             if need >= predicted:
                 least = format_bytes(predicted)
                 return f"it is predicted to need {format_bytes(need)}, no less than a rung that failed ({least})"
+            # A failure that was predicted shows that the predictions for its model need no margin.
             if failed == model and predicted > room and need > room:
                 return (
                     f"it is predicted to need {format_bytes(need)}, and a failure in {format_bytes(room)} was foretold"
@@ -121,17 +119,18 @@ class Judge:
         room = self.capacity.room()
         if room is None:
             return
-        if entry.outcome == "oom" and entry.predicted_bytes is not None:
+        if entry.outcome == Outcome.OOM and entry.predicted_bytes is not None:
             self._failed.append((config.model, entry.predicted_bytes, room))
         if not self._is_cuda:
             return
         known = self._measurement(config)
-        if entry.outcome == "fits" and entry.peak_reserved_bytes is not None:
+        if entry.outcome == Outcome.FITS and entry.peak_reserved_bytes is not None:
             peaks = (entry.peak_allocated_bytes or 0, entry.peak_reserved_bytes)
+            # Kernels that the dry run has loaded take from the room: it fitted in what there was before.
             self._keep(config, known.fitted(max(room, self._room_before), *peaks))
             free, total = torch.cuda.mem_get_info(self.capacity.device)
             self._predictor.cache.keep_context(self._card, total - free - self.capacity.usage().reserved)
-        elif entry.outcome == "oom" and verdict(self._predictor.predict(config), room) != Verdict.FITS:
+        elif entry.outcome == Outcome.OOM and verdict(self._predictor.predict(config), room) != Verdict.FITS:
             # Had it been predicted to fit, another process might be the cause.
             self._keep(config, known.failed(room))
 
@@ -145,13 +144,13 @@ class Judge:
         return known if known.verdict(room) == Verdict.FITS else None
 
     def forget(self, config: Config) -> None:
-        """Forget that these settings fitted: it turned out not to hold."""
-        if self._is_cuda:
+        """Forget that these settings fitted, for they did not in training."""
+        if self._is_cuda:  # in what room they failed before is still true
             self._keep(config, Measurement(oom_in=self._measurement(config).oom_in))
 
     def begin(self) -> None:
-        """A new descent: what failed in the last one may fit again."""
-        self._failed.clear()
+        """Begin a new descent."""
+        self._failed.clear()  # what failed in the last one may fit again, as other processes end
         self._room_before = 0
 
     def _measurement(self, config: Config) -> Measurement:

@@ -59,7 +59,7 @@ def plan(ladder: Sequence[Rung[Config]], predictor: Predictor, *, is_found: bool
         is_found: rung 0 has the largest batch size that is predicted to fit. It is too near the limit to be sure of,
             but training looks for the one that fits: it lands there, whatever the number turns out to be.
     """
-    above, rows = ladder[0], list[Row]()
+    above, rows = ladder[0], list[Row]()  # a rung is compared with the last one that is not skipped
     for rung in ladder:
         rows.append(_row(rung, predictor, above))
         above = above if rows[-1].verdict == Verdict.SKIPPED else rung
@@ -73,6 +73,7 @@ def _row(rung: Rung[Config], predictor: Predictor, above: Rung[Config]) -> Row:
     if passed_over := rung.passed_over or no_step(predictor, above.settings, rung.settings):
         return Row(rung.name, Verdict.SKIPPED, used, reason=passed_over)
     found = predictor.predict(rung.settings)
+    # A network that refuses the size cannot be traced either, and says less clearly why.
     if refused := image_refusal(rung.settings, predictor.networks.classes(rung.settings)) if found.reason else "":
         return Row(rung.name, Verdict.SKIPPED, used, seconds=found.seconds, reason=refused)
     capacity, least = predictor.spec.capacity, found.min_capacity_bytes

@@ -116,6 +116,7 @@ class Predictor:
         if small is None or large is None:
             reasons = (self.predict(with_batch_size(config, size)).reason for size in SAMPLED)
             return None, next(filter(None, reasons), "")
+        # Memory grows evenly with the batch, so two sizes show about where the boundary is.
         a_sample = max(1, (large - small) // (SAMPLED[1] - SAMPLED[0]))
         guess = SAMPLED[0] + (capacity - small) // a_sample
         return largest(fits, guess=guess, step=max(1, guess // 100), least=1, most=most) or 0, ""
@@ -160,6 +161,7 @@ class Predictor:
         key, savers = self.key(config), saver_settings(config.trainer)
         loss = Criterion.of(self.make_loss(config, used.num_classes))
         parts = micro_batches(used.batch_size, used.micro_batch_size, False)
+        # The network is looked at only where a single sample is left, which BatchNorm joins to another part.
         if 1 in parts and self.networks.has_batch_norm(config):
             parts = micro_batches(used.batch_size, used.micro_batch_size, True)
         return TraceSpec(
@@ -173,7 +175,7 @@ class Predictor:
             channels_last=used.channels_last,
             ema=key["ema"],
             clip_grad=used.clip_grad is not None,
-            undo=cuda,
+            undo=cuda,  # a simulated card does not count the copies
             cuda=cuda,
             stored_size=used.stored_size,
             key=repr((*(key[name] for name in ("model", "optimizer", "label_smoothing")), savers, loss.kind)),

@@ -80,7 +80,7 @@ def predict(
     with no_collection():
         free = Replay(trace, workspaces)
         free.run()
-        free.evaluate()
+        free.evaluate()  # counts in the peaks, and not below: an evaluation that does not fit is halved
         peaks = free.allocator
         least = _min_capacity(trace, workspaces, peaks.peak_reserved, retried=spec.undo)
     sizes = peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, least
@@ -105,7 +105,7 @@ def verdict(prediction: Prediction, capacity_bytes: int | None) -> Verdict:
 
 
 def _min_capacity(trace: Trace, workspaces: Workspaces, at_most: int, *, retried: bool) -> int:
-    low, high = 0, -(-at_most // CAPACITY_STEP)
+    low, high = 0, -(-at_most // CAPACITY_STEP)  # what is reserved with no limit is enough
     while low < high:
         middle = (low + high) // 2
         try:

@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
         if self.cuda and (func is CONV or func is CONV_BACKWARD):
-            self._convolution(func, args, out)
+            self._convolution(func, args, out)  # which notes the results between its marks
             return out
         if self.cuda and func in GEMMS:
             self._gemm(func)
@@ -131,6 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see(item)
 
     def _storage(self, tensor: Tensor, on_host: bool) -> None:
+        # torch keeps one Python object per storage, alive as long as the storage is.
         storage = tensor.untyped_storage()
         identity = id(storage)
         if identity in self._known:
@@ -156,12 +157,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.numbers.append(number)
 
     def _gemm(self, func: Any) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = torch._C._current_graph_task_id() != -1  # asks autograd, which alone knows
         kind = Kind.GEMM_BACKWARD if in_backward else Kind.GEMM_BIAS if func is aten.addmm.default else Kind.GEMM
         self._born(kind, 0)
 
     def _sum(self, x: Tensor, dims: Sequence[int] | None, out: Tensor) -> None:
-        """Over all but values that lie side by side; other sums take next to nothing."""
+        # Only a sum over all but values that lie side by side takes more than next to nothing.
         reduced = {d % x.ndim for d in dims or range(x.ndim)} if x.ndim else set()
         sides = [(stride, d) for d, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=True)) if size > 1]
         if sides and out.numel() and min(sides)[1] not in reduced:
@@ -169,7 +170,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._born(Kind.SUMMED, out.numel())
 
     def _attention_backward(self, query: Tensor) -> None:
-        """The query's gradient in float32 and a sum for each of its rows: what cuDNN's kernel takes on Hopper."""
+        # The query's gradient in float32 and a sum for each of its rows: what cuDNN's kernel takes on Hopper.
         self._event(Kind.DIED, self._born(Kind.BORN, 4 * query.numel() + 4 * query.numel() // query.shape[-1]))
 
     def _convolution(self, func: Any, args: Any, out: Any) -> None:
@@ -190,6 +191,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if depthwise or channels_last or result.ndim == 1 or (pointwise and (forward or number == 0)):
                 continue
             half = x.element_size() == 2
+            # cuDNN makes one weight gradient per sample where a whole one would leave multiprocessors idle.
             if pointwise and not (half and weight.numel() >= TILES):
                 self._born(Kind.SPLIT_HALF if half else Kind.SPLIT, 4 * x.shape[0] * weight.numel())
             self._born(Kind.CONV, operands)
@@ -213,6 +215,7 @@ def _kernels() -> list[tuple[str, str, Callable[..., Any]]]:
     on_cuda, on_cpu = (
         set(torch._C._dispatch_get_registrations_for_dispatch_key(key)) for key in ("AutocastCUDA", "AutocastCPU")
     )
+    # Only where this torch has a rule for CUDA and none for the CPU: else both do the same already.
     rules = {name: _in_float32(operator_of(name)) for name in FLOAT32}
     rules |= {name: _to_float32(operator_of(name)) for name in FLOAT32_OUTPUT}
     rules |= {name: _softmax(operator_of(name), fused) for name, fused in SOFTMAX.items()}
@@ -248,7 +251,7 @@ def _to_float32(operator: Any) -> Callable[..., Any]:
 
 def _softmax(operator: Any, fused: Any) -> Callable[..., Any]:
     def kernel(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-        with _no_autocast():
+        with _no_autocast():  # CUDA reads half precision and writes float32 in one go, without a copy of the input
             if _half(x) and dtype in (None, torch.float32):
                 return fused(x, dim, True)
             return operator(x, dim, dtype)

@@ -99,7 +99,7 @@ class Replay:
             elif kind == Kind.SUM:
                 rows = sizes[number]
             elif kind == Kind.SUMMED:
-                free(allocate(self.workspaces.reduction(rows, sizes[number])))
+                free(allocate(self.workspaces.reduction(rows, sizes[number])))  # partial sums of all blocks
             elif kind in SPLIT_LIMIT:
                 split = sizes[number] if sizes[number] <= SPLIT_LIMIT[kind] * sizes[number + 1] else None
             else:
@@ -116,6 +116,7 @@ class Replay:
         if not workspaces.kept:
             allocator.free(allocator.allocate(workspaces.bias if kind == Kind.GEMM_BIAS else workspaces.gemm))
             return
+        # Each thread that multiplies has a workspace of its own; that of cublasLt is one for both.
         thread = Kind.GEMM_BACKWARD if kind == Kind.GEMM_BACKWARD else Kind.GEMM
         for user, nbytes in ((thread, workspaces.gemm), (Kind.GEMM_BIAS, workspaces.bias)):
             if user not in self._kept and user in (thread, kind):
