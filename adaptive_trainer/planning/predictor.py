@@ -19,8 +19,9 @@ from adaptive_trainer.models.savers import saver_settings
 from adaptive_trainer.planning.cache import Key, PlanCache, versions
 from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.networks import ModelFactory, Networks
+from adaptive_trainer.prediction.derivation import Tracer
 from adaptive_trainer.prediction.estimator import Prediction, predict
-from adaptive_trainer.prediction.tracer import Tracer, TraceSpec
+from adaptive_trainer.prediction.tracer import TraceSpec
 from adaptive_trainer.recipe import Recipe
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

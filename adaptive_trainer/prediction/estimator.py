@@ -9,8 +9,9 @@ from enum import StrEnum
 import torch
 
 from adaptive_trainer.memory.allocator import LARGE_SEGMENT, SMALL_SEGMENT, AllocatorFull
+from adaptive_trainer.prediction.derivation import Tracer
 from adaptive_trainer.prediction.replay import Replay
-from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, no_collection
+from adaptive_trainer.prediction.tracer import Trace, TraceError, TraceSpec, no_collection
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS, Workspaces
 
 CAPACITY_STEP = 2 * 2**20  # segments are multiples of it, so nothing changes in between

@@ -3,20 +3,16 @@
 The network, the optimizer and the update run on fake tensors: they have shapes but no data. Every storage that is born
 or dies is written down in order; matrix products and convolutions leave a mark, since their workspace depends on
 the card and is priced at replay (`predict`).
-
-The size of every allocation is affine in the samples and in the samples times the area of an image. So a few traces of
-a network give its allocations at other batch and image sizes (`Tracer`).
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -38,7 +34,6 @@ from adaptive_trainer.utils.screen import unlogged
 
 FAKE_TENSOR = "torch._subclasses.fake_tensor"  # logs 30 lines of an operator that refuses its shapes
 CPU = torch.device("cpu")  # where fake tensors are, whatever they stand for
-STRIDE = 32  # image sizes that are multiples of it keep every feature map in proportion
 METERS = ("loss", "correct", "seen", "skipped")
 TRACED_PARTS = 2  # the first micro-batch makes the gradients, the second adds to them, and so do all further ones
 
@@ -195,7 +190,7 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
         tuple(recorder.sizes),
         bytes(recorder.parts),
         spec.batches,
-        _area(spec.input_shape),
+        area_of(spec.input_shape),
         update_start,
         evaluation_start,
         program.step_copies,
@@ -319,68 +314,6 @@ class _Scaler(GradScaler):
         return optimizer.step()
 
 
-class Tracer:
-    """Traces, and remembers what it traced: known traces of a signature give others without running anything."""
-
-    def __init__(self) -> None:
-        self.known: dict[Hashable, list[Trace]] = {}
-
-    def trace(self, spec: TraceSpec) -> Trace:
-        """The trace of `spec`.
-
-        Raises:
-            TraceError: it cannot be made.
-        """
-        if spec.key is None:
-            return trace(spec)
-        known = self.known.setdefault(spec.signature, [])
-        found = _derived(known, spec)
-        if found is None:
-            found = trace(spec)
-            known.append(found)
-        return found
-
-
-def _derived(known: Sequence[Trace], spec: TraceSpec) -> Trace | None:
-    """The trace of `spec` as a weighted sum of known ones, or None where they do not determine it.
-
-    A size is c0 + b * c1 + b * area * c2, with unknown c >= 0. If weights turn the known (1, b, b * area) into those
-    asked for, the same weights turn the known sizes into those asked for.
-    """
-    area = _area(spec.input_shape)
-    same = [t for t in known if t.area == area]
-    at_stride = all(side % STRIDE == 0 for side in spec.input_shape[-2:])
-    return _combined(same, spec.batches, area) or (_combined(known, spec.batches, area) if at_stride else None)
-
-
-def _area(input_shape: tuple[int, ...]) -> int:
+def area_of(input_shape: tuple[int, ...]) -> int:
+    """Pixels of an image; 1 of a sample without sides."""
     return input_shape[-1] * input_shape[-2] if len(input_shape) > 1 else 1
-
-
-def _combined(known: Sequence[Trace], batches: tuple[int, ...], area: int) -> Trace | None:
-    if not known or len({(t.kinds, t.parts) for t in known}) > 1:
-        return None
-    sizes = np.array([t.sizes for t in known], dtype=np.float64)
-    parts = np.frombuffer(known[0].parts, dtype=np.uint8)
-    result = np.zeros(len(parts))
-    for part, samples in enumerate(batches):
-        rows = np.array([(1, t.batches[part], t.batches[part] * t.area) for t in known], dtype=np.float64)
-        mine = parts == part
-        value = _weighted(rows, np.array((1, samples, samples * area), dtype=np.float64), sizes[:, mine])
-        if value is None or np.abs(value - np.rint(value)).max(initial=0) > 0.01:
-            return None
-        for term in ((1, 0, 0), (0, 1, 0)):  # a negative term: the sizes grow faster than the area
-            constant = _weighted(rows, np.array(term, dtype=np.float64), sizes[:, mine])
-            if constant is not None and constant.min(initial=0) < -0.5:
-                return None
-        result[mine] = np.rint(value)
-    return replace(known[0], sizes=tuple(int(n) for n in result), batches=batches, area=area)
-
-
-def _weighted(rows: Any, wanted: Any, sizes: Any) -> Any:
-    """sizes (traces, allocations) -> (allocations,) for the wanted row, or None where rows do not span it."""
-    scale = np.abs(rows).max(axis=0, initial=1)
-    weights, *_ = np.linalg.lstsq((rows / scale).T, wanted / scale, rcond=None)
-    if np.abs(weights @ (rows / scale) - wanted / scale).max() > 1e-9:
-        return None
-    return weights @ sizes

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from adaptive_trainer.prediction.derivation import Tracer
 from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
 from adaptive_trainer.prediction.recorder import Kind
-from adaptive_trainer.prediction.tracer import Trace, Tracer, TraceSpec
+from adaptive_trainer.prediction.tracer import Trace, TraceSpec
 
 MiB = 2**20
 GiB = 2**30

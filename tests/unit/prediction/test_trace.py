@@ -22,9 +22,10 @@ from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import build_ema, build_optimizer, build_scaler
 from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
 from adaptive_trainer.models.zoo import build_model
+from adaptive_trainer.prediction.derivation import Tracer
 from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
-from adaptive_trainer.prediction.tracer import Trace, TraceError, Tracer, TraceSpec, trace
+from adaptive_trainer.prediction.tracer import Trace, TraceError, TraceSpec, trace
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.dry_run import prove
 from adaptive_trainer.step.undo import TrainState
