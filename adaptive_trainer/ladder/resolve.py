@@ -109,14 +109,12 @@ def resolve(
         name = rung.name or f"rung-{number}"
         try:
             cfg, config, kept, notes = _step(cfg, config, rung.overrides, refuse and partial(refuse, name))
+            # A rung inherits what is wrong with the request, which is reported once.
+            _refuse_all([problem for problem in problems_of(config) if problem not in of_request])
         except ConfigError as error:
             problems.append(f"rung {name!r}: {error}")
             continue
         follows = follows and not any(_sets_lr(text) for text in kept)
-        # Rungs inherit what is wrong with the request.
-        if wrong := [problem for problem in problems_of(config) if problem not in of_request]:
-            problems += [f"rung {name!r}: {problem}" for problem in wrong]
-            continue
         passed_over = "" if kept else "; ".join(notes) or "it sets nothing"
         if is_found and config.trainer.batch_size == batch_size:
             notes = [*said, *notes]
