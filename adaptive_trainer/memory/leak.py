@@ -53,7 +53,7 @@ class Growth:
         """
         late = list(self._held)[len(self._held) // 2 if len(self._held) >= 2 * LEAST else 0 :]
         if len(late) < LEAST or not _grows(late):
-            return ""
+            return ""  # what grew in the first half was made once: optimizer state, copies, a graph
         (first, before), (last, after) = late[0], late[-1]
         if 2 * (held - before) < after - before:
             return ""  # most of it was garbage, or belonged to the batch

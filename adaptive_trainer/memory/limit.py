@@ -149,6 +149,7 @@ class Capacity:
         """Bytes that training could hold in tensors now; None where that is not known."""
         if self.device.type != "cuda":
             return self.bytes
+        # What the allocator has reserved is its own to hand out again; what other processes hold is not.
         left = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         return (left if self.bytes is None else min(left, self.bytes)) - self.foreign
 
@@ -226,7 +227,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {name}; ask for less, or for none")
     before = torch.cuda.get_per_process_memory_fraction(device)
     if asked == Limit() and before < 1:
-        cap = int(before * total)  # set by whoever calls
+        cap = int(before * total)  # set by whoever calls, who knows better than a default
     oom.release(device, before=0)  # what the allocator has cached counts against the cap
     if cap is not None or asked.lifted:
         # The allocator takes the whole number under fraction * total: half a byte more keeps it from falling short.
@@ -234,7 +235,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         torch.cuda.set_per_process_memory_fraction(fraction, device)
     capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by memory.limit"
     usage.reset_peaks(device)
-    held = usage.snapshot(device).allocated
+    held = usage.snapshot(device).allocated  # by the caller: training cannot have it
     try:
         yield Capacity(device, cap, f"{name}, {capped}", total=total, foreign=held)
     finally:

@@ -89,13 +89,13 @@ def is_short(device: torch.device) -> bool:
             room = min(free + reserved, int(torch.cuda.get_per_process_memory_fraction(index) * total))
             return reserved > SHORT * room
         return bool(simulated_devices) and reserved > SHORT * simulated_devices[-1].capacity
-    except RuntimeError:
+    except RuntimeError:  # of a device that answers nothing any more
         return False
 
 
 def reset_peaks(device: torch.device) -> None:
     """Start counting a device's peaks anew; a `monitor_gpu_memory` that is under way keeps what it has seen."""
-    for monitor in _monitors:
+    for monitor in _monitors:  # the peak of a monitor spans resets by others
         monitor.note_peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,6 +149,7 @@ def clear_gpu_memory() -> int:
     outputs (`model`, `Out[n]`, `_`) refer to stays.
     """
     oom.forget_traceback()
+    # Asking a GPU that this process has not used yet would take some hundred MiB of it for a context.
     devices = _devices() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
     def used() -> list[Usage]:

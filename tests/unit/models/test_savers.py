@@ -1,0 +1,27 @@
+"""Techniques that save memory: each has its setting, and off is as if it had never been on."""
+
+from __future__ import annotations
+
+import pytest
+
+from adaptive_trainer.config.schema import ModelConfig, TrainerConfig
+from adaptive_trainer.models.savers import SAVERS, Saver, apply_savers, compile_refusal, saver_settings
+from adaptive_trainer.models.zoo import build_model
+
+
+def test_every_technique_has_a_setting_of_its_own() -> None:
+    keys = [saver.KEY for saver in SAVERS]
+    assert len(set(keys)) == len(keys)
+    assert saver_settings(TrainerConfig()).keys() == set(keys)
+
+
+@pytest.mark.parametrize("saver", SAVERS, ids=lambda saver: saver.KEY)
+def test_what_is_switched_off_leaves_nothing(saver: Saver) -> None:
+    model, on, off = build_model(ModelConfig("torchvision/resnet18"), 2), TrainerConfig(), TrainerConfig()
+    setattr(on, saver.KEY, True)
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    apply_savers(model, on)
+    assert compile_refusal(model)
+    apply_savers(model, off)
+    assert compile_refusal(model) == ""
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
