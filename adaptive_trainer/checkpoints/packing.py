@@ -16,7 +16,8 @@ from adaptive_trainer.checkpoints.optimizer_state import check_alike, load_optim
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.models.losses import changing_buffers
-from adaptive_trainer.step.undo import TrainState, layout
+from adaptive_trainer.step.copies import layout
+from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.utils.belongings import Belongings, walk
 from adaptive_trainer.utils.random import made as made_generator
 from adaptive_trainer.utils.random import packed

@@ -55,8 +55,8 @@ class _DryRun:
         self.update = update
         self.sizes = sizes
         self.odd = odd
-        self.state = update.state
-        self.device = update.program.device
+        program = update.program
+        self.state, self.device = program.state, program.device
 
     def prepare(self) -> None:
         """Make what must be there before memory is counted."""
@@ -72,7 +72,7 @@ class _DryRun:
         whole = self.sizes.batch_size
         for _ in range(PROVEN_UPDATES):
             self.update.run(*self.batch(whole), samples=0)
-        makes_copies = self.update.step_memory.may_allocate and self.device.type == "cuda"
+        makes_copies = self.update.step_allocates() and self.update.on_cuda()
         for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
             self.update.run(*self.batch(whole), samples=0)
         if self.update.largest_part(self.odd) > self.update.largest_part(whole):

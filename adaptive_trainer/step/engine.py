@@ -33,7 +33,7 @@ class Engine:
         self.update = update
         self.batch_size = batch_size
         self.backend = BACKENDS[name](update, name, event)
-        self._rounds = name != "eager" and update.program.device.type == "cuda"
+        self._rounds = name != "eager" and update.on_cuda()
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
         """Make one update, as `Update.run`.

@@ -8,7 +8,7 @@ out-of-memory everything is rolled back, what the failed update held is freed, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -22,8 +22,9 @@ from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.program import Accumulate, Change, Program
-from adaptive_trainer.step.undo import Progress, TrainState, Undo, layout
+from adaptive_trainer.step.undo import Progress, TrainState, Undo
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,18 @@ class Update:
     def largest_part(self, samples: int) -> int:
         """Samples in the largest forward pass of an update."""
         return max(self.program.parts(samples), default=0)
+
+    def with_largest_part(self, sizes: Iterable[int]) -> int:
+        """The smallest of these sizes of updates that has the largest forward pass."""
+        return max(sorted(sizes), key=self.largest_part)
+
+    def on_cuda(self) -> bool:
+        """Whether it runs on a CUDA card."""
+        return self._device.type == "cuda"
+
+    def step_allocates(self) -> bool | None:
+        """Whether the optimizer's next step may take memory; None: not known yet."""
+        return self.step_memory.may_allocate
 
     def take_note(self) -> str:
         """What is to be said of the loss, in words, once; empty where there is nothing."""

@@ -56,7 +56,8 @@ class Loop:
     def __post_init__(self) -> None:
         """Put together what it uses; no worker is started yet."""
         config, update = self.session.config, self.session.update
-        self.device, self.capacity = update.capacity.device, update.capacity
+        self.capacity = update.capacity
+        self.device = self.capacity.device
         self._failures = 0  # beside updates, since one passed with all that belongs to it
         self.growth = Growth(self.device)
         self.loss = RunningLoss(self.session)

@@ -35,7 +35,8 @@ from adaptive_trainer.models.optimizers import (
 )
 from adaptive_trainer.models.savers import apply_savers
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.undo import TrainState, layout
+from adaptive_trainer.step.copies import layout
+from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 
 METERS = ("loss", "correct", "seen", "skipped")

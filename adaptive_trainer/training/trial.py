@@ -151,7 +151,7 @@ class Trial:
         """Size of the update with the largest micro-batch."""
         here, batch_size = session.state.position, session.config.trainer.batch_size
         sizes = here.sizes(batch_size) | replace(here, cursor=0).sizes(batch_size)
-        return max(sorted(sizes), key=session.update.largest_part)
+        return session.update.with_largest_part(sizes)
 
     def eval_batch(self, config: Config) -> int:
         """Samples of an evaluation batch, as asked for."""

@@ -58,7 +58,7 @@ class Faster(Recorded):
 
 
 def _auto(update: Update, name: str, event: Callable[[str], None]) -> Eager:
-    return (Faster if update.program.device.type == "cuda" else Eager)(update, name, event)
+    return (Faster if update.on_cuda() else Eager)(update, name, event)
 
 
 # A new way to run updates is a file in this folder and a line here; the settings' schema names what may be asked for.

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer import oom
 from adaptive_trainer.errors import AdaptiveTrainerError, explained
 from adaptive_trainer.step.backends.host_state import HostState
+from adaptive_trainer.step.copies import Places
 from adaptive_trainer.step.program import Accumulate, Program
-from adaptive_trainer.step.undo import Places
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import state_of

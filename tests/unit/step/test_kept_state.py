@@ -26,8 +26,8 @@ from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy
 from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
 from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.dry_run import prove
-from adaptive_trainer.step.undo import layout
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.belongings import Belongings

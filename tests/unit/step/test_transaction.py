@@ -23,7 +23,8 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.step.undo import Undo, _Shadow
+from adaptive_trainer.step.copies import Shadow
+from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates
 from tests.support.faults import Fault, Faults, differences, dump, storages
@@ -222,7 +223,7 @@ def nothing(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("forgotten", "name", "seen"),
     [
-        (_Shadow, "restore", {"buffer/norm1.running_mean", "buffer/seen", "ema/stem.weight", "meter/loss", "model/"}),
+        (Shadow, "restore", {"buffer/norm1.running_mean", "buffer/seen", "ema/stem.weight", "meter/loss", "model/"}),
         (Undo, "_restore_optimizer_state", {"optimizer state", "optimizer states"}),
         (Undo, "_restore_plain", {"stages", "rng torch", "rng python", "rng numpy"}),
         (Belongings, "put_back", {"optimizer attributes"}),

@@ -30,9 +30,10 @@ from adaptive_trainer.models.loss_kinds import Found, LossKind
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
 from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.copies import Shadow
 from adaptive_trainer.step.dry_run import PROVEN_UPDATES, prove
 from adaptive_trainer.step.program import Change
-from adaptive_trainer.step.undo import Progress, Undo, _Shadow
+from adaptive_trainer.step.undo import Progress, Undo
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.trainer import Trainer
 from tests.support.faults import Fault, differences, dump
@@ -898,14 +899,14 @@ def test_a_step_whose_copies_fail_is_not_restored_from_them(
     run = start(Case("adamw-single", "fp32", warm=True), capacity)
     update = run.update()
     run.advance(update)
-    before, save = dump(run.state), _Shadow.save
+    before, save = dump(run.state), Shadow.save
 
-    def refused(shadow: _Shadow, tensors: list[Tensor], placed: Sequence[Tensor] = ()) -> None:
+    def refused(shadow: Shadow, tensors: list[Tensor], placed: Sequence[Tensor] = ()) -> None:
         if len(tensors) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory. Injected into the copies for a step.")
         save(shadow, tensors, placed)
 
-    monkeypatch.setattr(_Shadow, "save", refused)
+    monkeypatch.setattr(Shadow, "save", refused)
     with pytest.raises(OutOfMemory, match="in clipping"):
         update.run(run.images[:7], run.labels[:7], samples=7)
     assert differences(dump(run.state), before) == []
