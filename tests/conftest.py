@@ -18,6 +18,16 @@ torch.set_num_threads(1)  # threads of small operators wait for each other more 
 composing.remember()
 
 
+def pytest_collection_finish() -> None:
+    freeze()
+
+
+def freeze() -> None:
+    """Leave what lives now out of collections: those after each out-of-memory then look at new objects alone."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests have recorded under the name `summary`, whichever process they ran in."""
     reports = [report for group in terminalreporter.stats.values() for report in group]
@@ -30,11 +40,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="module")
 def capacity() -> Iterator[Capacity]:
     """The CPU with no limit on memory, for many small updates."""
+    freeze()  # what was imported since
     with limited(torch.device("cpu"), "none") as found:
-        gc.collect()
-        gc.freeze()  # a collection after each failure then looks at new objects alone
         yield found
-        gc.unfreeze()
 
 
 @pytest.fixture(params=[pytest.param(3, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])

@@ -150,6 +150,7 @@ def left(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", CHANGES)
 def test_every_key_altered(kind: str, every: int, stopped: Path) -> None:

@@ -141,6 +141,7 @@ DOORS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("door", DOORS)
 def test_what_saved_settings_name_is_not_called(
     door: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

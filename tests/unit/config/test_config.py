@@ -270,6 +270,7 @@ TYPED = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("typed_", TYPED)
 def test_what_is_typed_wins_over_presets_and_stages(typed_: list[str], tmp_path: Path) -> None:
     """In whatever order, on what a file says of its stages by values, choices and presets."""

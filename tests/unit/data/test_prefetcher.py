@@ -201,6 +201,7 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_no_memory_for_loading_is_a_step_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = Prefetcher.train
 

@@ -209,6 +209,7 @@ def fit(folder: Path, *overrides: str) -> Any:
     return Trainer(compose_config([*base, *overrides]), train_data=data, output_dir=folder).fit()
 
 
+@pytest.mark.long
 def test_a_run_and_its_resumed_run_use_and_record_it(weights: list[str], tmp_path: Path) -> None:
     result = fit(tmp_path, *weights)
     assert (result.images["mean"], result.images["std"], result.images["crop_pct"]) == ([0.25] * 3, [2.0] * 3, 0.9)
@@ -224,6 +225,7 @@ def test_a_run_and_its_resumed_run_use_and_record_it(weights: list[str], tmp_pat
     assert [text for text in other.events if "resumed with another data.mean: [0.25, 0.25, 0.25] -> [0.0" in text]
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_these_settings_goes_on_with_what_was_usual(weights: list[str], tmp_path: Path) -> None:
     fit(tmp_path, *weights)
     path = tmp_path / "checkpoints" / "last.pt"

@@ -230,6 +230,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overrides", [[], ["seed=5"]])
 def test_a_resumed_run_holds_out_the_same_samples(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

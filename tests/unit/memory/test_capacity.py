@@ -437,6 +437,7 @@ def test_a_leak_runs_out_of_memory_where_it_would_on_a_card(card: Capacity) -> N
     assert len(kept) == 15, "64 MiB in segments of 20, with five blocks each"
 
 
+@pytest.mark.long
 def test_memory_that_grows_later_is_found_when_it_is_counted_next(card: Capacity) -> None:
     settled(card)  # with one that was not counted
     for _ in range(COUNTED_EVERY - 2):
@@ -489,6 +490,7 @@ def train(
     return value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("save", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)

@@ -312,6 +312,7 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     assert balanced(labels, 5) == pytest.approx([*expected, 1.0, 1.0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weights", ["balanced", "[0.5,2,0]"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_weights_do_not_depend_on_micro_batches_or_on_the_evaluation_batch(
@@ -350,6 +351,7 @@ def test_a_loss_of_the_callers_own_is_told_apart(tmp_path: Path) -> None:
     assert any(event.startswith("trainer.class_weights is not used") for event in events)
 
 
+@pytest.mark.long
 def test_a_run_with_class_weights_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     asked = ("trainer.class_weights=balanced", "trainer.micro_batch_size=3", "schedule=constant")
     whole = fit(tmp_path / "whole", *asked)
@@ -360,6 +362,7 @@ def test_a_run_with_class_weights_goes_on_as_if_it_had_not_stopped(tmp_path: Pat
     assert trained(tmp_path / "again")["metrics"]["train_loss"] == trained(tmp_path / "whole")["metrics"]["train_loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [("null", "balanced"), ("balanced", "null")])
 def test_a_run_goes_on_with_other_class_weights(before: str, after: str, tmp_path: Path) -> None:
     fit(tmp_path / "first", f"trainer.class_weights={before}", "trainer.epochs=1")
@@ -505,6 +508,7 @@ def test_a_loss_that_cannot_be_copied_is_of_no_known_kind() -> None:
     assert criterion.kind == "other"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [("null", "[1,2,3]"), ("[3,2,1]", "null"), ("[3,2,1]", "[1,2,3]")])
 def test_class_weights_are_a_setting_and_no_state(before: str, after: str, tmp_path: Path) -> None:
     fit(tmp_path / "first", f"trainer.class_weights={before}", "trainer.epochs=1")

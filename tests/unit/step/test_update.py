@@ -490,6 +490,7 @@ def sizes_of(card: Capacity, optimizer: str, precision: str) -> Iterator[Any]:
             yield samples, card.peaks(), card.usage().reserved
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.usefixtures("soon_known")
@@ -545,6 +546,7 @@ def test_a_proof_that_fails_leaves_no_trace(capacity: Capacity) -> None:
         assert differences(dump(run.state), before) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_proof_goes_on_after_one_failure_in_its_first_step(
@@ -832,6 +834,7 @@ class Allocating(Fault):  # type: ignore[no-untyped-call]
         return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spared", [0, 3])
 @pytest.mark.parametrize("name", LATE)
 def test_a_step_that_comes_to_need_memory_is_undone(
