@@ -17,7 +17,7 @@ from adaptive_trainer.config.overrides import asked, with_asked
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.ladder.resolve import WHOLE, stage_names
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report import earlier
@@ -61,12 +61,11 @@ def start(cfg: DictConfig, output_dir: Path) -> Start:
 
 
 def _text_of(settings: Path) -> str:
-    problem = ""
-    try:
+    def unreadable(error: Exception) -> CheckpointError:
+        return CheckpointError(f"the settings in {settings} cannot be read: {error}; start anew with resume=null")
+
+    with explained(unreadable, (OSError, UnicodeDecodeError)):
         return settings.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = str(error)
-    raise CheckpointError(f"the settings in {settings} cannot be read: {problem}; start anew with resume=null")
 
 
 def load(path: Path) -> dict[str, Any]:

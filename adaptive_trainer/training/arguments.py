@@ -6,18 +6,16 @@ import copy
 import inspect
 import logging
 import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, explained
 from adaptive_trainer.training.session import ModelFactory
 
 log = logging.getLogger(__name__)
@@ -46,14 +44,10 @@ def check_arguments(cfg: Any, model: Any, loss: Any) -> None:
 
 def _takes_two(function: Any) -> bool:
     """Whether it can be called with two arguments, as far as it says."""
-    if not callable(function):
-        return False
     try:
         inspect.signature(function).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # it does not say
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # some functions written in C do not say
     return True
 
 
@@ -64,54 +58,50 @@ def _named(value: Any) -> str:
 def noting(make: ModelFactory, made: dict[str, str]) -> ModelFactory:
     """`make`, which notes the class of each network under the `model.name` that it was made for.
 
-    A network that is given more than once is copied each time: shapes alone are made of it, or it is trained, and what
-    is asked for again has to be as it was.
+    A network that is given more than once is copied each time.
     """
-
-    seen: list[weakref.ref[nn.Module]] = []
+    seen = WeakSet[nn.Module]()
     copied: set[str] = set()
 
     def made_and_noted(config: ModelConfig, num_classes: int) -> nn.Module:
-        with _no_weights_on_meta():
-            network = make(config, num_classes)
+        network = _made(make, config, num_classes)
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model is to make a torch.nn.Module, and has made a {type(network).__name__}")
-        is_again = any(known() is network for known in seen)
+        is_again = network in seen
         if is_again and config.name not in copied:
             copied.add(config.name)
             log.info("the network exists already: a copy of it is trained, and it stays as it is")
-        if not is_again:
-            seen[:] = [known for known in seen if known() is not None] + [weakref.ref(network)]
+        seen.add(network)
         made[config.name] = type(network).__name__
-        return _copied(network) if is_again or _is_real_on_meta(network) else network
+        # shapes alone are made of it, or it is trained: what is asked for again has to be as it was
+        return _copied(network) if is_again or (_on_meta() and _has_values(network)) else network
 
     return made_and_noted
 
 
-def _is_real_on_meta(network: nn.Module) -> bool:
-    """Whether values were made, or existed, where shapes alone are asked for, which will take their place."""
-    on_meta = torch.get_default_device().type == "meta"
-    return on_meta and not all(parameter.is_meta for parameter in network.parameters())
+def _on_meta() -> bool:
+    """Whether shapes alone are asked for."""
+    return torch.get_default_device().type == "meta"
+
+
+def _has_values(network: nn.Module) -> bool:
+    return not all(parameter.is_meta for parameter in network.parameters())
+
+
+def _made(make: ModelFactory, config: ModelConfig, num_classes: int) -> nn.Module:
+    if not _on_meta():
+        return make(config, num_classes)
+    with warnings.catch_warnings():  # weights that a factory loads go nowhere here, which PyTorch warns of
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter in the checkpoint to a meta")
+        return make(config, num_classes)
 
 
 def _copied(network: nn.Module) -> nn.Module:
-    problem = ""
-    try:
+    def refused(error: Exception) -> ConfigError:
+        return ConfigError(
+            f"model gives a {type(network).__name__} that exists already, and it cannot be copied "
+            f"({type(error).__name__}: {error}); make a new one each time"
+        )
+
+    with explained(refused):  # by whatever it holds
         return copy.deepcopy(network)
-    except Exception as error:  # of whatever it holds
-        problem = f"{type(error).__name__}: {error}"
-    raise ConfigError(
-        f"model gives a {type(network).__name__} that exists already, and it cannot be copied ({problem}); make a new "
-        "one each time"
-    )
-
-
-@contextmanager
-def _no_weights_on_meta() -> Iterator[None]:
-    """Where shapes alone are asked for, weights that a factory loads go nowhere, which PyTorch warns of."""
-    if torch.get_default_device().type != "meta":
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter in the checkpoint to a meta")
-        yield

@@ -92,7 +92,7 @@ class Trainer:
         self.cfg = cfg
         self._made: dict[str, str] = {}
         self._is_own_model = model not in (None, build_model)
-        self._make_model = noting(model, self._made) if model and self._is_own_model else build_model
+        self._make_model = build_model if model in (None, build_model) else noting(model, self._made)
         self._data = (train_data, val_data)
         self._loss = None if loss is None else Criterion(loss)
         self._weights: list[float] = []  # of the classes, where trainer.class_weights=balanced
