@@ -101,14 +101,14 @@ def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, wi
 
 
 def _refuse_no_numbers(state: TrainState) -> None:
-    """Refuse weights that are not finite. A buffer may be infinite (a mask), and hold no NaN."""
+    """Refuse weights that are not finite, and buffers with NaN."""
     modules = [state.model] if state.ema is None else [state.model, state.ema.module]
     for module in modules:
         for name, weight in module.named_parameters():
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"{name} has weights that are no finite numbers")
         for name, buffer in module.named_buffers():
-            if bool(buffer.isnan().any()):
+            if bool(buffer.isnan().any()):  # it may be infinite, as a mask is
                 raise ValueError(f"{name} has values that are no numbers")
 
 

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from adaptive_trainer.config.overrides import apply_overrides, asked, config_dir, literal, typed, with_asked
 from adaptive_trainer.config.schema import CardConfig, Config
-from adaptive_trainer.errors import CheckpointError, ConfigError, override
+from adaptive_trainer.errors import CheckpointError, ConfigError, explained, override
 from adaptive_trainer.ladder.resolve import resolve, stages
 
 TARGET = "_target_"
@@ -44,16 +44,12 @@ def trusted(text: Any, source: Path, cfg: DictConfig) -> DictConfig:
     """
     wanted, own = asked(cfg), OmegaConf.to_container(cfg)
     saved = with_asked(_read(text, source, own), (), wanted.search_path)
-    problem = ""
-    try:
+    # what is wrong with the saved settings by themselves is said of these, the rest of what was typed
+    with explained(lambda error: _blamed(saved, source) or ConfigError(str(error)), (ConfigError,)):
         made = apply_overrides(saved, wanted.overrides)
         made.task, made.resume, made.output_dir = cfg.task, cfg.resume, cfg.output_dir
         made = with_asked(made, wanted.overrides, wanted.search_path)
         named = _named_by(made)
-    except ConfigError as error:
-        problem = str(error)
-    if problem:
-        raise _blamed(saved, source) or ConfigError(problem)
     here = _names(asdict(typed(cfg)))
     targets = _shipped() | {value for place, value in here if _last(place) == TARGET}
     unknown = [name for name in named if name not in here]
@@ -166,11 +162,9 @@ def _shipped() -> frozenset[str]:
 
 
 def _calls(saved: Any, own: Any) -> Names:
-    """What calls a resolver, or may come to do so, or is a name that a rung could change; but for what is one's own.
-
-    Overrides have escapes of their own (`$\\{`), and Hydra resolves once more what it instantiates: so a dollar of one
-    setting that a second one joins to the text of a third is a call too.
-    """
+    """What calls a resolver, or may come to do so, or is a name that a rung could change; but for what is one's own."""
+    # Overrides have escapes of their own (`$\\{`), and Hydra resolves once more what it instantiates: so a dollar of
+    # one setting that a second one joins to the text of a third is a call too.
     known, names = {value for _, value, _ in _leaves(own)}, _names(saved)
     texts = [leaf for leaf in _leaves(saved) if isinstance(leaf[1], str) and leaf[1] not in known]
     has_dollar = any("$" in _beside(str(value)) for tree in (saved, own) for _, value, _ in _leaves(tree))

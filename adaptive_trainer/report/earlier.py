@@ -18,9 +18,7 @@ from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
 LAST = Path("checkpoints", "last.pt")
 SETTINGS, RESULT = "config.yaml", "result.json"
-OF_A_RUN = (LAST.parent, "attempts.jsonl", "metrics.csv", RESULT, SETTINGS)
-
-
+OF_A_RUN = (LAST.parent, "attempts.jsonl", "metrics.csv", RESULT, SETTINGS)  # settings last: see set_aside
 KILLED = "it was killed before the first one, or is still at it"
 
 

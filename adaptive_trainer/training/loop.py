@@ -56,8 +56,7 @@ class Loop:
     def __post_init__(self) -> None:
         """Put together what it uses; no worker is started yet."""
         config, update = self.session.config, self.session.update
-        self.capacity = update.capacity
-        self.device = self.capacity.device
+        self.device, self.capacity = self.session.capacity.device, self.session.capacity
         self._failures = 0  # beside updates, since one passed with all that belongs to it
         self.growth = Growth(self.device)
         self.loss = RunningLoss(self.session)
@@ -96,7 +95,7 @@ class Loop:
 
     def _answer(self, failure: oom.Failure) -> None:
         """Go on after an out-of-memory in what is done beside updates, which all can be taken up again."""
-        oom.release(self.device)
+        oom.release(self.device)  # after the handler, when the failed work's frames are gone
         self._failures += 1
         if self._failures == 1 and not failure.exact:
             log.warning("out of memory between updates (%s): once more from there", failure.text)
@@ -160,7 +159,7 @@ class Loop:
         """A checkpoint within an epoch, of weights whose loss was a number up to now."""
         is_asked = self.loss.is_asked
         self.loss.ask()
-        self.loss.answer()
+        self.loss.answer()  # raises where it is no number: the last good checkpoint stays
         self.loss.is_asked = is_asked
         self.keeper.save(self.session)
 
@@ -176,6 +175,7 @@ class Loop:
         """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
         self.loss.is_asked = False  # what follows says more
         row: dict[str, Any] = {}
+        # a stop takes the evaluation back too: a resumed run begins it anew and ends with the same bits
         with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).unless_done():
             row, is_best = self._record_epoch()
         if not row:

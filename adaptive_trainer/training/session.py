@@ -84,6 +84,7 @@ class Session:
     state: TrainState
     update: Update
     schedule: Schedule
+    capacity: Capacity
     rung: str = ""
 
     @property
@@ -118,7 +119,7 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 
 
 def _new_state(config: Config, parts: Parts) -> TrainState:
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same weights at whatever rung the model begins
     model = parts.make_model(config.model, parts.num_classes)
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise ConfigError(
@@ -142,7 +143,8 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
 
 
 def _own_memory(model: nn.Module) -> None:
-    """A buffer that is an expanded view cannot be put back in place: it gets memory of its own."""
+    """Give buffers that are expanded views memory of their own."""
+    # nothing can be copied into such a view, so that an undo could not put it back in place
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):
@@ -150,10 +152,8 @@ def _own_memory(model: nn.Module) -> None:
 
 
 def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
-    """The session's state, with only those parts made anew whose settings `config` changes.
-
-    The session itself keeps its own, so that a climb which fails can go back to it: see `settle` for what both share.
-    """
+    """The session's state, with only those parts made anew whose settings `config` changes."""
+    # the session keeps its own, so that a climb which fails can go back to it: see `settle` for what both share
     old, state = session.config, replace(session.state)
     if config.trainer.precision != old.trainer.precision:
         state.scaler = build_scaler(config.trainer.precision, parts.device)
@@ -191,4 +191,4 @@ def _around(state: TrainState, config: Config, parts: Parts) -> Session:
         epochs=config.trainer.epochs,
         updates_per_epoch=updates_per_epoch(parts.train_size, used.batch_size),
     )
-    return Session(config, state, update, schedule)
+    return Session(config, state, update, schedule, parts.capacity)

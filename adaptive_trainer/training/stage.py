@@ -106,7 +106,7 @@ class Stage:
         else:
             predicted = self.run.judge.largest_batch(self.phase.asked, most)
             found = batch_size.find(self._fits, predicted=predicted, most=most, room=room)
-        self.rungs.settle(*found)
+        self.rungs.settle(*found)  # it is rung 0 now, below which the ladder goes on as ever
         self.keeper.largest = found[0]
 
     def _fits(self, size: int) -> bool:

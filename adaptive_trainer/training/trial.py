@@ -78,10 +78,8 @@ class Trial:
     def descend(
         self, rungs: Iterable[Rung[Config]], assess: Assess, on_attempt: Callable[[Attempt], None]
     ) -> Found[Config, int]:
-        """Try one rung after another; remember how it went for later runs.
-
-        What fails in training, later, is not remembered: that says too little of a rung.
-        """
+        """Try one rung after another; remember how it went for later runs."""
+        # what fails later, in training, is not remembered: that says too little of a rung
         judge, capacity, device = self._run.judge, self._run.parts.capacity, self._run.parts.device
 
         def noted() -> Iterator[Rung[Config]]:
@@ -117,7 +115,7 @@ class Trial:
         is_new, back = self.session is None, self.session if self.is_climbing else None
         self.is_climbing, self._earlier = False, None
         if back is not None:
-            back.update.free_copies()
+            back.update.free_copies()  # both sessions exist for a while, and only one trains
         try:
             self.session = enter(config, self._run.parts, self.session)
             self.session.rung = self._tried.name
@@ -132,7 +130,7 @@ class Trial:
             if is_new or back is not None:
                 self.session = back
             if back is not None:
-                settle(back.config, back.state)
+                settle(back.config, back.state)  # model, optimizer and average are shared with what was tried
             raise
         self.saved = None
         return eval_batch
@@ -186,7 +184,7 @@ class Trial:
         old = self.opened
         learned = self._keeper.content(old) if old.state.updates and old.is_sound else None
         self._keeper.start_anew(old.config.model.name, model.name, learned)
-        del old, learned
+        del old, learned  # or they would be alive while their memory is released
         self.session = None
         oom.release(self._run.parts.device)  # a network may hold itself in a circle of references
 

@@ -35,7 +35,7 @@ class RunningLoss:
     """The mean training loss: asked for after one update and read after the next, so that a device need not wait."""
 
     def __init__(self, session: Session) -> None:
-        on_cuda = session.update.capacity.device.type == "cuda"
+        on_cuda = session.capacity.device.type == "cuda"
         self.is_asked = False
         self._session = session
         self._asked_after = 0
@@ -48,7 +48,7 @@ class RunningLoss:
         self._asked_after = state.updates
         meters = (state.meters["loss"], state.meters.get("weight", state.meters["seen"]))
         for there, here in zip(self._sums, meters, strict=True):
-            there.copy_(here, non_blocking=True)
+            there.copy_(here, non_blocking=True)  # into pinned memory, beside what the card computes
         if self._copied is not None:
             self._copied.record()
         self.is_asked = True
@@ -79,7 +79,7 @@ class Thrashing:
         self._before = self._now()
 
     def _now(self) -> tuple[int, int]:
-        return self._session.state.updates, self._session.update.capacity.usage().num_alloc_retries
+        return self._session.state.updates, self._session.capacity.usage().num_alloc_retries
 
     def look(self) -> None:
         """Compare with the last look.
