@@ -6,11 +6,26 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# What result.json and checkpoints say of a recipe, in this order.
-REPORTED = (
-    "model", "image_size", "batch_size", "micro_batch_size", "eval_batch_size", "precision", "checkpoint_activations",
-    "optimizer", "lr", "num_workers", "tf32",
-)  # fmt: skip
+# What result.json and checkpoints say of a recipe, in this order; the techniques stand between.
+REPORTED = ("model", "image_size", "batch_size", "micro_batch_size", "eval_batch_size", "precision")
+REPORTED_LAST = ("optimizer", "lr", "num_workers", "tf32")
+
+
+@dataclass(frozen=True, slots=True)
+class Technique:
+    """A technique that saves memory.
+
+    Attributes:
+        key: its setting of `trainer`.
+        value: of the setting; false where the technique is not used.
+        text: what it does, for people.
+        without: what a recipe without it would do, for people.
+    """
+
+    key: str
+    value: Any
+    text: str
+    without: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +54,7 @@ class Recipe:
     optimizer: str = ""
     lr: float = 0.0
     precision: str = "fp32"
-    checkpoint_activations: bool = False
+    techniques: tuple[Technique, ...] = ()
     clip_grad: float | None = None
     channels_last: bool = False
     tf32: bool | None = None
@@ -56,7 +71,9 @@ class Recipe:
 
     def reported(self) -> dict[str, Any]:
         """What records of a run say of it."""
-        return {name: getattr(self, name) for name in REPORTED}
+        techniques = {technique.key: technique.value for technique in self.techniques}
+        first, last = ({name: getattr(self, name) for name in names} for names in (REPORTED, REPORTED_LAST))
+        return {**first, **techniques, **last}
 
     def no_step_down_to(self, below: Recipe) -> str:
         """Why another recipe is no step down from this one; empty where it is one."""
@@ -67,8 +84,9 @@ class Recipe:
             return f"it would raise {', '.join(changes)}"
         if self.precision != "fp32" and below.precision != self.precision:
             return f"{self.precision} was asked for and takes no more memory than {below.precision}"
-        if self.checkpoint_activations and not below.checkpoint_activations:
-            return "it would keep all activations"
+        for used, then in zip(self.techniques, below.techniques, strict=True):
+            if used.value and not then.value:
+                return used.without
         if below.batch_size < self.batch_size and below.micro_batch_size == self.micro_batch_size:
             return f"the micro-batch stays {below.micro_batch_size}, so a smaller batch would save no memory"
         return ""
@@ -76,5 +94,5 @@ class Recipe:
     def __str__(self) -> str:
         """One line for people."""
         micro = f" in micro-batches of {self.micro_batch_size}" if self.accumulation > 1 else ""
-        saved = ", activations recomputed" if self.checkpoint_activations else ""
+        saved = "".join(f", {technique.text}" for technique in self.techniques if technique.value)
         return f"{self.model}, batch {self.batch_size}{micro}, image {self.image_size}, {self.precision}{saved}"

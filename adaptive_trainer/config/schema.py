@@ -77,6 +77,11 @@ def setting(default: Any, *rules: Rule) -> Any:
     return field(default=default, metadata={"rules": rules})
 
 
+def technique(default: Any, text: str, without: str) -> Any:
+    """A field of `TrainerConfig` that switches a technique of `models/savers/`; the texts are those of `Technique`."""
+    return field(default=default, metadata={"technique": (text, without)})
+
+
 @dataclass
 class ModelConfig:
     """Which network: a timm name (`efficientnet_b0`) or a torchvision one (`torchvision/mobilenet_v3_small`)."""
@@ -157,7 +162,7 @@ class TrainerConfig:
     micro_batch_size: int | None = setting(None, _at_least(1))  # null: the batch size
     eval_batch_size: int | None = setting(None, _at_least(1))  # null: the micro-batch size
     precision: str = setting("fp32", _one_of(*PRECISIONS))
-    checkpoint_activations: bool = False
+    checkpoint_activations: bool = technique(False, "activations recomputed", "it would keep all activations")
     channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
     tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = setting(None, CLIPPING)

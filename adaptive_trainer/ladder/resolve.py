@@ -6,8 +6,8 @@ A rung makes the recipe smaller, never larger, and every change has its reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, PhaseConf
 from adaptive_trainer.config.validate import problems_of
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.rung import REQUESTED, Change, Rung
-from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.recipe import Recipe, Technique
 
 T = TypeVar("T")
 Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
@@ -53,7 +53,7 @@ def recipe(config: Config) -> Recipe:
         micro_batch_size=micro,
         eval_batch_size=trainer.eval_batch_size or micro,
         precision=trainer.precision,
-        checkpoint_activations=trainer.checkpoint_activations,
+        techniques=tuple(_techniques(trainer)),
         optimizer=config.optimizer.name,
         lr=config.optimizer.lr,
         num_workers=config.data.num_workers,
@@ -62,6 +62,12 @@ def recipe(config: Config) -> Recipe:
         channels_last=bool(trainer.channels_last),
         num_classes=config.model.num_classes or 0,
     )
+
+
+def _techniques(trainer: TrainerConfig) -> Iterator[Technique]:
+    for setting in fields(trainer):
+        if texts := setting.metadata.get("technique"):
+            yield Technique(setting.name, getattr(trainer, setting.name), *texts)
 
 
 def stored_size(requests: Iterable[Config]) -> int:

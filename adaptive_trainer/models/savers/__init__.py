@@ -1,16 +1,17 @@
 """Techniques that save memory in training and leave its results as they are, bit for bit: one module each.
 
-A new technique is a module here that is like `Saver`, its entry in `SAVERS`, its key of `trainer` and its test.
+A new technique is a module here that is like `Saver`, its key in `config.schema.TrainerConfig`, and its test.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import importlib
+import pkgutil
+from typing import Any, Protocol, cast
 
 from torch import nn
 
 from adaptive_trainer.config.schema import TrainerConfig
-from adaptive_trainer.models.savers import recompute
 
 
 class Saver(Protocol):
@@ -25,7 +26,9 @@ class Saver(Protocol):
         """Say why the network cannot be compiled as the technique has left it; empty where it can."""
 
 
-SAVERS: tuple[Saver, ...] = (recompute,)
+SAVERS: tuple[Saver, ...] = tuple(
+    cast(Saver, importlib.import_module(f"{__name__}.{module.name}")) for module in pkgutil.iter_modules(__path__)
+)
 
 
 def apply_savers(model: nn.Module, settings: TrainerConfig) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from adaptive_trainer.config.schema import ModelConfig, TrainerConfig
+from adaptive_trainer.config.schema import Config, ModelConfig, TrainerConfig
+from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.models.savers import SAVERS, Saver, apply_savers, compile_refusal, saver_settings
 from adaptive_trainer.models.zoo import build_model
 
@@ -25,3 +26,11 @@ def test_what_is_switched_off_leaves_nothing(saver: Saver) -> None:
     apply_savers(model, off)
     assert compile_refusal(model) == ""
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+
+
+def test_every_technique_is_part_of_the_recipe() -> None:
+    used = recipe(Config(trainer=TrainerConfig(checkpoint_activations=True)))
+    assert [technique.key for technique in used.techniques] == [saver.KEY for saver in SAVERS]
+    assert used.reported().keys() >= {saver.KEY for saver in SAVERS}
+    assert str(used).endswith(", activations recomputed")
+    assert used.no_step_down_to(recipe(Config())) == "it would keep all activations"
