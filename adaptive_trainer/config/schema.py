@@ -245,6 +245,7 @@ class Config:
     seed: int = setting(0, SEED)
     resume: str | None = None
     output_dir: str | None = None  # null: Hydra's output folder
+    trackers: dict[str, Any] = field(default_factory=dict)  # by name, nodes with a `_target_`, as those of the data
     optimized_metric: str = setting("val_accuracy", _one_of(*METRICS))
 
 

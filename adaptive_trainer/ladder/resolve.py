@@ -25,7 +25,16 @@ Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the sett
 WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
-OF_THE_RUN = ("task", "device", "resume", "output_dir", "optimized_metric", "card", "phases")  # what no stage may set
+OF_THE_RUN = (
+    "task",
+    "device",
+    "resume",
+    "output_dir",
+    "trackers",
+    "optimized_metric",
+    "card",
+    "phases",
+)  # what no stage may set
 OF_A_STAGE = ("seed", "ladder.rungs", "trainer.channels_last")  # the same for all its rungs
 # Decided once for all rungs: what is trained on, where, and what becomes of it.
 FIXED = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from adaptive_trainer.errors import ConfigError, explained
 from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.utils.screen import duration
 
@@ -15,7 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class Listener:
-    """Hears how a run goes, as plain data; a tracker overrides what it wants to know. What it raises ends the run."""
+    """Hears how a run goes, as plain data; a tracker overrides what it wants to know. What it raises ends the run.
+
+    A tracker is named in the settings: `trackers.mine._target_=package.module.Class`, or `+tracker=NAME` of a file
+    `configs/tracker/NAME.yaml`.
+    """
+
+    def start(self, folder: Path, settings: str) -> None:
+        """Hear where the record is, and the settings as YAML."""
 
     def attempt(self, entry: Attempt) -> None:
         """Hear of a rung that was tried or skipped, or that ran out of memory in training."""
@@ -27,7 +35,7 @@ class Listener:
         """Hear the figures of an epoch that is evaluated and saved.
 
         Args:
-            row: as in metrics.csv.
+            row: as in metrics.csv. A resumed run may tell an epoch again, under the same `stage` and `epoch`.
             epochs: how many there will be.
         """
 
@@ -36,6 +44,25 @@ class Listener:
 
     def end(self, outcome: str) -> None:
         """Hear how the run ended, as in result.json."""
+
+
+def trackers(nodes: dict[str, Any]) -> list[Listener]:
+    """Make the listeners that the settings name.
+
+    Raises:
+        ConfigError: one cannot be made, or is no `Listener`.
+    """
+    return [_made(f"trackers.{name}", node) for name, node in nodes.items()]
+
+
+def _made(name: str, node: dict[str, Any]) -> Listener:
+    from hydra.utils import instantiate
+
+    with explained(lambda error: ConfigError(f"{name} cannot be made: {error}".partition("\n")[0])):
+        tracker = instantiate(node, _convert_="all")
+    if not isinstance(tracker, Listener):
+        raise ConfigError(f"{name} is a {type(tracker).__name__} and no Listener; name one by {name}._target_")
+    return tracker
 
 
 class Lines(Listener):

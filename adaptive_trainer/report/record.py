@@ -94,6 +94,7 @@ class Record(Listener):
     def begin(self, settings: str) -> None:
         """Write config.yaml, and the attempts so far."""
         self._write("config.yaml", settings)
+        self.start(self.folder, settings)
         self.has_begun = True
         for entry in self.attempts:
             self._append("attempts.jsonl", as_json(asdict(entry)) + "\n")
@@ -118,6 +119,11 @@ class Record(Listener):
         for listener in self.listeners:
             listener.event(text)
         self.events.append(text)
+
+    def start(self, folder: Path, settings: str) -> None:
+        """Pass on that the run has begun."""
+        for listener in self.listeners:
+            listener.start(folder, settings)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Pass on the figures of an epoch, which `metrics` has written."""
@@ -164,6 +170,7 @@ class Record(Listener):
         with suppress(Exception):  # disk or memory may be full, and the first error is the one to show
             if self.has_begun:
                 self._write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
+        with suppress(Exception):
             self.end(outcome)
 
     def _write(self, name: str, text: str) -> None:

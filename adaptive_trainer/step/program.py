@@ -112,7 +112,7 @@ class Program:
         return images.to(self.device, non_blocking=True, memory_format=self._memory_format)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype, kind = AUTOCAST.get(self.recipe.precision), self.device.type
+        dtype, kind = AUTOCAST[self.recipe.precision], self.device.type
         if dtype is None and not torch.is_autocast_enabled(kind):  # by the caller
             return nullcontext()
         return torch.autocast(kind, dtype, enabled=dtype is not None)

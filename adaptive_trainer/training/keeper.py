@@ -35,11 +35,12 @@ class Keeper:
         """Where the checkpoints are."""
         return self.run.record.folder / "checkpoints"
 
-    def figures(self, row: dict[str, Any], session: Session) -> None:
-        """Write the figures of an epoch."""
-        model = self.run.parts.recipe(session.config).model
-        self.run.record.metrics({"stage": self.number, **row, "model": model})
+    def figures(self, row: dict[str, Any], session: Session) -> dict[str, Any]:
+        """Write the figures of an epoch; return the row as it is in metrics.csv."""
         self.metrics = row
+        row = {"stage": self.number, **row, "model": self.run.parts.recipe(session.config).model}
+        self.run.record.metrics(row)
+        return row
 
     def save(self, session: Session, *, is_best: bool = False) -> None:
         """Write last.pt, and best.pt where these are the best weights so far."""

@@ -215,8 +215,7 @@ class Loop:
             "seconds": round(seconds, 3),
         }
         is_best = self._is_best(accuracy if is_scored else -loss, is_scored=is_scored)
-        self.keeper.figures(row, self.session)  # last, as it is not taken back
-        return row, is_best
+        return self.keeper.figures(row, self.session), is_best  # last, as it is not taken back
 
     def _is_best(self, score: float, *, is_scored: bool) -> bool:
         best = self.session.state.best

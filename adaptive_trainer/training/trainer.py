@@ -46,7 +46,7 @@ from adaptive_trainer.planning.image_size import check_image_size
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.report.earlier import left_by_earlier, way_on
-from adaptive_trainer.report.listeners import Lines
+from adaptive_trainer.report.listeners import Lines, trackers
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import summary
 from adaptive_trainer.training.arguments import check_arguments, noting
@@ -119,7 +119,7 @@ class Trainer:
         device = device_of(start.cfg.device)
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)
-        record = Record(self.output_dir, [Lines()])
+        record = Record(self.output_dir, [Lines(), *trackers(typed(start.cfg).trackers)])
         with showing(), alone_in_process(), record.held():
             if not left_by_earlier(self.output_dir):
                 record.begin(frozen(start.cfg))

@@ -6,7 +6,8 @@ import torch
 
 from adaptive_trainer.errors import ConfigError, explained
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What autocast computes in, for every precision that the settings may name; None: there is no autocast.
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 
 
@@ -39,7 +40,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def precision_refusal(device: torch.device, precision: str) -> str | None:
     """Why nothing can be computed on this device in bf16 or fp16; None where it can."""
     try:
-        if dtype := AUTOCAST.get(precision):
+        if dtype := AUTOCAST[precision]:
             torch.autocast(device.type, dtype)  # which asks the device
     except RuntimeError as error:
         return f"{device} does not take trainer.precision={precision}: {error}"

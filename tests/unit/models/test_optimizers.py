@@ -14,9 +14,10 @@ from timm.optim import get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from adaptive_trainer.config.schema import OptimizerConfig, ScheduleConfig
+from adaptive_trainer.config.schema import PRECISIONS, OptimizerConfig, ScheduleConfig
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.optimizers import SCHEDULES, build_ema, build_optimizer, build_scaler, build_schedule
+from adaptive_trainer.utils.device import AUTOCAST
 
 CPU = torch.device("cpu")
 
@@ -280,3 +281,8 @@ def test_an_optimizer_works_without_momentum(name: str) -> None:
             assert new.grad is not None
             torch.testing.assert_close(new, old - 0.1 * new.grad)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_every_precision_of_the_settings_has_its_dtype() -> None:
+    """One without would train in fp32 and be recorded as something else."""
+    assert tuple(AUTOCAST) == PRECISIONS
