@@ -36,9 +36,9 @@ from adaptive_trainer.config.schema import USUAL, Config
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.datasets import DataSets, build_datasets
+from adaptive_trainer.data.images.transforms import build_transform
 from adaptive_trainer.data.loader import Batch, Loader
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.ladder.resolve import resolve, stored_size
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss

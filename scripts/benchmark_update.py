@@ -43,9 +43,9 @@ from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.backends.cuda_graph import Graph
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Progress, Undo
-from adaptive_trainer.training.loop import Loop
+from adaptive_trainer.training.epochs.loop import Loop
+from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.session import Parts, enter
-from adaptive_trainer.training.stopping import StopSignal
 from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_speed import CASES, LARGE_BF16, RUNGS, UPDATES, WARM_UP, Case, batch_of, engine_of
 from scripts.timing import BLOCKS, CUDA, alternating, heading, need_cuda, per_update, ratio, row, synchronize, table

@@ -28,7 +28,7 @@ from adaptive_trainer.config.mistakes import explain, options_first
 from adaptive_trainer.config.overrides import at_home, config_dir, register, typed, with_asked
 from adaptive_trainer.config.schema import TASKS
 from adaptive_trainer.config.validate import check, check_no_card
-from adaptive_trainer.data.folders import check_folders
+from adaptive_trainer.data.images.folders import check_folders
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     ConfigError,

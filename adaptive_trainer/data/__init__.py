@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-HOME = {"digits": "datasets", "image_folder": "image_files"}
+HOME = {"digits": "datasets", "image_folder": "images.files"}
 
 
 def __getattr__(name: str) -> Any:

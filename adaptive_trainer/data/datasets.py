@@ -17,9 +17,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from adaptive_trainer.config.schema import LARGEST, Config, DataConfig
 from adaptive_trainer.data.cached.store import Stored
-from adaptive_trainer.data.folders import check_root
+from adaptive_trainer.data.images.folders import check_root
+from adaptive_trainer.data.images.transforms import build_transform
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
-from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.errors import ConfigError, DataError, UserError, explained
 from adaptive_trainer.utils.progress import Progress
 

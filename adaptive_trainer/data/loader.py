@@ -16,9 +16,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.datasets import DataSets
+from adaptive_trainer.data.images.transforms import build_transform
 from adaptive_trainer.data.position import Key, Position, updates_per_epoch
 from adaptive_trainer.data.samples import EVALUATION, Both, Samples
-from adaptive_trainer.data.transforms import build_transform
 from adaptive_trainer.errors import OutOfMemory
 
 SECONDS_AFTER_SIGTERM = 30

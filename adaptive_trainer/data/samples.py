@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.data.datasets import MapDataset, labelled, sample_name
+from adaptive_trainer.data.images.transforms import TOO_LARGE, Transform, to_rgb, wrong_range
 from adaptive_trainer.data.position import Key, key_seed
-from adaptive_trainer.data.transforms import TOO_LARGE, Transform, to_rgb, wrong_range
 from adaptive_trainer.errors import DataError, explained
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import put_all, seed, states_of

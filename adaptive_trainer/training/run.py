@@ -15,8 +15,8 @@ from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.report.record import Record
+from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.session import Parts
-from adaptive_trainer.training.stopping import StopSignal
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.summary import change_text
+from adaptive_trainer.training.epochs.loop import Loop
 from adaptive_trainer.training.keeper import Keeper
-from adaptive_trainer.training.loop import Loop
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.rungs import Climbing, Rungs
 from adaptive_trainer.training.trial import Trial, Weights

@@ -27,8 +27,8 @@ from adaptive_trainer.config.schema import BALANCED, USUAL, Config, ModelConfig
 from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch_size, described, labels_of
+from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
-from adaptive_trainer.data.preprocessing import settled
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     CheckpointError,
@@ -50,10 +50,10 @@ from adaptive_trainer.report.listeners import Lines, trackers
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import summary
 from adaptive_trainer.training.arguments import check_arguments, noting
+from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.session import ModelFactory, Parts
-from adaptive_trainer.training.stopping import StopSignal
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.utils.screen import showing

@@ -13,7 +13,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.checkpoints.packing import made_buffers, make_buffers
 from adaptive_trainer.checkpoints.resume import take_up
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.data.preprocessing import remark
+from adaptive_trainer.data.images.preprocessing import remark
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, descend
 from adaptive_trainer.ladder.resolve import recipe

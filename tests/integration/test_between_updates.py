@@ -28,10 +28,10 @@ from adaptive_trainer.report.listeners import Lines
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.training import trainer
-from adaptive_trainer.training.evaluation import Evaluation
-from adaptive_trainer.training.loop import Loop
+from adaptive_trainer.training.epochs.evaluation import Evaluation
+from adaptive_trainer.training.epochs.loop import Loop
+from adaptive_trainer.training.epochs.watch import BrokenImages, RunningLoss, Thrashing
 from adaptive_trainer.training.rungs import Climbing
-from adaptive_trainer.training.watch import BrokenImages, RunningLoss, Thrashing
 from tests.integration.test_resume import differing
 from tests.support.faults import Fault, differences, dump
 from tests.support.runs import Case, Run, start

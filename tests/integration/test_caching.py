@@ -32,7 +32,7 @@ from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.fingerprint import fingerprint
 from adaptive_trainer.data.cached.store import available_memory
 from adaptive_trainer.data.datasets import DataSets, build_datasets, digits
-from adaptive_trainer.data.image_files import ImageFiles
+from adaptive_trainer.data.images.files import ImageFiles
 from adaptive_trainer.data.samples import SampleError
 from adaptive_trainer.errors import ConfigError, DataError, Interrupted
 from tests.support.forking import Launcher, Started

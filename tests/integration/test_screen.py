@@ -265,9 +265,9 @@ def test_paths_can_be_typed_where_the_program_was_started(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("logger", "level", "out", "err"),
     [
-        ("adaptive_trainer.training.loop", logging.INFO, "text\n", ""),
-        ("adaptive_trainer.training.loop", logging.WARNING, "text\n", ""),
-        ("adaptive_trainer.training.loop", logging.ERROR, "", "text\n"),
+        ("adaptive_trainer.training.epochs.loop", logging.INFO, "text\n", ""),
+        ("adaptive_trainer.training.epochs.loop", logging.WARNING, "text\n", ""),
+        ("adaptive_trainer.training.epochs.loop", logging.ERROR, "", "text\n"),
         ("timm.models", logging.INFO, "", ""),
         ("timm.models", logging.WARNING, "", "text\n"),
         ("adaptive_trainer_of_another", logging.INFO, "", ""),

@@ -33,7 +33,7 @@ WITHOUT_TORCH = (
     "errors",
     "recipe",
     "utils.files",
-    "data.folders",
+    "data.images.folders",
     "ladder.resolve",
     "ladder.rung",
     "config.mistakes",

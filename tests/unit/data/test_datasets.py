@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import Config, DataConfig
 from adaptive_trainer.data.datasets import build_datasets, described, digits, sample_name
-from adaptive_trainer.data.folders import check_folders
-from adaptive_trainer.data.image_files import image_folder
+from adaptive_trainer.data.images.files import image_folder
+from adaptive_trainer.data.images.folders import check_folders
 from adaptive_trainer.errors import ConfigError, DataError
 
 

@@ -24,7 +24,7 @@ from adaptive_trainer.data.cached.gpu_transforms import (
     uniform,
     windows,
 )
-from adaptive_trainer.data.transforms import build_transform
+from adaptive_trainer.data.images.transforms import build_transform
 
 CPU = torch.device("cpu")
 SIDES = st.integers(1, 4000)

@@ -24,10 +24,10 @@ from adaptive_trainer.data.cached import build as caching
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.datasets import DataSets, build_datasets, described
-from adaptive_trainer.data.folders import check_folders, check_root
-from adaptive_trainer.data.image_files import ImageFiles
+from adaptive_trainer.data.images.files import ImageFiles
+from adaptive_trainer.data.images.folders import check_folders, check_root
+from adaptive_trainer.data.images.transforms import to_rgb
 from adaptive_trainer.data.loader import Batch, Loader
-from adaptive_trainer.data.transforms import to_rgb
 from adaptive_trainer.errors import DataError
 
 # What a camera stores for an upright scene, by the orientation it notes: the inverse of what makes it upright.

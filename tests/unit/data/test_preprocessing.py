@@ -21,8 +21,8 @@ from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.schema import USUAL, Config, DataConfig, ModelConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, center_windows, windows
-from adaptive_trainer.data.preprocessing import own, remark, settled
-from adaptive_trainer.data.transforms import build_transform
+from adaptive_trainer.data.images.preprocessing import own, remark, settled
+from adaptive_trainer.data.images.transforms import build_transform
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.ladder.rung import Rung

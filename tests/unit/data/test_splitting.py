@@ -20,8 +20,8 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.datasets import build_datasets, described
-from adaptive_trainer.data.folders import check_folders
-from adaptive_trainer.data.image_files import image_folder
+from adaptive_trainer.data.images.files import image_folder
+from adaptive_trainer.data.images.folders import check_folders
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split, held_out, known_labels
 from adaptive_trainer.errors import CheckpointError, DataError
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from adaptive_trainer.config.schema import DataConfig
-from adaptive_trainer.data.transforms import build_transform, read_as_rgb, to_rgb
+from adaptive_trainer.data.images.transforms import build_transform, read_as_rgb, to_rgb
 
 
 def grey(width: int = 10, height: int = 6) -> Image.Image:

@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
-from adaptive_trainer.data.folders import beside_splits, class_folders, is_hidden, split_folder
-from adaptive_trainer.data.transforms import TOO_LARGE, read_as_rgb
+from adaptive_trainer.data.images.folders import beside_splits, class_folders, is_hidden, split_folder
+from adaptive_trainer.data.images.transforms import TOO_LARGE, read_as_rgb
 from adaptive_trainer.errors import DataError
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

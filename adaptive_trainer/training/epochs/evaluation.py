@@ -11,8 +11,8 @@ from adaptive_trainer.data.pipeline import Pipeline
 from adaptive_trainer.errors import DataError, Interrupted, OutOfMemory
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
-from adaptive_trainer.training.stopping import StopSignal
-from adaptive_trainer.training.watch import BrokenImages
+from adaptive_trainer.training.epochs.stopping import StopSignal
+from adaptive_trainer.training.epochs.watch import BrokenImages
 from adaptive_trainer.utils.progress import Progress
 
 

@@ -19,11 +19,11 @@ from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Undo
-from adaptive_trainer.training.evaluation import Evaluation
+from adaptive_trainer.training.epochs.evaluation import Evaluation
+from adaptive_trainer.training.epochs.stopping import StopSignal
+from adaptive_trainer.training.epochs.watch import BrokenImages, RunningLoss, Thrashing, finite
 from adaptive_trainer.training.keeper import Keeper
 from adaptive_trainer.training.session import Session
-from adaptive_trainer.training.stopping import StopSignal
-from adaptive_trainer.training.watch import BrokenImages, RunningLoss, Thrashing, finite
 from adaptive_trainer.utils.progress import Progress
 
 log = logging.getLogger(__name__)
