@@ -132,6 +132,7 @@ def check_data(saved: dict[str, Any], data: DataSets) -> None:
         gone, new = sorted(set(saved["classes"]) - set(data.classes)), sorted(set(data.classes) - set(saved["classes"]))
         what = f"gone {gone}, new {new}" if gone or new else "their order"
         raise CheckpointError(f"the classes are others than those of the checkpoint: {what}; {advice}")
+    split_before(saved)  # refuses a damaged one, which may be nothing that can be compared
     if data.split is not None and saved.get("split", asdict(data.split)) != asdict(data.split):
         raise CheckpointError(
             "other samples would be held out for validation than in the run of the checkpoint, which has trained on "
