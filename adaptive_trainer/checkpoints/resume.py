@@ -112,7 +112,7 @@ def split_before(saved: dict[str, Any] | None) -> Split | None:
         return Split(RANDOM, saved["config"]["seed"])
     is_one = isinstance(known, dict) and set(known) == set(asdict(Split("", 0))) and type(known["seed"]) is int
     if not is_one or known["kind"] not in (STRATIFIED, RANDOM):
-        raise CheckpointError(f"the checkpoint is damaged: 'split' is not what was saved ({known}); use another one")
+        raise CheckpointError("the checkpoint is damaged: 'split' is not what was saved; use another one")
     return Split(known["kind"], known["seed"])
 
 
