@@ -143,3 +143,4 @@ def explained(
             raise ours
         finally:
             ours.__context__ = None  # Python has just set it to the other error
+            del ours  # else it and this frame, which its traceback holds, keep each other alive

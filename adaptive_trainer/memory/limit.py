@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -32,19 +32,25 @@ UNITS = {"b": 1} | {
     for suffix, base in (("ib", 1024), ("b", 1000))
 }
 TOO_SMALL = f"less than the {SMALL_SEGMENT // 2**20} MiB of the allocator's smallest segment, so that nothing fits"
+SETTING = "memory.limit"
 ALLOWED = (
     "allowed are a size (5600MiB, 6GiB, 512 MB), a fraction of the card above 0 and up to 1 (0.5), "
-    "null for the default, or none for no limit"
+    "{}or none for no limit"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """`memory.limit`, understood. None of the three set: the default."""
+    """`memory.limit`, understood. None of the first three set: the default.
+
+    Attributes:
+        name: what messages call it.
+    """
 
     bytes: int | None = None
     fraction: float | None = None
     lifted: bool = False
+    name: str = field(default=SETTING, compare=False)
 
     def of(self, total: int) -> int | None:
         """The limit in bytes on a device of `total` bytes; None where none is set.
@@ -56,36 +62,40 @@ class Limit:
             return self.bytes
         size = int(self.fraction * total)
         if size < SMALL_SEGMENT:
-            raise ConfigError(f"memory.limit={self.fraction:g} of {format_bytes(total)} is {TOO_SMALL}; ask for more")
+            raise ConfigError(f"{self.name}={self.fraction:g} of {format_bytes(total)} is {TOO_SMALL}; ask for more")
         return size
 
 
-def parse_limit(value: object) -> Limit:
+def parse_limit(value: object, name: str = SETTING) -> Limit:
     """Understand `memory.limit`: null, `none`, a size with its unit, whole bytes, or a fraction in (0, 1].
+
+    Args:
+        name: what messages call it.
 
     Raises:
         ConfigError: anything else, and sizes below one segment of the allocator (most likely a unit was forgotten).
     """
     text = value.strip().lower() if isinstance(value, str) else None
+    allowed = ALLOWED.format("null for the default, " if name == SETTING else "")
     if value is None or text in ("", "null"):
-        return Limit()
+        return Limit(name=name)
     if text == "none":
-        return Limit(lifted=True)
+        return Limit(lifted=True, name=name)
     number, unit = None, ""
     if match := NUMBER.fullmatch(text or ""):
         number, unit = float(match[1]), match[2]
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = float(value)
     if number is None or unit not in ("", *UNITS):
-        raise ConfigError(f"memory.limit={value!r} cannot be read; {ALLOWED}")
+        raise ConfigError(f"{name}={value!r} cannot be read; {allowed}")
     if not unit and 0 < number <= 1:
-        return Limit(fraction=number)
+        return Limit(fraction=number, name=name)
     if not unit and not (number > 1 and number.is_integer()):
-        raise ConfigError(f"memory.limit={value!r} is neither a size nor a fraction; {ALLOWED}")
+        raise ConfigError(f"{name}={value!r} is neither a size nor a fraction; {allowed}")
     size = number * UNITS[unit or "b"]
     if size < SMALL_SEGMENT:
-        raise ConfigError(f"memory.limit={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
-    return Limit(bytes=int(size))
+        raise ConfigError(f"{name}={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
+    return Limit(bytes=int(size), name=name)
 
 
 @dataclass(eq=False)
@@ -169,23 +179,24 @@ def limit_for(config: Config, device: torch.device, *, is_own_data: bool = False
     return "none" if device.type == "cpu" and is_open and not is_demo else config.memory.limit
 
 
-def limited(device: torch.device, limit: object) -> AbstractContextManager[Capacity]:
+def limited(device: torch.device, limit: object, name: str = SETTING) -> AbstractContextManager[Capacity]:
     """Limit what training may use of `device` while the context is open; contexts may be nested.
 
     Args:
         device: where training runs.
         limit: `memory.limit`, see `parse_limit`. A fraction is of the CUDA device, or of the default simulated device.
+        name: what messages call it.
 
     Raises:
         ConfigError: the limit cannot be read, is larger than the device, or cannot be set on this kind of device.
     """
-    asked = parse_limit(limit)
+    asked = parse_limit(limit, name)
     if device.type == "cuda":
         return _on_cuda(device, asked)
     if device.type == "cpu":
         return _on_cpu(device, asked)
     if asked not in (Limit(), Limit(lifted=True)):
-        raise ConfigError(f"memory.limit={limit!r} cannot be set on {device.type}: only CUDA and the CPU have limits")
+        raise ConfigError(f"{name}={limit!r} cannot be set on {device.type}: only CUDA and the CPU have limits")
     return nullcontext(Capacity(device, None, f"{device.type}, whose memory is neither limited nor measured"))
 
 
@@ -214,7 +225,7 @@ def limit_memory(limit: str | float, *, device: str | torch.device = "auto") -> 
     """
     if limit is None or (isinstance(limit, str) and limit.strip().lower() in ("", "null")):
         raise ConfigError(f"limit_memory was given {limit!r}; write a size, such as limit_memory('6GiB'), or 'none'")
-    with limited(device_of(str(device)), limit) as capacity, capacity.device_work():
+    with limited(device_of(str(device)), limit, "limit") as capacity, capacity.device_work():
         yield capacity
 
 
@@ -224,7 +235,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
     cap = asked.of(total)
     name = f"{device} ({torch.cuda.get_device_name(device)}, {format_bytes(total)})"
     if cap is not None and cap > total:
-        raise ConfigError(f"memory.limit is {format_bytes(cap)}, more than all of {name}; ask for less, or for none")
+        raise ConfigError(f"{asked.name} is {format_bytes(cap)}, more than all of {name}; ask for less, or for none")
     before = torch.cuda.get_per_process_memory_fraction(device)
     if asked == Limit() and before < 1:
         cap = int(before * total)  # set by whoever calls, who knows better than a default
@@ -233,7 +244,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         # The allocator takes the whole number under fraction * total: half a byte more keeps it from falling short.
         fraction = 1.0 if cap is None else min(1.0, (cap + 0.5) / total)
         torch.cuda.set_per_process_memory_fraction(fraction, device)
-    capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by memory.limit"
+    capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by {asked.name}"
     usage.reset_peaks(device)
     held = usage.snapshot(device).allocated  # by the caller: training cannot have it
     try:
@@ -245,10 +256,10 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
 @contextmanager
 def _on_cpu(device: torch.device, asked: Limit) -> Iterator[Capacity]:
     if asked.lifted:
-        yield Capacity(device, None, "the CPU, with no limit on memory (memory.limit=512MiB simulates a card)")
+        yield Capacity(device, None, f"the CPU, with no limit on memory ({asked.name}=512MiB simulates a card)")
         return
     size = asked.of(DEFAULT_SIMULATED) or DEFAULT_SIMULATED
-    text = f"a simulated card of {format_bytes(size)} (no CUDA here; memory.limit=none lifts it)"
+    text = f"a simulated card of {format_bytes(size)} (no CUDA here; {asked.name}=none lifts it)"
     simulated = SimulatedDevice(size)
     usage.simulated_devices.append(simulated)
     try:

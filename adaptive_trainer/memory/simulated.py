@@ -66,11 +66,14 @@ class SimulatedDevice(TorchDispatchMode):
             return
         self._empty_after_failure()
         is_counted = not self._is_repetition(kind)
-        self._is_working = self._has_failed = True
+        self._is_working = True
         try:
             with explained(_explain, (RuntimeError,)), self if is_counted else nullcontext():
                 yield
             self._has_failed = False
+        except BaseException:
+            self._has_failed = True
+            raise
         finally:
             self._is_working = False
         if is_counted:
@@ -79,7 +82,7 @@ class SimulatedDevice(TorchDispatchMode):
 
     def _empty_after_failure(self) -> None:
         """Empty the cache after work that failed, as `oom.release` empties a real device's."""
-        if self._has_failed and not self._is_working:
+        if self._has_failed:
             self.empty_cache()
             self._has_failed = False
 
@@ -111,6 +114,7 @@ class SimulatedDevice(TorchDispatchMode):
             if full is None:
                 return out
             del out  # before the error is raised: its traceback would keep this frame, and the result, alive
+        self._has_failed = True  # now: work may go on, as a block with a whole descent in it does
         raise oom.SimulatedOutOfMemory(full)
 
     def _count(self, values: Iterable[Any]) -> str | None:
@@ -188,5 +192,5 @@ def _explain(error: Exception) -> ConfigError | None:
         return None
     return ConfigError(
         "a simulated card counts operators, and this network, loss or optimizer runs code of torch.compile, "
-        "which is not made of them; memory.limit=none trains without the simulated card"
+        "which is not made of them; without the simulated card it runs: memory.limit=none, or limit_memory('none')"
     )

@@ -49,8 +49,13 @@ class Failure:
         return self.kind in (Kind.HOST, Kind.WORKER)
 
     def fills(self, device: torch.device) -> bool:
-        """Whether the memory that `device` computes in has run out, which on a CPU is the host's."""
-        return self.kind is Kind.DEVICE or (self.kind is Kind.HOST and device.type == "cpu")
+        """Whether the memory that `device` computes in has run out."""
+        return self.kind in kinds_of(device)
+
+
+def kinds_of(device: torch.device) -> frozenset[Kind]:
+    """What is said when the memory that a device computes in has run out, which on a CPU is the host's."""
+    return frozenset({Kind.DEVICE, Kind.HOST} if device.type == "cpu" else {Kind.DEVICE})
 
 
 MAX_TEXT = 400  # characters kept of a message
@@ -111,7 +116,9 @@ AMBIGUOUS = re.compile(
 NOT_DEVICE_MEMORY = re.compile(r"out of resource: ")  # Triton: shared memory or registers of one kernel
 
 
-def describe(error: BaseException, *, pressure: Callable[[], bool] | None = None) -> Failure:
+def describe(
+    error: BaseException, *, pressure: Callable[[], bool] | None = None, handled: BaseException | None = None
+) -> Failure:
     """Sort an error, what it wraps (`inner_exception`, `__cause__`, `__context__`) and the members of a group.
 
     The first that is about memory decides, unless one says that the device is unusable.
@@ -121,9 +128,11 @@ def describe(error: BaseException, *, pressure: Callable[[], bool] | None = None
             never about memory, whatever they were raised in answer to.
         pressure: whether device memory is really short; asked only for texts that can have another cause. Without it
             they count as not memory.
+        handled: what was being handled already where the work began, and is no part of what it wraps. It need be given
+            only where work and handler are in one function: `_context` knows others by their frames.
     """
     found: Failure | None = None
-    for link in _chain(error) if isinstance(error, Exception) else ():
+    for link in _chain(error, handled) if isinstance(error, Exception) else ():
         kind = _kind(link, pressure)
         if kind is Kind.POISONED:
             return _failure(link, kind)
@@ -144,7 +153,7 @@ def _failure(error: BaseException, kind: Kind) -> Failure:
     return Failure(kind, type(error).__name__, text[:MAX_TEXT] or type(error).__name__, exact)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
     """The error and everything it wraps or groups, nearest first, each once, but for what is raised on purpose."""
     queue, seen = [error], set[int]()
     while queue:
@@ -156,7 +165,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield link
         members = link.exceptions if isinstance(link, BaseExceptionGroup) else ()
         inner = (*members, getattr(link, "inner_exception", None), link.__cause__, _context(link))
-        queue += [e for e in inner if isinstance(e, BaseException)]
+        queue += [e for e in inner if isinstance(e, BaseException) and e is not handled]
 
 
 def _context(error: BaseException) -> BaseException | None:

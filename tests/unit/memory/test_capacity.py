@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.ladder.descent import Found, descend
+from adaptive_trainer.ladder.rung import make_ladder
 from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, Capacity, Limit, limit_memory, limited, parse_limit
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, COUNTED_FIRST
 
@@ -71,6 +73,33 @@ def test_limit_memory_takes_sizes_and_fractions(limit: Any, size: int | None, de
 def test_limit_memory_refuses(limit: Any, device: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text), limit_memory(limit, device=device):
         pass
+
+
+@pytest.mark.parametrize("limit", ["6 apples", 1.5, 100, 1e-9])
+def test_limit_memory_speaks_of_its_own_argument(limit: Any) -> None:
+    with pytest.raises(ConfigError) as caught, limit_memory(limit, device="cpu"):
+        pass
+    assert str(caught.value).startswith(f"limit={limit!r}")
+    assert "memory.limit" not in str(caught.value)
+    assert "null" not in str(caught.value)
+    with limit_memory("8MiB", device="cpu") as capacity:
+        assert "limit=none lifts it" in capacity.description
+        assert "memory.limit" not in capacity.description
+
+
+def test_limit_memory_empties_the_cache_of_a_failed_rung() -> None:
+    ladder = make_ladder({"mib": 40}, {"small": {"mib": 2}})
+    with limit_memory("64MiB", device="cpu") as capacity:
+        found: Found[Any, int] = descend(ladder, lambda settings: two_of(settings["mib"]), meter=capacity)
+        assert not capacity.pressure()
+    assert found.value == 2
+    assert [each.outcome for each in found.attempts] == ["oom", "fits"]
+    assert found.attempts[-1].peak_reserved_bytes == 20 * MiB  # one segment
+
+
+def two_of(mib: int) -> int:
+    kept = [block(mib), block(mib)]
+    return len(kept[0]) // MiB
 
 
 # -- memory.limit

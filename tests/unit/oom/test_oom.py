@@ -226,6 +226,21 @@ def test_a_mistake_inside_a_callers_handler_is_not_memory() -> None:
         assert train() is Kind.OTHER
 
 
+def test_a_mistake_in_the_function_of_the_handler_is_not_memory_when_the_handled_error_is_named() -> None:
+    handled = raised(out_of_memory)
+
+    def mistake() -> None:
+        try:
+            raise handled
+        except RuntimeError:
+            torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    error = raised(mistake)
+    assert describe(error).kind is Kind.DEVICE  # no frame tells them apart
+    assert describe(error, handled=handled).kind is Kind.OTHER
+    assert describe(handled, handled=handled).kind is Kind.DEVICE
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), Interrupted("stop"), ConfigError("bad")])
 def test_stopping_during_a_recovery_stays_what_it_is(error: BaseException) -> None:
     error.__context__ = torch.OutOfMemoryError("full")

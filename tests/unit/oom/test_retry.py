@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -74,3 +75,21 @@ def test_an_explained_error_keeps_nothing_of_the_other() -> None:
         with pytest.raises(type(error)) as other, explained(explain, (KeyError, RuntimeError)):
             raise error
         assert other.value is error
+
+
+def test_an_explained_error_goes_with_its_frames_and_without_a_collection() -> None:
+    gone: list[weakref.ref[torch.Tensor]] = []
+
+    def work() -> None:
+        large = torch.zeros(1000)
+        gone.append(weakref.ref(large))
+        with explained(lambda error: ConfigError(str(error)), (KeyError,)):
+            raise KeyError(large.shape)
+
+    gc.disable()
+    try:
+        with suppress(ConfigError):
+            work()
+        assert [ref() for ref in gone] == [None]
+    finally:
+        gc.enable()
