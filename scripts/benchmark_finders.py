@@ -8,11 +8,11 @@ turn, in an order that alternates. A figure is the median of the rounds, after o
 own: in it kernels are loaded and, for this package, what is predicted and measured is cached. The clock runs from the
 call of `fit`, or of the finder, to the end of the first update that stays; building the network is in it for everyone,
 because accelerate's decorated function does it. Images are ready in host memory. "first run" of this package finds an
-empty cache in every round: all is predicted and proven anew.
+empty cache in every round: all is predicted and run dry anew.
 
 accelerate and this package start from 24, or from 1024; "from 1024" of this package is a ladder that halves the batch.
 accelerate multiplies by 0.9 and lightning starts from 2, as they do by default. Every finder's size has to hold for
-three updates. Brute force proves sizes around this package's own, each in a process of its own.
+three updates. Brute force makes dry runs of sizes around this package's own, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.training.session import Parts, enter
 from scripts.timing import Contender, answers_to, heading, need_cuda, row, synchronize, table
@@ -257,8 +257,8 @@ def too_long(*_: Any) -> None:
     raise TimeoutError(f"no answer in {LONGEST} s")
 
 
-def proves(batch: int, cap: int) -> bool:
-    """Whether updates of this size are proven in this process, which has done nothing before."""
+def fits_alone(batch: int, cap: int) -> bool:
+    """Whether a dry run of this size succeeds in this process, which has done nothing before."""
     config = resolve(compose_config([f"model.name={MODEL}", f"data.image_size={SIZE}", f"trainer.batch_size={batch}"]))[
         0
     ].settings
@@ -268,16 +268,16 @@ def proves(batch: int, cap: int) -> bool:
             sizes = Recipe(
                 batch_size=batch, micro_batch_size=batch, eval_batch_size=batch, image_size=SIZE, num_classes=CLASSES
             )
-            prove(enter(config, parts).update, sizes)
+            dry_run(enter(config, parts).update, sizes)
         except OutOfMemory:
             return False
     return True
 
 
 def brute_force(found: int, cap: int) -> str:
-    """The largest of many sizes around the found one, each proven alone."""
+    """The largest of many sizes around the found one, with a dry run of each alone."""
     sizes = [*range(max(2, found - AROUND), found + AROUND + 1), 2 * found, 4 * found]
-    command = [sys.executable, "-m", "scripts.benchmark_finders", "--prove"]
+    command = [sys.executable, "-m", "scripts.benchmark_finders", "--dry-run"]
 
     def alone(size: int) -> bool:
         ended = subprocess.run([*command, str(size), str(cap)], capture_output=True, text=True, check=False)
@@ -336,13 +336,13 @@ def main() -> None:
     parser.add_argument("--caps", type=int, nargs="+", default=[2600, 1300, 900], help="MiB of the allocator")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each contender")
     parser.add_argument("--serve", nargs=2, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--prove", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:
         serve(arguments.serve[0], int(arguments.serve[1]))
         return
-    if arguments.prove is not None:
-        print(proves(*arguments.prove))
+    if arguments.dry_run is not None:
+        print(fits_alone(*arguments.dry_run))
         return
     need_cuda()
     print(heading(f"{MODEL} at {SIZE}, fp32, median of {arguments.rounds} rounds"), "", sep="\n")

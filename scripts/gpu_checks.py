@@ -122,15 +122,15 @@ class Descent:
 def descend_under(cap: int, folder: Path, *, predicting: bool) -> Descent:
     """Train one short epoch under `cap` MiB; without predictions every rung on the way really runs out of memory."""
     allocated: list[int] = []
-    prove = Trial.prove
+    dry_run = Trial.dry_run
 
     def measured(trial: Trial, config: Config) -> int:
         allocated.append(torch.cuda.memory_allocated(CUDA))
-        return prove(trial, config)
+        return dry_run(trial, config)
 
     started = time.perf_counter()
     blind = nullcontext() if predicting else patch.object(Judge, "assess", lambda *_: ("", None))
-    with patch.object(Trial, "prove", measured), blind:
+    with patch.object(Trial, "dry_run", measured), blind:
         result = Trainer(compose_config([*FAKE, f"memory.limit={cap}MiB"]), output_dir=folder / f"cap-{cap}").fit()
     seconds = time.perf_counter() - started
     oom.release(CUDA)

@@ -2,7 +2,7 @@
 
 Usage: python scripts/predict_accuracy.py [--workers N] [--out FOLDER]
 
-Each recipe is predicted, proven on the card as training proves it, and proven again under limits around the predicted
+Each recipe is predicted, run dry on the card as training does it, and again under limits around the predicted
 smallest one, until the smallest that holds is found. Prints a line for each recipe, then medians and worst errors.
 """
 

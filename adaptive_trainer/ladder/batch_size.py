@@ -59,7 +59,7 @@ def find(fits: Callable[[int], bool], *, predicted: int | None, most: int, room:
     """Find the batch size for a run, and why it is this one.
 
     Args:
-        fits: proves a size on the device.
+        fits: tries a size on the device by a dry run.
         predicted: the largest size that is predicted to fit, if that is known.
         most: samples of the training set.
         room: bytes that training may use.

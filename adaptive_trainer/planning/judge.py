@@ -134,8 +134,8 @@ class Judge:
             # Had it been predicted to fit, another process might be the cause.
             self._keep(config, known.failed(room))
 
-    def proven(self, config: Config) -> Measurement | None:
-        """What these settings came to when they were proven on this card, in no more room than there is now."""
+    def earlier_dry_run(self, config: Config) -> Measurement | None:
+        """What a dry run of these settings came to on this card earlier, in no more room than there is now."""
         room = self.capacity.room()
         if room is None:
             return None

@@ -100,7 +100,7 @@ class Shadow:
         for live, copies in self.groups:
             torch._foreach_copy_(live, copies)
 
-    def let_go(self) -> None:
+    def forget_tensors(self) -> None:
         """Keep none of the tensors alive; the copies' memory stays."""
         self.places, self.groups = Places(), []
 
@@ -114,9 +114,9 @@ class Bindings:
 
     def __init__(self, owners: list[dict[str, Any]]) -> None:
         self.owners = owners
-        self.let_go()
+        self.forget_tensors()
 
-    def let_go(self) -> None:
+    def forget_tensors(self) -> None:
         """Keep nothing alive."""
         self._filled: list[dict[str, Any]] = []
         self._empty = self.owners
@@ -125,7 +125,7 @@ class Bindings:
         self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def keep(self) -> bool:
-        """Note what is bound; whether it is what was noted before, which is seen much sooner."""
+        """Note what is bound; returns whether it is what was noted before: comparing is much faster than noting."""
         if not any(self._empty) and list(chain.from_iterable(self._filled)) == self._names:
             values = chain.from_iterable(map(dict.values, self._filled))
             if all(map(operator.is_, values, self._values)):

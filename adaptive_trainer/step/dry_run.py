@@ -13,11 +13,11 @@ from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.step.update import Update
 
-PROVEN_UPDATES = 2  # the optimizer makes its state in the first; the second meets the full peak
+DRY_RUN_UPDATES = 2  # the optimizer makes its state in the first; the second meets the full peak
 Batch = tuple[Tensor, Tensor]  # images and labels
 
 
-def prove(update: Update, sizes: Recipe, *, odd: int = 0) -> int:
+def dry_run(update: Update, sizes: Recipe, *, odd: int = 0) -> int:
     """Show that a recipe fits: whole updates and one evaluation batch at real shapes, then undo them all.
 
     Args:
@@ -35,16 +35,16 @@ def prove(update: Update, sizes: Recipe, *, odd: int = 0) -> int:
     run = _DryRun(update, sizes, odd)
     undo = Undo(run.state, run.device, on_host=True)
     before = run.state.updates
-    with undo.unless_done():
+    with undo.rolled_back_on_error():
         undo.before_step()
         run.prepare()
-        with update.proving():
+        with update.dry_running():
             run.train()
-            proven = run.state.updates - before
+            made = run.state.updates - before
             eval_batch = run.evaluate()
         undo.roll_back()
-    if proven < PROVEN_UPDATES:
-        raise RuntimeError(f"a proof of {PROVEN_UPDATES} updates committed {proven}")
+    if made < DRY_RUN_UPDATES:
+        raise RuntimeError(f"a dry run of {DRY_RUN_UPDATES} updates made only {made}")
     return eval_batch
 
 
@@ -61,7 +61,7 @@ class _DryRun:
     def prepare(self) -> None:
         """Make what must be there before memory is counted."""
         scaler = self.state.scaler
-        if scaler.is_enabled():  # a step that overflows is left out, and would prove nothing
+        if scaler.is_enabled():  # a step that overflows is left out, and would show nothing
             scaler.scale(torch.zeros((), device=self.device))  # makes its tensors where there are none
             scaler.update(1.0)
         self.most = max(self.sizes.batch_size, self.odd)
@@ -70,7 +70,7 @@ class _DryRun:
 
     def train(self) -> None:
         whole = self.sizes.batch_size
-        for _ in range(PROVEN_UPDATES):
+        for _ in range(DRY_RUN_UPDATES):
             self.update.run(*self.batch(whole), samples=0)
         makes_copies = self.update.step_allocates() and self.update.on_cuda()
         for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay

@@ -144,10 +144,10 @@ class Transaction:
 
     def _end(self) -> None:
         self._undo.end()
-        self._gradients.let_go()
+        self._gradients.forget_tensors()
 
     def _free(self) -> None:
-        self._undo.free()
+        self._undo.free_copies()
         oom.release(self.device)
 
     def _answer(self, failure: oom.Failure) -> AdaptiveTrainerError:
@@ -188,9 +188,9 @@ class _Gradients:
         self.parameters = parameters
         self.scaler = scaler
         self.on_host = on_host
-        self.let_go()
+        self.forget_tensors()
 
-    def let_go(self) -> None:
+    def forget_tensors(self) -> None:
         """Keep no gradient alive."""
         self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._stages: dict[int, dict[str, Any]] = {}

@@ -134,9 +134,9 @@ class Undo:
         self.on_host = on_host
         self.optimizers = list(_with_wrapped(state.optimizer))
         self.optimizer_state: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []  # each with what it held
-        self.free()
+        self.free_copies()
 
-    def free(self) -> None:
+    def free_copies(self) -> None:
         """Forget the copies and give back their memory."""
         host = torch.device("cpu")
         make = functools.partial(Shadow, can_move=self.can_move)
@@ -149,12 +149,12 @@ class Undo:
         """What is kept is out of date: it is not restored any more."""
         self.progress = Progress.IDLE
 
-    def let_go(self) -> None:
+    def forget_tensors(self) -> None:
         """Keep no weight and no optimizer state alive that is gone since the last update; the copies' memory stays."""
         self.end()
         self.optimizer_state = []
         for kept in (self.small, self.beside, self.host, self.bindings):
-            kept.let_go()
+            kept.forget_tensors()
         self._bound_buffers = []
 
     def begin(self) -> None:
@@ -222,8 +222,8 @@ class Undo:
         return chain.from_iterable(kept.values() for _, kept in self.optimizer_state)
 
     @contextmanager
-    def unless_done(self) -> Iterator[None]:
-        """What is done inside, but for steps of the optimizer, happens wholly; an error that leaves it takes it back.
+    def rolled_back_on_error(self) -> Iterator[None]:
+        """An error inside is rolled back (optimizer steps only after `before_step`).
 
         A device that answers nothing any more is left alone.
         """

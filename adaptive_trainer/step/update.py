@@ -54,7 +54,7 @@ class Update:
         self.capacity = capacity
         self._device = device
         self._held: int | None = None  # bytes, before the updates of a dry run
-        self._is_proving = False
+        self._is_dry_run = False
         self._token = object()  # tells the work of this update from that of another with the same shapes
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
@@ -128,24 +128,24 @@ class Update:
 
     def free_copies(self) -> None:
         """Give back the memory of the copies, which the next update makes anew."""
-        self._undo.free()
+        self._undo.free_copies()
 
     @contextmanager
-    def proving(self) -> Iterator[None]:
+    def dry_running(self) -> Iterator[None]:
         """Updates inside count all of their memory. What their steps do to the values of weights and optimizer state is
         the caller's to undo, until the step is known to allocate.
         """
-        self._held, self._is_proving = oom.held(self._device), True
+        self._held, self._is_dry_run = oom.held(self._device), True
         try:
             yield
         finally:
-            self._held, self._is_proving = None, False
+            self._held, self._is_dry_run = None, False
             self.step_memory.forget()
-            self._undo.let_go()
+            self._undo.forget_tensors()
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
-        """What is changed inside, but for the values of weights and optimizer state, is as before afterwards."""
+    def rolled_back(self) -> Iterator[None]:
+        """Afterwards everything is as before, except the values of weights and optimizer state."""
         self.program.phase = "begin"
         self._undo.begin()
         self._undo.before_step(copies=False)  # a recorded step may bind tensors that no kernel has filled
@@ -163,7 +163,7 @@ class Update:
         memory.look()
         if memory.may_allocate is not False:
             is_unknown = memory.may_allocate is None
-            self._undo.before_step(on_host=is_unknown, copies=not (is_unknown and self._is_proving))
+            self._undo.before_step(on_host=is_unknown, copies=not (is_unknown and self._is_dry_run))
         if memory.is_warm and memory.may_allocate is None:
             memory.measure(change)
         else:
@@ -215,6 +215,6 @@ class Update:
 
     def _kind(self, images: Tensor, labels: Tensor, evaluated: nn.Module | None = None) -> Hashable:
         """What a simulated card need not count again: the same shapes, once the optimizer has made its state."""
-        if self._is_proving or (evaluated is None and not self.step_memory.is_warm):
+        if self._is_dry_run or (evaluated is None and not self.step_memory.is_warm):
             return None
         return self._token, id(evaluated), layout(images), layout(labels)

@@ -14,7 +14,7 @@ from adaptive_trainer.ladder.resolve import recipe, stored_size
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.session import Parts, enter
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.global_state import private_process_state
@@ -42,5 +42,5 @@ def _peaks(config: Config, num_classes: int, capacity: Capacity) -> tuple[int, i
     used = recipe(config)
     parts = Parts(build_model, build_loss, "", num_classes, used.batch_size, capacity.device, capacity)
     session = enter(config, parts)
-    prove(session.update, replace(used, num_classes=num_classes, stored_size=stored_size([config])))
+    dry_run(session.update, replace(used, num_classes=num_classes, stored_size=stored_size([config])))
     return capacity.peaks()

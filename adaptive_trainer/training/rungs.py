@@ -91,10 +91,10 @@ class Rungs:
     def assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
         hopeless, need = self._run.judge.assess(rung.settings)
-        is_known = rung is self.ladder[0] and self._was_proven(f"{LARGEST}-{self.largest}")
+        is_known = rung is self.ladder[0] and self._has_fitted(f"{LARGEST}-{self.largest}")
         return "" if hopeless and (is_known or self.is_last(rung)) else hopeless, need
 
-    def _was_proven(self, name: str) -> bool:
+    def _has_fitted(self, name: str) -> bool:
         return any(entry.rung == name and entry.outcome == Outcome.FITS for entry in self._run.record.attempts)
 
     def changes(self, rung: Rung[Config], asked: Config | None = None) -> list[Change]:

@@ -110,7 +110,7 @@ class Stage:
         self.keeper.largest = found[0]
 
     def _fits(self, size: int) -> bool:
-        """Whether the request is proven with this batch size. The attempt is recorded."""
+        """Whether a dry run of the request succeeds with this batch size. The attempt is recorded."""
         if self.run.stop.name:
             raise Interrupted(f"stopped by {self.run.stop.name} before training began; start again")
         judge, config = self.run.judge, with_batch_size(self.phase.asked, size)

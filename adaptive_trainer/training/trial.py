@@ -1,4 +1,4 @@
-"""A rung tried: the session is made to match its settings, and proven by a dry run."""
+"""A rung tried: the session is made to match its settings, and is tried by a dry run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.refusals import single_sample
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.keeper import Keeper
 from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session, enter, settle
@@ -66,7 +66,7 @@ class Trial:
         self.is_climbing = False
         self._run, self._keeper, self._weights = run, keeper, weights
         self._tried: Rung[Config]
-        self._earlier: Measurement | None = None  # of an earlier proof, which was not made again
+        self._earlier: Measurement | None = None  # of an earlier dry run, which was not made again
 
     @property
     def opened(self) -> Session:
@@ -96,16 +96,16 @@ class Trial:
             on_attempt(entry)
 
         judge.begin()
-        found = descend(noted(), self.prove, judge=assess, meter=capacity, on_attempt=attempted, device=device)
+        found = descend(noted(), self.dry_run, judge=assess, meter=capacity, on_attempt=attempted, device=device)
         is_whole = found.value == self.eval_batch(found.rung.settings)  # evaluation was not halved
         if self._earlier is None and is_whole:
             judge.learn(found.rung.settings, found.attempts[-1])
         return found
 
-    def prove(self, config: Config) -> int:
-        """Make the session match `config` and prove it; returns the evaluation batch that fits.
+    def dry_run(self, config: Config) -> int:
+        """Make the session match `config` and run it dry; returns the evaluation batch that fits.
 
-        What this card has proven before is not proven again. Of a session that was built for this attempt nothing is
+        Of what fitted on this card before no dry run is made. Of a session that was built for this attempt nothing is
         left when it fails.
         """
         if self.session is not None and config.model != self.session.config.model:
@@ -122,10 +122,10 @@ class Trial:
             if is_new:
                 self._fill(self.session)
             update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)
-            # an earlier proof, and the session that a climb came from, say nothing of a larger last update
+            # an earlier dry run, and the session that a climb came from, say nothing of a larger last update
             if back is None and update.largest_part(odd) <= update.largest_part(sizes.batch_size):
-                self._earlier = self._run.judge.proven(config)
-            eval_batch = sizes.eval_batch_size if self._earlier else prove(update, sizes, odd=odd)
+                self._earlier = self._run.judge.earlier_dry_run(config)
+            eval_batch = sizes.eval_batch_size if self._earlier else dry_run(update, sizes, odd=odd)
         except BaseException:
             if is_new or back is not None:
                 self.session = back

@@ -42,7 +42,7 @@ from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
 from adaptive_trainer.step.backends.recorded import Recorded
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
@@ -86,7 +86,7 @@ def test_the_largest_batch_is_the_one_that_brute_force_finds(cap: int, tmp_path:
     few = ["data.train.size=300", "data.val.size=8", "data.num_workers=0", "model.num_classes=10"]
     result = Trainer(compose_config([*settings, *few]), output_dir=tmp_path).fit()
     size = result.used.batch_size
-    fits = [n for n in range(size - 2, size + 5) if benchmark_finders.proves(n, cap)]
+    fits = [n for n in range(size - 2, size + 5) if benchmark_finders.fits_alone(n, cap)]
     assert max(fits) == size
     outcomes = {attempt.rung: attempt.outcome for attempt in result.attempts}
     assert (result.rung, outcomes[f"max-{size}"], outcomes[f"max-{size + 1}"]) == ("requested", "fits", "oom")
@@ -112,8 +112,8 @@ def full_collections() -> Iterator[list[int]]:
         gc.enable()
 
 
-def test_a_recipe_is_proven_once_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In less room it is proven anew."""
+def test_a_recipe_has_one_dry_run_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In less room there is another."""
     monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path / "cache"))
     found = []
     for number, limit in enumerate((600, 600, 700, 500, 500)):
@@ -148,7 +148,7 @@ def test_a_failed_proof_leaves_nothing_and_collects_nothing() -> None:
         update, _, _ = make_update(["trainer.batch_size=64"], capacity)
         before = oom.held(gpu_checks.CUDA)
         with full_collections() as collections, pytest.raises(OutOfMemory):
-            prove(update, Recipe(batch_size=64, micro_batch_size=64, eval_batch_size=64, num_classes=10))
+            dry_run(update, Recipe(batch_size=64, micro_batch_size=64, eval_batch_size=64, num_classes=10))
         assert oom.held(gpu_checks.CUDA) == before
     assert collections == []
 

@@ -31,7 +31,7 @@ from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.record import Result
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.session import Parts, enter
 from tests.integration.test_resume import differing
 from tests.integration.test_trainer import Seen
@@ -137,7 +137,7 @@ def brute_force(limit: str, samples: int) -> int:
                 sizes = Recipe(
                     batch_size=size, micro_batch_size=size, eval_batch_size=size, image_size=8, num_classes=3
                 )
-                prove(enter(config, parts).update, sizes)
+                dry_run(enter(config, parts).update, sizes)
             except OutOfMemory:
                 break
             found = size
@@ -225,7 +225,9 @@ def test_out_of_memory_in_training_goes_down_the_ladder(tmp_path: Path) -> None:
         tmp_path,
         "memory.limit=200MiB",
         "trainer.epochs=2",
-        model=lambda config, classes: Grows(classes, 6),  # two passes prove 20, two prove it again, one trains
+        model=lambda config, classes: Grows(
+            classes, 6
+        ),  # two passes of a dry run at 20, two more of another, one trains
         samples=20,
         steps=steps,
     )

@@ -113,7 +113,7 @@ def test_the_last_rung_is_tried_whatever_is_predicted(tmp_path: Path) -> None:
 
 
 def test_a_proof_is_remembered_until_it_turns_out_not_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only a CUDA card has: a memory of proofs, and room that loading kernels takes from a proof."""
+    """What only a CUDA card has: a memory of dry runs, and room that loading kernels takes from one."""
     monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * MiB, 100 * MiB))
     room = 60 * MiB
@@ -121,16 +121,16 @@ def test_a_proof_is_remembered_until_it_turns_out_not_to_hold(tmp_path: Path, mo
     config, other = settings(), settings("data.image_size=96")
     for each in judge(64 * MiB):
         each._is_cuda = True
-        assert each.proven(config) is None
+        assert each.earlier_dry_run(config) is None
         room = 50 * MiB
         each.learn(config, Attempt("a rung", Outcome.FITS, peak_allocated_bytes=30 * MiB, peak_reserved_bytes=40 * MiB))
-        assert each.proven(config) is None, "proven with 60 MiB free at first"
+        assert each.earlier_dry_run(config) is None, "proven with 60 MiB free at first"
         room = 60 * MiB
-        known = each.proven(config)
+        known = each.earlier_dry_run(config)
         assert known is not None
         assert (known.peak_allocated, known.peak_reserved) == (30 * MiB, 40 * MiB)
-        assert each.proven(other) is None
+        assert each.earlier_dry_run(other) is None
         each._keep(config, known.failed(20 * MiB))
         each.forget(config)
-        assert each.proven(config) is None
+        assert each.earlier_dry_run(config) is None
         assert each._measurement(config).oom_in == 20 * MiB

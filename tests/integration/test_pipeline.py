@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 MiB = 2**20
 SIZE, BATCH, EPOCHS = 40, 8, 3
 UPDATES = SIZE // BATCH  # an epoch
-PROOFS = 2  # forward passes that prove a rung come before its updates
+DRY_PASSES = 2  # forward passes of a dry run come before its updates
 SMALLER = {"smaller": ["trainer.batch_size=4", "data.image_size=6"]}
 
 
@@ -70,7 +70,7 @@ class Net(nn.Module):
             numbers = x.flatten().tolist()  # not known of shapes alone, which are run before, to predict
             self.workers.append(alive())
             self.inputs.append(numbers)
-            self.event(len(self.inputs) - PROOFS)
+            self.event(len(self.inputs) - DRY_PASSES)
         out: Tensor = self.body(x)
         return out
 
@@ -115,7 +115,7 @@ def test_the_same_workers_in_every_epoch_and_evaluation(tmp_path: Path) -> None:
     assert len(pids) == EPOCHS * (SIZE + 6)
     assert len(set(pids)) == 2
     assert os.getpid() not in map(int, pids)
-    assert net.workers == [set()] * PROOFS + [set(map(int, pids))] * (EPOCHS * UPDATES)
+    assert net.workers == [set()] * DRY_PASSES + [set(map(int, pids))] * (EPOCHS * UPDATES)
     assert alive() == set()
 
 
@@ -139,12 +139,12 @@ def signalled(at: int, times: int = 1) -> Callable[[int], None]:
     return event
 
 
-def test_the_workers_of_a_rung_end_before_the_next_is_proven(tmp_path: Path) -> None:
+def test_the_workers_of_a_rung_end_before_the_dry_run_of_the_next(tmp_path: Path) -> None:
     result, net = fit(tmp_path, event=grows(UPDATES + 3))
     assert result.rung == "smaller"
-    first, rest = net.workers[PROOFS : PROOFS + UPDATES + 3], net.workers[PROOFS + UPDATES + 3 :]
-    second = rest[PROOFS:]
-    assert rest[:PROOFS] == [set()] * PROOFS
+    first, rest = net.workers[DRY_PASSES : DRY_PASSES + UPDATES + 3], net.workers[DRY_PASSES + UPDATES + 3 :]
+    second = rest[DRY_PASSES:]
+    assert rest[:DRY_PASSES] == [set()] * DRY_PASSES
     assert (len(first[0]), len(second[0])) == (2, 2)
     assert first == first[:1] * len(first)
     assert second == second[:1] * len(second)
@@ -176,7 +176,7 @@ def test_the_samples_and_weights_are_those_without_workers(how: Callable[[Path, 
 
 def test_a_resumed_run_sees_what_an_undisturbed_one_would(tmp_path: Path) -> None:
     whole, rest = undisturbed(tmp_path / "whole", 2), resumed(tmp_path / "resumed", 2)
-    assert rest.inputs[PROOFS:] == whole.inputs[PROOFS + UPDATES + 2 :]
+    assert rest.inputs[DRY_PASSES:] == whole.inputs[DRY_PASSES + UPDATES + 2 :]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
 
 
@@ -217,7 +217,7 @@ def test_a_worker_without_memory_costs_workers_and_no_sample(tmp_path: Path) -> 
 
     result, net = fit(tmp_path / "short", num_workers=4, fault=fault)
     assert [event for event in result.events if "->" in event] == ["data.num_workers 4 -> 2", "data.num_workers 2 -> 0"]
-    assert [len(workers) for workers in net.workers[PROOFS:]][:3] == [4, 4, 0]
+    assert [len(workers) for workers in net.workers[DRY_PASSES:]][:3] == [4, 4, 0]
     assert net.inputs == undisturbed(tmp_path / "alone", 0).inputs
 
 

@@ -636,7 +636,7 @@ def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *ov
     [
         "training.trainer.build_datasets",
         "training.trainer.Judge",
-        "training.trial.prove",
+        "training.trial.dry_run",
         "training.session.build_optimizer",
         "checkpoints.checkpoint.save",
     ],
@@ -662,7 +662,7 @@ def test_auto_begins_anew_what_was_stopped_before_its_first_checkpoint(
 def test_auto_passes_over_a_run_that_is_still_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tmp_path / "2024-05-01" / "10-00-00")
     running = tmp_path / "2024-05-01" / "11-00-00"
-    stopped_early(running, monkeypatch, "adaptive_trainer.training.trial.prove")
+    stopped_early(running, monkeypatch, "adaptive_trainer.training.trial.dry_run")
     (running / "result.json").unlink()
     with Record(running).held():
         result = fit(tmp_path / "2024-05-01" / "12-00-00", "resume=auto", "trainer.epochs=2")

@@ -91,8 +91,8 @@ def test_finders_of_ours_are_timed_to_the_first_update(small_finders: None) -> N
     found = {name: finders.round_of(name, 34) for name in finders.CONTENDERS if name.startswith("ours")}
     assert found["ours, from 24"]["batch"] == 24
     largest = found["ours, max"]["batch"]
-    assert finders.proves(largest, 34)
-    assert not finders.proves(largest + 1, 34)
+    assert finders.fits_alone(largest, 34)
+    assert not finders.fits_alone(largest + 1, 34)
     assert found["ours, from 1024 (halving)"]["batch"] <= largest < 1024
     assert found["ours, max"]["failed"] >= 1
     assert all(answer["seconds"] > 0 for answer in found.values())

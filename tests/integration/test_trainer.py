@@ -35,7 +35,7 @@ from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.record import Result
-from adaptive_trainer.step.dry_run import PROVEN_UPDATES, prove
+from adaptive_trainer.step.dry_run import DRY_RUN_UPDATES, dry_run
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training import trial
 
@@ -181,7 +181,7 @@ class GrowsAt:
         return 64 * MiB if training and samples > self.limit and self.passes >= self.at else 1
 
 
-@pytest.mark.parametrize("at", [4, 6, 9, 11])  # passes 1 and 2 prove; 5 updates an epoch
+@pytest.mark.parametrize("at", [4, 6, 9, 11])  # passes 1 and 2 are the dry run; 5 updates an epoch
 def test_memory_runs_out_in_the_middle_of_an_epoch(at: int, tmp_path: Path) -> None:
     data = Seen()
     result, [net] = fit(tmp_path, "memory.limit=32MiB", appetite=GrowsAt(at, 4), data=data)
@@ -543,17 +543,17 @@ def test_a_climb_that_fails_goes_back_to_what_was_there(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("size", "batch", "micro", "odd"), [(25, 8, 2, 7), (28, 9, 4, 8), (24, 8, 2, 8)])
-def test_the_update_with_the_largest_part_is_proven(
+def test_the_dry_run_makes_the_update_with_the_largest_part(
     size: int, batch: int, micro: int, odd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last updates of an epoch are split otherwise, so that none has a single sample."""
-    proven: list[int] = []
+    tried: list[int] = []
 
     def noted(update: Update, sizes: Recipe, *, odd: int) -> int:
-        proven.append(odd)
-        return prove(update, sizes, odd=odd)
+        tried.append(odd)
+        return dry_run(update, sizes, odd=odd)
 
-    monkeypatch.setattr(trial, "prove", noted)
+    monkeypatch.setattr(trial, "dry_run", noted)
     settings = compose_config([*BASE, f"trainer.batch_size={batch}", f"trainer.micro_batch_size={micro}"])
     settings.trainer.epochs = 1
 
@@ -561,7 +561,7 @@ def test_the_update_with_the_largest_part_is_proven(
         return nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.BatchNorm1d(3))
 
     Trainer(settings, model=model, train_data=Seen(size), val_data=Seen(6), output_dir=tmp_path).fit()
-    assert proven == [odd]
+    assert tried == [odd]
 
 
 class Full(Seen):
@@ -889,14 +889,14 @@ class Spoiled(nn.CrossEntropyLoss):
 
     def forward(self, output: Tensor, labels: Tensor) -> Tensor:
         loss = super().forward(output, labels)
-        return loss * float("nan") if self.nets and len(self.nets[-1].trained) > PROVEN_UPDATES + 1 else loss
+        return loss * float("nan") if self.nets and len(self.nets[-1].trained) > DRY_RUN_UPDATES + 1 else loss
 
 
 def test_a_step_down_keeps_no_weights_whose_loss_is_no_number(tmp_path: Path) -> None:
     nets: list[Net] = []
 
     def appetite(training: bool, samples: int) -> int:
-        return 64 * MiB if len(nets[-1].trained) == PROVEN_UPDATES + 4 else 1
+        return 64 * MiB if len(nets[-1].trained) == DRY_RUN_UPDATES + 4 else 1
 
     def make(config: ModelConfig, classes: int) -> nn.Module:
         nets.append(Net(classes, appetite))
@@ -949,7 +949,7 @@ def test_what_this_card_has_proven_before_is_not_proven_again(tmp_path: Path, mo
     ends, learned, samples = [], [], []
     monkeypatch.setattr(Judge, "learn", lambda self, config, entry: learned.append(entry))
     for number, known in enumerate((None, Measurement(MiB, None, 5 * MiB, 6 * MiB))):
-        monkeypatch.setattr(Judge, "proven", lambda self, config, known=known: known)
+        monkeypatch.setattr(Judge, "earlier_dry_run", lambda self, config, known=known: known)
         result, nets = fit(tmp_path / str(number))
         ends.append(checkpoint.load(tmp_path / str(number) / "checkpoints" / "last.pt"))
         samples.append(sum(map(len, nets[0].trained)))
@@ -965,11 +965,11 @@ def test_what_this_card_has_proven_before_is_not_proven_again(tmp_path: Path, mo
 def test_an_earlier_proof_that_training_contradicts_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The evaluation meets nothing that was proven in this run, and is halved; an update that fails costs the rung."""
+    """The evaluation meets nothing that this run has tried, and is halved; an update that fails costs the rung."""
     forgotten: list[int] = []
     known = Measurement(MiB, None, 5 * MiB, 6 * MiB)
     monkeypatch.setattr(Judge, "assess", lambda self, config: ("", None))
-    monkeypatch.setattr(Judge, "proven", lambda self, config: known if config.trainer.batch_size > 2 else None)
+    monkeypatch.setattr(Judge, "earlier_dry_run", lambda self, config: known if config.trainer.batch_size > 2 else None)
     monkeypatch.setattr(Judge, "forget", lambda self, config: forgotten.append(config.trainer.batch_size))
 
     def appetite(training: bool, samples: int) -> int:
@@ -1004,11 +1004,11 @@ def test_a_proof_that_halved_its_evaluation_is_not_remembered(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(40, "proven on this card before"), (39, "")])
-def test_what_an_earlier_proof_has_not_shown_is_proven(
+def test_what_an_earlier_dry_run_has_not_shown_gets_one(
     samples: int, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last update of an epoch, 7 samples at once, takes more than the others, 2 times 4."""
-    monkeypatch.setattr(Judge, "proven", lambda self, config: Measurement(MiB, None, 5 * MiB, 6 * MiB))
+    monkeypatch.setattr(Judge, "earlier_dry_run", lambda self, config: Measurement(MiB, None, 5 * MiB, 6 * MiB))
     result, _ = fit(tmp_path, "trainer.micro_batch_size=7", data=Seen(samples))
     assert [entry.reason for entry in result.attempts] == [expected]
 

@@ -34,7 +34,7 @@ class Faster(Recorded):
             with self._timed(self._eager):
                 return self._run_kernels(images, labels, samples)
         if self.graph is None and (reason := self.record(images, labels)):
-            return self.instead(reason).run(images, labels, samples)
+            return self.give_up(reason).run(images, labels, samples)
         with self._timed(self._replays):
             done = self.replay(images, labels, samples)
         return self._settled() if done is self and len(self._replays) == TIMED else done

@@ -26,7 +26,7 @@ MAX_TEXT = 300  # characters of a compiler's message
 class Compiled(Eager):
     """Compiles at its first batch; on a CUDA card, what was compiled is then recorded as a graph."""
 
-    word = "compiled"
+    label = "compiled"
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
         super().__init__(update, name, event)

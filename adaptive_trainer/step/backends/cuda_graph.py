@@ -69,7 +69,7 @@ class Graph:
         problem = ""
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
         try:
-            with update.undone(), _unchanged_host(program):
+            with update.rolled_back(), _unchanged_host(program):
                 self._record(program, images, labels, accumulate or program.accumulate)
         except Exception as error:
             failure = oom.describe(error, pressure=update.capacity.pressure)

@@ -19,7 +19,7 @@ class Eager:
         event: logs what was decided, and why.
     """
 
-    word = "eager"
+    label = "eager"
     graph: object = None  # what holds memory between updates that can do without it
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:

@@ -39,7 +39,7 @@ class Recorded(Eager):
         if self.graph is None:
             reason = self.record(images, labels)
             if reason:
-                return self.instead(reason).run(images, labels, samples)
+                return self.give_up(reason).run(images, labels, samples)
             self.announce(f"from here on, as trainer.engine={self.name} asks")
         return self.replay(images, labels, samples)
 
@@ -74,12 +74,12 @@ class Recorded(Eager):
             return self.run_with(self.graph.replay, images, labels, samples)
         except GraphRefused as error:  # a replay would do harm
             reason = str(error)
-        return self.instead(reason).run(images, labels, samples)
+        return self.give_up(reason).run(images, labels, samples)
 
-    def instead(self, reason: str) -> Eager:
+    def give_up(self, reason: str) -> Eager:
         """Give up the graph, or the thought of it, and return what goes on without."""
         self.drop()
-        self.event(f"engine: {self.kernels.word}, not a CUDA graph: {reason}")
+        self.event(f"engine: {self.kernels.label}, not a CUDA graph: {reason}")
         return self.kernels
 
     def drop(self) -> None:
@@ -90,13 +90,13 @@ class Recorded(Eager):
 
     def make_room(self, phase: str) -> Eager:
         """Give up the graph."""
-        return self.instead(f"its memory was wanted in {phase}")
+        return self.give_up(f"its memory was wanted in {phase}")
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make an update that shows what speaks against a graph, once the optimizer has made its state."""
         reason = refusal(self.program)
         if reason:
-            return self.instead(reason).run(images, labels, samples)
+            return self.give_up(reason).run(images, labels, samples)
         if self.update.step_allocates() is None:  # the optimizer has not made all of its state
             return self._run_kernels(images, labels, samples)
         self.is_checked = True
@@ -106,7 +106,7 @@ class Recorded(Eager):
             return done
         if self._is_of_the_step(done):
             return self._run_kernels(images, labels, samples)
-        return self.instead(done).run(images, labels, samples)
+        return self.give_up(done).run(images, labels, samples)
 
     def _run_checked(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make an update in which nothing that is to be recorded may wait for the card.

@@ -176,7 +176,7 @@ class Loop:
         self.loss.is_asked = False  # what follows says more
         row: dict[str, Any] = {}
         # a stop takes the evaluation back too: a resumed run begins it anew and ends with the same bits
-        with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).unless_done():
+        with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).rolled_back_on_error():
             row, is_best = self._record_epoch()
         if not row:
             self._stop_if_asked()

@@ -54,7 +54,7 @@ def test_an_update_that_is_retried_starts_from_an_empty_cache() -> None:
 
 
 def test_copies_are_made_once_a_step_is_known_to_allocate() -> None:
-    """Two updates go by without them, as in the proof: what is made meanwhile takes the place they would have had.
+    """Two updates go by without them, as in the dry run: what is made meanwhile takes the place they would have had.
 
     0 is a gradient of 24 MiB, 1 a copy of 24, and 2 state of 12. Without copies the state takes half of the segment
     that the gradient leaves; the second update's gradient needs another, which the copy then takes, and the fourth's

@@ -27,7 +27,7 @@ from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
 from adaptive_trainer.prediction.tracer import Trace, TraceError, TraceSpec, trace
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 
@@ -96,7 +96,7 @@ class Case:
                 batch_size=self.batch, micro_batch_size=self.micro, eval_batch_size=self.micro, image_size=self.size,
                 num_classes=10, precision=self.precision, clip_grad=1.0,
             )  # fmt: skip
-            prove(Update(state, nn.CrossEntropyLoss(), recipe, device=CPU, capacity=capacity), recipe)
+            dry_run(Update(state, nn.CrossEntropyLoss(), recipe, device=CPU, capacity=capacity), recipe)
             return capacity.peaks()
 
 

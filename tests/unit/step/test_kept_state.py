@@ -27,7 +27,7 @@ from adaptive_trainer.models.losses import CrossEntropy
 from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
-from adaptive_trainer.step.dry_run import prove
+from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.belongings import Belongings
@@ -248,7 +248,7 @@ def test_an_average_takes_what_has_another_layout_as_it_is(how: str, capacity: C
 def test_a_dry_run_puts_layouts_back(how: str, capacity: Capacity) -> None:
     run = run_of(lambda: Changing(how), capacity)
     update, before, places = run.update(), dump(run.state), in_place(run)
-    prove(update, SHAPES)
+    dry_run(update, SHAPES)
     assert differences(dump(run.state), before) == []
     assert in_place(run) == places
 
@@ -357,7 +357,7 @@ def test_what_an_own_generator_drew_is_drawn_again(kind: str, place: str, late: 
     network = partial(noisy_network, kind, place, late=late)
     expected = trained(network, capacity)
     assert trained(network, capacity, faults=(0, 9, 20, 30)) == expected
-    assert trained(network, capacity, is_proven=True) == expected
+    assert trained(network, capacity, after_dry_run=True) == expected
 
 
 class FailsOnce(nn.Module):
@@ -393,15 +393,15 @@ def test_a_loss_draws_again_and_counts_once(kind: str, place: str, capacity: Cap
 
 
 def trained(
-    network: Network, capacity: Capacity, *, faults: tuple[int, ...] = (), is_proven: bool = False, loss: Any = None
+    network: Network, capacity: Capacity, *, faults: tuple[int, ...] = (), after_dry_run: bool = False, loss: Any = None
 ) -> list[float]:
     """Weights and the loss's buffer after three updates."""
     run = start(Case("sgd", "fp32", warm=False, ema=False, clip=False), capacity, network)
     update, model = run.update(), run.state.model
     if loss is not None:
         update = Update(run.state, loss, Recipe(batch_size=7, micro_batch_size=4), device=CPU, capacity=capacity)
-    if is_proven:
-        prove(update, SHAPES)
+    if after_dry_run:
+        dry_run(update, SHAPES)
     for at in faults:
         with suppress(OutOfMemory):
             run.advance(update, Fault(at, keeps_failing=True))

@@ -31,7 +31,7 @@ from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import _storages
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import Shadow
-from adaptive_trainer.step.dry_run import PROVEN_UPDATES, prove
+from adaptive_trainer.step.dry_run import DRY_RUN_UPDATES, dry_run
 from adaptive_trainer.step.program import Change
 from adaptive_trainer.step.undo import Progress, Undo
 from adaptive_trainer.step.update import Update
@@ -440,8 +440,8 @@ def test_a_proof_is_always_counted_and_so_is_what_makes_the_state_again() -> Non
         counted.clear()
         evaluated.clear()
         for _ in range(3):
-            prove(update, SHAPES)
-        assert counted == [True] * 3 * PROVEN_UPDATES
+            dry_run(update, SHAPES)
+        assert counted == [True] * 3 * DRY_RUN_UPDATES
         assert evaluated == [True] * 3
         an_update(run, update)
         assert counted[-1]
@@ -466,8 +466,8 @@ def test_a_proof_meets_what_training_meets_and_leaves_nothing_of_it(optimizer: s
 
         run.state.model.register_forward_pre_hook(look)
         run.state.optimizer.register_step_post_hook(note)
-        prove(update, SHAPES)
-    assert before[:PROVEN_UPDATES] == [0] * PROVEN_UPDATES
+        dry_run(update, SHAPES)
+    assert before[:DRY_RUN_UPDATES] == [0] * DRY_RUN_UPDATES
     assert made
     assert [value for value in made if value() is not None] == []
 
@@ -515,7 +515,7 @@ def test_peaks_and_failures_are_those_of_a_card_that_counts_all(
     assert operators[0] < operators[1]
 
 
-# -- proof
+# -- dry run
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -523,7 +523,7 @@ def test_peaks_and_failures_are_those_of_a_card_that_counts_all(
 def test_a_proof_leaves_no_trace(optimizer: str, precision: str, warm: bool, capacity: Capacity) -> None:
     run = start(Case(optimizer, precision, warm), capacity)
     before, update = dump(run.state), run.update()
-    assert prove(update, SHAPES) == SHAPES.eval_batch_size
+    assert dry_run(update, SHAPES) == SHAPES.eval_batch_size
     assert differences(dump(run.state), before) == []
     run.advance(update)
     after = dump(run.state)
@@ -536,13 +536,13 @@ def test_a_proof_that_fails_leaves_no_trace(capacity: Capacity) -> None:
     case, whole = Case("adamw-foreach", "fp16", warm=False), Fault()
     update = start(case, capacity).update()
     with whole:
-        prove(update, SHAPES)
+        dry_run(update, SHAPES)
     assert whole.count > 500
     for at in range(0, whole.count, 37):
         run = start(case, capacity)
         before, update = dump(run.state), run.update()
         with Fault(at, keeps_failing=True), pytest.raises((OutOfMemory, torch.OutOfMemoryError)):
-            prove(update, SHAPES)
+            dry_run(update, SHAPES)
         assert differences(dump(run.state), before) == []
 
 
@@ -552,12 +552,12 @@ def test_a_proof_that_fails_leaves_no_trace(capacity: Capacity) -> None:
 def test_a_proof_goes_on_after_one_failure_in_its_first_step(
     optimizer: str, precision: str, capacity: Capacity
 ) -> None:
-    """Wherever memory runs out for once, the same is proven and learned as without."""
+    """Wherever memory runs out for once, the dry run shows and teaches the same as without."""
     case, whole = Case(optimizer, precision, warm=False, accumulate=False), Fault()
     update = start(case, capacity).update()
     whole.phase = lambda: f"{update.phase} {update.state.updates}"
     with whole:
-        prove(update, SHAPES)
+        dry_run(update, SHAPES)
     first = [at for at, phase in enumerate(whole.phases) if phase == f"optimizer step {update.state.updates}"]
     learned = update.step_memory.may_allocate
     assert first
@@ -565,7 +565,7 @@ def test_a_proof_goes_on_after_one_failure_in_its_first_step(
         run = start(case, capacity)
         before, update = dump(run.state), run.update()
         with Fault(at) as fault:
-            assert prove(update, SHAPES) == SHAPES.eval_batch_size
+            assert dry_run(update, SHAPES) == SHAPES.eval_batch_size
         assert fault.raised == 1
         assert update.step_memory.may_allocate == learned, at
         assert differences(dump(run.state), before) == []
@@ -583,8 +583,8 @@ def test_a_proof_keeps_weights_once_and_training_in_each_update(
     monkeypatch.setattr(Undo, "before_step", watched)
     run = start(Case("adamw-fused", "fp32", warm=False, accumulate=False), capacity)
     update = run.update()
-    prove(update, SHAPES)
-    assert kept == [True] + [False] * PROVEN_UPDATES
+    dry_run(update, SHAPES)
+    assert kept == [True] + [False] * DRY_RUN_UPDATES
     run.advance(update)
     assert kept[-1], "nobody else has copies"
 
@@ -592,15 +592,15 @@ def test_a_proof_keeps_weights_once_and_training_in_each_update(
 def test_a_proof_that_ran_nothing_is_none(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(Case("sgd", "fp32", warm=False), capacity)
     monkeypatch.setattr(Update, "run", lambda *args, **kwargs: None)
-    with pytest.raises(RuntimeError, match=f"a proof of {PROVEN_UPDATES} updates committed 0"):
-        prove(run.update(), SHAPES)
+    with pytest.raises(RuntimeError, match=f"a dry run of {DRY_RUN_UPDATES} updates made only 0"):
+        dry_run(run.update(), SHAPES)
 
 
 def test_evaluation_is_halved_until_it_fits() -> None:
     with limited(CPU, "4MiB") as small:
         run = start(Case("sgd", "fp32", warm=False, ema=False), small)
         shapes = Recipe(batch_size=2, micro_batch_size=2, eval_batch_size=64, image_size=128, num_classes=5)
-        assert prove(run.update(2), shapes) in (4, 8)
+        assert dry_run(run.update(2), shapes) in (4, 8)
 
 
 def test_an_overflow_in_the_first_step_of_a_warm_rung(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,8 +654,8 @@ def test_a_proof_meets_a_last_update_with_larger_parts(capacity: Capacity) -> No
     update, seen = run.update(2), list[int]()
     run.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     sizes = Recipe(batch_size=4, micro_batch_size=2, eval_batch_size=1, image_size=8, num_classes=5)
-    prove(update, sizes, odd=3)
-    assert seen == [2, 2] * PROVEN_UPDATES + [3, 1]
+    dry_run(update, sizes, odd=3)
+    assert seen == [2, 2] * DRY_RUN_UPDATES + [3, 1]
 
 
 class Lazy(nn.Module):
@@ -681,7 +681,7 @@ def test_buffers_made_in_a_proof_or_a_failed_update_are_gone_again(capacity: Cap
     model = run.state.model = Lazy()
     run.state.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     update = run.update(4)
-    prove(update, SHAPES)
+    dry_run(update, SHAPES)
     assert not model._buffers
     images, labels = 5 + torch.randn(4, 3, 8, 8), torch.arange(4)
     with Fault(at=20, keeps_failing=True), pytest.raises(OutOfMemory):
@@ -713,8 +713,8 @@ def test_a_proof_holds_what_stored_images_take(last: int, capacity: Capacity, mo
     before = dump(run.state)
     update = run.update(2)
     sizes = replace(SHAPES, batch_size=4, eval_batch_size=1, stored_size=9)
-    prove(update, sizes, odd=last)
-    assert seen == [(2, 4, 4), (2, 4, 4)] * PROVEN_UPDATES + [(3, 4, 4)] * (last == 3) + [(1, 1, 1)]
+    dry_run(update, sizes, odd=last)
+    assert seen == [(2, 4, 4), (2, 4, 4)] * DRY_RUN_UPDATES + [(3, 4, 4)] * (last == 3) + [(1, 1, 1)]
     assert differences(dump(run.state), before) == []
     assert [ref() for ref in made] == [None] * 2
 
@@ -730,10 +730,10 @@ def test_a_proof_finds_no_memory_for_stored_images(capacity: Capacity, monkeypat
 
     monkeypatch.setattr(DeviceBatch, "__init__", full)
     shapes = replace(SHAPES, batch_size=4, eval_batch_size=16, stored_size=9)
-    assert prove(run.update(), shapes) == 4, "a smaller evaluation batch"
+    assert dry_run(run.update(), shapes) == 4, "a smaller evaluation batch"
     refused[0] = 4
     with pytest.raises(OutOfMemory) as caught:
-        prove(run.update(), shapes)
+        dry_run(run.update(), shapes)
     assert caught.value.phase == "loading data"
     assert differences(dump(run.state), before) == []
 
@@ -919,7 +919,7 @@ def test_after_a_proof_nothing_is_known_of_a_step_whose_state_is_still_to_be_mad
     """Only a step that finds all of its state shows whether a graph can record it."""
     run = start(Case("adamw-fused", "fp32", warm=False, accumulate=False), capacity)
     update, known = run.update(), list[bool | None]()
-    prove(update, SHAPES)
+    dry_run(update, SHAPES)
     for _ in range(3):
         known.append(update.step_memory.may_allocate)
         run.advance(update)
@@ -930,7 +930,7 @@ def test_a_step_that_is_only_recorded_leaves_the_optimizers_own_tensors(capacity
     """What a recorded step binds is memory of the graph, and no kernel has filled it."""
     run = start(Case("adamw-single", "fp32", warm=True), capacity)
     update, before = run.update(), dump(run.state)
-    with update.undone():
+    with update.rolled_back():
         for values in run.state.optimizer.state.values():
             values.update({key: torch.full_like(value, torch.nan) for key, value in values.items()})
         run.state.optimizer.state[nn.Parameter(torch.zeros(1))] = {"step": torch.zeros(())}
