@@ -20,6 +20,7 @@ OF_TORCH = ("torch.nn.modules.loss", "adaptive_trainer.models.losses")
 PLAIN = (functional.cross_entropy, functional.nll_loss)
 MOST_CLASSES = 2048  # of which the weights are looked for
 CHECKED = 16  # made-up samples
+MOST_REFERENCES = 4  # classes that others are weighed against, one after the other
 RTOL = 1e-4  # of losses in single precision
 NOT_MEMORY = frozenset({oom.Kind.OTHER})
 
@@ -115,14 +116,17 @@ def _by_classes(loss: Any, width: int, classes: int, labels: Tensor, dtype: torc
     whole = loss(scores, theirs)
     if torch.isclose(whole, alone.sum(), rtol=RTOL):
         return Found(LossKind.SUM)
-    reference = int(theirs[alone.isfinite()].min())  # a class that counts: else its loss alone is 0 / 0
-    weights = _weights_of(loss, torch.zeros_like(scores[:2]), classes, reference, labels)
-    counts = weights[theirs]
-    mean = (counts * alone.nan_to_num()).sum() / counts.sum()
-    if not (weights.isfinite() & (weights >= 0)).all() or not torch.isclose(whole, mean, rtol=RTOL):
-        return Found(LossKind.OTHER)
-    is_plain = torch.isclose(weights, weights.new_ones(()), rtol=RTOL).all()
-    return Found(LossKind.MEAN) if is_plain else Found(LossKind.WEIGHTED, weights)
+    # A reference has to count: else its loss alone is 0 / 0, or 0 where the denominator is clamped.
+    counting = set(theirs[alone.isfinite() & (alone != 0)].tolist())
+    for reference in sorted(counting)[:MOST_REFERENCES]:
+        weights = _weights_of(loss, torch.zeros_like(scores[:2]), classes, reference, labels)
+        counts = weights[theirs]
+        mean = (counts * alone.nan_to_num()).sum() / counts.sum()
+        if not (weights.isfinite() & (weights >= 0)).all() or not torch.isclose(whole, mean, rtol=RTOL):
+            continue  # a clamp may leave next to nothing of a class that does not count
+        is_plain = torch.isclose(weights, weights.new_ones(()), rtol=RTOL).all()
+        return Found(LossKind.MEAN) if is_plain else Found(LossKind.WEIGHTED, weights)
+    return Found(LossKind.OTHER)
 
 
 def _weights_of(loss: Any, scores: Tensor, classes: int, reference: int, labels: Tensor) -> Tensor:

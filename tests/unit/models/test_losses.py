@@ -216,6 +216,12 @@ class Coupled(nn.Module):
         return (output @ output.T - labels[:, None].eq(labels).to(output.dtype)).square().mean()
 
 
+def clamped(output: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """A weighted mean; of a class that does not count it is 0, not 0 / 0."""
+    counts = weights[labels]
+    return (functional.cross_entropy(output, labels, reduction="none") * counts).sum() / counts.sum().clamp_min(1e-8)
+
+
 @pytest.mark.parametrize(
     ("loss", "kind", "said"),
     [
@@ -225,6 +231,8 @@ class Coupled(nn.Module):
         (lambda o, y: functional.cross_entropy(o, y), "mean", ""),
         (lambda o, y: functional.multi_margin_loss(o, y, reduction="sum"), "sum", "sum over samples"),
         (lambda o, y: functional.cross_entropy(o, y, weight=torch.arange(1.0, 5.0)), "weighted", "weighted by class"),
+        (lambda o, y: clamped(o, y, torch.arange(4.0)), "weighted", "weighted by class"),
+        (lambda o, y: clamped(o, y, torch.tensor([0.0, 0.0, 0.0, 2.0])), "weighted", "weighted by class"),
         (
             lambda o, y: functional.cross_entropy(o, y, weight=torch.arange(4.0), label_smoothing=0.1),
             "other",
