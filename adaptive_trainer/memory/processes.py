@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,20 +29,27 @@ def processes_on(device: torch.device) -> list[GpuProcess] | str:
         return "nvidia-ml-py is not installed (pip install nvidia-ml-py)"
     try:
         pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+    try:
         # torch.cuda.list_gpu_processes knows neither MIG nor names, and fails where the driver does not say how much.
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
         running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        users = [GpuProcess(process.pid, _name(process.pid), process.usedGpuMemory) for process in running]
     except (pynvml.NVMLError, RuntimeError, AssertionError) as error:  # torch: no such device, no driver
         return f"NVML: {error}"
-    users = [GpuProcess(process.pid, _name(process.pid), process.usedGpuMemory) for process in running]
+    finally:
+        pynvml.nvmlShutdown()  # another library's NVML goes on: it counts who has opened it
     return sorted(users, key=lambda user: -(user.bytes or 0))
 
 
 def _name(pid: int) -> str:
     import pynvml
 
-    try:
-        return Path(pynvml.nvmlSystemGetProcessName(pid)).name
-    except pynvml.NVMLError:  # a container does not see the host's processes
-        return "unknown program"
+    with suppress(pynvml.NVMLError):  # a container does not see the host's processes
+        name = pynvml.nvmlSystemGetProcessName(pid)
+        return Path(name.decode(errors="replace") if isinstance(name, bytes) else name).name
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "unknown program"

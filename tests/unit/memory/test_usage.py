@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +133,49 @@ def test_users_without_a_gpu() -> None:
     assert describe_users(CPU) == "no other process uses this device's memory"
 
 
+def test_what_nvml_says_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names as bytes too, and of a process that NVML cannot name the system's; NVML is closed again, whatever fails."""
+
+    class Unknown(Exception):
+        pass
+
+    def named(pid: int) -> str | bytes:
+        names: dict[int, str | bytes] = {1: "/usr/bin/one", 2: b"/usr/bin/tw\xff"}
+        if pid not in names:
+            raise Unknown("no such process")
+        return names[pid]
+
+    def running(handle: str) -> list[SimpleNamespace]:
+        if handle == "GPU-broken":
+            raise Unknown("lost")
+        return [SimpleNamespace(pid=pid, usedGpuMemory=pid or None) for pid in (0, 1, 2, os.getpid())]
+
+    opened: list[int] = []
+    nvml = SimpleNamespace(
+        NVMLError=Unknown,
+        nvmlInit=lambda: opened.append(1),
+        nvmlShutdown=opened.pop,
+        nvmlDeviceGetHandleByUUID=str,
+        nvmlDeviceGetComputeRunningProcesses=running,
+        nvmlSystemGetProcessName=named,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    uuids = iter(["whole", "broken"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(uuids)))
+    device = torch.device("cuda", 0)
+    users = processes_on(device)
+    comm = Path("/proc/self/comm")
+    mine = comm.read_text().strip() if comm.exists() else "unknown program"
+    assert users == [
+        GpuProcess(os.getpid(), mine, os.getpid()),
+        GpuProcess(2, "tw\N{REPLACEMENT CHARACTER}", 2),
+        GpuProcess(1, "one", 1),
+        GpuProcess(0, "unknown program", None),
+    ]
+    assert processes_on(device) == "NVML: lost"
+    assert opened == []
+
+
 @pytest.mark.gpu
 def test_on_cuda() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
@@ -148,5 +194,6 @@ def test_on_cuda() -> None:
     assert "outside this process's allocator" in text
     assert clear_gpu_memory() >= 64 * MiB
     users = processes_on(device)
-    assert isinstance(users, str) or all(isinstance(user, GpuProcess) for user in users)
+    assert isinstance(users, list), users
+    assert all(isinstance(user, GpuProcess) for user in users)
     assert str(os.getpid()) not in describe_users(device)
