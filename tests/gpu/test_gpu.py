@@ -323,7 +323,7 @@ def test_a_refused_recording_leaves_no_trace_in_attributes(tmp_path: Path) -> No
 def recorded(update: Update, images: Tensor, labels: Tensor) -> Graph:
     for _ in range(3):
         update.run(images, labels, samples=0)
-    return Graph(update, images, labels)
+    return Graph(update, images, labels, update.program.accumulate)
 
 
 def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
@@ -335,12 +335,12 @@ def test_no_memory_for_the_graph_leaves_training_as_it_was() -> None:
         held, weights = torch.cuda.memory_allocated(), gpu_checks.digest(update.state.model)
         ballast = torch.empty(320 << 20, dtype=torch.uint8, device="cuda")
         with pytest.raises(GraphRefused, match="out of memory"):
-            Graph(update, images, labels)
+            Graph(update, images, labels, update.program.accumulate)
         del ballast
         oom.release(gpu_checks.CUDA)
         assert (torch.cuda.memory_allocated(), gpu_checks.digest(update.state.model)) == (held, weights)
         assert torch.cuda.memory_reserved() < held + (64 << 20), "the allocator still flushes its cache"
-        graph = Graph(update, images, labels)
+        graph = Graph(update, images, labels, update.program.accumulate)
         graph.replay(images, labels)
         assert gpu_checks.digest(update.state.model) != weights
 

@@ -23,7 +23,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.errors import AdaptiveTrainerError, explained
 from adaptive_trainer.step.backends.host_state import HostState
 from adaptive_trainer.step.copies import Places
-from adaptive_trainer.step.program import Accumulate, Program
+from adaptive_trainer.step.program import Accumulate, Change, Program
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import state_of
@@ -42,7 +42,7 @@ class Graph:
         update: what is recorded. Its optimizer has made all of its state, and an update of this shape has run before.
         images: (N, C, H, W), the shape that is recorded; the values do not matter.
         labels: (N,).
-        accumulate: makes the gradients instead of `Program.accumulate`.
+        accumulate: makes the gradients.
         with_step: record all of the update; otherwise only what makes the gradients, forward and backward.
 
     Raises:
@@ -51,13 +51,7 @@ class Graph:
     """
 
     def __init__(
-        self,
-        update: Update,
-        images: Tensor,
-        labels: Tensor,
-        accumulate: Accumulate | None = None,
-        *,
-        with_step: bool = True,
+        self, update: Update, images: Tensor, labels: Tensor, accumulate: Accumulate, *, with_step: bool = True
     ) -> None:
         program = update.program
         self.with_step = with_step
@@ -70,7 +64,9 @@ class Graph:
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
         try:
             with update.rolled_back(), _unchanged_host(program):
-                self._record(program, images, labels, accumulate or program.accumulate)
+                self._record(program, images, labels, accumulate)
+        except GraphRefused as error:
+            problem = str(error)
         except Exception as error:
             failure = oom.describe(error, pressure=update.capacity.pressure)
             if failure.kind is oom.Kind.POISONED:
@@ -118,8 +114,13 @@ class Graph:
         for generator in Belongings(program.state.owners()).generators.values():
             if isinstance(generator, torch.Generator) and generator.device.type == "cuda":
                 self._graph.register_generator_state(generator)  # else each replay would draw the same numbers
+
+        def step(change: Change) -> None:
+            program.follow_layouts()  # as any update does; what has moved is a reason then, and no operator's error
+            change()
+
         if self.with_step:
-            self._capture(program.device, lambda: program.run(self.images, self.labels, accumulate))
+            self._capture(program.device, lambda: program.run(self.images, self.labels, accumulate, step))
         else:
             self._capture(program.device, lambda: accumulate(self.images, self.labels))
             self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.backends.cuda_graph import GraphRefused, _Holders, _unchanged_host, step_refusal
+from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, _Holders, _unchanged_host, step_refusal
 from adaptive_trainer.step.backends.recorded import IN_STEP
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import TrainState, Undo
@@ -140,6 +141,46 @@ def test_what_else_a_replay_would_not_repeat_is_seen(owner: str, capacity: Capac
 
     with pytest.raises(GraphRefused, match="tensor" if owner == "layout" else "on the host"):
         attempt()
+
+
+class Refused(nn.Sequential):
+    """Does what no graph holds: gives a buffer another shape, or counts on the host under a name that is long."""
+
+    seen: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(192, 5))
+        self.name = name
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "seen":
+            self.seen.resize_(len(self.seen) + 1).zero_()
+        else:
+            setattr(self, self.name, getattr(self, self.name, 0) + 1)
+        output: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return output
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("seen", "it puts a tensor of its state elsewhere, or gives it another shape, and a graph does not"),
+        ("a" * 600, f"its forward pass changes Refused.{'a' * 600} on the host, which a graph does not repeat"),
+    ],
+    ids=["reshapes", "counts"],
+)
+def test_why_a_recording_is_refused(
+    name: str, reason: str, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is whole, and is no operator's error where a buffer has another shape than its average."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(Graph, "_capture", lambda self, device, work: work())
+    run = runs.start(runs.Case("sgd", "fp32", warm=True), capacity, partial(Refused, name))
+    update = run.update()
+    with pytest.raises(GraphRefused) as caught:
+        Graph(update, run.images[:7], run.labels[:7], update.program.accumulate)
+    assert str(caught.value) == reason
 
 
 def test_the_mode_that_an_evaluation_leaves_is_no_change(capacity: Capacity) -> None:
