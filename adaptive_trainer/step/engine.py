@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.step.backends.choose import BACKENDS
+from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
@@ -59,10 +60,10 @@ class Engine:
         try:
             return work()
         except OutOfMemory as error:
-            phase = error.phase
-            if self.backend.graph is None:
+            backend, reason = self.backend, f"its memory was wanted in {error.phase}"
+            if not isinstance(backend, Recorded) or backend.graph is None:
                 raise
-        self.backend = self.backend.make_room(phase)  # not before: the error's frames hold tensors
+        self.backend = backend.give_up(reason)  # not before: the error's frames hold tensors
         return work()
 
     def _run_whole(self, images: Tensor, labels: Tensor, samples: int) -> None:

@@ -6,9 +6,11 @@ import gc
 import os
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from adaptive_trainer import Trainer, compose_config, load_model
+from adaptive_trainer import Trainer, compose_config, load_model, oom
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.step.backends.compiled import compile_forward
+from adaptive_trainer.step.backends.compiled import Compiled, compile_forward
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Undo
 from tests.support import runs
@@ -97,6 +99,22 @@ def test_what_is_not_compiled_trains_eagerly_and_says_why(
     assert said[-1].startswith("engine: eager, not compiled: ")
     assert reason in said[-1]
     assert torch.equal(weights, eager)
+
+
+class Warns(Reads):
+    """Warns in each forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("look at me", stacklevel=1)
+        return super().forward(x)
+
+
+def test_the_repeat_without_compiled_code_may_warn(capacity: Capacity) -> None:
+    run, events = runs.start(replace(CASE, warm=False), capacity, Warns), list[str]()
+    engine = Engine(run.update(), "compile", 7, events.append)
+    with pytest.warns(UserWarning, match="look at me"):
+        engine.run(run.images[:7], run.labels[:7], samples=7)
+    assert events[-1].startswith("engine: eager, not compiled: ")
 
 
 WITHOUT_COMPILER = """
@@ -213,12 +231,18 @@ class NoBuffers(CompiledFault):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def test_where_compiled_code_has_no_memory_the_update_is_made_eagerly(started: Callable[[], runs.Run]) -> None:
+def test_where_compiled_code_has_no_memory_the_update_is_made_eagerly(
+    started: Callable[[], runs.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was compiled is gone before memory is released for the repeat."""
     run, events = started(), list[str]()
     update, back = run.update(), Undo(run.state, runs.CPU, on_host=True)
     engine = Engine(update, "compile", 7, events.append)
     engine.run(run.images[:7], run.labels[:7], samples=7)
     assert "compiled, with" in events[-1]
+    assert isinstance(engine.backend, Compiled)
+    forward, alive = weakref.ref(engine.backend._forward), list[bool]()
+    monkeypatch.setattr(oom, "release", lambda *_: alive.append(forward() is not None))
     back.begin()
     back.before_step()
     update.run(run.images[7:14], run.labels[7:14], samples=7)
@@ -227,6 +251,7 @@ def test_where_compiled_code_has_no_memory_the_update_is_made_eagerly(started: C
     with NoBuffers(0, keeps_failing=True) as full:
         engine.run(run.images[7:14], run.labels[7:14], samples=7)
     assert full.raised == 2, "and the same samples once more"
+    assert alive[-1:] == [False]
     assert events[-1].startswith("engine: eager, not compiled: out of memory in forward")
     assert differences(dump(run.state), eager) == []
 

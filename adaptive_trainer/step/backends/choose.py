@@ -35,6 +35,8 @@ class Faster(Recorded):
                 return self._run_kernels(images, labels, samples)
         if self.graph is None and (reason := self.record(images, labels)):
             return self.give_up(reason).run(images, labels, samples)
+        if not self.is_recorded_for(images, labels):
+            return self._run_kernels(images, labels, samples)  # it says nothing of replays
         with self._timed(self._replays):
             done = self.replay(images, labels, samples)
         return self._settled() if done is self and len(self._replays) == TIMED else done

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Compiled(Eager):
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
         super().__init__(update, name, event)
+        self._forward: Forward | None = None  # held by nothing else, so that it can go
         self._is_compiled = False
         # While it compiles, any error may be the compiler's. Later another shape may be compiled for anew.
         self._expected: tuple[type[Exception], ...] = (Exception,)
@@ -43,10 +44,8 @@ class Compiled(Eager):
             return self._run_uncompiled(reason, images, labels, samples)
         self.event(f"engine: compiling for batches of {len(labels)}, as trainer.engine={self.name} asks")
         started = time.perf_counter()
-        self.accumulate = partial(self.program.accumulate, forward=compile_forward(self.program.state.model))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler warns of its own modules, and of the TF32 it would like
-            done = super().run(images, labels, samples)
+        self._forward = compile_forward(self.program.state.model)
+        done = super().run(images, labels, samples)
         if done is not self:
             return done
         self._is_compiled, self._expected = True, (OutOfMemory, TorchDynamoException)
@@ -54,10 +53,15 @@ class Compiled(Eager):
         on_cuda = self.program.device.type == "cuda"
         return Recorded(self.update, self.name, self.event, kernels=self) if on_cuda else self
 
+    def accumulate(self, images: Tensor, labels: Tensor) -> None:
+        """Make the gradients by compiled code, where there is some."""
+        self.program.accumulate(images, labels, self._forward)
+
     def run_with(self, accumulate: Accumulate, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make one update with gradients from this function; where that fails, once more without compiled code."""
         try:
-            return super().run_with(accumulate, images, labels, samples)
+            with nullcontext() if self._is_compiled else _warnings_ignored():
+                return super().run_with(accumulate, images, labels, samples)
         except self._expected as error:
             if isinstance(error, DeviceUnusable) or oom.describe(error).kind is oom.Kind.POISONED:
                 raise
@@ -71,7 +75,7 @@ class Compiled(Eager):
         return compile_refusal(self.program.state.model)
 
     def _run_uncompiled(self, reason: str, images: Tensor, labels: Tensor, samples: int) -> Eager:
-        self.accumulate = self.program.accumulate  # what was compiled goes
+        self._forward = None  # what was compiled goes
         oom.release(self.program.device)
         self.event(f"engine: eager, not compiled: {reason}")
         return Eager(self.update, self.name, self.event).run(images, labels, samples)
@@ -89,6 +93,14 @@ def compile_forward(model: nn.Module) -> Forward:
     forward.__code__ = forward.__code__.replace()  # torch keeps compiled code with the code object: one of its own
     compiled: Forward = torch.compile(forward, fullgraph=True, dynamic=False)
     return compiled
+
+
+@contextmanager
+def _warnings_ignored() -> Iterator[None]:
+    """The compiler warns of its own modules, and of the TF32 that it would like."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _explained(error: Exception) -> str:

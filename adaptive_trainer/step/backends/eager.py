@@ -20,14 +20,17 @@ class Eager:
     """
 
     label = "eager"
-    graph: object = None  # what holds memory between updates that can do without it
+    graph: object = None  # a recorded one
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
         self.update = update
         self.name = name
         self.event = event
         self.program = update.program
-        self.accumulate: Accumulate = self.program.accumulate  # makes the gradients
+
+    def accumulate(self, images: Tensor, labels: Tensor) -> None:
+        """Make the gradients."""
+        self.program.accumulate(images, labels)
 
     def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make one update, as `Update.run`, and return what makes the next one: itself, or what it gave way to."""
@@ -36,8 +39,4 @@ class Eager:
     def run_with(self, accumulate: Accumulate, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make one update with gradients from this function."""
         self.update.run(images, labels, samples=samples, accumulate=accumulate)
-        return self
-
-    def make_room(self, phase: str) -> Eager:
-        """Free that memory, as it is wanted in this phase, and return what goes on without."""
         return self

@@ -54,6 +54,10 @@ class Recorded(Eager):
             if not self._is_of_the_step(made):
                 return made
 
+    def is_recorded_for(self, images: Tensor, labels: Tensor) -> bool:
+        """Whether there is a graph of batches of this shape."""
+        return self.graph is not None and self.graph.suits(images, labels)
+
     def announce(self, why: str) -> None:
         """Log what is a graph now."""
         what = "forward and backward are" if self._step_reason else "the whole update is"
@@ -87,10 +91,6 @@ class Recorded(Eager):
         if self.graph is not None:
             self.graph = None
             oom.release(self.program.device)
-
-    def make_room(self, phase: str) -> Eager:
-        """Give up the graph."""
-        return self.give_up(f"its memory was wanted in {phase}")
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make an update that shows what speaks against a graph, once the optimizer has made its state."""

@@ -160,6 +160,21 @@ def test_the_faster_of_the_two_stays(
     assert len(events) == 1
 
 
+def test_a_batch_of_another_shape_is_not_timed_as_a_replay(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "TIMED", 2)
+    engine, events, run = trained("auto", capacity, 2)
+    backend = engine.backend
+    assert isinstance(backend, choose.Faster)
+    while not backend._replays:
+        advance(engine, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stand, "suits", lambda self, images, labels: False)
+        advance(engine, run)
+    assert (len(backend._eager), len(backend._replays), events) == (2, 1, [])
+    advance(engine, run)
+    assert len(events) == 1
+
+
 def test_a_graph_makes_room_for_other_work_once(capacity: Capacity) -> None:
     engine, events, _ = trained("graph", capacity)
     calls: list[int] = []
