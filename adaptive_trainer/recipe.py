@@ -13,49 +13,30 @@ REPORTED_LAST = ("optimizer", "lr", "num_workers", "tf32")
 
 @dataclass(frozen=True, slots=True)
 class Technique:
-    """A technique that saves memory.
+    """A technique that saves memory."""
 
-    Attributes:
-        key: its setting of `trainer`.
-        value: of the setting; false where the technique is not used.
-        text: what it does, for people.
-        without: what a recipe without it would do, for people.
-    """
-
-    key: str
-    value: Any
-    text: str
-    without: str
+    key: str  # its setting of `trainer`
+    value: Any  # of the setting; false where the technique is not used
+    text: str  # what it does, for people
+    without: str  # what a recipe without it would do, for people
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Sizes, precision, memory format and the rest, with every derived size filled in.
+    """Sizes, precision, memory format and the rest, with every derived size filled in."""
 
-    Attributes:
-        batch_size: samples in one update.
-        micro_batch_size: most samples in one forward and backward.
-        eval_batch_size: samples in one evaluation batch.
-        image_size: height and width of the images, which are RGB.
-        stored_size: height and width of stored images (`data.cache`), of which a batch waits on the device; 0: none.
-        num_classes: labels are less; 0 where it is not known yet.
-        precision: `fp32`, `bf16` or `fp16`.
-        clip_grad: largest gradient norm.
-        channels_last: weights and images have that memory format.
-    """
-
-    batch_size: int
-    micro_batch_size: int
+    batch_size: int  # samples in one update
+    micro_batch_size: int  # most samples in one forward and backward
     eval_batch_size: int = 0
-    image_size: int = 224
-    stored_size: int = 0
-    num_classes: int = 0
+    image_size: int = 224  # height and width of the images, which are RGB
+    stored_size: int = 0  # height and width of stored images (`data.cache`), of which a batch waits on the device
+    num_classes: int = 0  # labels are less; 0 where it is not known yet
     model: str = ""
     optimizer: str = ""
     lr: float = 0.0
-    precision: str = "fp32"
+    precision: str = "fp32"  # or bf16, fp16
     techniques: tuple[Technique, ...] = ()
-    clip_grad: float | None = None
+    clip_grad: float | None = None  # largest gradient norm
     channels_last: bool = False
     tf32: bool | None = None
     num_workers: int = 0

@@ -13,12 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
 from adaptive_trainer.checkpoints.trust import trusted
-from adaptive_trainer.config.overrides import asked, with_asked
+from adaptive_trainer.config.overrides import asked, stage_names, with_asked
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split
 from adaptive_trainer.errors import CheckpointError, explained
-from adaptive_trainer.ladder.resolve import WHOLE, stage_names
+from adaptive_trainer.ladder.resolve import WHOLE
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report import earlier
 from adaptive_trainer.step.undo import TrainState

@@ -1,7 +1,6 @@
 """The command line: Hydra composes the settings, the Trainer runs, errors become one message and an exit code.
 
-Exit codes: 0 trained; 1 an unexpected error; 2 the user's mistake; 3 no rung of the ladder fits; 4 the device is
-unusable; 75 stopped by a signal with its state saved; 130 stopped by Ctrl-C before training.
+Exit codes: 0 trained; 1 an unexpected error; those of `errors`; 130 stopped by Ctrl-C before training.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def main() -> None:
         sys.argv[1:] = options_first([as_list(at_home(text), is_sweep) for text in sys.argv[1:]])
         hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except SystemExit:
-        if not codes:
+        if not codes:  # Hydra's own: that of a job ends a sweep, and the exit code is the largest of all jobs
             raise
     except Exception as error:  # of what comes before the jobs and after them
         if isinstance(error, BrokenPipeError) and not codes:  # whoever read what was printed has seen enough
@@ -117,7 +116,7 @@ def as_list(argument: str, is_sweep: bool = False) -> str:
 
 
 def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
-    """One run. What goes wrong is shown here, so that nothing of a failed job lives on, and the next job begins."""
+    """One run; what goes wrong is shown."""
     hydra_config = HydraConfig.get()
     overrides = hydra_config.overrides.task
     if hydra_config.job.chdir:
@@ -125,7 +124,7 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
     folder = Path(cfg.output_dir or hydra_config.runtime.output_dir).expanduser()
     try:
         value = _run(cfg, overrides, folder)
-    except Exception as error:
+    except Exception as error:  # not left to Hydra: it would hold what failed, and begin no further job of a sweep
         code, said = _ended(error, folder)
         if isinstance(error, UserError):
             fail(folder, "failed", str(error))
@@ -144,7 +143,7 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
         error = explain(error) or error
     if isinstance(error, AdaptiveTrainerError):
         return error.exit_code, str(error) if isinstance(error, Interrupted) else f"error: {error}"
-    from adaptive_trainer import oom
+    from adaptive_trainer import oom  # which brings torch: a mistake is said without it
 
     found = oom.describe(error)
     if found.kind is oom.Kind.POISONED:
@@ -155,14 +154,14 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
 
 
 def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tuple[DictConfig, list[str]]:
-    """Settings, and the overrides typed for them, with relative paths made absolute from where the program started."""
+    """Settings, and the overrides typed for them, with paths from where the program started: Hydra has left it."""
     cfg, typed_again = cfg.copy(), list(overrides)
     for key in ("data.root", "output_dir", "resume"):
         value = OmegaConf.select(cfg, key)
         if value and value != "auto":
             path = str(start / Path(value).expanduser())
             OmegaConf.update(cfg, key, path)
-            for number, text in enumerate(typed_again):
+            for number, text in enumerate(typed_again):  # a stage is given what was typed once more
                 if text.lstrip("+").startswith(f"{key}="):
                     typed_again[number] = f"{key}={quoted(path)}"
     return cfg, typed_again
@@ -172,7 +171,7 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
     _check_mode()
     typed(cfg)  # names a setting that does not resolve
-    cfg = with_asked(cfg, overrides)
+    cfg = with_asked(cfg, overrides)  # Hydra forgets the difference between what was typed and what a file says
     if cfg.resume is None:  # else the settings are those of the resumed run
         _check(cfg)
     if cfg.task == "plan":
@@ -186,6 +185,7 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         from adaptive_trainer.training.measure import measure
         from adaptive_trainer.utils.device import device_of
 
+        # What is measured here says nothing about a card that is named.
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
         run_memory(cfg, folder, measure if can_measure else None)
     else:
@@ -213,6 +213,6 @@ def _check(cfg: DictConfig) -> None:
     if cfg.task == "train":
         asked = stages(cfg)
         for _, settings in asked:
-            resolve(settings)
+            resolve(settings)  # for its errors: training resolves once more, with the networks to ask
         check_no_card(typed(cfg).card)
         check_folders(typed(asked[0][1]).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import textwrap
@@ -72,6 +73,7 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
 
 def _as_in_training(config: Config, device: torch.device) -> str:
     """Take the simulated card that training would take; say so where the settings name no device."""
+    # Only the demo data is trained on a simulated card: a CPU needs no limit, and a demonstration does.
     limit = limit_for(config, device)
     is_open = config.card == CardConfig() and config.memory.limit is None and config.device == "auto"
     if is_open and limit is None and device.type == "cpu":
@@ -117,20 +119,20 @@ def _largest(asked: Rung[Config], predictor: Predictor) -> tuple[int, str]:
     if size is None:
         raise ConfigError(f"{key} cannot be planned, because the update cannot be predicted: {reason}")
     room = format_bytes(capacity)
-    if not size:
+    if not size:  # the ladder is planned all the same, from a single sample down
         return 0, f"not even one sample is predicted to fit in {room}"
     return size, f"the largest that is predicted to fit in {room}; training proves it, or one near it"
 
 
 def _content(made: Plan) -> dict[str, Any]:
-    """A plan as plain data."""
     return {
         "target": made.spec.description,
         "capacity_bytes": made.spec.capacity,
         "context_bytes": made.spec.context,
         "lands_on": made.lands_on,
         "perhaps": list(made.perhaps),
-        "rungs": [asdict(row) for row in made.rows],
+        # the names first, for people
+        "rungs": [{"rung": row.rung, "verdict": row.verdict, "recipe": row.recipe, **asdict(row)} for row in made.rows],
     }
 
 
@@ -164,7 +166,7 @@ def _mib(size: int | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One batch size at one image size. Sizes in bytes, None where they are not known or were not measured."""
+    """One batch size at one image size: the columns of `memory.csv`. None where a size is not known or not measured."""
 
     batch: int
     size: int
@@ -192,11 +194,8 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
     """
     check_name(cfg.model.name)
     predictor = _predictor(typed(cfg))
-    cells = [
-        _cell(typed(cfg), batch, size, predictor, measure)
-        for batch in _numbers(cfg, "batch")
-        for size in _numbers(cfg, "size")
-    ]
+    places = itertools.product(_numbers(cfg, "batch"), _numbers(cfg, "size"))
+    cells = [_cell(typed(cfg), *place, predictor, measure) for place in places]
     head = f"{cfg.model.name}, {cfg.trainer.precision}, for {predictor.spec.description}"
     seen = " [measured]" if any(cell.measured_allocated_bytes is not None for cell in cells) else ""
     text = f"{head}; peak allocated MiB{seen}\n{memory_table(cells)}"
@@ -223,6 +222,7 @@ def _cell(asked: Config, batch: int, size: int, predictor: Predictor, measure: M
     config.trainer.micro_batch_size = min(batch, asked.trainer.micro_batch_size or batch)
     check(config)
     found, classes = predictor.predict(config), predictor.networks.classes(config)
+    # A refused image size is the reason that a person can mend; the trace fails somewhere inside the network.
     reason = (image_refusal(config, classes) or found.reason) if found.reason else ""
     seen = measure(config, classes) if measure is not None and not reason else None
     allocated, reserved = (None, None) if seen is None else seen
@@ -260,7 +260,7 @@ def _drawn(cells: Sequence[Cell], title: str) -> bytes | None:
     # Without pyplot, which would look for a screen.
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for size in dict.fromkeys(cell.size for cell in cells):
+    for size in dict.fromkeys(cell.size for cell in cells):  # a set would lose the order that was asked for
         mine = [cell for cell in cells if cell.size == size]
         known = [(c.batch, c.allocated_bytes / MiB) for c in mine if c.allocated_bytes is not None]
         seen = [(c.batch, c.measured_allocated_bytes / MiB) for c in mine if c.measured_allocated_bytes is not None]

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.config import mistakes
-from adaptive_trainer.config.schema import SETTINGS, Config, leaves
+from adaptive_trainer.config.schema import SETTINGS, Config, PhaseConfig, leaves
 from adaptive_trainer.errors import ConfigError, explained, quoted
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 
 
+@cache  # Hydra would build the schema anew
 def register() -> None:
     """Make the schema known to Hydra under the name that `configs/config.yaml` lists first."""
     from hydra.core.config_store import ConfigStore
@@ -125,19 +126,17 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
 
 @dataclass(frozen=True)
 class Asked:
-    """What was typed for a run: settings carry it along, through copies and merges.
-
-    Attributes:
-        overrides: Hydra overrides, in order.
-        search_path: the override that names a folder of configs of one's own; may be empty.
-        composed: the settings as they were then, YAML.
-        kept: what a stage would have set otherwise than was typed, in words.
-    """
+    """What was typed for a run: settings carry it along, through copies and merges."""
 
     overrides: tuple[str, ...] = ()
-    search_path: str = ""
-    composed: str = ""
-    kept: tuple[str, ...] = ()
+    search_path: str = ""  # the override that names a folder of configs of one's own, if there is one
+    composed: str = ""  # the settings as they were then, YAML
+    kept: tuple[str, ...] = ()  # what a stage would have set otherwise than was typed, in words
+
+
+def stage_names(phases: Sequence[PhaseConfig]) -> list[str]:
+    """The names of stages; those that have none are numbered, as rungs are."""
+    return [phase.name or f"stage-{number}" for number, phase in enumerate(phases, start=1)]
 
 
 def with_asked(cfg: DictConfig, overrides: Sequence[str], search_path: str = "") -> DictConfig:
@@ -149,13 +148,10 @@ def with_asked(cfg: DictConfig, overrides: Sequence[str], search_path: str = "")
     parsed = [(key, text) for key, text in parsed if not key.startswith("hydra") and not _parsed(text).is_delete()]
     kept: list[str] = []
     if parsed and not any(key.startswith("phases.") for key, _ in parsed):
-        for number, stage in enumerate(cfg.phases.stages, start=1):
+        for name, stage in zip(stage_names(cfg.phases.stages), cfg.phases.stages, strict=True):
             beaten = _beaten(cfg, list(stage.overrides), parsed)
             stage.overrides = [*stage.overrides, *beaten]
-            kept += [
-                f"stage {stage.name or f'stage-{number}'}: {text}, as typed, and not what its file says"
-                for text in beaten
-            ]
+            kept += [f"stage {name}: {text}, as typed, and not what its file says" for text in beaten]
     cfg._metadata.typed = Asked(  # type: ignore[attr-defined]  # the one place that goes with every copy
         tuple(text for _, text in parsed), search_path, OmegaConf.to_yaml(cfg), tuple(kept)
     )

@@ -201,11 +201,8 @@ class LadderConfig:
 
 
 @dataclass
-class PhaseConfig:
+class PhaseConfig(RungConfig):
     """A stage of training with overrides of its own."""
-
-    name: str = ""
-    overrides: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -1,8 +1,4 @@
-"""`trainer.batch_size=max`: the largest batch size that fits, found with few tries that fail.
-
-A prediction says where to look and never takes the place of the dry run: at the end the size that is used has been
-proven, and the next one has been tried and has run out of memory, unless there are no more training samples.
-"""
+"""`trainer.batch_size=max`: the largest batch size that fits, found with few tries that fail."""
 
 from __future__ import annotations
 
@@ -19,9 +15,7 @@ NEAR = 8  # a gap under this share of what fits is closed in quarters
 def largest(fits: Callable[[int], bool], *, guess: int, step: int, least: int, most: int) -> int | None:
     """Find the largest n from `least` to `most` that fits; None where none does.
 
-    The guess is tried first, then larger or smaller sizes at doubling distances, until one that fits and one that does
-    not enclose the boundary. At the end n has been tried and fits, and n + 1 has been tried and does not, unless n is
-    `most`.
+    At the end n has been tried and fits, and n + 1 has been tried and does not, unless n is `most`.
 
     Args:
         fits: tries a size; above one that does not fit, none may.
@@ -29,6 +23,7 @@ def largest(fits: Callable[[int], bool], *, guess: int, step: int, least: int, m
         step: the first distance from it.
     """
     low, high = least - 1, most + 1  # fits, as far as is known; does not
+    # At doubling distances from the guess, so that a good one costs few tries and a bad one only their logarithm.
     size = min(max(guess, least), most)
     if fits(size):
         low = size
@@ -56,7 +51,7 @@ def largest(fits: Callable[[int], bool], *, guess: int, step: int, least: int, m
 
 
 def find(fits: Callable[[int], bool], *, predicted: int | None, most: int, room: int) -> tuple[int, str]:
-    """Find the batch size for a run, and why it is this one.
+    """Find the batch size for a run, and why it is this one. A prediction only says where to look.
 
     Args:
         fits: tries a size on the device by a dry run.
@@ -79,7 +74,7 @@ def find(fits: Callable[[int], bool], *, predicted: int | None, most: int, room:
     expected = "not predicted" if predicted is None else f"predicted {predicted}"
     effort = f"({expected}, {len(tries)} tried, {len(tries) - sum(tries.values())} failed)"
     space = format_bytes(room)
-    if size is None:
+    if size is None:  # the smaller rungs may fit, and a rung needs a number
         return least, f"not even that is proven in {space}, so the ladder goes on from there {effort}"
     if size == most:
         return size, f"proven in {space}, and there are no more training samples {effort}"

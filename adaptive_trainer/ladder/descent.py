@@ -1,7 +1,6 @@
 """Down the ladder until a rung fits: try, record, release, next.
 
-Knows nothing of models, epochs or data: it is given rungs and a function that tries one. `descend` serves the Trainer
-and, with `ladder.make_ladder`, any training loop of one's own:
+`descend` serves the Trainer and, with `make_ladder`, any training loop of one's own:
 
     ladder = make_ladder({"batch": 64}, {"half": {"batch": 32}, "quarter": {"batch": 16}})
     found = descend(ladder, lambda settings: train(**settings))
@@ -43,24 +42,15 @@ IN_WORDS = {Outcome.OOM: "out of memory", Outcome.SKIPPED: "predicted not to fit
 
 @dataclass(slots=True)
 class Attempt:
-    """The record of one rung tried: plain data, never an exception.
+    """The record of one rung tried; phase (where it ended) and reason are words for people."""
 
-    Attributes:
-        rung: its name.
-        outcome: an `Outcome`, which is a text.
-        phase: where it ended, in words.
-        reason: why, in words.
-        predicted_bytes: smallest capacity the rung was expected to need; None where it was not predicted.
-        peak_allocated_bytes, peak_reserved_bytes: measured while it was tried; None where there is no meter.
-        seconds: how long the try took.
-    """
-
+    # Plain data, never an exception: its frames would hold the model that did not fit.
     rung: str
     outcome: Outcome
     phase: str = ""
     reason: str = ""
-    predicted_bytes: int | None = None
-    peak_allocated_bytes: int | None = None
+    predicted_bytes: int | None = None  # smallest capacity it was expected to need; None: it was not predicted
+    peak_allocated_bytes: int | None = None  # of the try; None: there is no meter
     peak_reserved_bytes: int | None = None
     seconds: float = 0.0
 
@@ -125,6 +115,7 @@ def descend(
             record(entry)
             continue
         before = oom.held(device)
+        # The try may change its settings, and the next rung must not inherit that.
         value = _tried(entry, partial(attempt, own(rung.settings)), device, meter, record)
         if value is None:
             oom.release(device, before)
@@ -142,7 +133,7 @@ def _tried(
     record: Callable[[Attempt], None],
 ) -> tuple[R] | None:
     """What the work returns, in a tuple of one; None where memory ran out. The entry says how it went."""
-    value: tuple[R] | None = None
+    value: tuple[R] | None = None  # in a tuple, for None is a value that work may return
     started = time.perf_counter()
     if meter is not None:
         meter.reset_peaks()
@@ -154,7 +145,7 @@ def _tried(
     except Exception as error:
         failure = oom.describe(error, pressure=lambda: is_short(device))
         entry.outcome, entry.phase, entry.reason = Outcome.OOM, "attempt", failure.text
-        if not failure.fills(device):
+        if not failure.fills(device):  # no smaller rung would mend it
             entry.outcome = Outcome.FAILED
             record(entry)
             raise
@@ -177,7 +168,7 @@ def outcomes(rungs: Sequence[Rung[Any]], attempts: Sequence[Attempt]) -> str:
 def _outcome(rung: Rung[Any], entry: Attempt | None) -> tuple[str, str]:
     if entry is None:
         return ("passed over", f"{rung.name} ({rung.passed_over})") if rung.passed_over else (UNTRIED, rung.name)
-    if entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is None:
+    if entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is None:  # what is foretold has a number
         return "passed over", f"{rung.name} ({entry.reason})"
     return IN_WORDS.get(entry.outcome, entry.outcome), rung.name
 

@@ -1,7 +1,4 @@
-"""Make complete settings of each configured rung, cumulative from the request down. No torch, no device.
-
-A rung makes the recipe smaller, never larger, and every change has its reason.
-"""
+"""Make complete settings of each configured rung, cumulative from the request down. No torch, no device."""
 
 from __future__ import annotations
 
@@ -9,32 +6,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from adaptive_trainer.config.overrides import apply_overrides, flat, typed
-from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, PhaseConfig, TrainerConfig
+from adaptive_trainer.config.overrides import apply_overrides, flat, stage_names, typed
+from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, TrainerConfig
 from adaptive_trainer.config.validate import problems_of
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.rung import REQUESTED, Change, Rung
 from adaptive_trainer.recipe import Recipe, Technique
 
-T = TypeVar("T")
 Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
 WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
-OF_THE_RUN = (
-    "task",
-    "device",
-    "resume",
-    "output_dir",
-    "trackers",
-    "optimized_metric",
-    "card",
-    "phases",
-)  # what no stage may set
+# What no stage may set.
+OF_THE_RUN = ("task", "device", "resume", "output_dir", "trackers", "optimized_metric", "card", "phases")
 OF_A_STAGE = ("seed", "ladder.rungs", "trainer.channels_last")  # the same for all its rungs
 # Decided once for all rungs: what is trained on, where, and what becomes of it.
 FIXED = (
@@ -109,12 +97,13 @@ def resolve(
     """
     asked = typed(cfg)
     of_request = problems_of(asked)
+    # Problems are gathered, so that one run shows them all.
     if not isinstance(asked.trainer.batch_size, int):
         _refuse_all(of_request)  # no rung can be compared with it
     problems = list(of_request)
     is_found = asked.trainer.batch_size == LARGEST
     said = [f"batch size {LARGEST} -> {batch_size}: {why}"] if is_found else []
-    if is_found:
+    if is_found:  # the learning rate was chosen without knowing the number: it is scaled from the default's
         asked = with_batch_size(asked, DEFAULT_BATCH)
         cfg = apply_overrides(cfg, [f"trainer.batch_size={batch_size}"])
     config = typed(cfg)
@@ -163,6 +152,7 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
     problems = _twice("stage", names)
     for name, settings in zip(names, map(typed, found), strict=True):
         fixed = [key for key in changed(asked, settings) if key.startswith(OF_THE_RUN)]
+        # The first stage may set what is then the same for all.
         fixed += [key for key in changed(first, settings) if key.startswith(FIXED) and key not in OF_A_STAGE]
         if fixed := list(dict.fromkeys(fixed)):
             problems.append(
@@ -170,11 +160,6 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
             )
     _refuse_all(problems)
     return list(zip(names, found, strict=True))
-
-
-def stage_names(phases: Sequence[PhaseConfig]) -> list[str]:
-    """The names of stages; those that have none are numbered, as rungs are."""
-    return [phase.name or f"stage-{number}" for number, phase in enumerate(phases, start=1)]
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
@@ -196,6 +181,7 @@ def _step(
     if len(overrides) > 1:
         apply_overrides(cfg, overrides)  # all problems of the rung at once
     if refuse is not None:
+        # First together: of a smaller network and its image size, each alone may be refused.
         whole = _step(cfg, config, overrides, None)
         if not refuse(config, whole[1]):
             return whole
@@ -227,12 +213,11 @@ def changed(before: Config, after: Config) -> dict[str, Any]:
 
 
 def _differ(before: Any, after: Any) -> bool:
-    """Whether two settings do; a value that is no number is what it is."""
-    return bool(before != after) and not (before != before and after != after)
+    return bool(before != after) and not (before != before and after != after)  # NaN is what it is
 
 
 def _clamped(cfg: DictConfig) -> DictConfig:
-    """A smaller batch takes a larger micro-batch down with it."""
+    # A smaller batch takes a larger micro-batch down with it, which would be refused.
     batch, micro = cfg.trainer.batch_size, cfg.trainer.micro_batch_size
     if micro is not None and isinstance(batch, int) and micro >= batch:
         OmegaConf.update(cfg, "trainer.micro_batch_size", None)
@@ -244,11 +229,7 @@ def _sets_lr(override: str) -> bool:
 
 
 def scaled_lr(asked: Config, batch_size: int) -> tuple[float, str]:
-    """The learning rate at another batch size by `trainer.lr_policy`, and why.
-
-    `linear`: lr * b / B (Goyal et al., 2017, arXiv 1706.02677). `sqrt`: lr * sqrt(b / B) (Malladi et al., 2022,
-    arXiv 2205.10287, for adaptive optimizers). `auto`: sqrt for adaptive optimizers, linear for SGD and its kin.
-    """
+    """The learning rate at another batch size by `trainer.lr_policy`, and why."""
     lr, asked_batch, policy = asked.optimizer.lr, asked.trainer.batch_size, asked.trainer.lr_policy
     if batch_size == asked_batch or policy == "none":
         why = f"learning rate stays {lr:g}: trainer.lr_policy=none" if batch_size != asked_batch else ""
@@ -257,22 +238,20 @@ def scaled_lr(asked: Config, batch_size: int) -> tuple[float, str]:
     if policy == "auto":
         rule = "linear" if asked.optimizer.name.lower().startswith(NOT_ADAPTIVE) else "sqrt"
     ratio = batch_size / asked_batch
+    # SGD: Goyal et al., 2017, arXiv 1706.02677. Adaptive optimizers: Malladi et al., 2022, arXiv 2205.10287.
     used = lr * (ratio if rule == "linear" else math.sqrt(ratio))
     return used, f"learning rate {lr:g} -> {used:.3g}: {rule} rule for batch size {asked_batch} -> {batch_size}"
 
 
 def changes(asked: Config, rung: Rung[Config], above: str = "") -> list[Change]:
-    """Every setting of `rung` that differs from the request, with the reason.
-
-    Args:
-        above: what became of the rungs above it, in words.
-    """
+    """Every setting of `rung` that differs from the request, with the reason; `above`: what became of those above."""
     old = flat(asdict(asked))
     used = changed(asked, rung.settings)
     return [Change(key, old.get(key), value, _reason(key, rung, above)) for key, value in used.items()]
 
 
 def _reason(key: str, rung: Rung[Config], above: str) -> str:
+    # These two follow from others; what was decided of them is in the notes, by its first words.
     about = {"optimizer.lr": "learning rate ", "trainer.batch_size": f"batch size {LARGEST} "}.get(key)
     noted = (note for note in rung.notes if about is not None and note.startswith(about))
     return next(noted, f"rung {rung.name} is used" + (f"; {above}" if above else ""))

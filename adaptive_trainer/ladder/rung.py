@@ -21,9 +21,7 @@ class Rung(Generic[T]):
     """One step of a ladder.
 
     Attributes:
-        name: as in the configuration; rung 0 is `requested`.
-        settings: everything in force at this rung, cumulative.
-        overrides: what this rung itself sets.
+        settings: everything in force at this rung, cumulative; `overrides` is what it sets itself.
         passed_over: why the rung is not to be tried; empty when it is.
         notes: decisions taken on the way to these settings, each with its reason.
     """
@@ -68,11 +66,12 @@ def make_ladder(
 
 def own(settings: T) -> T:
     """The settings in containers of their own, nested ones too; what is in these (networks, tensors) is the same."""
+    # Networks and tensors of a user's settings are not to be copied, for they may fill the device.
     leaves: dict[int, Any] = {}
     queue, seen = [settings], set[int]()
     while queue:
         value: Any = queue.pop()
-        if id(value) in seen:
+        if id(value) in seen:  # a list may hold itself
             continue
         seen.add(id(value))
         if isinstance(value, dict):

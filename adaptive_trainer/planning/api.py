@@ -78,9 +78,8 @@ def predict(
     """
     if isinstance(what, nn.Module):
         if unknown := sorted(set(settings) - set(OF_A_NETWORK)):
-            raise ConfigError(
-                f"predict knows no {', '.join(unknown)}; for a network there are {', '.join(OF_A_NETWORK)}"
-            )
+            allowed = ", ".join(OF_A_NETWORK)
+            raise ConfigError(f"predict knows no {', '.join(unknown)}; for a network there are {allowed}")
         return _predict_network(what, optimizer, input_shape, _device_spec(device or "auto"), **settings)
     if not isinstance(what, DictConfig | Config):
         raise ConfigError(
@@ -90,7 +89,7 @@ def predict(
         raise ConfigError("optimizer, input shape and further settings are for a network; settings of a run say it all")
     config = typed(what) if isinstance(what, DictConfig) else what
     check(config)
-    check_name(config.model.name)
+    check_name(config.model.name)  # here a mistake: a Predictor would give it as a reason
     spec = _device_spec(device) if device is not None else spec_of(config)
     return Predictor(spec, cache=PlanCache(default_folder())).predict(config)
 
@@ -127,13 +126,13 @@ def _predict_network(
         channels_last=channels_last,
         cuda=device.cuda,
     )
-    before = [parameter.grad for parameter in model.parameters()]
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
     found = predict_trace(spec, capability=device.capability, multiprocessors=device.multiprocessors)
-    after = [parameter.grad for parameter in model.parameters()]
-    for parameter, gradient in zip(model.parameters(), before, strict=True):
-        parameter.grad = gradient
     # What is traced is a copy: a gradient here comes of a loss or a network that holds on to the original.
-    if any(one is not other for one, other in zip(before, after, strict=True)):
+    changed = [(parameter, gradient) for parameter, gradient in before if parameter.grad is not gradient]
+    for parameter, gradient in changed:
+        parameter.grad = gradient
+    if changed:
         return Prediction(seconds=found.seconds, reason="the loss or the network uses these very parameters")
     return found
 
@@ -150,13 +149,13 @@ def _check_sizes(input_shape: Sequence[int], micro_batch_size: int | None) -> No
 
 def _without_data(model: nn.Module) -> nn.Module:
     """A copy of the network with its parameters and buffers on meta."""
+    # What `deepcopy` takes for copied already: so weights are never there twice.
     copies: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     copies |= {id(b): b.detach().to("meta") for b in model.buffers()}
     return copy.deepcopy(model, copies)
 
 
 def _optimizer_of(network: nn.Module, model: nn.Module, optimizer: OptimizerOrFactory) -> Optimizer:
-    """The same kind of optimizer, with nothing learned, for the copy of the network."""
     if not isinstance(optimizer, Optimizer):
         return optimizer(network.parameters())
     copies: dict[int, Any] = dict(zip(map(id, model.parameters()), network.parameters(), strict=True))

@@ -1,8 +1,6 @@
 """Predictions, measurements and the like on disk: the second run of a recipe knows at once what the first found out.
 
-Every entry is a small JSON file of its own, named by a digest of its key and put in place whole: two processes never
-see half an entry, and a damaged or foreign file counts as absent and is written anew. Where nothing can be written
-nothing is remembered; that is no error.
+Every entry is a small JSON file of its own, named by a digest of its key.
 """
 
 from __future__ import annotations
@@ -46,15 +44,16 @@ class Measurement:
         return Verdict.HOPELESS if self.oom_in is not None and room <= self.oom_in else Verdict.UNKNOWN
 
     def fitted(self, room: int, peak_allocated: int, peak_reserved: int) -> Measurement:
-        """Add that it fitted in `room` bytes; what contradicts it is forgotten."""
+        """Add that it fitted in `room` bytes."""
         fits_in = room if self.fits_in is None else min(room, self.fits_in)
+        # Another process may have held memory when it failed in more: the later finding is believed.
         oom_in = None if self.oom_in is not None and self.oom_in >= room else self.oom_in
         return Measurement(fits_in, oom_in, peak_allocated, peak_reserved)
 
     def failed(self, room: int) -> Measurement:
-        """Add that it ran out of memory in `room` bytes; what contradicts it is forgotten."""
+        """Add that it ran out of memory in `room` bytes."""
         oom_in = room if self.oom_in is None else max(room, self.oom_in)
-        if self.fits_in is not None and self.fits_in <= room:
+        if self.fits_in is not None and self.fits_in <= room:  # the later finding is believed here too
             return Measurement(None, oom_in)
         return Measurement(self.fits_in, oom_in, self.peak_allocated, self.peak_reserved)
 
@@ -86,22 +85,22 @@ class PlanCache:
             return None
         try:
             content = json.loads(self._path(self.folder, kind, key).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError):  # damaged: as if it were not there, and written anew
             return None
         # The key is kept in full, for two may have the same digest, or one be written by another version.
         if not isinstance(content, dict) or _text(content.get("key")) != _text(key):
             return None
-        value = content.get("value")
+        value = content.get("value")  # of a foreign file, of any kind
         if not isinstance(value, dict) or value.keys() != {field.name for field in fields(kind)}:
             return None
         return kind(**value) if all(map(_is_sound, value, value.values())) else None
 
-    def keep(self, key: Key, entry: Prediction | Measurement | Size | Context) -> None:
+    def keep(self, key: Key, entry: Entry) -> None:
         """Keep an entry under the key. Of two processes at once, the later is believed."""
         has_failed = isinstance(entry, Prediction) and entry.reason  # which may have been the machine's failure
         if self.folder is None or has_failed:
             return
-        with suppress(OSError):
+        with suppress(OSError):  # a full or read-only disk costs time in the next run, and nothing else
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(self.folder, type(entry), key), _text({"key": key, "value": asdict(entry)}))
 
@@ -121,7 +120,7 @@ class PlanCache:
 
 
 def _of_card(card: str) -> Key:
-    return {"card": card, "torch": version("torch")}
+    return {"card": card, "torch": version("torch")}  # each version brings kernels of its own, in the context
 
 
 def _text(value: Any) -> str:
@@ -138,7 +137,7 @@ def _is_sound(name: str, value: Any) -> bool:
 
 @cache
 def versions() -> dict[str, str]:
-    """Everything whose change may change a prediction; of this package, a digest of its source."""
+    """Everything whose change may change a prediction."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):

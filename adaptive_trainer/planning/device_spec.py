@@ -24,22 +24,13 @@ CONTEXT, CONTEXT_SINCE_HOPPER = 450 * MiB, 810 * MiB
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """What is predicted for.
-
-    Attributes:
-        description: in words.
-        cuda: a CUDA card; else a simulated card on the CPU.
-        capability: compute capability of the card.
-        capacity: bytes that the allocator may reserve; None where that is not known.
-        context: bytes that a CUDA process takes outside the allocator.
-        multiprocessors: of the card.
-    """
+    """What is predicted for. Sizes in bytes."""
 
     description: str
-    cuda: bool
+    cuda: bool  # else a simulated card on the CPU
     capability: tuple[int, int]
-    capacity: int | None
-    context: int = 0
+    capacity: int | None  # that the allocator may reserve; None where that is not known
+    context: int = 0  # what a CUDA process takes outside the allocator, which no limit of it counts
     multiprocessors: int = MULTIPROCESSORS
 
 
@@ -98,10 +89,8 @@ def card_of(card: CardConfig) -> DeviceSpec | None:
 
 
 def _this_card(name: str, cache: PlanCache | None) -> DeviceSpec:
-    """The CUDA card of this machine, or a common one of unknown capacity."""
     if not torch.cuda.is_available():
-        major, minor = ASSUMED_CAPABILITY
-        text = f"a card of compute capability {major}.{minor} (card=... names another)"
+        text = "a card of compute capability {}.{} (card=... names another)".format(*ASSUMED_CAPABILITY)
         return DeviceSpec(text, True, ASSUMED_CAPABILITY, None, _usual_context(ASSUMED_CAPABILITY))
     about = torch.cuda.get_device_properties(device_of(name))
     capability = (about.major, about.minor)

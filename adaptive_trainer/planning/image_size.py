@@ -19,10 +19,7 @@ from adaptive_trainer.utils.files import default_folder
 
 
 def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> None:
-    """Refuse an image size that the network cannot take, found out by running shapes alone (no memory, about 0.1 s).
-
-    A network that cannot be run on shapes alone even at the size it was made for is let through. What an earlier
-    process has seen to be taken is not tried again.
+    """Refuse an image size that the network cannot take, found out without memory in about 0.1 s.
 
     Raises:
         ModelError: the network refuses the size; also everything that `build_model` raises it for.
@@ -40,14 +37,14 @@ def check_image_size(config: ModelConfig, image_size: int, num_classes: int) -> 
 
 @functools.lru_cache(maxsize=256)
 def _failure(name: str, kwargs: str, image_size: int, num_classes: int) -> str:
-    """Why the network refuses the size; empty where it does not."""
+    # What an earlier process has seen to be taken is not tried again.
     cache = PlanCache(None if ":" in name else default_folder())  # a hub's and a folder's networks change
     key = {"versions": versions(), "name": name, "kwargs": kwargs, "size": image_size, "classes": num_classes}
     if cache.get(Size, key) is not None:
         return ""
     config = ModelConfig(name=name, kwargs=json.loads(kwargs))
     model = outline(config, num_classes)
-    if model is None:
+    if model is None:  # not to be made without memory: the dry run finds out
         return ""
     failure = failure_at(model, image_size)
     if not failure:
@@ -62,9 +59,9 @@ def _made_for(config: ModelConfig) -> int:
     given = config.kwargs.get("img_size", config.kwargs.get("image_size"))
     if isinstance(given, int):
         return given
-    known = (
-        None if config.name.startswith(TORCHVISION) else timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    )
+    if config.name.startswith(TORCHVISION):  # which does not say
+        return 224
+    known = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
     return 224 if known is None else int(known.input_size[-1])
 
 

@@ -1,7 +1,4 @@
-"""What the descent knows of a rung before it is tried, and what it remembers afterwards.
-
-Only the hopeless is skipped: a prediction never takes the place of the dry run. One made earlier on this card does.
-"""
+"""What the descent knows of a rung before it is tried, and what it remembers afterwards."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class Judge:
     ) -> None:
         self.capacity = capacity
         self._is_cuda = capacity.device.type == "cuda"
-        self._card = torch.cuda.get_device_name(capacity.device) if self._is_cuda else "simulated"
+        self._card = torch.cuda.get_device_name(capacity.device) if self._is_cuda else "simulated"  # in keys
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
         self._room_before = 0  # a dry run, in which kernels are loaded beside the allocator
         self._predictor = Predictor(
@@ -71,6 +68,7 @@ class Judge:
             return f"it ran out of memory in {format_bytes(room)} on this card before", need
         if need is None or measured == Verdict.FITS or (self._is_cuda and other_allocator()):
             return "", need
+        # Only the hopeless is skipped: a prediction, which may be wrong, never takes the place of the dry run.
         if verdict(prediction, room) == Verdict.HOPELESS:
             return f"it is predicted to need {format_bytes(need)}, and there are {format_bytes(room)}", need
         return self._doubt(config.model, need), need
@@ -84,27 +82,24 @@ class Judge:
         )
 
     def _no_step(self, above: Config, config: Config) -> str:
-        """As `refusals.no_step`; empty where nothing limits a descent. A network too large for a trace has none."""
         room = self.capacity.room()
         if room is None or config.model == above.model:
             return ""
         was, need = (self._predictor.networks.weights_bytes(each) for each in (above, config))
-        if need <= room:
+        if need <= room:  # of a larger one there is no prediction: its weights say enough
             return refusals.no_step(self._predictor, above, config)
         more = f"its weights alone take {format_bytes(need)}, no less than those above ({format_bytes(was)})"
         return f"{config.model.name} is no step down from {above.model.name}: {more}" if need >= was else ""
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
-        """Why a failure in this descent speaks against these settings; "" where none does."""
         for failed, predicted, room in self._failed:
             if need >= predicted:
                 least = format_bytes(predicted)
                 return f"it is predicted to need {format_bytes(need)}, no less than a rung that failed ({least})"
             # A failure that was predicted shows that the predictions for its model need no margin.
             if failed == model and predicted > room and need > room:
-                return (
-                    f"it is predicted to need {format_bytes(need)}, and a failure in {format_bytes(room)} was foretold"
-                )
+                least = format_bytes(room)
+                return f"it is predicted to need {format_bytes(need)}, and a failure in {least} was foretold"
         return ""
 
     def largest_batch(self, config: Config, most: int) -> int | None:
@@ -140,7 +135,7 @@ class Judge:
         if room is None:
             return None
         self._room_before = room
-        known = self._measurement(config)
+        known = self._measurement(config)  # which, unlike a prediction, takes the place of a dry run
         return known if known.verdict(room) == Verdict.FITS else None
 
     def forget(self, config: Config) -> None:
@@ -154,8 +149,7 @@ class Judge:
         self._room_before = 0
 
     def _measurement(self, config: Config) -> Measurement:
-        """What this card measured; a simulated one measures nothing."""
-        if not self._is_cuda:
+        if not self._is_cuda:  # a simulated card measures nothing that its model does not predict
             return Measurement()
         return self._predictor.cache.get(Measurement, self._key(config)) or Measurement()
 

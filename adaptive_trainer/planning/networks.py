@@ -23,12 +23,7 @@ ModelFactory = Callable[[ModelConfig, int], nn.Module]
 
 
 class Networks:
-    """Builds networks as training does, by name or by a factory of the user's own.
-
-    Args:
-        make: the factory; None for the networks of timm and torchvision.
-        num_classes: width of the head; the assumed one where neither this nor the settings say.
-    """
+    """Builds networks as training does, by name or by `make`, a factory of the user's own."""
 
     def __init__(self, make: ModelFactory | None, num_classes: int | None) -> None:
         self.is_own = make not in (None, build_model)
@@ -38,7 +33,7 @@ class Networks:
 
     def classes(self, config: Config) -> int:
         """Width of the network's head."""
-        weights = config.trainer.class_weights
+        weights = config.trainer.class_weights  # there is one for each
         known = len(weights) if isinstance(weights, list) else ASSUMED_CLASSES
         return config.model.num_classes or self._num_classes or known
 
@@ -53,7 +48,7 @@ class Networks:
         if outlined is not None:
             model = copy.deepcopy(outlined)  # faster than making it
         else:
-            model = self._make(without_weights(config.model), self.classes(config))
+            model = self._make(without_weights(config.model), self.classes(config))  # downloads nothing
         apply_savers(model, config.trainer)
         return model
 
@@ -67,10 +62,10 @@ class Networks:
         return self._outlines[key]
 
     def has_batch_norm(self, config: Config) -> bool:
-        """Whether it cannot train on a single sample."""
+        """Whether the network has layers that cannot train on a single sample."""
         model = self.outline(config)
         if model is None:
-            with same_random_numbers():
+            with same_random_numbers():  # a plan must not change the weights that training draws
                 model = self.build(config)
         return has_batch_norm(model)
 

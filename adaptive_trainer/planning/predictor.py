@@ -24,10 +24,11 @@ from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.tracer import TraceSpec
 from adaptive_trainer.recipe import Recipe
 
+# Variables that change how memory is taken, so that they are part of each key.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")
 SAMPLED = (8, 16)  # batch sizes whose needs show where to look for the largest
-# What decides whether attention keeps its matrix.
+# Switches of PyTorch that decide whether attention keeps its matrix.
 ATTENTION: tuple[Callable[[], bool], ...] = (
     torch.backends.cuda.flash_sdp_enabled,
     torch.backends.cuda.mem_efficient_sdp_enabled,
@@ -41,10 +42,9 @@ class Predictor:
     """Predicts recipes with the factories that training uses; one for all rungs of a run.
 
     Args:
-        spec: the device that is predicted for.
-        num_classes: width of the model's head; the assumed one where neither this nor the settings say.
+        num_classes: width of the model's head; `ASSUMED_CLASSES` where neither this nor the settings say.
         make_model, make_loss: as the Trainer was given them; its own where None.
-        cache: keeps predictions from one run to the next, but for what others make.
+        cache: keeps predictions from one run to the next.
         stored_size: height and width at which `data.cache` stores images; None: as if each recipe were the request.
         val_size: samples of the validation set, above which no evaluation batch is; None where that is not known.
     """
@@ -94,6 +94,7 @@ class Predictor:
     def recalled(self, config: Config) -> Prediction | None:
         """The prediction for this recipe, if it was made before."""
         key = self.key(config)
+        # Within a run failures are remembered too, which the cache leaves out, and no file is read twice.
         found = self._known.get(_text(key)) or self.cache.get(Prediction, key)
         if found is not None:
             self._known[_text(key)] = found
@@ -130,6 +131,7 @@ class Predictor:
             "attention": [switch() for switch in ATTENTION],
             "recipe": asdict(self._recipe(config)),
             "model": self.networks.key(config),
+            # Whether there is decay divides the parameters into groups; how much of it takes no memory.
             "optimizer": {**asdict(config.optimizer), "lr": 0, "weight_decay": config.optimizer.weight_decay > 0},
             **saver_settings(config.trainer),
             "label_smoothing": config.trainer.label_smoothing > 0,
@@ -142,7 +144,6 @@ class Predictor:
         }
 
     def _recipe(self, config: Config) -> Recipe:
-        """The recipe as far as memory depends on it."""
         used = recipe(config)
         stored = stored_size([config]) if self.stored_size is None else self.stored_size
         return replace(

@@ -29,12 +29,13 @@ def refusal(networks: Networks, above: Config, config: Config) -> str:
         reason = _size_refusal(networks, above, config)
     if not reason and replace(config.optimizer, lr=0.0) != replace(above.optimizer, lr=0.0):
         reason = _optimizer_refusal(networks.outline(config), config)
-    alone = "" if reason else single_sample(config)
+    alone = "" if reason else single_sample(config)  # asked last: BatchNorm may be looked for in a built network
     return alone if alone and networks.has_batch_norm(config) else reason
 
 
 def no_step(predictor: Predictor, above: Config, config: Config) -> str:
     """Why another network than the one above is no step down; empty where it may be one."""
+    # Sizes and precision are compared by the ladder itself; a network's need shows in its prediction only.
     if config.model == above.model:
         return ""
     was, need = (predictor.predict(each).min_capacity_bytes for each in (above, config))
@@ -47,7 +48,7 @@ def no_step(predictor: Predictor, above: Config, config: Config) -> str:
 def _size_refusal(networks: Networks, above: Config, config: Config) -> str:
     if not networks.is_own:
         return image_refusal(config, networks.classes(config))
-    model, size = networks.outline(config), config.data.image_size
+    model, size = networks.outline(config), config.data.image_size  # one for this run: nothing to remember on disk
     failure = "" if model is None else failure_at(model.eval(), size)
     # A network that fails on shapes alone at the size above too, where it trained, is not understood this way.
     if model is None or not failure or failure_at(model, above.data.image_size):
@@ -89,7 +90,7 @@ def single_sample(config: Config) -> str:
 
 
 def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> None:
-    """Refuse networks, unless the caller makes his own, and optimizers that nobody knows, on any rung.
+    """Refuse networks, unless they are the caller's own, and optimizers that nobody knows, on any rung.
 
     Raises:
         ConfigError: there are some; all problems of the rungs at once.
@@ -100,7 +101,7 @@ def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> N
         checks.insert(0, lambda config: check_name(config.model.name))
     problems: dict[str, str] = {}  # what is wrong, and the first rung of which it is: those below inherit it
     for rung, check in itertools.product(ladder, checks):
-        if rung is ladder[0]:
+        if rung is ladder[0]:  # what was asked for: nothing below would be what the user wants
             check(rung.settings)
         elif problem := _why_not(partial(check, rung.settings)):
             problems.setdefault(problem, rung.name)

@@ -44,43 +44,27 @@ class TraceError(Exception):
 
 @dataclass(frozen=True)
 class TraceSpec:
-    """One update, and one evaluation batch, of one network.
+    """One update, and one evaluation batch, of one network."""
 
-    Attributes:
-        make_model: builds the network; it is called under `torch.device("meta")`.
-        make_optimizer: builds the optimizer of a network. Where it leaves `foreach` and `fused` open, PyTorch's choice
-            is traced, which on CUDA is `foreach`.
-        input_shape: shape of one sample, such as (3, 224, 224).
-        micro_batches: samples in each forward and backward of the update, the largest first.
-        eval_batch_size: samples in one evaluation batch; None leaves evaluation out.
-        loss: of (output, labels).
-        precision: "fp32", "bf16" or "fp16" (with a GradScaler).
-        channels_last: weights and images in that memory format.
-        ema: a moving average of the weights is kept on the device.
-        clip_grad: the gradient's norm is clipped.
-        undo: the copies that `adaptive_trainer.step.undo` keeps on the device for a roll-back: of the buffers, and
-            where a step of the optimizer allocates, of weights, optimizer state and moving average.
-        cuda: trained on a CUDA card; else on the CPU, whose memory a simulated card counts.
-        stored_size: height and width of stored images (`data.cache`). The whole batch is then on the card, and the next
-            one waits there as bytes; 0: the parts of a batch come one by one.
-        key: names make_model, make_optimizer and loss, so that traces of equal keys can be put to use for each other;
-            None keeps the trace to itself.
-    """
-
-    make_model: Callable[[], nn.Module]
+    make_model: Callable[[], nn.Module]  # called under `torch.device("meta")`
+    # Where it leaves `foreach` and `fused` open, PyTorch's choice is traced, which on CUDA is `foreach`.
     make_optimizer: Callable[[nn.Module], Optimizer]
-    input_shape: tuple[int, ...]
-    micro_batches: tuple[int, ...]
-    eval_batch_size: int | None = None
+    input_shape: tuple[int, ...]  # of one sample, such as (3, 224, 224)
+    micro_batches: tuple[int, ...]  # samples in each forward and backward of the update, the largest first
+    eval_batch_size: int | None = None  # None leaves evaluation out
     loss: Loss | Criterion = functional.cross_entropy
     precision: str = "fp32"
     channels_last: bool = False
     ema: bool = False
     clip_grad: bool = False
+    # The copies that `step.undo` keeps on the device for a roll-back: of the buffers, and where a step of the
+    # optimizer allocates, of weights, optimizer state and moving average.
     undo: bool = False
-    cuda: bool = True
+    cuda: bool = True  # else on the CPU, whose memory a simulated card counts
+    # Height and width of stored images (`data.cache`). The whole batch is then on the card, and the next one waits
+    # there as bytes; 0: the parts of a batch come one by one.
     stored_size: int = 0
-    key: Hashable = None
+    key: Hashable = None  # names both makers and the loss: traces of equal keys serve each other; None: no other
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -110,26 +94,19 @@ class TraceSpec:
 class Trace:
     """Events in order, in three stretches: making the network, one update, one evaluation batch.
 
-    Attributes:
-        kinds: `Kind` of each event.
-        numbers: which allocation or mark each event is about, counted from 0 in order of birth.
-        sizes: bytes of each allocation or mark.
-        parts: the part of the update, an index into `batches`, in which each allocation or mark was born.
-        batches: samples in each part, as in `TraceSpec.batches`.
-        area: pixels of an image.
-        update_start, evaluation_start: indices into the events.
-        copies: numbers of the copies that an allocating step needs, from the first to before the last. They are born
-            where an update would make them; the replay knows which updates do.
+    Each event is about an allocation or a mark, which are counted from 0 in order of birth.
     """
 
-    kinds: bytes
-    numbers: tuple[int, ...]
-    sizes: tuple[int, ...]
-    parts: bytes
-    batches: tuple[int, ...]
-    area: int
+    kinds: bytes  # `Kind` of each event
+    numbers: tuple[int, ...]  # what each event is about
+    sizes: tuple[int, ...]  # bytes of each allocation or mark
+    parts: bytes  # index into `batches`: the part of the update in which each was born
+    batches: tuple[int, ...]  # samples in each part, as in `TraceSpec.batches`
+    area: int  # pixels of an image
     update_start: int
     evaluation_start: int
+    # Numbers of the copies that an allocating step needs, from the first to before the last. They are born where an
+    # update would make them; the replay knows which updates do.
     copies: tuple[int, int] = (0, 0)
 
 
@@ -158,9 +135,9 @@ def trace(spec: TraceSpec) -> Trace:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """A collection of garbage takes as long as a short trace, or as all of its replays, and would end lives at a moment
-    that says nothing.
-    """
+    """Collect no garbage in the block."""
+    # A collection takes as long as a short trace, or as all of its replays, and would end lives at a moment that says
+    # nothing.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -307,10 +284,10 @@ class _Traced(Program):
 
 
 class _Scaler(GradScaler):
-    """Leaves no step out: there are no values that could have overflowed."""
+    """Leaves no step out."""
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """Step always."""
+        """Step always."""  # there are no values that could have overflowed
         return optimizer.step()
 
 

@@ -20,19 +20,12 @@ LEAST_VALUES, MOST_VALUES = 16, 256  # a thread adds up
 
 @dataclass(frozen=True)
 class Workspaces:
-    """What libraries and kernels take, in bytes.
+    """What libraries and kernels take, in bytes."""
 
-    Attributes:
-        gemm: workspace of a matrix product: 32 MiB from compute capability 9.0 on, else 8.125 MiB.
-        bias: the workspace of one that adds a bias in the same go: 1 MiB, or none of its own.
-        kept: the threads that multiply keep theirs.
-        threads: that the card's multiprocessors hold at once.
-    """
-
-    gemm: int
-    bias: int
-    kept: bool
-    threads: int
+    gemm: int  # workspace of a matrix product
+    bias: int  # of one that adds a bias in the same go; 0: none of its own
+    kept: bool  # the threads that multiply keep theirs
+    threads: int  # that the card's multiprocessors hold at once
 
     @staticmethod
     def of(capability: tuple[int, int], multiprocessors: int, version: tuple[int, int]) -> Workspaces:

@@ -16,7 +16,7 @@ from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.errors import ConfigError, explained
-from adaptive_trainer.training.session import ModelFactory
+from adaptive_trainer.planning.networks import ModelFactory
 
 log = logging.getLogger(__name__)
 

@@ -34,13 +34,13 @@ from adaptive_trainer.models.optimizers import (
     kind_of_state,
 )
 from adaptive_trainer.models.savers import apply_savers
+from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 
 METERS = ("loss", "correct", "seen", "skipped")
-ModelFactory = Callable[[ModelConfig, int], nn.Module]
 
 
 @dataclass(frozen=True)

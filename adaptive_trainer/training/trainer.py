@@ -44,6 +44,7 @@ from adaptive_trainer.models.memory_format import channels_last_pays
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.image_size import check_image_size
 from adaptive_trainer.planning.judge import Judge
+from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.report.earlier import left_by_earlier, way_on
 from adaptive_trainer.report.listeners import Lines, trackers
@@ -53,7 +54,7 @@ from adaptive_trainer.training.arguments import check_arguments, noting
 from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
-from adaptive_trainer.training.session import ModelFactory, Parts
+from adaptive_trainer.training.session import Parts
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.utils.screen import showing

@@ -1,7 +1,7 @@
 """What objects hold beside tensors, one within the other: generators of random numbers, attributes, containers.
 
 All of it is found by one walk. Each update looks whether that still holds, by a comparison for each attribute of the
-user's own modules. Nothing is held on to that holds tensors, whose memory the update needs.
+user's own modules.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def _package(kind: Any) -> str:
 
 
 def is_own_kind(value: Any) -> bool:
-    """Whether it is an object of the user's own kind: libraries' can lead anywhere, data sets far."""
+    """Whether it is an object of the user's own kind."""
+    # Libraries' can lead anywhere, data sets far.
     if isinstance(value, type | types.ModuleType | Dataset):
         return False
     return isinstance(value, NAMESPACES) or _package(type(value)) not in OPAQUE
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Those in its dictionary, and those in slots."""
     slots = {
         name: each.__get__(value)
         for kind in type(value).__mro__
@@ -108,7 +108,6 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _of_function(function: types.FunctionType) -> list[tuple[str, Any]]:
-    """What it has closed over, and its defaults."""
     found: list[tuple[str, Any]] = [("defaults", function.__defaults__), ("keywords", function.__kwdefaults__)]
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -148,6 +147,7 @@ class _Holder:
         names = list(content) if isinstance(content, dict) else list(range(len(values)))
         self.plain = [n for n, value in enumerate(values) if _is_plain(value) or is_generator(value)]
         self.tuples = [n for n in self.plain if self.kinds[n] is tuple]  # each may come to hold something else
+        # Nothing is held on to that holds tensors, whose memory the update needs.
         self.links = [
             (n, value)
             for n, (name, value) in enumerate(zip(names, values, strict=True))
@@ -194,8 +194,7 @@ class Belongings:
 
     Args:
         roots: the objects, by name.
-        whole: names of those whose plain attributes are put back too. A network's and a loss's are their own: one that
-            counts its calls, and fails in the seventh, would fail in it for ever.
+        whole: names of those whose plain attributes are put back too.
         into_data: look into data sets as well.
     """
 
@@ -217,6 +216,7 @@ class Belongings:
                 self.has_own_code = True
             if isinstance(value, nn.Module):
                 self._sizes += [vars(value), value._modules]
+            # A network's plain attributes stay: one that fails in its seventh call would fail in it for ever.
             content = value if type(value) in CONTAINERS else getattr(value, "__dict__", None)
             if not changes or not isinstance(content, dict | list) or is_generator(value):
                 continue

@@ -25,11 +25,7 @@ POLL_SECONDS = 0.1
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """Give a file to write, which takes the place of `path` at the end: no reader meets half of it, nor is half left.
-
-    Args:
-        durable: it is on the disk when the block ends.
-    """
+    """Give a file to write, which takes the place of `path` at the end, and if `durable` is then on the disk."""
     # A name of its own, as several processes and threads may write the same entry of a cache.
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_native_id()}.part")
     try:
@@ -42,7 +38,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         if durable and os.name == "posix":  # Windows has no such call
             _flush_folder(path.parent)  # the rename itself
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # mostly because it is in its place
             part.unlink()
 
 
@@ -68,7 +64,7 @@ def append(path: Path, text: str) -> None:
             file.write(text.encode())
             file.flush()
         except OSError:
-            file.truncate(before)
+            file.truncate(before)  # half a line would spoil the next one
             raise
 
 
@@ -90,12 +86,12 @@ def as_csv(rows: Sequence[dict[str, Any]], *, with_header: bool = True) -> str:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON of plain data; a number that is not finite, which JSON does not have, is null."""
+    """JSON of plain data; a number that is not finite is null."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False, default=str)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):  # Python would write NaN, which no other reader takes
         return None
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -117,18 +113,15 @@ def default_folder() -> Path | None:
 
 @contextmanager
 def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
-    """Hold the lock on `folder` for the block; whoever holds it loses it with its process, however it ends.
+    """Hold the lock on `folder` for the block; yields whether it is held.
 
     Args:
         poll: is called while another process holds it, and may raise.
-
-    Yields:
-        Whether it is held; where the system or the disk has no locks, processes may do the same work twice.
     """
     try:
-        import fcntl
+        import fcntl  # whose locks end with their process, however it ends: none is left behind
     except ImportError:
-        yield False
+        yield False  # Windows: processes may do the same work twice
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _opened(folder.with_suffix(".lock")) as file:
@@ -143,7 +136,7 @@ def alone(folder: Path, poll: Callable[[], None]) -> Iterator[bool]:
                     log.info("another process is at work on %s: waiting for it", folder)
                 has_waited = True
                 time.sleep(POLL_SECONDS)
-            except OSError:
+            except OSError:  # a network's disk without locks: as on Windows
                 break
         try:
             yield is_held

@@ -20,11 +20,8 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def alone_in_process() -> Iterator[None]:
-    """Refuse a second training in this process meanwhile: both would draw from, and seed, the same random numbers.
-
-    Raises:
-        ConfigError: there is one already.
-    """
+    """Refuse, by a ConfigError, a second training in this process meanwhile."""
+    # Both would draw from, and seed, the same random numbers.
     if not _LOCK.acquire(blocking=False):
         raise ConfigError("another training runs in this process, with the same random numbers; use a process for each")
     try:
@@ -37,8 +34,6 @@ def alone_in_process() -> Iterator[None]:
 def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> Iterator[None]:
     """Run the block, with deterministic algorithms if asked, and undo every process-wide change afterwards.
 
-    Whatever the caller has chosen, gradients are on, autocast is off, and new tensors are float32, as images are.
-
     Args:
         tf32: whether a card may round the inputs of fp32 convolutions and matrix products to TF32 (10 bits after the
             point); None leaves that as it is.
@@ -50,9 +45,10 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
     dtype, autocast = torch.get_default_dtype(), {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
     try:
         if deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True, warn_only=True)  # some operators have no such algorithm
             torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = False  # a kernel chosen by its time has a workspace that nobody predicted
+        # Whatever the caller has chosen, a training is the same.
         torch.set_default_dtype(torch.float32)
         for kind in autocast:
             torch.set_autocast_enabled(kind, False)
@@ -71,7 +67,7 @@ def private_process_state(*, deterministic: bool, tf32: bool | None = None) -> I
 
 @contextmanager
 def _tf32(allow: bool | None) -> Iterator[None]:
-    """By both of torch's interfaces: where they differ, the older cannot be read, and torch.compile reads both."""
+    # By both of torch's interfaces: where they differ, the older cannot be read, and torch.compile reads both.
     if allow is None:
         yield
         return
@@ -134,8 +130,7 @@ def _set(each: Any, precision: str) -> None:
 
 
 def _cudnn_allows_tf32() -> bool | None:
-    """None where the older interface refuses, because the newer says something else."""
-    with suppress(RuntimeError):
+    with suppress(RuntimeError):  # the older interface refuses where the newer says something else
         return torch.backends.cudnn.allow_tf32
     return None
 

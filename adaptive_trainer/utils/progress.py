@@ -27,7 +27,6 @@ class Progress:
     Args:
         what: what is under way, with a colon.
         total, done: images in all, and those that count as done already.
-        clock: gives seconds.
     """
 
     def __init__(self, what: str, total: int, done: int = 0, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,7 +49,7 @@ class Progress:
         """What is shown beside the counts from now on."""
         self._figures = figures
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_postfix_str(figures, refresh=False)  # the next step draws it
 
     def advance(self, images: int) -> None:
         """So many more are done."""
@@ -60,7 +59,7 @@ class Progress:
             return
         now = self._clock()
         pause = min(max(PAUSE_SHARE * (now - self._started), LEAST_PAUSE), LONGEST_PAUSE)
-        if now - self._last >= pause and self._done < self._total:
+        if now - self._last >= pause and self._done < self._total:  # who asked for the pass reports its end
             self._last = now
             log.info("%s", self._line(now - self._started))
 
@@ -98,9 +97,9 @@ def _in_notebook() -> bool:
 
 
 def _on_terminal() -> bool:
-    """Whether standard error is a terminal that nothing else writes to, as the reader of a pipe may."""
     if not is_terminal(sys.stderr):
         return False
+    # The reader of a pipe may write to the same terminal, into the bar.
     with suppress(OSError, ValueError, AttributeError):
         return not stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
     return True

@@ -43,8 +43,8 @@ def state_of(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return getattr(generator, "bit_generator", generator).state
+        return generator.get_state(legacy=False)  # legacy: a tuple that only MT19937 has
+    return getattr(generator, "bit_generator", generator).state  # of numpy.Generator, which has none itself
 
 
 def put(generator: Any, state: Any) -> None:
@@ -117,7 +117,7 @@ def made(saved: Mapping[str, Any], device: torch.device) -> Any:
         new: Any = torch.Generator("cpu" if saved["device"] == "cpu" else device)
     elif kind == "random.Random":
         new = random.Random()
-    elif state["bit_generator"] not in BITS:
+    elif state["bit_generator"] not in BITS:  # a name in a checkpoint, which may be anybody's
         return None
     else:
         bits = getattr(np.random, state["bit_generator"])()
@@ -126,48 +126,39 @@ def made(saved: Mapping[str, Any], device: torch.device) -> Any:
 
 
 class RandomStates:
-    """Python's, NumPy's and torch's own random numbers.
-
-    Args:
-        device: where training runs; a CUDA card has random numbers of its own.
-    """
+    """Python's, NumPy's and torch's own random numbers, with those of the device, where training runs."""
 
     def __init__(self, device: torch.device) -> None:
-        self.of_torch = [torch.default_generator]
+        self._of_torch = [torch.default_generator]
         self._numpy = _NumPyState()
         if device.type == "cuda":
             torch.cuda.init()  # type: ignore[no-untyped-call]  # makes the card's generators
             index = torch.cuda.current_device() if device.index is None else device.index
-            self.of_torch.append(torch.cuda.default_generators[index])
+            self._of_torch.append(torch.cuda.default_generators[index])
 
     def read(self, own: Iterable[Any] = ()) -> tuple[Any, ...]:
         """All states as they are now, and those of generators that objects own, for `write`."""
-        of_torch = [generator.get_state() for generator in self.of_torch]
-        return of_torch, states_of(own), random.getstate(), self._numpy.read()
+        return states_of([*self._of_torch, *own]), random.getstate(), self._numpy.read()
 
     def write(self, states: tuple[Any, ...]) -> None:
         """Put back what `read` gave."""
-        of_torch, of_others, python, numpy = states
-        for generator, state in zip(self.of_torch, of_torch, strict=True):
-            generator.set_state(state)
-        put_all(of_others)
+        of_generators, python, numpy = states
+        put_all(of_generators)
         random.setstate(python)
         np.random.set_state(numpy)
 
 
 class _NumPyState:
-    """The state of NumPy's global random numbers, read anew only where something may have drawn.
-
-    NumPy gives it word by word, slower than all other generators give theirs. That it is the one read last shows in its
-    memory, unless half a pair of normal numbers waits to be drawn, which is no part of that memory. (It would not show
-    that somebody has put back a state in which such a half waits, when it alone was drawn in between.)
-    """
+    """The state of NumPy's global random numbers, read anew only where something may have drawn."""
 
     def __init__(self) -> None:
         self._memory = b""
         self._state: dict[str, Any] = {"has_gauss": 1}
 
     def read(self) -> dict[str, Any]:
+        # NumPy gives it word by word, slower than all other generators give theirs. That it is the one read last shows
+        # in its memory, unless half a pair of normal numbers waits to be drawn, which is no part of that memory. (It
+        # would not show that a state was put back in which such a half waits, when it alone was drawn in between.)
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # of 1.24, not in its stubs
         is_usual = type(generator) is np.random.MT19937
         memory = ctypes.string_at(generator.ctypes.state_address, MT19937_BYTES) if is_usual else b""
@@ -178,10 +169,8 @@ class _NumPyState:
 
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
-    """Puts back what the block draws, and what a network may switch: predictions must not change a training.
-
-    torch's random numbers are the process's: another thread that draws meanwhile draws the same ones again.
-    """
+    """Puts back what the block draws, and what a network may switch: predictions must not change a training."""
+    # torch's random numbers are the process's: another thread that draws meanwhile draws the same ones again.
     states, dtype = RandomStates(torch.device("cpu")), torch.get_default_dtype()
     before = states.read()
     try:

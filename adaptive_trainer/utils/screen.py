@@ -37,15 +37,12 @@ class Screen(logging.Handler):
 
 
 def _shows_itself(name: str) -> bool:
-    """Whether a library has a handler of its own beside those of the program, as huggingface_hub and torch have."""
-    return bool(logging.getLogger(name.partition(".")[0]).handlers)
+    return bool(logging.getLogger(name.partition(".")[0]).handlers)  # as huggingface_hub and torch have
 
 
 def show(text: str, stream: IO[str] | None) -> None:
-    """Write lines above the bars; on a terminal, break long ones between words.
-
-    A reader that has gone, a closed stream or letters that a terminal does not have are no reason to stop training.
-    """
+    """Write lines above the bars; on a terminal, break long ones between words."""
+    # Nothing here is a reason to stop training: no reader that has gone, nor a letter that a terminal does not have.
     if stream is None:
         return
     if is_terminal(stream):
@@ -64,7 +61,8 @@ def show(text: str, stream: IO[str] | None) -> None:
 
 
 def silence(descriptor: int) -> None:
-    """Let what is written there, to a reader that has gone, go nowhere: Python flushes it once more at its end."""
+    """Let what is written there, to a reader that has gone, go nowhere."""
+    # Python flushes the stream once more at its end, and would print what that raises.
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 

@@ -11,9 +11,6 @@ from adaptive_trainer.utils.screen import width
 def table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), columns: int | None = None) -> str:
     """Rows as lines that fit; the first row is the head, and the last column is text of any length.
 
-    The text stands beside its row where it fits, else below it. Where not even the other columns fit, heads are broken
-    between words, and if that is not enough, each row becomes a sentence.
-
     Args:
         left: the columns that are aligned to the left; the others but the last are figures.
         columns: of the screen, if not those of `width`.
@@ -21,12 +18,12 @@ def table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), columns:
     room = columns or width()
     cells = [row[:-1] for row in rows]
     heads = [[head] for head in cells[0]]
-    if _total(_widths(cells)) > room:
+    if _total(_widths(cells)) > room:  # heads are longer than their figures
         heads = [head.split() or [""] for head in cells[0]]
     tall = max(map(len, heads))
     above = [[head[-tall + n] if len(head) >= tall - n else "" for head in heads] for n in range(tall)]
     widths = _widths([*above, *cells[1:]])
-    if _total(widths) > room:
+    if _total(widths) > room:  # a terminal would break lines anywhere, and no column would be seen
         return "\n".join(_sentence(rows[0], row, room) for row in rows[1:])
     lines = [_aligned(line, widths, left) for line in above]
     lines[-1] = _with_text(lines[-1], rows[0][-1], room)
