@@ -35,35 +35,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
+# The names are written three times: above for type checkers and editors, which run no code, here for `import *`, and
+# below for `__getattr__`.
 __all__ = [
-    "AdaptiveTrainerError",
-    "Attempt",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DeviceUnusable",
-    "DivergedError",
-    "Interrupted",
-    "LadderExhausted",
-    "ModelError",
-    "OutOfMemory",
-    "Result",
-    "Rung",
-    "Trainer",
-    "Transaction",
-    "UserError",
-    "__version__",
-    "clear_gpu_memory",
-    "compose_config",
-    "descend",
-    "is_out_of_memory",
-    "limit_memory",
-    "load_model",
-    "make_ladder",
-    "monitor_gpu_memory",
-    "predict",
-    "print_gpu_memory",
-]
+    "AdaptiveTrainerError", "Attempt", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable",
+    "DivergedError", "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "Result", "Rung", "Trainer",
+    "Transaction", "UserError", "__version__", "clear_gpu_memory", "compose_config", "descend", "is_out_of_memory",
+    "limit_memory", "load_model", "make_ladder", "monitor_gpu_memory", "predict", "print_gpu_memory",
+]  # fmt: skip
 
 _NAMES = {
     "config.overrides": ("compose_config",),
@@ -84,11 +63,11 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # Python calls it for names that the module lacks
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__])  # notebooks complete what they find here

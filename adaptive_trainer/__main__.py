@@ -11,7 +11,7 @@ STOPPED = 130  # as shells say it: 128 + SIGINT
 def main() -> None:
     """The command line; ends the process with its exit code."""
     try:
-        from adaptive_trainer.cli.main import main as run  # imports for seconds
+        from adaptive_trainer.cli.main import main as run  # in here: Ctrl-C may come in the seconds that it imports
 
         run()
     except KeyboardInterrupt:

@@ -41,6 +41,7 @@ def retried(path: Path, work: Callable[[], T]) -> T:
     Raises:
         CheckpointError: it ran out again; the file that was there before is untouched.
     """
+    # a card is released only where one is in use: asking it would create a context of hundreds of MiB
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")  # type: ignore[no-untyped-call]
     done = oom.retry(work, device, f"writing {path}", kinds=(oom.Kind.DEVICE, oom.Kind.HOST))
     if isinstance(done, oom.Failure):
@@ -51,7 +52,7 @@ def retried(path: Path, work: Callable[[], T]) -> T:
 def _write(path: Path, content: dict[str, Any]) -> None:
     with explained(beside_memory(partial(_refused, path)), (RuntimeError, OSError)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, durable=True) as file:
+        with replacing(path, durable=True) as file:  # flushed: after a power cut the old one or the new one is there
             torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
 
@@ -64,7 +65,7 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
 
 
 def _not_written(path: Path, problem: str, advice: str) -> CheckpointError:
-    kept, last = "there is no earlier one", path.with_name("last.pt")
+    kept, last = "there is no earlier one", path.with_name("last.pt")  # also where best.pt was to be written
     if last.exists():
         kept = f"the last good one is kept in {last}"
         advice = f"{advice}; {override('resume', last)} goes on from it"
@@ -96,7 +97,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+        damaged = archive.testzip()  # torch.load compares no checksums: flipped bits would be trained on
     if damaged is not None:
         raise ValueError(f"its part {damaged} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)  # data, never code
@@ -111,13 +112,12 @@ def _damage(error: Exception) -> str:
 
 
 def _sound_beside(path: Path) -> str:
-    """What can be used instead, of the checkpoints in the same folder."""
     found = []
     for other in sorted(set(path.parent.glob("*.pt")) - {path}):
         content = None
-        with suppress(Exception):
+        with suppress(Exception):  # it may be damaged as well
             content = _read(other)
         if isinstance(content, dict) and content.get("format") == FORMAT:
-            is_whole = "optimizer" in content
+            is_whole = "optimizer" in content  # best.pt has no more than the network
             found.append(override("resume", other) if is_whole else f"load_model reads {other}, which is sound")
     return "; ".join(found) or "use another one"

@@ -30,17 +30,16 @@ def load_optimizer(saved: dict[str, Any], optimizer: Optimizer, *, keep_groups: 
     """
     expected = {} if is_trusted else _first_state(optimizer)
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(saved)  # it takes over the saved groups too, whole
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values if keep_groups else {key: values[key] for key in IMPLEMENTATION if key in values})
-    if not is_trusted:
+    if not is_trusted:  # after loading, which casts and moves the tensors as a step will read them
         _check(optimizer, own, expected)
     _lay_out_as_weights(optimizer)
     make_momentum(optimizer)
 
 
 def _check(optimizer: Optimizer, own: list[dict[str, Any]], expected: dict[Any, dict[str, Any]]) -> None:
-    """Refuse settings and state that a step could not use."""
     for group, values in zip(optimizer.param_groups, own, strict=True):
         check_alike(group, values, "optimizer.param_groups")
     for parameter, values in optimizer.state.items():
@@ -59,13 +58,14 @@ def check_alike(saved: dict[str, Any], own: dict[str, Any], where: str) -> None:
     for key, value in own.items():
         if key not in saved:
             raise ValueError(f"{where} lacks {key!r}")
+        # None says nothing of a kind: `foreach` that is left to torch, a momentum that is not there yet
         if value is not None and _kind_of(saved[key]) != _kind_of(value):
             raise ValueError(f"{where}: {key!r} is {shortened(saved[key])}, and {shortened(value)} is of another kind")
 
 
 def _kind_of(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.is_floating_point()
+        return tuple(value.shape), value.is_floating_point()  # load_state_dict has cast it
     if isinstance(value, list | tuple):
         return [_kind_of(each) for each in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -77,11 +77,12 @@ def _first_state(optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
     """What a first step makes of each parameter, without its data; empty where that step looks at values."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     stand_ins = [nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad) for parameter in parameters]
+    # deepcopy takes what its memo names for copied: so the copy has stand-ins without data, and no state
     memo: dict[int, Any] = dict(zip(map(id, parameters), stand_ins, strict=True))
     memo[id(optimizer.state)] = defaultdict(dict)
     try:
         rehearsal = copy.deepcopy(optimizer, memo)
-        for group in rehearsal.param_groups:
+        for group in rehearsal.param_groups:  # the plain step: kernels for many tensors ask the device
             group.update({key: False for key in IMPLEMENTATION if key in group})
         for stand_in in stand_ins:
             stand_in.grad = torch.zeros_like(stand_in)
@@ -94,7 +95,7 @@ def _first_state(optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
 
 
 def _lay_out_as_weights(optimizer: Optimizer) -> None:
-    """Give the state the strides of the weights: fused steps read both in the order of memory, and do not look."""
+    # fused steps read weights and state in the order of memory, and do not look at strides
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -27,13 +27,13 @@ from adaptive_trainer.utils.random import unpack as unpack_generator
 def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
     """Everything in `state` and the random numbers, as plain data for `save`."""
     average = None if state.ema is None else state.ema.module
-    version, words, gauss = random.getstate()
+    version, words, gauss = random.getstate()  # tuples and arrays become lists and tensors: data for weights_only
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "model": state.model.state_dict(),
         "made_buffers": made_buffers(state),
-        "buffers": _not_persistent(state.model),
-        "loss_buffers": changing_buffers(state.loss),
+        "buffers": _not_persistent(state.model),  # an update changes them as well
+        "loss_buffers": changing_buffers(state.loss),  # class weights are the settings' own, and may be others now
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "ema": None if average is None else average.state_dict(),
@@ -88,7 +88,7 @@ def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, wi
         _load_network(state.ema.module, content[average], content.get(rest, {}), made)
     if with_optimizer:
         load_optimizer(content["optimizer"], state.optimizer, keep_groups=keep_groups, is_trusted=False)
-    _refuse_no_numbers(state)
+    _refuse_no_numbers(state)  # here, on the device, where looking at each weight is fast
     if content["meters"].keys() - {"weight"} != state.meters.keys() - {"weight"}:  # which only some losses have
         raise ValueError(f"its meters are {', '.join(content['meters'])}, and this run's {', '.join(state.meters)}")
     for name, value in content["meters"].items():
@@ -101,7 +101,6 @@ def _unpack(content: dict[str, Any], state: TrainState, *, keep_groups: bool, wi
 
 
 def _refuse_no_numbers(state: TrainState) -> None:
-    """Refuse weights that are not finite, and buffers with NaN."""
     modules = [state.model] if state.ema is None else [state.model, state.ema.module]
     for module in modules:
         for name, weight in module.named_parameters():
@@ -113,7 +112,7 @@ def _refuse_no_numbers(state: TrainState) -> None:
 
 
 def _load_network(network: nn.Module, saved: dict[str, Any], not_persistent: dict[str, Any], made: list[str]) -> None:
-    make_buffers(network, saved, made)
+    make_buffers(network, saved, made)  # load_state_dict refuses names that the network has not made yet
     network.load_state_dict(saved)
     make_buffers(network, not_persistent, made, persistent=False)
     buffers = dict(network.named_buffers())
@@ -123,13 +122,12 @@ def _load_network(network: nn.Module, saved: dict[str, Any], not_persistent: dic
 
 
 def _not_persistent(network: nn.Module) -> dict[str, Any]:
-    """The buffers that its `state_dict` leaves out."""
-    persistent = network.state_dict()
+    persistent = network.state_dict()  # a module may leave names out by a hook: only the result says which
     return {name: buffer for name, buffer in network.named_buffers() if name not in persistent}
 
 
 def _restore_loss(saved: dict[str, Tensor], state: TrainState, device: torch.device) -> None:
-    if isinstance(state.loss, nn.Module):
+    if isinstance(state.loss, nn.Module):  # a plain function keeps nothing that an update could change
         own = dict(state.loss.named_buffers())
         made = [name for name, value in saved.items() if name not in own or layout(own[name]) != layout(value)]
         make_buffers(state.loss, {name: value.to(device) for name, value in saved.items()}, made)
@@ -139,9 +137,8 @@ def _restore_loss(saved: dict[str, Tensor], state: TrainState, device: torch.dev
 
 
 def _packed_generators(state: TrainState) -> dict[str, Any]:
-    """The generators that network, loss and optimizer own, by the path that leads to each."""
     found = {path: packed(generator) for path, generator in Belongings(state.owners()).generators.items()}
-    return {path: saved for path, saved in found.items() if saved is not None}
+    return {path: saved for path, saved in found.items() if saved is not None}  # of a kind whose state is plain data
 
 
 def _restore_generators(saved: dict[str, Any], state: TrainState, device: torch.device) -> list[str]:
@@ -157,6 +154,7 @@ def _restored(path: str, saved: dict[str, Any], found: dict[str, Any], device: t
     owner, generator = found.get(above), made_generator(saved, device)
     if generator is None or owner is None:
         return False
+    # a forward pass that has not run here had made it: it is put where that pass will look for it
     if isinstance(owner, list) and name == str(len(owner)):
         owner.append(generator)
     elif isinstance(owner, dict) or hasattr(owner, "__dict__"):
@@ -173,14 +171,14 @@ def made_buffers(state: TrainState) -> list[str]:
 
 
 def make_buffers(model: nn.Module, saved: dict[str, Any], names: Iterable[str], *, persistent: bool = True) -> None:
-    """Room for those of the saved tensors that `made_buffers` named."""
+    """Make room for those of the saved tensors that `made_buffers` named."""
     for name in set(names) & set(saved):
         path, _, own_name = name.rpartition(".")
         owner = model.get_submodule(path)
         device = next((parameter.device for parameter in model.parameters()), saved[name].device)
         room = torch.zeros_like(saved[name], device=device)
         if own_name in owner._parameters:
-            owner.get_parameter(own_name).data = room
+            owner.get_parameter(own_name).data = room  # the same object: the optimizer holds it
         else:
             owner.register_buffer(own_name, room, persistent=persistent)
 

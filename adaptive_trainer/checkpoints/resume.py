@@ -16,7 +16,7 @@ from adaptive_trainer.checkpoints.trust import trusted
 from adaptive_trainer.config.overrides import asked, stage_names, with_asked
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig
 from adaptive_trainer.data.datasets import DataSets
-from adaptive_trainer.data.splitting import RANDOM, STRATIFIED, Split
+from adaptive_trainer.data.splitting import RANDOM, Split
 from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.ladder.resolve import WHOLE
 from adaptive_trainer.models.optimizers import kind_of_state
@@ -51,11 +51,12 @@ def start(cfg: DictConfig, output_dir: Path) -> Start:
     found, wanted = earlier.find(cfg.resume, output_dir), asked(cfg)
     saved = None if found.checkpoint is None else load(found.checkpoint)
     if saved is not None and found.checkpoint is not None:
-        made = trusted(saved["request"], found.checkpoint, cfg)
+        made = trusted(saved["request"], found.checkpoint, cfg)  # not config.yaml: the request travels with its state
     elif found.settings is not None:
         made = trusted(_text_of(found.settings), found.settings, cfg)
     else:
         made = with_asked(cfg.copy(), wanted.overrides, wanted.search_path)
+    # what is said of stages goes for the phases that were typed, unless the saved ones took their place
     kept = dict.fromkeys([*(wanted.kept if cfg.phases == made.phases else ()), *asked(made).kept])
     return Start(made, found.checkpoint, saved, [*found.events, *kept])
 
@@ -75,7 +76,7 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, it is damaged, foreign, or holds only a model.
     """
     content = checkpoint.load(path)
-    if "optimizer" not in content and "random" not in content:
+    if "optimizer" not in content and "random" not in content:  # one of the two missing is damage, said below
         raise CheckpointError(f"{path} holds a model only and cannot be trained on; resume from last.pt beside it")
     return checked(content, path, OF_A_RUN)
 
@@ -86,6 +87,7 @@ def check_stages(saved: dict[str, Any], names: Sequence[str]) -> None:
     Raises:
         CheckpointError: it is.
     """
+    # stages behind the saved one may be others now: nothing of them has been trained
     phases = OmegaConf.create(saved["request"]).phases.stages
     before = stage_names(phases) or [WHOLE]
     done = saved["stage"] + 1
@@ -99,21 +101,12 @@ def check_stages(saved: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def split_before(saved: dict[str, Any] | None) -> Split | None:
-    """How the run of a checkpoint held out its validation set, so that this one does the same; None if there is none.
-
-    Checkpoints that do not say are of a time when samples were chosen at random.
-
-    Raises:
-        CheckpointError: what the checkpoint says cannot be what was saved.
-    """
+    """How the run of a checkpoint held out its validation set, so that this one does the same, if there is one."""
     if saved is None:
         return None
-    if (known := saved.get("split")) is None:
-        return Split(RANDOM, saved["config"]["seed"])
-    is_one = isinstance(known, dict) and set(known) == set(asdict(Split("", 0))) and type(known["seed"]) is int
-    if not is_one or known["kind"] not in (STRATIFIED, RANDOM):
-        raise CheckpointError("the checkpoint is damaged: 'split' is not what was saved; use another one")
-    return Split(known["kind"], known["seed"])
+    if known := saved.get("split"):
+        return Split(known["kind"], known["seed"])  # the digest is compared once the samples are known
+    return Split(RANDOM, saved["config"]["seed"])  # as all were before checkpoints said it
 
 
 def check_data(saved: dict[str, Any], data: DataSets) -> None:
@@ -123,6 +116,7 @@ def check_data(saved: dict[str, Any], data: DataSets) -> None:
         CheckpointError: it was.
     """
     advice = "use the same data, or start anew with resume=null"
+    # the order of an epoch is a function of the size: with another one, samples would come twice or never
     size, before = len(data.train), saved["position"]["size"]
     if before != size:
         raise CheckpointError(
@@ -132,7 +126,6 @@ def check_data(saved: dict[str, Any], data: DataSets) -> None:
         gone, new = sorted(set(saved["classes"]) - set(data.classes)), sorted(set(data.classes) - set(saved["classes"]))
         what = f"gone {gone}, new {new}" if gone or new else "their order"
         raise CheckpointError(f"the classes are others than those of the checkpoint: {what}; {advice}")
-    split_before(saved)  # refuses a damaged one, which may be nothing that can be compared
     if data.split is not None and saved.get("split", asdict(data.split)) != asdict(data.split):
         raise CheckpointError(
             "other samples would be held out for validation than in the run of the checkpoint, which has trained on "
@@ -153,6 +146,7 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
     was, wanted = before["optimizer"], asked["optimizer"]
     same_name = was["name"] == wanted["name"]  # one that is altered is none that could be looked up
     with_optimizer = same_name and kind_of_state(OptimizerConfig(**was)) == kind_of_state(OptimizerConfig(**wanted))
+    # with the same settings the saved groups go on, for some hold more than settings: timm's Adan counts steps there
     lost = packing.unpack(saved, state, device, keep_groups=was != wanted, with_optimizer=with_optimizer)
     told = [
         f"the random numbers of {path} start anew: there is no such generator, or one of another kind" for path in lost
@@ -161,6 +155,7 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
         told.append("the optimizer starts anew: what the checkpoint has of it is of another kind")
     told.append(f"resumed at epoch {state.finished_epochs + 1}, update {state.updates}, rung {saved['rung']}")
     if before["seed"] != asked["seed"]:
+        # the position has the seed, by which the rest of this epoch is in order
         told.append(f"seed={asked['seed']} is left out: a resumed run goes on with seed {before['seed']}")
     for group in ("model", "data", "optimizer", "schedule", "trainer"):
         for key, value in asked[group].items():

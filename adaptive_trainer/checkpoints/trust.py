@@ -25,7 +25,7 @@ from adaptive_trainer.ladder.resolve import resolve, stages
 
 TARGET = "_target_"
 REFERENCE = re.compile(r"(?<!\\)\$\{[\w.-]*\}")  # to another setting; one with a colon in it calls a resolver
-CALL = re.compile(r"\$\\*\{")
+CALL = re.compile(r"\$\\*\{")  # escaped too: each time that settings are read takes an escape away
 LOADS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")  # of timm.create_model
 Names = dict[tuple[str, str], str]  # by the setting and what it names: what to type to allow it
 
@@ -50,9 +50,10 @@ def trusted(text: Any, source: Path, cfg: DictConfig) -> DictConfig:
         made.task, made.resume, made.output_dir = cfg.task, cfg.resume, cfg.output_dir
         made = with_asked(made, wanted.overrides, wanted.search_path)
         named = _named_by(made)
-    here = _names(asdict(typed(cfg)))
+    here = _names(asdict(typed(cfg)))  # typed for this very run: whoever can do that needs no checkpoint to run code
     targets = _shipped() | {value for place, value in here if _last(place) == TARGET}
     unknown = [name for name in named if name not in here]
+    # a function that is allowed may be named at any place; anything else only where it was typed
     _refuse(source, {name: named[name] for name in unknown if _last(name[0]) != TARGET or name[1] not in targets})
     return made
 
@@ -63,7 +64,7 @@ def check_model(model: dict[str, Any], source: Path) -> None:
     Raises:
         CheckpointError: it is.
     """
-    if named := _names({"model": model}):
+    if named := _names({"model": model}):  # load_model has no settings in which a name could be allowed
         raise CheckpointError(
             f"{source} names {', '.join(f'{place}={value}' for place, value in named)}, and whoever made that file "
             "could have named anything; if you know it, give load_model a factory that makes the network"
@@ -89,7 +90,7 @@ def _read(text: Any, source: Path, own: Any) -> DictConfig:
     try:
         plain = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(text, str) else None
         if isinstance(plain, dict) and plain:
-            _refuse(source, _calls(plain, own))
+            _refuse(source, _calls(plain, own))  # before the merge: reading a value of it would call the resolver
             saved = OmegaConf.merge(OmegaConf.structured(Config), plain)
             saved.card = CardConfig()  # a training has none
     except (OmegaConfBaseException, YAMLError, TypeError, AttributeError, RecursionError) as error:
@@ -100,7 +101,6 @@ def _read(text: Any, source: Path, own: Any) -> DictConfig:
 
 
 def _blamed(saved: DictConfig, source: Path) -> CheckpointError | None:
-    """What is wrong with saved settings by themselves; None where nothing is."""
     try:
         _named_by(saved)
     except ConfigError as error:
@@ -116,7 +116,7 @@ def _named_by(cfg: DictConfig) -> Names:
         named.update(_names(asdict(after)))
         return "each is looked at alone"  # as the network may refuse those that hide another in the rung
 
-    for _, settings in stages(cfg):
+    for _, settings in stages(cfg):  # the rungs as well: a name may hide in an override that only a descent comes to
         for rung in (*resolve(settings), *resolve(settings, refuse=note)):
             named |= _names(asdict(rung.settings))
     return named
@@ -132,6 +132,7 @@ def _names(tree: Any) -> Names:
 def _is_name(place: str, value: Any, targets: dict[str, str]) -> bool:
     parent, _, last = place.rpartition(".")
     if place.startswith("model.kwargs."):
+        # the key itself or within it: timm loads, and unpickles, whatever these arguments point to
         if place.split(".")[2].partition("[")[0] in LOADS and value is not None:
             return True
     elif place == "model.name":
@@ -149,13 +150,11 @@ def _refuse(source: Path, named: Names) -> None:
         )
 
 
-@cache
+@cache  # dozens of files, which do not change while the program runs
 def _shipped() -> frozenset[str]:
-    """What the configs of this package name to be called."""
-    files = Path(config_dir()).rglob("*.yaml")
     return frozenset(
         str(value)
-        for file in files
+        for file in Path(config_dir()).rglob("*.yaml")
         for place, value, _ in _leaves(OmegaConf.to_container(OmegaConf.load(file)))
         if _last(place) == TARGET
     )
@@ -178,8 +177,7 @@ def _calls(saved: Any, own: Any) -> Names:
 
 
 def _beside(text: str) -> str:
-    """A text without its references."""
-    return REFERENCE.sub("", text)
+    return REFERENCE.sub("", text)  # plain references are harmless: what they come to is looked at once resolved
 
 
 def _last(place: str) -> str:

@@ -13,9 +13,9 @@ from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.errors import CheckpointError, override
-from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
+from adaptive_trainer.utils.files import alone, as_json, refused_by_disk, write_whole
 
-DAY = re.compile(r"\d{4}-\d\d-\d\d")
+DAY = re.compile(r"\d{4}-\d\d-\d\d")  # only Hydra's ROOT/DATE/TIME says that the folders beside are runs as well
 LAST = Path("checkpoints", "last.pt")
 SETTINGS, RESULT = "config.yaml", "result.json"
 OF_A_RUN = (LAST.parent, "attempts.jsonl", "metrics.csv", RESULT, SETTINGS)  # settings last: see set_aside
@@ -47,7 +47,7 @@ def find(resume: str | None, output_dir: Path) -> Earlier:
     if resume is None:
         return Earlier()
     if resume != "auto":
-        return Earlier(Path(resume).expanduser())
+        return Earlier(Path(resume).expanduser())  # whether it exists is found out, and said, when it is read
     passed: list[Path] = []
     for run in _candidates(output_dir):
         if (run / LAST).exists():
@@ -62,7 +62,7 @@ def find(resume: str | None, output_dir: Path) -> Earlier:
 
 def _candidates(output_dir: Path) -> Iterator[Path]:
     """The folders of runs to go on from, the likeliest first."""
-    for folder in (output_dir, *reversed(_set_aside(output_dir))):
+    for folder in (output_dir, *reversed(_set_aside(output_dir))):  # a fresh start here may have died at once
         if (folder / LAST).exists() or (folder / SETTINGS).exists():
             yield folder
     yield from sorted(_runs(output_dir), key=_time, reverse=True)
@@ -76,10 +76,9 @@ def _told(passed: list[Path]) -> tuple[str, ...]:
 
 
 def _can_begin_anew(run: Path, output_dir: Path) -> bool:
-    """Whether a run without a checkpoint was stopped from outside, and has left its settings."""
     if not (run / SETTINGS).stat().st_size or not _end(run).startswith(("interrupted", KILLED)):
-        return False
-    return run.is_relative_to(output_dir) or not _is_at_work(run)
+        return False  # one that has failed would fail again
+    return run.is_relative_to(output_dir) or not _is_at_work(run)  # the lock on one's own folder is taken later
 
 
 def _time(run: Path) -> float:
@@ -90,19 +89,20 @@ def _end(run: Path) -> str:
     with suppress(OSError, ValueError, KeyError, TypeError):
         result = json.loads((run / RESULT).read_text(encoding="utf-8"))
         return shorten(f"{result['outcome']}: {result['message']}", 200, placeholder=" ...")
-    return KILLED
+    return KILLED  # a process that is killed writes no result
 
 
 def _is_at_work(run: Path) -> bool:
-    """Whether a process holds the lock on a run's folder, as far as the system has locks."""
-    try:
-        import fcntl
+    def busy() -> None:
+        raise BlockingIOError
 
-        with (run / ".run.lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    try:
+        if (run / ".run.lock").exists():  # else `alone` would make one in a folder that is not ours
+            with alone(run / ".run", busy):
+                return False
     except BlockingIOError:
         return True
-    except (ImportError, OSError):
+    except OSError:  # a disk without locks, or another user's folder
         return False
     return False
 
@@ -116,31 +116,25 @@ def left_by_earlier(output_dir: Path) -> list[Path]:
     """The files and folders of an earlier run in this folder; settings or a failure alone are no record."""
     left = [path for name in OF_A_RUN if (path := output_dir / name).exists()]
     did_nothing = left in ([output_dir / SETTINGS], [output_dir / RESULT])
-    return [] if did_nothing and not _is_cut_short(output_dir) else left
-
-
-def _is_cut_short(output_dir: Path) -> bool:
-    """Whether a move to `earlier-N` has left the settings behind, which are moved last."""
     earlier = _set_aside(output_dir)
-    return bool(earlier) and not (earlier[-1] / SETTINGS).exists()
+    is_cut_short = bool(earlier) and not (earlier[-1] / SETTINGS).exists()  # a move, of which the settings are last
+    return [] if did_nothing and not is_cut_short else left
 
 
-def begin(output_dir: Path, settings: str) -> bool:
+def begin(output_dir: Path, settings: str) -> None:
     """Keep the settings of a run that begins, so that it can begin anew wherever it is stopped.
 
-    Returns:
-        Whether it has begun: what an earlier run has left in the folder is not touched.
+    What an earlier run has left in the folder is not touched.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
     if left_by_earlier(output_dir):
-        return False
+        return
     with refused_by_disk(CheckpointError, f"cannot write the record of this run in {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / SETTINGS, settings)
-        (output_dir / RESULT).unlink(missing_ok=True)
-    return True
+        (output_dir / RESULT).unlink(missing_ok=True)  # or a kill would read as the failure of the run before
 
 
 def fail(output_dir: Path, outcome: str, message: str) -> None:
@@ -160,8 +154,6 @@ def failure(outcome: str, message: str, attempts: Sequence[Any] = (), events: Se
 def set_aside(output_dir: Path) -> str:
     """Move what an earlier run has left in the folder into one within, so that a fresh start mixes nothing with it.
 
-    A move that was cut short is gone on with: the settings are moved last.
-
     Returns:
         What was done, in words; empty where there was nothing.
 
@@ -172,11 +164,12 @@ def set_aside(output_dir: Path) -> str:
     if not left:
         return ""
     aside = output_dir / f"earlier-{len(earlier) + 1}"
+    # a move that was cut short is gone on with: what is left and what was moved make one run
     if earlier and not any((earlier[-1] / path.name).exists() for path in (output_dir / SETTINGS, *left)):
         aside = earlier[-1]
     with refused_by_disk(CheckpointError, f"cannot move an earlier run to {aside}"):
         aside.mkdir(exist_ok=True)
-        for path in left:
+        for path in left:  # the settings last: without them in the folder the move is unfinished
             path.replace(aside / path.name)
     return f"the earlier run in {output_dir} is kept in {aside.name}"
 
@@ -187,10 +180,11 @@ def _set_aside(output_dir: Path) -> list[Path]:
 
 
 def _runs(output_dir: Path) -> list[Path]:
-    """The folders of all other trainings in ROOT, where `output_dir` is ROOT/DATE/TIME; a plan is none."""
+    """The folders of all other trainings in ROOT, where `output_dir` is ROOT/DATE/TIME."""
     here = output_dir.absolute()
     if not DAY.fullmatch(here.parent.name):
         return []
+    # a plan writes no config.yaml, and is none of them
     others = [path.parent for path in here.parent.parent.glob("*/*/config.yaml")]
     return [run for run in others if DAY.fullmatch(run.parent.name) and run != here]
 

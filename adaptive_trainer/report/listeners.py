@@ -56,10 +56,11 @@ def trackers(nodes: dict[str, Any]) -> list[Listener]:
 
 
 def _made(name: str, node: dict[str, Any]) -> Listener:
-    from hydra.utils import instantiate
+    from hydra.utils import instantiate  # here: most runs have no tracker
 
+    # a tracker's own code may raise anything; the first line is enough where Hydra adds its chain of calls
     with explained(lambda error: ConfigError(f"{name} cannot be made: {error}".partition("\n")[0])):
-        tracker = instantiate(node, _convert_="all")
+        tracker = instantiate(node, _convert_="all")  # plain lists and dicts: a tracker need not know OmegaConf
     if not isinstance(tracker, Listener):
         raise ConfigError(f"{name} is a {type(tracker).__name__} and no Listener; name one by {name}._target_")
     return tracker
@@ -74,7 +75,7 @@ class Lines(Listener):
             return  # the error itself is on its way to the user
         peak = f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB" if entry.peak_allocated_bytes else ""
         where = f" in {entry.phase}" if entry.phase else ""
-        reason = brief(entry.reason) if entry.outcome == Outcome.OOM else entry.reason
+        reason = brief(entry.reason) if entry.outcome == Outcome.OOM else entry.reason  # else it is ours, and short
         why = f": {reason}" if reason else ""
         took = f", {entry.seconds:.2f} s" if entry.outcome != Outcome.SKIPPED else ""
         log.info("rung %s: %s%s%s%s%s", entry.rung, entry.outcome, where, peak, took, why)
@@ -85,7 +86,7 @@ class Lines(Listener):
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Log an epoch's losses, accuracy and time."""
-        epoch, accuracy = row["epoch"], row["val_accuracy"]
+        epoch, accuracy = row["epoch"], row["val_accuracy"]  # NaN where the network gives no scores by class
         left = f", {duration(row['seconds'] * (epochs - epoch))} left" if epoch < epochs else ""
         log.info(
             "epoch %d/%d: loss %.3f, val loss %.3f, val accuracy %s, %s%s",

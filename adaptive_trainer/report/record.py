@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +52,16 @@ class Result:
     images: dict[str, Any] = field(default_factory=dict)
 
 
+def _passed_on(name: str) -> Callable[..., None]:
+    """A method that calls the method of this name of every listener: the record itself keeps nothing of it."""
+
+    def pass_on(self: Record, *heard: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, name)(*heard)
+
+    return pass_on
+
+
 class Record(Listener):
     """Writes one run's files into its output folder, as things happen, and passes on what it hears.
 
@@ -65,7 +75,7 @@ class Record(Listener):
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
         self.has_begun = False
-        with self._writing():
+        with self._writing():  # now: a folder that cannot be written is found before the data are opened
             folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -75,7 +85,7 @@ class Record(Listener):
         Raises:
             CheckpointError: another run goes on working there.
         """
-        # The data workers of a killed run live, and hold its lock, for seconds after it: they are waited for.
+        # the data workers of a killed run live, and hold its lock, for seconds after it: they are waited for
         refused_at = time.monotonic() + WAIT_SECONDS
         with ExitStack() as stack:
             with self._writing():
@@ -91,25 +101,27 @@ class Record(Listener):
                 f"another run is at work in {self.folder}; wait for its end, or choose another output_dir"
             )
 
+    start, epoch, checkpoint, end = map(_passed_on, ("start", "epoch", "checkpoint", "end"))
+
     def begin(self, settings: str) -> None:
         """Write config.yaml, and the attempts so far."""
         self._write("config.yaml", settings)
         self.start(self.folder, settings)
         self.has_begun = True
-        for entry in self.attempts:
+        for entry in self.attempts:  # a resumed run is accepted only when a rung has taken the checkpoint
             self._append("attempts.jsonl", as_json(asdict(entry)) + "\n")
 
     def accept(self, settings: str, goes_on_from: Path | None) -> None:
         """Begin, once nothing of the run is refused any more, and set aside what an earlier run has left."""
         if not self.has_begun:
-            if not is_within(goes_on_from, self.folder):
+            if not is_within(goes_on_from, self.folder):  # a run that goes on in its folder keeps its metrics.csv
                 self.event(set_aside(self.folder))
             self.begin(settings)
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl, once the run has begun."""
         self.attempts.append(entry)
-        if self.has_begun:
+        if self.has_begun:  # else the line would be among those of an earlier run
             self._append("attempts.jsonl", as_json(asdict(entry)) + "\n")
         for listener in self.listeners:
             listener.attempt(entry)
@@ -120,30 +132,10 @@ class Record(Listener):
             listener.event(text)
         self.events.append(text)
 
-    def start(self, folder: Path, settings: str) -> None:
-        """Pass on that the run has begun."""
-        for listener in self.listeners:
-            listener.start(folder, settings)
-
-    def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """Pass on the figures of an epoch, which `metrics` has written."""
-        for listener in self.listeners:
-            listener.epoch(row, epochs)
-
-    def checkpoint(self, path: Path) -> None:
-        """Pass on that a checkpoint was written."""
-        for listener in self.listeners:
-            listener.checkpoint(path)
-
-    def end(self, outcome: str) -> None:
-        """Pass on how the run ended."""
-        for listener in self.listeners:
-            listener.end(outcome)
-
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.csv."""
         path = self.folder / "metrics.csv"
-        is_new = not path.exists() or path.stat().st_size == 0
+        is_new = not path.exists() or path.stat().st_size == 0  # `forget_after` may have left it empty
         self._append(path.name, as_csv([row], with_header=is_new))
 
     def forget_after(self, stage: int, model: str, epoch: int) -> None:
@@ -152,7 +144,8 @@ class Record(Listener):
         if not path.exists():
             return
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill leaves half a row
+        # a later stage or a smaller model counts its epochs from 1 again, so the number alone does not say which
         kept = [
             row for row in rows if (int(row["stage"]), row["model"]) != (stage, model) or int(row["epoch"]) <= epoch
         ]
@@ -170,7 +163,7 @@ class Record(Listener):
         with suppress(Exception):  # disk or memory may be full, and the first error is the one to show
             if self.has_begun:
                 self._write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
-        with suppress(Exception):
+        with suppress(Exception):  # of its own: the trackers hear of the end though the disk is full
             self.end(outcome)
 
     def _write(self, name: str, text: str) -> None:

@@ -26,7 +26,7 @@ def rung_table(attempts: Sequence[Attempt]) -> str:
 
 
 def _mib(size: int | None) -> str:
-    return f"{size / 2**20:.0f}" if size else "-"
+    return f"{size / 2**20:.0f}" if size else "-"  # a rung that was skipped, or a CPU without a limit
 
 
 def change_text(change: Change) -> str:
@@ -53,11 +53,10 @@ def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bo
     model = nearby(folder / "checkpoints" / "best.pt")
     lines = [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
     lines += [f"changed: {change_text(change)}" for change in result.changes]
-    lines.append(f"best model: {model}")
-    lines.append(f"record: {nearby(folder / 'result.json')}")
-    if log is not None:
+    lines += [f"best model: {model}", f"record: {nearby(folder / 'result.json')}"]
+    if log is not None:  # the library writes none, the command line does
         lines.append(f"log: {nearby(log)}")
-    factory = ", your_factory" if is_own_model else ""
+    factory = ", your_factory" if is_own_model else ""  # a checkpoint holds weights, never code
     lines.append(f"use it: load_model({model!r}{factory})")
     if way_on:
         lines.append(f"train on: {COMMAND} {way_on}")
@@ -69,5 +68,5 @@ def _metrics(result: Result, best: float | None) -> list[str]:
     if best is None or math.isnan(loss):  # nothing was left to train
         return []
     if math.isnan(accuracy):
-        return [f"result: val loss {loss:.3f}, best {-best:.3f}"]
+        return [f"result: val loss {loss:.3f}, best {-best:.3f}"]  # the greatest score is the least loss
     return [f"result: val accuracy {100 * accuracy:.2f} %, best {100 * best:.2f} %, val loss {loss:.3f}"]
