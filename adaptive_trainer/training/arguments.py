@@ -33,6 +33,7 @@ def check_arguments(cfg: Any, model: Any, loss: Any) -> None:
         raise ConfigError(f"the settings lack {', '.join(missing)}; compose_config([...]) makes what a Trainer takes")
     if cfg.task != "train":
         raise ConfigError(f"a Trainer trains, and task={cfg.task}; run that on the command line, or use predict()")
+    # a network can itself be called with two arguments, as far as its signature says; so can the class of a loss
     if isinstance(model, nn.Module) or not (model is None or _takes_two(model)):
         raise ConfigError(
             f"model is {_named(model)}; give a function of (model settings, number of classes) that makes it, since a "
@@ -43,7 +44,6 @@ def check_arguments(cfg: Any, model: Any, loss: Any) -> None:
 
 
 def _takes_two(function: Any) -> bool:
-    """Whether it can be called with two arguments, as far as it says."""
     try:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError) as error:
@@ -60,7 +60,7 @@ def noting(make: ModelFactory, made: dict[str, str]) -> ModelFactory:
 
     A network that is given more than once is copied each time.
     """
-    seen = WeakSet[nn.Module]()
+    seen = WeakSet[nn.Module]()  # weak, as a network that a descent has left must be free to go
     copied: set[str] = set()
 
     def made_and_noted(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -68,24 +68,20 @@ def noting(make: ModelFactory, made: dict[str, str]) -> ModelFactory:
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model is to make a torch.nn.Module, and has made a {type(network).__name__}")
         is_again = network in seen
-        if is_again and config.name not in copied:
+        if is_again and config.name not in copied:  # said once, though each rung asks again
             copied.add(config.name)
             log.info("the network exists already: a copy of it is trained, and it stays as it is")
         seen.add(network)
         made[config.name] = type(network).__name__
         # shapes alone are made of it, or it is trained: what is asked for again has to be as it was
-        return _copied(network) if is_again or (_on_meta() and _has_values(network)) else network
+        has_values = not all(parameter.is_meta for parameter in network.parameters())
+        return _copied(network) if is_again or (_on_meta() and has_values) else network
 
     return made_and_noted
 
 
 def _on_meta() -> bool:
-    """Whether shapes alone are asked for."""
-    return torch.get_default_device().type == "meta"
-
-
-def _has_values(network: nn.Module) -> bool:
-    return not all(parameter.is_meta for parameter in network.parameters())
+    return torch.get_default_device().type == "meta"  # a plan, which asks for shapes alone
 
 
 def _made(make: ModelFactory, config: ModelConfig, num_classes: int) -> nn.Module:

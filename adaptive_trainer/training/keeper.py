@@ -10,6 +10,7 @@ from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session
 
+# what load_model needs, and where it is from; no optimizer, which may be twice as large
 KEPT_WITH_THE_BEST = ("config", "rung", "stage", "num_classes", "classes", "best", "made_buffers")
 
 
@@ -57,31 +58,27 @@ class Keeper:
             CheckpointError: there is no memory to put it together.
         """
         parts, split = self.run.parts, self.run.data.split
+        # all of it is put together before a byte is written: where memory runs out, the file before is untouched
         return checkpoint.retried(self.folder / "last.pt", lambda: {
             **packing.pack(session.state, parts.device),
             "rung": session.rung,
             "stage": self.number,
             "config": asdict(session.config),
             "request": parts.request,
-            "requested": self.requested,
+            "requested": self.requested,  # a resumed run that asks for more, or has more room, begins further up
             "largest_batch": self.largest,
             "capacity": parts.capacity.size,
             "metrics": self.metrics,
             "num_classes": parts.num_classes,
-            "classes": list(self.run.data.classes),
+            "classes": list(self.run.data.classes),  # labels are their places: a new folder would shift them
             "split": None if split is None else asdict(split),
         })  # fmt: skip
 
     def start_anew(self, larger: str, smaller: str, learned: dict[str, Any] | None) -> None:
-        """Keep what a larger model has learned, before a smaller one begins.
-
-        Args:
-            larger, smaller: their names.
-            learned: the content of a checkpoint; None where there is nothing to keep.
-        """
+        """Keep what a larger model has learned, the content of a checkpoint, before a smaller one begins."""
         self.run.record.event(f"model {larger} -> {smaller}: the new model starts from epoch 1")
         if learned is not None:
-            name = f"before-{smaller.replace('/', '-')}.pt"
+            name = f"before-{smaller.replace('/', '-')}.pt"  # names of hf-hub have slashes
             self._write(name, learned)
             self.run.record.event(f"what {larger} has learned is kept in checkpoints/{name}")
         self.keep_best(larger)
@@ -90,7 +87,7 @@ class Keeper:
     def keep_best(self, owner: str) -> None:
         """Move the best model to a name of its own, before what is to come has a best."""
         best, name = self.folder / "best.pt", f"best-{owner.replace('/', '-')}.pt"
-        if best.exists():
+        if best.exists():  # in one step: however it ends, there is one of the two
             best.replace(self.folder / name)
             self.run.record.event(f"the best of {owner} is kept in checkpoints/{name}")
 

@@ -33,13 +33,14 @@ def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
         limited(device, config.memory.limit) as capacity,
     ):
         with suppress(OutOfMemory):
-            peaks = _peaks(config, num_classes, capacity)
-        oom.release(device)
+            peaks = _peaks(config, num_classes, capacity)  # a call, whose frame and session are gone at its end
+        oom.release(device)  # for the next measurement of a table
     return peaks
 
 
 def _peaks(config: Config, num_classes: int, capacity: Capacity) -> tuple[int, int]:
     used = recipe(config)
+    # memory depends on no data: a training set of one batch does
     parts = Parts(build_model, build_loss, "", num_classes, used.batch_size, capacity.device, capacity)
     session = enter(config, parts)
     dry_run(session.update, replace(used, num_classes=num_classes, stored_size=stored_size([config])))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.errors import LadderExhausted, explained
 from adaptive_trainer.ladder.resolve import changed
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
@@ -50,6 +50,7 @@ def train(phases: Sequence[Phase], run: Run, cfg: DictConfig, saved: dict[str, A
         stage = Stage(phase, run, number, saved, weights, after)
         saved = None  # it is large, and the stage lets it go
         rung = _train(stage)
+        # on the host, so that the next phase has the whole card; the last one's stay where they are
         weights = Weights.of(stage.trial.opened) if number + 1 < len(phases) else None
         after = phase.name
         done.append({"name": phase.name, "rung": rung.name, "metrics": stage.keeper.metrics})
@@ -57,23 +58,23 @@ def train(phases: Sequence[Phase], run: Run, cfg: DictConfig, saved: dict[str, A
 
 
 def _train(stage: Stage) -> Rung[Config]:
-    record, message = stage.run.record, ""
-    earlier = len(record.attempts)
-    try:
-        rung = stage.train()
-    except LadderExhausted as error:
-        message = str(error)
-    if message:
+    attempts = stage.run.record.attempts
+    earlier = len(attempts)
+
+    def advised(error: LadderExhausted) -> LadderExhausted:
         stage.run.accept()  # it is the memory that is short, and to be recorded
-        raise LadderExhausted(f"{message}\n{stage.leak or _advice(stage.run.parts.capacity)}")
-    log.info("stage %s: rung %s succeeded\n%s", stage.phase.name, rung.name, rung_table(record.attempts[earlier:]))
+        # other settings do not help against a leak, so the advice is left out where one was seen
+        return LadderExhausted(f"{error}\n{stage.leak or _advice(stage.run.parts.capacity)}")
+
+    with explained(advised, (LadderExhausted,)):
+        rung = stage.train()
+    log.info("stage %s: rung %s succeeded\n%s", stage.phase.name, rung.name, rung_table(attempts[earlier:]))
     return rung
 
 
 def _differences(cfg: DictConfig, phase: Config) -> str:
-    """What a phase sets otherwise than the run."""
     asked = typed(cfg)
-    asked.phases = phase.phases
+    asked.phases = phase.phases  # a phase has none of its own, which is no difference
     if asked.trainer.channels_last is None and phase.trainer.channels_last:  # as decided for the run
         asked.trainer.channels_last = True
     return ", ".join(f"{key}={value}" for key, value in changed(asked, phase).items()) or "the settings as they are"

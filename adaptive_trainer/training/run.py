@@ -52,8 +52,3 @@ class Run:
     stop: StopSignal
     judge: Judge
     accept: Callable[[], Any]
-
-    def event_once(self, text: str) -> None:
-        """Record a decision that may be taken more than once."""
-        if text not in self.record.events:
-            self.record.event(text)

@@ -40,7 +40,7 @@ class Rungs:
         """Take the ladder of a batch size that was found."""
         self.largest, self.why = largest, why
         self.ladder = self._resolved()
-        for note in self.ladder[0].notes:
+        for note in self.ladder[0].notes:  # how the batch size was found
             self._run.record.event(note)
 
     def _resolved(self) -> tuple[Rung[Config], ...]:
@@ -55,7 +55,7 @@ class Rungs:
         """
         if saved is None:
             return 0
-        model = saved["config"]["model"]
+        model = saved["config"]["model"]  # another one could use nothing of the saved state
         possible = [i for i, rung in enumerate(self.ladder) if asdict(rung.settings.model) == model]
         if not possible:
             raise CheckpointError(
@@ -70,6 +70,7 @@ class Rungs:
     def requested(self) -> dict[str, Any]:
         """What decides the memory that the request needs."""
         asked = recipe(self.ladder[0].settings).reported()
+        # without what takes no memory of the device: a resume with another lr stays on its rung
         return {key: asked[key] for key in asked if key not in ("lr", "num_workers", "tf32")}
 
     def index(self, rung: Rung[Config]) -> int:
@@ -78,7 +79,7 @@ class Rungs:
 
     def down_from(self, start: int) -> Iterator[Rung[Config]]:
         """The rungs from there on."""
-        return map(self._rung, range(start, len(self.ladder)))
+        return map(self._rung, range(start, len(self.ladder)))  # lazily: each is looked at when it is its turn
 
     def above(self, number: int) -> int:
         """The nearest rung above that is not passed over; -1 where there is none."""
@@ -91,11 +92,11 @@ class Rungs:
     def assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
         hopeless, need = self._run.judge.assess(rung.settings)
-        is_known = rung is self.ladder[0] and self._has_fitted(f"{LARGEST}-{self.largest}")
+        found = f"{LARGEST}-{self.largest}"  # a dry run that it has passed counts for more than a prediction
+        is_known = rung is self.ladder[0] and any(
+            entry.rung == found and entry.outcome == Outcome.FITS for entry in self._run.record.attempts
+        )
         return "" if hopeless and (is_known or self.is_last(rung)) else hopeless, need
-
-    def _has_fitted(self, name: str) -> bool:
-        return any(entry.rung == name and entry.outcome == Outcome.FITS for entry in self._run.record.attempts)
 
     def changes(self, rung: Rung[Config], asked: Config | None = None) -> list[Change]:
         """What `rung` sets otherwise than was asked for, by default than the first rung, and why."""
@@ -124,7 +125,7 @@ class Rungs:
         known = self._refused.get(name)
         if known is None:
             return ""
-        key = repr(config)
+        key = repr(config)  # the same override may come to other settings once one above it is left out
         if key not in known:
             known[key] = self._run.judge.refusal(above, config)
         return known[key]
@@ -140,6 +141,7 @@ class Climbing:
 
     def note(self, entry: Attempt) -> None:
         """Remember the room in which a rung did not fit."""
+        # one that was skipped for another reason than memory would be skipped again
         if entry.outcome == Outcome.OOM or (entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is not None):
             self._room[entry.rung] = self._capacity.room()
 
@@ -149,7 +151,7 @@ class Climbing:
         if not rung.settings.ladder.climb or above < 0 or epochs < self._at:
             return False
         if self._rungs.ladder[above].settings.model != rung.settings.model:
-            return False
+            return False  # it would start from epoch 1
         then, now = self._room.get(self._rungs.ladder[above].name), self._capacity.room()
         return then is not None and now is not None and now > then
 

@@ -90,7 +90,7 @@ class Session:
     @property
     def model(self) -> nn.Module:
         """The network to evaluate and keep: the moving average where there is one."""
-        return self.state.model if self.state.ema is None else self.state.ema.module
+        return self.state.model if self.state.ema is None else self.state.ema.module  # timm's wrapper, not it
 
     @property
     def is_sound(self) -> bool:
@@ -107,13 +107,13 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 
     def built() -> Session:
         with parts.capacity.device_work():
-            fresh = session is None or config.model != session.config.model
+            fresh = session is None or config.model != session.config.model  # weights of another shape
             state = _new_state(config, parts) if fresh or session is None else _carried(config, session, parts)
             return _around(state, config, parts)
 
     made = oom.attempt(built, pressure=parts.capacity.pressure)
     if isinstance(made, oom.Failure):
-        oom.release(parts.device)
+        oom.release(parts.device)  # of the half that was built; here its frames are gone
         raise OutOfMemory(made.text, phase="building the model")
     return made
 
@@ -126,7 +126,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
             f"{type(model).__name__} has lazy parameters, whose sizes are not known; run it once on an image where it "
             "is made"
         )
-    model = model.to(parts.device)
+    model = model.to(parts.device)  # before the optimizer and the average, which keep tensors of their own
     if config.trainer.channels_last:
         to_channels_last(model)
     _own_memory(model)
@@ -159,7 +159,7 @@ def _carried(config: Config, session: Session, parts: Parts) -> TrainState:
         state.scaler = build_scaler(config.trainer.precision, parts.device)
     if (config.trainer.ema_decay is None) != (old.trainer.ema_decay is None):
         state.ema = build_ema(state.model, config.trainer.ema_decay)
-    if {**vars(config.optimizer), "lr": None} != {**vars(old.optimizer), "lr": None}:
+    if {**vars(config.optimizer), "lr": None} != {**vars(old.optimizer), "lr": None}:  # the schedule sets the rate
         state.optimizer = build_optimizer(state.model, config.optimizer, parts.device)
         if kind_of_state(config.optimizer) == kind_of_state(old.optimizer):
             learned = session.state.optimizer.state_dict()

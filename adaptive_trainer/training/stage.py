@@ -63,19 +63,20 @@ class Stage:
         """
         if self.phase.settings.trainer.batch_size == LARGEST:
             self._find_batch_size()
-        self.keeper.requested = self.rungs.requested()
+        self.keeper.requested = self.rungs.requested()  # after the batch size is known
         start = self.rungs.first(self.trial.saved)
         if self.after:
             self.keeper.keep_best(self.after)
         while True:
             rung, eval_batch = self._descend(start)
+            # the ladder may have been resolved anew on the way down
             start = self.rungs.index(rung)
             loop = self._loop(rung, eval_batch)
             failure, growth = None, loop.growth
             try:
                 if loop.run():
                     return rung
-            except OutOfMemory as error:
+            except OutOfMemory as error:  # its words alone are kept: the error's frames hold the batch and more
                 failure = (error.phase, error.reason)
             del loop  # and with it a graph's memory
             if failure is None:
@@ -85,7 +86,6 @@ class Stage:
                 start += 1
 
     def _climb(self, rung: Rung[Config]) -> int:
-        """The rung above, which is tried next."""
         above = self.rungs.above(self.rungs.index(rung))
         name = self.rungs.ladder[above].name
         self.run.record.event(f"there is room again: trying rung {name} above {rung.name}")
@@ -117,8 +117,9 @@ class Stage:
         if judge.refusal(config, config):
             return False
         self.run.parts.capacity.empty_cache()  # what another size has left must not decide
-        tried = Rung(f"{LARGEST}-{size}", config)
+        tried = Rung(f"{LARGEST}-{size}", config)  # a ladder of one: the failure of a size is an answer
         try:
+            # what is predicted is recorded, and skips no size: a wrong prediction would end the search
             self.trial.descend([tried], lambda rung: ("", judge.assess(rung.settings)[1]), self._attempted)
         except LadderExhausted:
             return False
@@ -136,7 +137,6 @@ class Stage:
         return found.rung, found.value
 
     def _announce(self, found: Found[Config, int], before: Config | None) -> None:
-        """Say what the rung changes."""
         rung, event = found.rung, self.run.record.event
         is_carried = before is not None and before.model == rung.settings.model
         if before and is_carried and kind_of_state(before.optimizer) != kind_of_state(rung.settings.optimizer):
@@ -175,7 +175,7 @@ class Stage:
         capacity = self.run.parts.capacity
         where = f"{phase}, after update {self.trial.opened.state.updates}"
         self._attempted(Attempt(rung.name, Outcome.OOM, where, reason, None, *capacity.peaks()))
-        self.run.judge.forget(rung.settings)
+        self.run.judge.forget(rung.settings)  # a dry run that passed has promised too much
         oom.release(self.run.parts.device)  # what is garbage is no leak
         text = growth.text(capacity.usage().allocated)
         if text and not self.leak:

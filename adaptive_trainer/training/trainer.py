@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
@@ -99,7 +99,7 @@ class Trainer:
         self._weights: list[float] = []  # of the classes, where trainer.class_weights=balanced
         chosen = output_dir or cfg.output_dir or Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")
         self.output_dir = Path(chosen).expanduser().absolute()  # the caller's own code may change folders
-        self.model: nn.Module | None = None
+        self.model: nn.Module | None = None  # what was trained, once fit() has returned
 
     def fit(self) -> Result:
         """Train to the last epoch on the first rung that fits; write the record; return it.
@@ -119,10 +119,10 @@ class Trainer:
         start = resume.start(self.cfg, self.output_dir)
         device = device_of(start.cfg.device)
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
-        check_no_card(typed(start.cfg).card)
+        check_no_card(typed(start.cfg).card)  # `card=` plans for a card that is not here
         record = Record(self.output_dir, [Lines(), *trackers(typed(start.cfg).trackers)])
         with showing(), alone_in_process(), record.held():
-            if not left_by_earlier(self.output_dir):
+            if not left_by_earlier(self.output_dir):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg))
             try:
                 return self._limited(start, phases, device, record)
@@ -133,8 +133,9 @@ class Trainer:
     def _limited(self, start: Start, phases: list[Phase], device: torch.device, record: Record) -> Result:
         asked = phases[0].asked
         process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
-        with process, _current(device):
-            seed_everything(asked.seed)
+        # the card is the current one, so that nothing is made on another
+        with process, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            seed_everything(asked.seed)  # a data set of the caller's own may draw numbers when it is opened
             limit = limit_for(asked, device, is_own_data=self._data[0] is not None)
             with limited(device, limit) as capacity:
                 log.info("%s", capacity.description)
@@ -151,7 +152,7 @@ class Trainer:
         data, phases = _with_cache(data, phases, record)
         phases = [replace(phase, ladder=parts.prepare(phase.ladder)) for phase in phases]
         accept = partial(record.accept, frozen(start.cfg), start.path)
-        if saved is None:
+        if saved is None:  # else the checkpoint may still be refused, by the network that it is put into
             accept()
         for text in (*not_used, *self._remarks(start, capacity.device)):
             record.event(text)
@@ -172,7 +173,7 @@ class Trainer:
     def _opened(self, phases: list[Phase], saved: dict[str, Any] | None) -> DataSets:
         """The data; what does not suit them is refused."""
         for phase in phases:
-            check_names(phase.ladder, own_model=self._is_own_model)
+            check_names(phase.ladder, own_model=self._is_own_model)  # first: opening the data may take minutes
         requests = [typed(phase.settings) for phase in phases]
         data = build_datasets(requests[0], *self._data, split=resume.split_before(saved))
         num_classes = requests[0].model.num_classes or data.num_classes
@@ -203,7 +204,6 @@ class Trainer:
         )
 
     def _remarks(self, start: Start, device: torch.device) -> Iterator[str]:
-        """What was decided before anything runs, in words."""
         if start.path is not None:
             log.info("going on from %s", start.path)
         yield from start.events
@@ -216,7 +216,6 @@ class Trainer:
             yield f"trainer.tf32=true changes nothing: {refusal}"
 
     def _weigh_classes(self, phases: list[Phase], data: DataSets, record: Record) -> None:
-        """Count the training labels for `trainer.class_weights=balanced`; record what the caller's loss ignores."""
         asked = [rung.settings.trainer for phase in phases for rung in phase.ladder]
         if self._loss is None and any(trainer.class_weights == BALANCED for trainer in asked):
             self._weights = balanced(labels_of(data.train), data.num_classes)
@@ -230,7 +229,7 @@ class Trainer:
     def _build_loss(self, config: Config, num_classes: int) -> Criterion | nn.Module:
         if self._loss is None:
             return build_loss(config, num_classes, self._weights)
-        self._loss.num_classes = num_classes
+        self._loss.num_classes = num_classes  # the caller's function knows nothing of it
         return self._loss
 
     def _result(self, done: Done, record: Record) -> Result:
@@ -251,6 +250,7 @@ class Trainer:
             stages=done.phases if len(done.phases) > 1 else [],
         )
         record.result(result)
+        # a line to type goes on with what settings can say: neither code of the caller's own nor stages
         is_typed = not self._is_own_model and self._loss is None and self._data == (None, None) and not result.stages
         more = f"{way_on(self.output_dir)} trainer.epochs={2 * asked.trainer.epochs}" if is_typed else ""
         best = stage.trial.opened.state.best
@@ -315,11 +315,6 @@ def _with_cache(data: DataSets, phases: list[Phase], record: Record) -> tuple[Da
     return data, phases if data.stored is not None else [phase.overridden("data.cache=none") for phase in phases]
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA card the current one, so that nothing is made on another."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _outcome(error: BaseException) -> str:
     if isinstance(error, LadderExhausted):
         return "exhausted"
@@ -336,9 +331,10 @@ def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module
         CheckpointError: there is none, or it is damaged, or something else.
     """
     content = checked(checkpoint.load(Path(path)), Path(path), OF_A_MODEL)
-    settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})
+    settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})  # all weights are in the file
+    # nor does timm load what the kwargs point to
     settings.kwargs = {key: value for key, value in settings.kwargs.items() if key not in LOADS}
-    if model is None:
+    if model is None:  # a factory is the caller's own code, and decides itself what it makes of the name
         check_model(asdict(settings), Path(path))
     network = (model or build_model)(settings, content["num_classes"])
 

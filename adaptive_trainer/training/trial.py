@@ -83,13 +83,13 @@ class Trial:
         judge, capacity, device = self._run.judge, self._run.parts.capacity, self._run.parts.device
 
         def noted() -> Iterator[Rung[Config]]:
-            for self._tried in rungs:
+            for self._tried in rungs:  # `descend` hands on settings alone, and the session has its rung's name
                 yield self._tried
 
         def attempted(entry: Attempt) -> None:
             if entry.outcome == Outcome.OOM:
                 judge.learn(self._tried.settings, entry)
-            elif entry.outcome == Outcome.FITS and self._earlier is not None:
+            elif entry.outcome == Outcome.FITS and self._earlier is not None:  # this time nothing was measured
                 entry.reason = "proven on this card before"
                 entry.peak_allocated_bytes = self._earlier.peak_allocated
                 entry.peak_reserved_bytes = self._earlier.peak_reserved
@@ -132,7 +132,7 @@ class Trial:
             if back is not None:
                 settle(back.config, back.state)  # model, optimizer and average are shared with what was tried
             raise
-        self.saved = None
+        self.saved = None  # the session has it now; a rung that failed has left it for the next
         return eval_batch
 
     def _sizes(self, config: Config) -> Recipe:
@@ -160,8 +160,9 @@ class Trial:
         problem = single_sample(session.config)
         if problem and has_batch_norm(session.state.model):
             raise ConfigError(problem)
-        if text := remark(session.config, self._run.parts.make_model):
-            self._run.event_once(text)
+        text = remark(session.config, self._run.parts.make_model)
+        if text and text not in self._run.record.events:  # every rung with the model would say it again
+            self._run.record.event(text)
         if self.saved is not None:
             self._resume(session, self.saved)
         elif self._weights is not None and self._weights.config == session.config.model:
@@ -172,17 +173,17 @@ class Trial:
 
     def _resume(self, session: Session, saved: dict[str, Any]) -> None:
         decided = take_up(saved, session.config, session.state, self._run.parts.device)
-        self._run.accept()
+        self._run.accept()  # the checkpoint fits: what is refused before leaves the earlier record as it is
         for text in decided:
             self._run.record.event(text)
-        self._keeper.metrics = saved["metrics"]
+        self._keeper.metrics = saved["metrics"]  # a run with no epoch left to train ends with these
         model = self._run.parts.recipe(session.config).model
         self._run.record.forget_after(self._keeper.number, model, session.state.finished_epochs)
 
     def _leave_model(self, model: ModelConfig) -> None:
         """Keep what the larger model has learned, and let it go."""
         old = self.opened
-        learned = self._keeper.content(old) if old.state.updates and old.is_sound else None
+        learned = self._keeper.content(old) if old.state.updates and old.is_sound else None  # else it is worth nothing
         self._keeper.start_anew(old.config.model.name, model.name, learned)
         del old, learned  # or they would be alive while their memory is released
         self.session = None
@@ -192,5 +193,5 @@ class Trial:
         """The same for a checkpoint whose model does not fit any more."""
         saved, self.saved = self.saved, None
         if saved is not None:
-            self._run.accept()
+            self._run.accept()  # now: from here on files of the run are written
             self._keeper.start_anew(saved["config"]["model"]["name"], model.name, saved)

@@ -50,7 +50,7 @@ class Evaluation:
                 try:
                     self._go_on(model, progress)
                 except OutOfMemory:
-                    if self._size == 1:
+                    if self._size == 1:  # of a last batch too: halving the usual size would not help it
                         raise
                 else:
                     continue
@@ -58,19 +58,20 @@ class Evaluation:
         loss, weight, correct = self._sums
         if not self._seen:
             raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
-        if not weight:
+        if not weight:  # class weights of 0, or labels that the loss ignores
             raise DataError("the loss counts no label of the validation set: all have the weight 0")
         return loss / weight, correct / self._seen
 
     def _go_on(self, model: nn.Module, progress: Progress) -> None:
         """From the first sample that is not done yet."""
+        # a generator: closed, it ends the data workers of the size that did not fit
         with closing(self.pipeline.evaluate(self.batch_size, self._done)) as batches:
             for batch in batches:
                 self.broken.name(batch)
-                if len(batch.labels):
+                if len(batch.labels):  # else all of its images are broken
                     more = self.engine.evaluate(model, batch.images, batch.labels)
                     self._sums = tuple(a + b for a, b in zip(self._sums, more, strict=True))  # type: ignore[assignment]
-                self._done += batch.samples
+                self._done += batch.samples  # only now: a batch that fails is evaluated again, in smaller ones
                 self._seen += len(batch.labels)
                 progress.advance(batch.samples)
                 if self.stop.name:
@@ -78,7 +79,6 @@ class Evaluation:
 
     @property
     def _size(self) -> int:
-        """Samples of the next batch."""
         return min(self.batch_size, self.total - self._done)
 
     def _halve(self) -> None:

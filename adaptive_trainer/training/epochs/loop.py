@@ -58,7 +58,7 @@ class Loop:
         config, update = self.session.config, self.session.update
         self.device, self.capacity = self.session.capacity.device, self.session.capacity
         self._failures = 0  # beside updates, since one passed with all that belongs to it
-        self.growth = Growth(self.device)
+        self.growth = Growth(self.device)  # of this rung: another one holds other tensors
         self.loss = RunningLoss(self.session)
         self.broken = BrokenImages(self.record)
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
@@ -82,7 +82,7 @@ class Loop:
             UserError: the host's memory has run out between updates, twice.
         """
         with worker_deaths_deferred(), closing(self.pipeline):
-            while True:
+            while True:  # position and counts say where to go on
                 try:
                     return self._run()
                 except AdaptiveTrainerError:
@@ -114,7 +114,7 @@ class Loop:
                 f"{state.finished_epochs} epochs are trained, and trainer.epochs={epochs} asks for no more"
             )
         while state.finished_epochs < epochs:
-            if state.position.epoch == state.finished_epochs:
+            if state.position.epoch == state.finished_epochs:  # else only its evaluation is left
                 self._train_epoch()
             self._finish_epoch()
             if self.leave():
@@ -134,6 +134,7 @@ class Loop:
     def _train_on(self, batch: Batch, epoch: int, progress: Progress) -> None:
         """One update, and what is due after it."""
         state, trainer, update = self.session.state, self.session.config.trainer, self.session.update
+        # by samples, not by updates: a rung with another batch size goes on at the same point of the schedule
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
         if batch.skipped and not update.accepts(len(batch.labels)):
             batch = self.broken.without_the_last(batch)
@@ -153,11 +154,11 @@ class Loop:
         if trainer.checkpoint_every and state.updates % trainer.checkpoint_every == 0 and not at_end:
             self._save()
         self._stop_if_asked()
-        self._failures = 0
+        self._failures = 0  # two failures that have an update between them are two of one each
 
     def _save(self) -> None:
         """A checkpoint within an epoch, of weights whose loss was a number up to now."""
-        is_asked = self.loss.is_asked
+        is_asked = self.loss.is_asked  # put back: the progress line is to show what it would without a checkpoint
         self.loss.ask()
         self.loss.answer()  # raises where it is no number: the last good checkpoint stays
         self.loss.is_asked = is_asked
@@ -178,7 +179,7 @@ class Loop:
         # a stop takes the evaluation back too: a resumed run begins it anew and ends with the same bits
         with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).rolled_back_on_error():
             row, is_best = self._record_epoch()
-        if not row:
+        if not row:  # stopped in the evaluation
             self._stop_if_asked()
         self.keeper.save(self.session, is_best=is_best)
         self.record.epoch(row, self.session.config.trainer.epochs)
@@ -191,12 +192,13 @@ class Loop:
         seen = meters["seen"]
         if not seen:
             raise DataError("no image of the training set can be read; repair the files, or name another data.root")
+        # a loss may count weights in place of samples; with all of them 0 it is 0
         train_loss = finite("training", meters["loss"] / (meters.get("weight", seen) or 1), self.session)
         loss, accuracy = self.evaluation.run(self.session.model)
-        finite("validation", loss, self.session)
+        finite("validation", loss, self.session)  # before this epoch's weights take the place of good ones
         is_scored = not math.isnan(accuracy)
         seconds = time.perf_counter() - self.started
-        allocated, reserved = self.capacity.peaks()
+        allocated, reserved = self.capacity.peaks()  # since the rung was tried
         state.finished_epochs += 1
         for value in state.meters.values():
             value.zero_()
@@ -224,7 +226,7 @@ class Loop:
                 "accuracy is not known, for the network gives no row of scores for each image: the best is the one "
                 "with the least validation loss"
             )
-        is_best = best is None or score > best
+        is_best = best is None or score > best  # of equal ones the first stays
         if is_best:
             self.session.state.best = score
         return is_best

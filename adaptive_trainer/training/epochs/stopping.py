@@ -21,6 +21,7 @@ class StopSignal:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
+        # schedulers of clusters send SIGTERM some seconds before they kill
         before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -29,6 +30,7 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
+        if self.name and number == signal.SIGINT:  # an update, or a data set, may hang
             raise KeyboardInterrupt
+        # nothing else: a handler runs between any two lines, and the state is whole only after an update
         self.name = signal.Signals(number).name

@@ -39,16 +39,16 @@ class RunningLoss:
         self.is_asked = False
         self._session = session
         self._asked_after = 0
-        self._sums = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)
+        self._sums = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)  # only pinned memory is copied to beside
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
     def ask(self) -> None:
         """Begin to copy the sums as they are now."""
         state = self._session.state
-        self._asked_after = state.updates
+        self._asked_after = state.updates  # for the message, which is of this update and not of the next
         meters = (state.meters["loss"], state.meters.get("weight", state.meters["seen"]))
         for there, here in zip(self._sums, meters, strict=True):
-            there.copy_(here, non_blocking=True)  # into pinned memory, beside what the card computes
+            there.copy_(here, non_blocking=True)  # the card goes on computing
         if self._copied is not None:
             self._copied.record()
         self.is_asked = True
@@ -60,18 +60,14 @@ class RunningLoss:
             DivergedError: it is no number.
         """
         if self._copied is not None:
-            self._copied.synchronize()
+            self._copied.synchronize()  # for this copy alone, not for the update that is running
         self.is_asked = False
         loss, weight = self._sums.tolist()
         return finite("training", float(loss / (weight or 1)), self._session, self._asked_after)
 
 
 class Thrashing:
-    """Whether the allocator flushes its cache again and again: training works then, but slowly.
-
-    Args:
-        is_left: such a rung is to be left for the next.
-    """
+    """Whether the allocator flushes its cache again and again: training works then, but slowly."""
 
     def __init__(self, session: Session, record: Listener, *, is_left: bool) -> None:
         self._session, self._record, self._is_left = session, record, is_left
@@ -90,7 +86,7 @@ class Thrashing:
         (since, before), self._before = self._before, self._now()
         updates, flushes = self._before[0] - since, self._before[1] - before
         if flushes * UPDATES_PER_FLUSH < updates or updates == 0 or flushes < 2:
-            return
+            return  # a single flush is usual where shapes change
         text = f"the allocator flushed its cache {flushes} times in {updates} updates"
         if self._is_left:
             raise OutOfMemory(f"{text} and ladder.avoid_thrashing is on", phase="training")
@@ -113,7 +109,7 @@ class BrokenImages:
         """Record those of a batch, each once, three at a time."""
         broken = [name for name in batch.skipped if name not in self._named]
         if broken:
-            self._named.update(broken[:3])
+            self._named.update(broken[:3])  # those that were only counted may be named in another epoch
             what = "1 broken image is" if len(broken) == 1 else f"{len(broken)} broken images are"
             self._record.event(f"{what} left out: {', '.join(broken[:3])}")
 
