@@ -142,7 +142,6 @@ def _packed_generators(state: TrainState) -> dict[str, Any]:
 
 
 def _restore_generators(saved: dict[str, Any], state: TrainState, device: torch.device) -> list[str]:
-    """Put them back, and make those that a forward pass had made; returns what cannot be."""
     found = {path: value for path, value, _ in walk(state.owners())}
     return [path for path, one in saved.items() if not _restored(path, one, found, device)]
 

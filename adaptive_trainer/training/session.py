@@ -143,8 +143,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
 
 
 def _own_memory(model: nn.Module) -> None:
-    """Give buffers that are expanded views memory of their own."""
-    # nothing can be copied into such a view, so that an undo could not put it back in place
+    # nothing can be copied into an expanded view, so that an undo could not put such a buffer back in place
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and any(n > 1 and s == 0 for n, s in zip(buffer.shape, buffer.stride(), strict=True)):

@@ -126,7 +126,6 @@ class Stage:
         return True
 
     def _descend(self, start: int) -> tuple[Rung[Config], int]:
-        """The next rung that fits, and its evaluation batch."""
         if start == len(self.rungs.ladder):
             raise LadderExhausted(exhausted_message(self.run.record.attempts))
         before = None if self.trial.session is None else self.trial.session.config

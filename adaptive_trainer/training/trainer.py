@@ -171,7 +171,6 @@ class Trainer:
         return self._result(done, record)
 
     def _opened(self, phases: list[Phase], saved: dict[str, Any] | None) -> DataSets:
-        """The data; what does not suit them is refused."""
         for phase in phases:
             check_names(phase.ladder, own_model=self._is_own_model)  # first: opening the data may take minutes
         requests = [typed(phase.settings) for phase in phases]
@@ -295,12 +294,7 @@ def _in_channels_last(
 
 
 def _with_cache(data: DataSets, phases: list[Phase], record: Record) -> tuple[DataSets, list[Phase]]:
-    """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the phases say `none`.
-
-    Raises:
-        ConfigError: the data set does not go with it.
-        Interrupted: a signal came.
-    """
+    """The data decoded and stored, where `data.cache` asks for it; where it cannot be, the phases say `none`."""
     size = stored_size(phase.asked for phase in phases)
     if not size:
         return data, phases

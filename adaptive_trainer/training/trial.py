@@ -146,7 +146,7 @@ class Trial:
 
     @staticmethod
     def _odd(session: Session) -> int:
-        """Size of the update with the largest micro-batch."""
+        # the last update of an epoch may have a larger micro-batch than the others
         here, batch_size = session.state.position, session.config.trainer.batch_size
         sizes = here.sizes(batch_size) | replace(here, cursor=0).sizes(batch_size)
         return session.update.with_largest_part(sizes)
@@ -156,7 +156,6 @@ class Trial:
         return recipe(config).eval_batch(len(self._run.data.val))
 
     def _fill(self, session: Session) -> None:
-        """Put what was learned earlier into a new session."""
         problem = single_sample(session.config)
         if problem and has_batch_norm(session.state.model):
             raise ConfigError(problem)
@@ -181,7 +180,6 @@ class Trial:
         self._run.record.forget_after(self._keeper.number, model, session.state.finished_epochs)
 
     def _leave_model(self, model: ModelConfig) -> None:
-        """Keep what the larger model has learned, and let it go."""
         old = self.opened
         learned = self._keeper.content(old) if old.state.updates and old.is_sound else None  # else it is worth nothing
         self._keeper.start_anew(old.config.model.name, model.name, learned)
@@ -190,7 +188,6 @@ class Trial:
         oom.release(self._run.parts.device)  # a network may hold itself in a circle of references
 
     def _leave_saved(self, model: ModelConfig) -> None:
-        """The same for a checkpoint whose model does not fit any more."""
         saved, self.saved = self.saved, None
         if saved is not None:
             self._run.accept()  # now: from here on files of the run are written

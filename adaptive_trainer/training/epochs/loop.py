@@ -132,7 +132,6 @@ class Loop:
                 self._train_on(batch, position.epoch, progress)
 
     def _train_on(self, batch: Batch, epoch: int, progress: Progress) -> None:
-        """One update, and what is due after it."""
         state, trainer, update = self.session.state, self.session.config.trainer, self.session.update
         # by samples, not by updates: a rung with another batch size goes on at the same point of the schedule
         self.session.schedule.apply(state.position.schedule_step(trainer.batch_size))
@@ -167,10 +166,8 @@ class Loop:
     def _stop_if_asked(self) -> None:
         if self.stop.name:
             self._save()
-            updates = self.session.state.updates
-            raise Interrupted(
-                f"stopped by {self.stop.name} after update {updates}, state saved; go on with {self.way_on}"
-            )
+            done = f"after update {self.session.state.updates}, state saved"
+            raise Interrupted(f"stopped by {self.stop.name} {done}; go on with {self.way_on}")
 
     def _finish_epoch(self) -> None:
         """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
@@ -186,7 +183,6 @@ class Loop:
         self._failures = 0
 
     def _record_epoch(self) -> tuple[dict[str, Any], bool]:
-        """Its row of figures, and whether it is the best so far."""
         state = self.session.state
         meters = {name: float(value) for name, value in state.meters.items()}
         seen = meters["seen"]
