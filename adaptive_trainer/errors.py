@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -68,6 +68,12 @@ class UserError(AdaptiveTrainerError, ValueError):
 
 class ConfigError(UserError):
     """A key, a value, a rung or a combination of them that cannot be used."""
+
+
+def refuse_all(problems: Iterable[str]) -> None:
+    """Raise one ConfigError that names every problem, where there is any: one run shows them all."""
+    if text := "; ".join(problems):
+        raise ConfigError(text)
 
 
 class DataError(UserError):

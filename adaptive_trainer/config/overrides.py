@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.config import mistakes
 from adaptive_trainer.config.schema import SETTINGS, Config, PhaseConfig, leaves
-from adaptive_trainer.errors import ConfigError, explained, quoted
+from adaptive_trainer.errors import ConfigError, explained, quoted, refuse_all
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -96,8 +96,8 @@ def typed(cfg: DictConfig) -> Config:
     with explained(mistakes.explain, (OmegaConfBaseException,)):
         is_typed = OmegaConf.get_type(cfg) is Config  # what Hydra composed is; a merge takes most of the time
         value: Config = OmegaConf.to_object(cfg if is_typed else OmegaConf.merge(_schema(), cfg))  # type: ignore[assignment]
-    if added := {key for key, *_ in leaves(value)} - set(SETTINGS):  # Hydra lets `+key=value` do so
-        raise ConfigError("; ".join(map(mistakes.no_setting, sorted(added))))
+    added = {key for key, *_ in leaves(value)} - set(SETTINGS)  # Hydra lets `+key=value` do so
+    refuse_all(map(mistakes.no_setting, sorted(added)))
     return value
 
 
@@ -119,8 +119,7 @@ def apply_overrides(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
             _apply(result, text)
         except (HydraException, OmegaConfBaseException, ConfigError) as error:
             problems.append(f"{text!r}: {mistakes.explain(error)}")
-    if problems:
-        raise ConfigError("; ".join(problems))
+    refuse_all(problems)
     return result
 
 

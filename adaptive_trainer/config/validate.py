@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from math import isfinite
 
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config, leaves, with_usual
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, refuse_all
 
 
 def check(config: Config) -> None:
     """Raise one ConfigError that names every value which cannot be right, whatever the data and the device are."""
-    if problems := problems_of(config):
-        raise ConfigError("; ".join(problems))
+    refuse_all(problems_of(config))
 
 
 def problems_of(config: Config) -> list[str]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer.config.overrides import apply_overrides, flat, stage_names, typed
 from adaptive_trainer.config.schema import EVAL_CROP, LARGEST, Config, TrainerConfig
 from adaptive_trainer.config.validate import problems_of
-from adaptive_trainer.errors import ConfigError
+from adaptive_trainer.errors import ConfigError, refuse_all
 from adaptive_trainer.ladder.rung import REQUESTED, Change, Rung
 from adaptive_trainer.recipe import Recipe, Technique
 
@@ -99,7 +99,7 @@ def resolve(
     of_request = problems_of(asked)
     # Problems are gathered, so that one run shows them all.
     if not isinstance(asked.trainer.batch_size, int):
-        _refuse_all(of_request)  # no rung can be compared with it
+        refuse_all(of_request)  # no rung can be compared with it
     problems = list(of_request)
     is_found = asked.trainer.batch_size == LARGEST
     said = [f"batch size {LARGEST} -> {batch_size}: {why}"] if is_found else []
@@ -114,7 +114,7 @@ def resolve(
         try:
             cfg, config, kept, notes = _step(cfg, config, rung.overrides, refuse and partial(refuse, name))
             # A rung inherits what is wrong with the request, which is reported once.
-            _refuse_all([problem for problem in problems_of(config) if problem not in of_request])
+            refuse_all([problem for problem in problems_of(config) if problem not in of_request])
         except ConfigError as error:
             problems.append(f"rung {name!r}: {error}")
             continue
@@ -124,17 +124,12 @@ def resolve(
             notes = [*said, *notes]
         made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
         ladder.append(_following(made, asked) if follows and not of_request else made)
-    _refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
+    refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
     return tuple(ladder)
 
 
 def _twice(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what} name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
-
-
-def _refuse_all(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError("; ".join(problems))
 
 
 def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
@@ -158,7 +153,7 @@ def stages(cfg: DictConfig) -> list[tuple[str, DictConfig]]:
             problems.append(
                 f"stage {name!r}: {', '.join(fixed)} cannot change between stages; set it for the whole run"
             )
-    _refuse_all(problems)
+    refuse_all(problems)
     return list(zip(names, found, strict=True))
 
 

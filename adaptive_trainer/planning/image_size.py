@@ -78,9 +78,8 @@ def failure_at(model: nn.Module, image_size: int) -> str:
 
 
 class _PlainBatchNorm(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """BatchNorm of shapes alone keeps the shape; PyTorch finds that out in more time than all else takes."""
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # It keeps the shape, which PyTorch finds out in more time than all else takes.
         if func is torch.ops.aten.native_batch_norm.default:
             return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         return func(*args, **(kwargs or {}))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.errors import ConfigError, UserError
+from adaptive_trainer.errors import UserError, refuse_all
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.usage import format_bytes
@@ -105,5 +105,4 @@ def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> N
             check(rung.settings)
         elif problem := _why_not(partial(check, rung.settings)):
             problems.setdefault(problem, rung.name)
-    if problems:
-        raise ConfigError("; ".join(f"rung {name!r}: {text}" for text, name in problems.items()))
+    refuse_all(f"rung {name!r}: {text}" for text, name in problems.items())

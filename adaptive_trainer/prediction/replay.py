@@ -62,11 +62,10 @@ class Replay:
         before = set(self._handles)
         try:
             self._play(self.trace.update_start, self.trace.evaluation_start)
+            return
         except AllocatorFull:
             if not self.retried:
                 raise
-        else:
-            return
         # From an empty cache, what the update before has left no longer divides the memory.
         self._roll_back(before)
         self._play(self.trace.update_start, self.trace.evaluation_start)

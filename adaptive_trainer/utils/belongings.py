@@ -193,9 +193,7 @@ class Belongings:
         has_own_code: something else runs than what torch, timm, torchvision and this package bring.
 
     Args:
-        roots: the objects, by name.
-        whole: names of those whose plain attributes are put back too.
-        into_data: look into data sets as well.
+        roots: the objects, by name; `whole` names those whose plain attributes are put back too.
     """
 
     def __init__(self, roots: Mapping[str, Any], *, whole: Collection[str] = (), into_data: bool = False) -> None:

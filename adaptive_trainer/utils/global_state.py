@@ -6,7 +6,6 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,47 +70,38 @@ def _tf32(allow: bool | None) -> Iterator[None]:
     if allow is None:
         yield
         return
-    before, wanted = _Precisions.taken(), "tf32" if allow else "ieee"
-    newer = (before.newer[0], *[wanted] * (len(before.newer) - 1))
+    matmul, cudnn, newer = _precisions_taken()
+    wanted = "tf32" if allow else "ieee"
     try:
-        _Precisions("high" if allow else "highest", allow, newer).put()
+        _put_precisions("high" if allow else "highest", allow, [newer[0], *[wanted] * (len(newer) - 1)])
         yield
     finally:
-        before.put()
+        _put_precisions(matmul, cudnn, newer)
 
 
-@dataclass(frozen=True, slots=True)
-class _Precisions:
-    """What fp32 matrix products and convolutions are computed in, as it was set."""
+def _precisions_taken() -> tuple[str, bool, list[str]]:
+    """What fp32 products and convolutions are computed in, changed so that each can be read: put it back."""
+    # The older interface raises an error while the newer has a value that the older cannot express. A setting of the
+    # newer that is "none" follows a wider one, and reads as that one.
+    newer, every = [], _settings()
+    held = [each.fp32_precision for each in every]
+    for each, holds, readable in zip(every, held, READABLE, strict=True):
+        newer.append(holds if each.fp32_precision == holds else "none")  # what changes with the wider follows them
+        _set(each, readable)
+    return torch.get_float32_matmul_precision(), _cudnn_allows_tf32() or False, newer
 
-    # The older interface raises an error while the newer has a value that the older cannot express.
-    matmul: str
-    cudnn: bool
-    newer: tuple[str, ...]  # of `_settings`, in that order
 
-    @classmethod
-    def taken(cls) -> _Precisions:
-        """Those of the process, changed so that each can be read: `put` is to follow."""
-        # A setting of the newer interface that is "none" follows a wider one, and reads as that one.
-        newer, every = [], _settings()
-        held = [each.fp32_precision for each in every]
-        for each, holds, readable in zip(every, held, READABLE, strict=True):
-            newer.append(holds if each.fp32_precision == holds else "none")  # what changes with the wider follows them
-            _set(each, readable)
-        return cls(torch.get_float32_matmul_precision(), _cudnn_allows_tf32() or False, tuple(newer))
-
-    def put(self) -> None:
-        """Make them the process's; the wider ones, which hide others, last."""
-        # Convolutions that nobody has set are TF32 until a wider setting says otherwise. Once set, they can never be
-        # unset again (torch 2.14), so only what has to change is written.
-        every = list(zip(_settings(), self.newer, strict=True))
-        for each, _ in every[:WIDER]:
-            each.fp32_precision = "none"
-        torch.set_float32_matmul_precision(self.matmul)
-        if _cudnn_allows_tf32() is not self.cudnn:
-            torch.backends.cudnn.allow_tf32 = self.cudnn
-        for each, precision in reversed(every):
-            _set(each, precision)
+def _put_precisions(matmul: str, cudnn: bool, newer: list[str]) -> None:
+    # Convolutions that nobody has set are TF32 until a wider setting says otherwise. Once set, they can never be unset
+    # again (torch 2.14), so only what has to change is written; the wider ones, which hide others, last.
+    every = list(zip(_settings(), newer, strict=True))
+    for each, _ in every[:WIDER]:
+        each.fp32_precision = "none"
+    torch.set_float32_matmul_precision(matmul)
+    if _cudnn_allows_tf32() is not cudnn:
+        torch.backends.cudnn.allow_tf32 = cudnn
+    for each, precision in reversed(every):
+        _set(each, precision)
 
 
 WIDER = 2  # settings that others follow
