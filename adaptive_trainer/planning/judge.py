@@ -102,6 +102,11 @@ class Judge:
                 return f"it is predicted to need {format_bytes(need)}, and a failure in {least} was foretold"
         return ""
 
+    def needed(self, config: Config) -> int | None:
+        """The least bytes that these settings are predicted to fit in, where that was predicted."""
+        prediction = self._predictor.recalled(config)
+        return None if prediction is None else prediction.min_capacity_bytes
+
     def largest_batch(self, config: Config, most: int) -> int | None:
         """The largest batch size up to `most` that is predicted to fit; None where that is not known."""
         room = self.capacity.room()

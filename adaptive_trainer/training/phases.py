@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.errors import LadderExhausted, explained
+from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import changed
 from adaptive_trainer.ladder.rung import Rung
-from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import describe_users
 from adaptive_trainer.report.summary import rung_table
 from adaptive_trainer.training.run import Phase, Run
@@ -64,7 +64,7 @@ def _train(stage: Stage) -> Rung[Config]:
     def advised(error: LadderExhausted) -> LadderExhausted:
         stage.run.accept()  # it is the memory that is short, and to be recorded
         # other settings do not help against a leak, so the advice is left out where one was seen
-        return LadderExhausted(f"{error}\n{stage.leak or _advice(stage.run.parts.capacity)}")
+        return LadderExhausted(f"{error}\n{stage.leak or _advice(stage, attempts[earlier:])}")
 
     with explained(advised, (LadderExhausted,)):
         rung = stage.train()
@@ -80,9 +80,23 @@ def _differences(cfg: DictConfig, phase: Config) -> str:
     return ", ".join(f"{key}={value}" for key, value in changed(asked, phase).items()) or "the settings as they are"
 
 
-def _advice(capacity: Capacity) -> str:
+def _advice(stage: Stage, attempts: Sequence[Attempt]) -> str:
+    capacity = stage.run.parts.capacity
     return (
         f"capacity: {capacity.description}\n{describe_users(capacity.device)}\n"
-        "what to try: a larger memory.limit, closing other programs on the card, ladder=faithful, "
-        "a smaller model.name, data.image_size or trainer.micro_batch_size"
+        f"what to try: a larger memory.limit{_enough(stage, attempts)}, closing other programs on the card, "
+        "ladder=faithful, a smaller model.name, data.image_size or trainer.micro_batch_size"
     )
+
+
+def _enough(stage: Stage, attempts: Sequence[Attempt]) -> str:
+    """The least memory that one of these rungs is predicted to fit in, in words; empty where that is not known."""
+    room, judge = stage.run.parts.capacity.room(), stage.run.judge
+    names = {entry.rung for entry in attempts if entry.predicted_bytes is not None}  # the others are out for good
+    needs = [(judge.needed(rung.settings), rung.name) for rung in stage.rungs.ladder if rung.name in names]
+    # A prediction below the room was wrong: the rung has failed in more.
+    known = [(need, name) for need, name in needs if need is not None and room is not None and need > room]
+    if not known:
+        return ""
+    need, name = min(known)
+    return f" ({-(-need // 2**20)} MiB are predicted to do for rung {name})"

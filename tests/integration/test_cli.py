@@ -492,6 +492,10 @@ def test_an_exhausted_ladder(cli: Any, tmp_path: Path) -> None:
     assert "peak" in text
     assert all(t in text for t in ("capacity: a simulated card of 11 MiB", "no other process", "what to try"))
     assert result(tmp_path / "out")["outcome"] == "exhausted"
+    enough = re.search(r"a larger memory\.limit \((\d+) MiB are predicted to do for rung ([\w-]+)\), closing", text)
+    assert enough is not None, text
+    ended = cli(*SMALL, f"memory.limit={enough[1]}MiB", "trainer.batch_size=24")
+    assert (ended.code, result(tmp_path / "out")["rung"]) == (0, enough[2])
 
 
 def test_an_unusable_device(cli: Any, tmp_path: Path) -> None:
