@@ -37,8 +37,8 @@ def dry_run(update: Update, sizes: Recipe, *, odd: int = 0) -> int:
     before = run.state.updates
     with undo.rolled_back_on_error():
         undo.before_step()
-        run.prepare()
         with update.dry_running():
+            run.prepare()
             run.train()
             made = run.state.updates - before
             eval_batch = run.evaluate()
@@ -67,12 +67,13 @@ class _DryRun:
         self.most = max(self.sizes.batch_size, self.odd)
         self.made_up = self._made_up(self.most)
         self.batch = self._batches(self.most)
+        self.update.note_held()
 
     def train(self) -> None:
         whole = self.sizes.batch_size
         for _ in range(DRY_RUN_UPDATES):
             self.update.run(*self.batch(whole), samples=0)
-        makes_copies = self.update.step_allocates() and self.update.on_cuda()
+        makes_copies = self.update.step_memory.may_allocate and self.update.on_cuda()
         for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
             self.update.run(*self.batch(whole), samples=0)
         if self.update.largest_part(self.odd) > self.update.largest_part(whole):

@@ -117,10 +117,6 @@ class Update:
         """Whether it runs on a CUDA card."""
         return self._device.type == "cuda"
 
-    def step_allocates(self) -> bool | None:
-        """Whether the optimizer's next step may take memory; None: not known yet."""
-        return self.step_memory.may_allocate
-
     def take_note(self) -> str:
         """What is to be said of the loss, in words, once; empty where there is nothing."""
         note, self.program.criterion.note = self.program.criterion.note, ""
@@ -135,13 +131,17 @@ class Update:
         """Updates inside count all of their memory. What their steps do to the values of weights and optimizer state is
         the caller's to undo, until the step is known to allocate.
         """
-        self._held, self._is_dry_run = oom.held(self._device), True
+        self._is_dry_run = True
         try:
             yield
         finally:
             self._held, self._is_dry_run = None, False
             self.step_memory.forget()
             self._undo.forget_tensors()
+
+    def note_held(self) -> None:
+        """Note what a dry run holds before its updates: where no more is left of a failed one, it is gone."""
+        self._held = oom.held(self._device)
 
     @contextmanager
     def rolled_back(self) -> Iterator[None]:

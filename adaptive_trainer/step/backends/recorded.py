@@ -97,7 +97,7 @@ class Recorded(Eager):
         reason = refusal(self.program)
         if reason:
             return self.give_up(reason).run(images, labels, samples)
-        if self.update.step_allocates() is None:  # the optimizer has not made all of its state
+        if self.update.step_memory.may_allocate is None:  # the optimizer has not made all of its state
             return self._run_kernels(images, labels, samples)
         self.is_checked = True
         self._step_reason = step_refusal(self.program)

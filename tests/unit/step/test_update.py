@@ -589,7 +589,7 @@ def test_a_proof_keeps_weights_once_and_training_in_each_update(
     assert kept[-1], "nobody else has copies"
 
 
-def test_a_proof_that_ran_nothing_is_none(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_that_ran_nothing_is_none(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(Case("sgd", "fp32", warm=False), capacity)
     monkeypatch.setattr(Update, "run", lambda *args, **kwargs: None)
     with pytest.raises(RuntimeError, match=f"a dry run of {DRY_RUN_UPDATES} updates made only 0"):
@@ -719,7 +719,7 @@ def test_a_proof_holds_what_stored_images_take(last: int, capacity: Capacity, mo
     assert [ref() for ref in made] == [None] * 2
 
 
-def test_a_proof_finds_no_memory_for_stored_images(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_finds_no_memory_for_stored_images(capacity: Capacity, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(Case("sgd", "fp32", warm=False, ema=False), capacity)
     before, real, refused = dump(run.state), DeviceBatch.__init__, [7]
 
@@ -732,10 +732,13 @@ def test_a_proof_finds_no_memory_for_stored_images(capacity: Capacity, monkeypat
     shapes = replace(SHAPES, batch_size=4, eval_batch_size=16, stored_size=9)
     assert dry_run(run.update(), shapes) == 4, "a smaller evaluation batch"
     refused[0] = 4
+    update = run.update()
+    assert update._undo.bindings._values, "as it begins"
     with pytest.raises(OutOfMemory) as caught:
-        dry_run(run.update(), shapes)
+        dry_run(update, shapes)
     assert caught.value.phase == "loading data"
     assert differences(dump(run.state), before) == []
+    assert update._undo.bindings._values == [], "and what never began is forgotten too"
 
 
 def test_a_buffer_that_is_an_expanded_view_is_put_back(tmp_path: Path) -> None:
