@@ -88,8 +88,10 @@ class Shadow:
         if not (self.places.hold if self.can_move else self.places.are_of)(every):
             places = Places(every)
             live = list(map(_writable, places.kept[: len(tensors)]))
-            if [layout(t) for t in live] != [layout(t) for t in self.copies]:
-                self.copies = [torch.empty_like(t, device=self.device or t.device) for t in live]
+            devices = [self.device or tensor.device for tensor in live]
+            wanted = list(zip(map(layout, live), devices, strict=True))
+            if wanted != [(layout(copy), copy.device) for copy in self.copies]:
+                self.copies = [torch.empty_like(t, device=device) for t, device in zip(live, devices, strict=True)]
             self.groups, self.places = _alike(live, self.copies), places
         for live, copies in self.groups:
             torch._foreach_copy_(copies, live)

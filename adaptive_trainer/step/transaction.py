@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -12,16 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import AdaptiveTrainerError, ConfigError, DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.usage import is_short
-from adaptive_trainer.step.undo import Progress, TrainState, Undo
-from adaptive_trainer.utils.belongings import walk
+from adaptive_trainer.step.undo import Progress, TrainState, Undo, refuse_lazy
 
 
 class Transaction:
@@ -41,20 +39,24 @@ class Transaction:
     is then raised as `OutOfMemory`, which `descend` answers; any other error is raised as it is.
 
     What the block held is released, but for what the names in your function still refer to (`loss` above): run the loop
-    in a function, which `OutOfMemory` leaves. Not put back are plain attributes of networks (a count of calls), which
-    samples a loader gives next, and your own variables.
+    in a function, which `OutOfMemory` leaves. Not put back are plain attributes of the model (a count of calls),
+    requires_grad, train() and eval(), the growth settings of a scaler (set_growth_factor), which samples a loader gives
+    next, and your own variables.
+
+    End the block with `optimizer.zero_grad()`: gradients that are there where it begins are copied, and held until it
+    ends.
 
     The copies take as much memory as parameters, buffers, optimizer state and moving average, and while gradients are
     accumulated that of the gradients. They are made once and used by every block.
 
     Args:
-        model: the network. Its modules are those that it has now.
+        model: the network.
         optimizer: any optimizer of torch's interface; its parameters need not be the model's. For several, nest one
             block in the other.
         scaler: the GradScaler, where there is one.
         ema: the moving average: a module, or an object with one as `module`.
         also: what else the block changes: a loss or metric that is a module, a learning-rate scheduler, an object,
-            dictionary or list that holds numbers, texts or generators of random numbers.
+            dictionary, list or the like that holds numbers, texts or generators of random numbers.
         on_host: keep the copies in the host's memory. They take none of the device's then, and each block takes longer,
             by the time of copying.
 
@@ -73,35 +75,56 @@ class Transaction:
         on_host: bool = False,
     ) -> None:
         _check_kinds(model, optimizer, scaler, ema)
-        # One module over all: the undo asks it for every parameter and buffer there is.
-        modules = nn.ModuleList([model, *(each for each in also if isinstance(each, nn.Module))])
+        self._on_host = on_host
+        others = list(also)
         # A module's own buffers count too (torch's AveragedModel has one), so the whole of it takes `.module`'s place.
-        average: Any = SimpleNamespace(module=ema) if isinstance(ema, nn.Module) else ema
-        others = list(_seen_into(each for each in also if not isinstance(each, nn.Module)))
-        _refuse_tensors([average, *others], known=[modules, optimizer, getattr(average, "module", None)])
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.device = trained[0].device
-        scaler = scaler or GradScaler(self.device.type, enabled=False)
-        state = _State(modules, optimizer, scaler, average, Position(0, 0, 0, 1), others=others)
-        self._undo = Undo(state, self.device, on_host=on_host)
-        known = set(self._undo.parameters)  # others, as a loose temperature, are in no module
-        self._undo.parameters += [parameter for parameter in trained if parameter not in known]
-        self._gradients = _Gradients(self._undo.parameters, scaler, on_host=on_host)
+        average: Any = ema if isinstance(ema, nn.Module) or ema is None else ema.module
+        if average is not ema:
+            others.append(ema)  # a count of updates, which decides its decay
+        scaler = scaler or GradScaler("cpu", enabled=False)
+        space = None if ema is None else SimpleNamespace(module=average)
+        self._state = TrainState(model, optimizer, scaler, space, Position(0, 0, 0, 1), also=others)
+        self._handled: BaseException | None = None
+        self._found: list[Any] = []
+        self._devices: list[torch.device] = []
+        self._watch()
+        self._refuse_unkept()
+
+    def _watch(self) -> None:
+        """Look at what there is, anew where the caller has added, replaced or moved some of it since the last block."""
+        state = self._state
+        average = [] if state.ema is None else [state.ema.module]
+        roots = [each for each in (state.model, *state.also, *average) if isinstance(each, nn.Module)]
+        modules = [module for root in roots for module in root.modules()]
+        trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None] + trained
+        found, seen = [*modules, *parameters], self._found
+        devices = list(dict.fromkeys(p.device for p in parameters)) or [torch.device("cpu")]
+        if len(found) == len(seen) and all(map(operator.is_, found, seen)) and devices == self._devices:
+            return
+        for root in roots:
+            refuse_lazy(root)
+        self._found, self._devices = found, devices
+        # The loop is the caller's, which may move a tensor (`.data`) without any code of its own in the network.
+        self._undo = Undo(state, devices[0], on_host=self._on_host, can_move=True)
+        self._gradients = _Gradients(self._undo.parameters, state.scaler, on_host=self._on_host)
 
     def __enter__(self) -> Transaction:
         """Keep copies of all that the block may change.
 
         Raises:
             OutOfMemory: there is no room for the copies.
-            ConfigError: this transaction is at work already.
+            ConfigError: this Transaction is in use, or what it was given has come to hold what cannot be put back.
         """
         if self._undo.progress is not Progress.IDLE:
-            raise ConfigError("this transaction is at work already; a block within its own block needs another one")
-        kinds = {oom.Kind.DEVICE, oom.Kind.HOST} if self.device.type == "cpu" else {oom.Kind.DEVICE}
-        failure = oom.attempt(self._keep, kinds=kinds, pressure=self._is_short)
+            raise ConfigError("this Transaction is in use; nest a second one")
+        self._watch()
+        failure = oom.attempt(self._keep, kinds=oom.kinds_of(self._devices[0]), pressure=self._is_short)
         if failure is not None:
             self._free()
             raise OutOfMemory(failure.text, phase="the copies before an update")
+        # A block in a handler shares its frame: only this tells the handled error from those of the block.
+        self._handled = sys.exc_info()[1]
         return self
 
     def __exit__(
@@ -113,34 +136,54 @@ class Transaction:
             OutOfMemory: the block ran out of memory.
             DeviceUnusable: the device answers nothing any more.
         """
+        handled, self._handled = self._handled, None
         if error is None:
             self._end()
             return
-        failure = oom.describe(error, pressure=self._is_short)
-        # Of a device that answers nothing any more, a roll-back would only raise the next error.
-        if failure.kind is not oom.Kind.POISONED and not isinstance(error, DeviceUnusable):
-            self._undo.roll_back()
-            self._gradients.put_back()
-        self._end()
-        if isinstance(error, AdaptiveTrainerError) or not failure.fills(self.device):
+        failure = oom.describe(error, pressure=self._is_short, handled=handled)
+        try:
+            # Of a device that answers nothing any more, a roll-back would only raise the next error.
+            if failure.kind is not oom.Kind.POISONED and not isinstance(error, DeviceUnusable):
+                self._roll_back()
+        finally:
+            self._end()
+        is_of_inner = isinstance(error, OutOfMemory)  # a block within this one has answered for it
+        if not failure.fills(self._devices[0]) or (isinstance(error, AdaptiveTrainerError) and not is_of_inner):
             return  # raised as it is
-        # Python keeps the error until this method is left, and with it the frames of the block: only empty ones can go.
-        _clear_frames(error)
-        del error, trace
+        # Python keeps the error until this method is left, and with it the frames of the block, so empty the frames:
+        # they cannot be freed yet.
+        _clear_frames(error, handled)
+        del error, trace, handled
+        if is_of_inner:
+            self._free()
+            return
         answer = self._answer(failure)
         try:
             raise answer
         finally:
             answer.__context__ = None  # Python has just set it to the error that leaves the block
+            del answer  # else it and this frame, which its traceback holds, keep each other alive
 
     def _keep(self) -> None:
         try:
             self._undo.begin()
             self._undo.before_step()  # already: where in the block the step begins is the caller's affair
             self._gradients.keep()
+            self._refuse_unkept()  # a None may have become a tensor since
         except BaseException:
             self._end()
             raise
+
+    def _refuse_unkept(self) -> None:
+        for text in self._undo.belongings.unkept:
+            raise ConfigError(f"a Transaction cannot put back {text}")
+
+    def _roll_back(self) -> None:
+        for device in self._devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)  # kernels on other streams may still write
+        self._undo.roll_back()
+        self._gradients.put_back()
 
     def _end(self) -> None:
         self._undo.end()
@@ -148,31 +191,18 @@ class Transaction:
 
     def _free(self) -> None:
         self._undo.free_copies()
-        oom.release(self.device)
+        for device in self._devices:
+            oom.release(device)
 
     def _answer(self, failure: oom.Failure) -> AdaptiveTrainerError:
-        if not oom.probe(self.device):
-            return DeviceUnusable(f"{self.device} answers nothing any more after: {failure.text}")
+        for device in self._devices:
+            if not oom.probe(device):
+                return DeviceUnusable(f"{device} answers nothing any more after: {failure.text}")
         self._free()
         return OutOfMemory(failure.text, phase="update")
 
     def _is_short(self) -> bool:
-        return is_short(self.device)
-
-
-@dataclass
-class _State(TrainState):
-    """What an update of the caller's own changes.
-
-    Attributes:
-        others: objects whose plain attributes and random numbers are a part of it.
-    """
-
-    others: list[Any] = field(default_factory=list)
-
-    def owners(self) -> dict[str, Any]:
-        """The objects whose generators, and all but the networks' plain attributes, a block may change."""
-        return {**super().owners(), "also": self.others}
+        return any(map(is_short, self._devices))
 
 
 class _Gradients:
@@ -202,6 +232,7 @@ class _Gradients:
         with _disable_current_modes():  # it is no work of the block's
             for parameter in self.parameters:
                 if (grad := parameter.grad) is not None:
+                    # One by one, unlike what `Undo` copies: a sparse gradient has no strides, and no place to note.
                     copy = grad.to(host if self.on_host else grad.device, copy=True)
                     self._kept.append((parameter, grad, copy))
         # Gradients that were unscaled before the block must not be unscaled again.
@@ -225,9 +256,8 @@ class _Gradients:
 
 def _check_kinds(model: Any, optimizer: Any, scaler: Any, ema: Any) -> None:
     """Refuse what is of another kind, in words that say what was given."""
-    given = f"not {type(model).__name__}"
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"a Transaction's model is a torch.nn.Module, {given}")
+        raise ConfigError(f"a Transaction's model is a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"a Transaction's optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}; for several, use a "
@@ -242,36 +272,13 @@ def _check_kinds(model: Any, optimizer: Any, scaler: Any, ema: Any) -> None:
         )
 
 
-def _seen_into(values: Iterable[Any]) -> Iterator[Any]:
-    """Objects; in place of torch's schedulers, which are not looked into, their attributes."""
-    for value in values:
-        if isinstance(value, LRScheduler):
-            yield vars(value)
-            yield from _seen_into(each for each in tree_leaves(vars(value)) if isinstance(each, LRScheduler))
-        else:
-            yield value
+def _clear_frames(error: BaseException | None, handled: BaseException | None) -> None:
+    """Drop the variables of all frames that an error and those before it came through, but for running ones.
 
-
-def _refuse_tensors(values: list[Any], known: list[Any]) -> None:
-    """Refuse objects with tensors that nothing would put back, as they are in no module and no optimizer.
-
-    Raises:
-        ConfigError: there is such a tensor.
+    Args:
+        handled: what was being handled where the block began: it and its frames are the caller's.
     """
-    kept = {id(value) for _, value, _ in walk({"known": known})}
-    for _, value, _ in walk({str(number): value for number, value in enumerate(values)}):
-        content = value if isinstance(value, dict) else getattr(value, "__dict__", value)
-        is_module = isinstance(value, nn.Module)
-        if id(value) not in kept and (is_module or any(isinstance(leaf, Tensor) for leaf in tree_leaves(content))):
-            raise ConfigError(
-                f"a Transaction cannot put back the tensors of {type(value).__name__}; make them buffers of a "
-                "torch.nn.Module, and name that in `also`"
-            )
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drop the variables of all frames that an error and those before it came through, but for running ones."""
-    seen = set[int]()
+    seen = {id(handled)}
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,13 +20,14 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, _refresh_per_optimizer_state
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.errors import DeviceUnusable
+from adaptive_trainer.errors import ConfigError, DeviceUnusable
 from adaptive_trainer.step.copies import Bindings, Layout, Shadow
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import RandomStates
@@ -43,7 +44,9 @@ def _unseen(method: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(method)
     def hidden(*args: P.args, **kwargs: P.kwargs) -> None:
         # Looking first is many times faster than disabling nothing.
-        with torch.no_grad(), nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes():
+        modes = nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes()
+        # Copies that are made in inference mode could never be written again outside of it.
+        with torch.inference_mode(False), torch.no_grad(), modes:
             method(*args, **kwargs)
 
     return hidden
@@ -57,6 +60,7 @@ class TrainState:
         ema: the moving average: its `module` is a copy of the model, which `update(model, step=...)` changes; or None.
         position: which samples are done.
         loss: what the network is trained with; the buffers and random numbers that it owns are a part of the state.
+        also: what else an update changes: parameters and buffers of modules, plain attributes and random numbers.
         updates: committed updates since the model was built.
         finished_epochs: epochs that are trained, evaluated and recorded.
         best: the highest validation accuracy so far, or less the least loss where accuracy is not known.
@@ -72,6 +76,7 @@ class TrainState:
     ema: Any
     position: Position
     loss: Any = None
+    also: Sequence[Any] = ()
     updates: int = 0
     finished_epochs: int = 0
     best: float | None = None
@@ -80,7 +85,21 @@ class TrainState:
 
     def owners(self) -> dict[str, Any]:
         """The objects whose generators of random numbers an update may change."""
-        return {"model": self.model, "loss": self.loss, "optimizer": self.optimizer, "average": self.ema}
+        found = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer, "average": self.ema}
+        return found | {"also": self.also}  # last: what it leads to may be the model's
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a network that cannot be trained yet.
+
+    Raises:
+        ConfigError: it has lazy parameters or buffers.
+    """
+    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
+        raise ConfigError(
+            f"{type(model).__name__} has lazy parameters, whose sizes are not known; run it once on an image where it "
+            "is made"
+        )
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -116,21 +135,28 @@ class Undo:
         state: what is watched; its model, optimizer, scaler and EMA objects must stay the same ones.
         device: where training runs; its random numbers are part of the state.
         on_host: keep all copies in host memory, not beside the tensors.
+        can_move: where it is known; else any code but torch's, timm's and torchvision's may.
     """
 
-    def __init__(self, state: TrainState, device: torch.device, *, on_host: bool = False) -> None:
+    def __init__(
+        self, state: TrainState, device: torch.device, *, on_host: bool = False, can_move: bool | None = None
+    ) -> None:
         self.state = state
         self.device = device
-        modules = [*state.model.modules(), *(state.loss.modules() if isinstance(state.loss, nn.Module) else ())]
+        also = [module for each in state.also if isinstance(each, nn.Module) for module in each.modules()]
+        modules = [*state.model.modules(), *(state.loss.modules() if isinstance(state.loss, nn.Module) else ()), *also]
         averaged = [] if state.ema is None else list(state.ema.module.modules())
         self.bindings = Bindings([owner for m in (*modules, *averaged) for owner in (m._parameters, m._buffers)])
         self.buffers = [m._buffers for m in (*modules, *averaged)]  # of the average too: an evaluation may change them
         self._bound_buffers: list[Tensor] = []
-        self.parameters = list(state.model.parameters())
+        trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+        of_also = [parameter for module in also for parameter in module.parameters(recurse=False)]
+        # Those of the optimizer too: others, as a loose temperature, are in no module.
+        self.parameters = list(dict.fromkeys([*state.model.parameters(), *of_also, *trained]))
         self.average = [] if state.ema is None else list(state.ema.module.parameters())
-        self.random_states = RandomStates(device)
-        self.belongings = Belongings(state.owners(), whole=("optimizer", "average", "also"))
-        self.can_move = self.belongings.has_own_code
+        self.random_states = RandomStates(*dict.fromkeys([device, *(each.device for each in self.parameters)]))
+        self.belongings = Belongings(state.owners(), whole=("optimizer", "average", "also"), strict=("also",))
+        self.can_move = self.belongings.has_own_code if can_move is None else can_move
         self.on_host = on_host
         self.optimizers = list(_with_wrapped(state.optimizer))
         self.optimizer_state: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []  # each with what it held
@@ -266,7 +292,9 @@ class Undo:
 
     def _restore_plain(self) -> None:
         state = self.state
-        for group, kept in zip(state.optimizer.param_groups, self.groups, strict=True):
+        groups = state.optimizer.param_groups
+        del groups[len(self.groups) :]  # those that `add_param_group` has added since
+        for group, kept in zip(groups, self.groups, strict=True):
             for key in [key for key in group if key != "params" and key not in kept]:
                 del group[key]
             group.update(kept)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 from adaptive_trainer import oom
 from adaptive_trainer.checkpoints.optimizer_state import load_optimizer
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.position import Position, updates_per_epoch
-from adaptive_trainer.errors import ConfigError, OutOfMemory
+from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
@@ -37,7 +36,7 @@ from adaptive_trainer.models.savers import apply_savers
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
-from adaptive_trainer.step.undo import TrainState
+from adaptive_trainer.step.undo import TrainState, refuse_lazy
 from adaptive_trainer.step.update import Update
 
 METERS = ("loss", "correct", "seen", "skipped")
@@ -121,11 +120,7 @@ def enter(config: Config, parts: Parts, session: Session | None = None) -> Sessi
 def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)  # the same weights at whatever rung the model begins
     model = parts.make_model(config.model, parts.num_classes)
-    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
-        raise ConfigError(
-            f"{type(model).__name__} has lazy parameters, whose sizes are not known; run it once on an image where it "
-            "is made"
-        )
+    refuse_lazy(model)
     model = model.to(parts.device)  # before the optimizer and the average, which keep tensors of their own
     if config.trainer.channels_last:
         to_channels_last(model)

@@ -126,15 +126,21 @@ def made(saved: Mapping[str, Any], device: torch.device) -> Any:
 
 
 class RandomStates:
-    """Python's, NumPy's and torch's own random numbers, with those of the device, where training runs."""
+    """Python's, NumPy's and torch's own random numbers.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        devices: where training runs; a CUDA card has random numbers of its own.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
         self._of_torch = [torch.default_generator]
         self._numpy = _NumPyState()
-        if device.type == "cuda":
-            torch.cuda.init()  # type: ignore[no-untyped-call]  # makes the card's generators
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self._of_torch.append(torch.cuda.default_generators[index])
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.init()  # type: ignore[no-untyped-call]  # makes the card's generators
+                index = torch.cuda.current_device() if device.index is None else device.index
+                generator = torch.cuda.default_generators[index]
+                self._of_torch += [generator] if generator not in self._of_torch else []
 
     def read(self, own: Iterable[Any] = ()) -> tuple[Any, ...]:
         """All states as they are now, and those of generators that objects own, for `write`."""

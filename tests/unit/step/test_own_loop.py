@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import logging
+import math
 import random
+import re
 import weakref
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -359,7 +367,7 @@ def test_blocks_within_blocks_are_for_several_optimizers() -> None:
 def test_it_is_at_work_once_at_a_time() -> None:
     loop = Loop(Case("sgd"))
     before = loop.facts()
-    with pytest.raises(ConfigError, match="at work already"):
+    with pytest.raises(ConfigError, match="in use; nest a second one"):
         run_and_raise(loop.transaction, FULL, loop.whole, lambda: loop.run(0))
     assert differences(loop.facts(), before) == []
     loop.run(0)
@@ -486,3 +494,366 @@ def test_parameters_of_no_module_are_put_back() -> None:
         run_and_raise(Transaction(model, optimizer), ValueError("mine"), loss.backward, optimizer.step)
     assert extra.tolist() == [1, 1]
     assert extra.grad is None
+
+
+# -- what the caller does between blocks, around them and in them
+
+
+def channels_last(loop: Loop) -> None:
+    loop.model.to(memory_format=torch.channels_last)
+
+
+def from_a_vector(loop: Loop) -> None:
+    vector = nn.utils.parameters_to_vector(loop.model.parameters())
+    nn.utils.vector_to_parameters(vector * 2, loop.model.parameters())
+
+
+def another_data(loop: Loop) -> None:
+    for parameter in loop.model.parameters():
+        parameter.data = parameter.data.clone() + 1
+
+
+def assigned(loop: Loop) -> None:
+    state = {name: value.clone() + 1 for name, value in loop.model.state_dict().items()}
+    loop.model.load_state_dict(state, assign=True)
+    loop.optimizer.param_groups[0]["params"] = list(loop.model.parameters())
+
+
+def another_head(loop: Loop) -> None:
+    loop.model.head = nn.Linear(4, 5)
+    loop.optimizer.add_param_group({"params": list(loop.model.head.parameters())})
+
+
+@pytest.mark.parametrize("move", [channels_last, from_a_vector, another_data, assigned, another_head])
+def test_what_was_moved_or_replaced_between_blocks_is_put_back(move: Callable[[Loop], None]) -> None:
+    layers = {"stem": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "pool": nn.AdaptiveAvgPool2d(1)}
+    model = nn.Sequential(OrderedDict({**layers, "flat": nn.Flatten(), "head": nn.Linear(4, 5)}))
+    for plain in (False, True):  # only torch's modules, whose own code never moves a tensor
+        loop = Loop(Case("sgd"))
+        if plain:
+            loop.model = model  # type: ignore[assignment]
+            loop.optimizer = OPTIMIZERS["sgd"](model)
+            loop.transaction = Transaction(model, loop.optimizer, also=[loop.counts])
+        loop.run(0)
+        move(loop)
+        before = loop.facts()
+        with pytest.raises(OutOfMemory):
+            run_and_raise(loop.transaction, FULL, loop.whole)
+        assert differences(loop.facts(), before) == []
+        loop.run(0)
+        assert differences(loop.facts(), before)
+
+
+def test_an_added_group_is_taken_away_again() -> None:
+    loop = Loop(Case("adamw"))
+    extra, before = nn.Parameter(torch.ones(2)), loop.facts()
+    add: list[Callable[[], Any]] = [lambda: loop.optimizer.add_param_group({"params": [extra]}), loop.whole]
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(loop.transaction, ValueError("mine"), *add)
+    assert differences(loop.facts(), before) == []
+    loop.run(0)
+    for each in add:
+        each()
+    before = loop.facts()
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(loop.transaction, ValueError("mine"), loop.whole, lambda: extra.data.zero_())
+    assert differences(loop.facts(), before) == []
+
+
+def test_a_roll_back_that_fails_leaves_the_transaction_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(Case("sgd"))
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("no roll-back")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Undo, "roll_back", fail)
+        with pytest.raises(RuntimeError, match="no roll-back"):
+            run_and_raise(loop.transaction, ValueError("mine"), loop.whole)
+    loop.run(0)
+
+
+def test_a_mistake_in_a_block_in_a_handler_is_no_out_of_memory() -> None:
+    loop = Loop(Case("sgd"))
+    large = torch.zeros(1000)
+
+    def call_with(value: Tensor) -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. {value.shape}")
+
+    for work, kind in (
+        (lambda: loop.model(torch.rand(2, 7, 8, 8)), RuntimeError),
+        (lambda: call_with(large), OutOfMemory),
+    ):
+        try:
+            call_with(large)
+        except torch.OutOfMemoryError as handled:
+            with pytest.raises(kind) as caught, loop.transaction:
+                work()
+            assert isinstance(caught.value, OutOfMemory) == (kind is OutOfMemory)
+            trace: Any = handled.__traceback__
+            assert "value" in trace.tb_next.tb_frame.f_locals  # the frames of the caller's error are the caller's
+
+
+def test_an_out_of_memory_goes_with_its_frames_and_without_a_collection() -> None:
+    gone: list[weakref.ref[Any]] = []
+    loop = Loop(Case("sgd"))
+
+    def train() -> None:
+        large = torch.zeros(1000)
+        gone.append(weakref.ref(large))
+        with loop.transaction:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    gc.disable()
+    try:
+        with suppress(OutOfMemory):
+            train()
+        assert [ref() for ref in gone] == [None]
+    finally:
+        gc.enable()
+
+
+def test_the_device_is_waited_for_before_a_roll_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    transaction = Loop(Case("sgd")).transaction
+    transaction._devices = [torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")]
+    monkeypatch.setattr(torch.accelerator, "synchronize", order.append)
+    monkeypatch.setattr(Undo, "roll_back", lambda _: order.append("roll back"))
+    transaction._roll_back()
+    assert order == [torch.device("cuda:0"), torch.device("cuda:1"), "roll back"]
+
+
+def test_an_optimizer_of_empty_groups() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([{"params": []}], lr=1)
+    transaction = Transaction(model, optimizer)
+    optimizer.add_param_group({"params": list(model.parameters())})
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(transaction, ValueError("mine"), lambda: model.weight.data.zero_())
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(2), nn.LazyBatchNorm1d(affine=False)])
+def test_lazy_parameters_are_refused(lazy: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), lazy)
+    with pytest.raises(ConfigError, match="Sequential has lazy parameters"):
+        Transaction(model, torch.optim.SGD(model[0].parameters(), lr=1))
+
+
+def test_nested_blocks_free_all_copies() -> None:
+    first, second = Loop(Case("sgd", warm=True)), Loop(Case("own", warm=True))
+    gone: list[weakref.ref[Any]] = []
+
+    def both() -> None:
+        with first.transaction:
+            gone.extend(weakref.ref(copy) for copy in first.transaction._undo.beside.copies)
+            run_and_raise(second.transaction, FULL, second.whole)
+
+    with pytest.raises(OutOfMemory):
+        both()
+    assert gone
+    assert {ref() for ref in gone} == {None}
+
+
+def test_a_first_block_in_inference_mode() -> None:
+    loop = Loop(Case("adamw", "timm"))
+    with torch.inference_mode(), loop.transaction:
+        loop.model(loop.images)
+    before = loop.facts()
+    for _ in range(2):
+        with pytest.raises(OutOfMemory):
+            run_and_raise(loop.transaction, FULL, loop.whole)
+        assert differences(loop.facts(), before) == []
+        loop.run(0)
+        before = loop.facts()
+
+
+def test_sparse_gradients_of_the_block_before_stay() -> None:
+    model = nn.Embedding(9, 2, sparse=True)
+    transaction = Transaction(model, torch.optim.SparseAdam(model.parameters()))
+
+    def backward() -> None:
+        loss: Any = model(torch.tensor([1, 3])).sum()
+        loss.backward()
+
+    backward()
+    gradient: Any = model.weight.grad
+    before = gradient.to_dense()
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(transaction, ValueError("mine"), backward)
+    gradient = model.weight.grad
+    assert torch.equal(gradient.to_dense(), before)
+
+
+# -- what `also` names
+
+
+class Metric(nn.Module):
+    """A metric with a count, and what is given, as plain attributes; and a buffer."""
+
+    total: Tensor
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__()
+        self.count, self.value = 0, value
+        self.register_buffer("total", torch.zeros(()))
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Attributes(dict[str, Any]):
+    """A user's own kind of dictionary."""
+
+
+def rolled_back(also: list[Any], change: Callable[[], Any]) -> None:
+    model = Net()
+    transaction = Transaction(model, torch.optim.SGD(model.parameters(), lr=1), also=also)
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(transaction, ValueError("mine"), change)
+
+
+def test_plain_attributes_of_modules_are_put_back() -> None:
+    metric = Metric({"history": [1.0]})
+
+    def change() -> None:
+        metric.count += 1
+        metric.total += 1
+        metric.value["history"].append(2.0)
+
+    rolled_back([metric], change)
+    assert (metric.count, metric.total.item(), metric.value) == (0, 0, {"history": [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        (deque([1, 2], maxlen=2), lambda value: value.append(3)),
+        ({1, 2}, lambda value: value.add(3)),
+        (Counter("aab"), lambda value: value.update("abc")),
+        (list(range(5000)), lambda value: value.append(0)),
+        ([(n, float(n)) for n in range(2000)], lambda value: value.clear()),
+        ({n: n for n in range(2000)}, lambda value: value.update({3: 0, 9999: 1})),
+        (defaultdict(deque, a=deque([1.0])), lambda value: value["a"].append(2.0)),
+    ],
+    ids=["deque", "set", "Counter", "long list", "long list of tuples", "long dictionary", "nested"],
+)
+def test_containers_are_put_back(value: Any, change: Callable[[Any], Any]) -> None:
+    for also, inside in (
+        ([value], value),
+        ([Holds(value)], value),
+        ([{"value": value}], value),
+        ([Metric(value)], value),
+    ):
+        before = copy.deepcopy(inside)
+        rolled_back(also, partial(change, inside))
+        assert inside == before
+
+
+def test_a_list_may_grow_past_any_length() -> None:
+    losses: list[float] = []
+    loop = Loop(Case("sgd"))
+    transaction = Transaction(loop.model, loop.optimizer, also=[losses])
+    for length in (999, 1001, 5000):
+        with transaction:
+            losses.extend([0.5] * (length - len(losses)))
+        with pytest.raises(ValueError, match="mine"):
+            run_and_raise(transaction, ValueError("mine"), lambda: losses.append(1.0))
+        assert losses == [0.5] * length
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 3]),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 9),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+        lambda o: torch.optim.lr_scheduler.ChainedScheduler([ConstantLR(o), CosineAnnealingLR(o, 9)]),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+)
+@pytest.mark.parametrize("held", [False, True])
+def test_schedulers_are_put_back(make: Callable[[Optimizer], Any], held: bool) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = make(optimizer)
+    transaction = Transaction(model, optimizer, also=[Holds(scheduler) if held else scheduler])
+    is_on_plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+    def step() -> None:
+        for _ in range(2):
+            optimizer.step()
+            scheduler.step(*([1.0] if is_on_plateau else []))
+
+    with transaction:
+        step()
+    before = repr(scheduler.state_dict())
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(transaction, ValueError("mine"), step)
+    assert repr(scheduler.state_dict()) == before
+    step()
+    assert repr(scheduler.state_dict()) != before
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Metric(torch.zeros(())), "tensors of Metric; make them buffers"),
+        (Metric([torch.zeros(())]), "tensors of list; make them buffers"),
+        (Metric([nn.Linear(2, 2)]), "tensors of Linear; make them buffers"),
+        (Metric(np.zeros(3)), r"cannot put back also\.0\.value, a ndarray; keep its values in a list"),
+        ({"matrix": np.zeros(3)}, r"also\.0\.matrix, a ndarray"),
+        (({"pair": (1, np.zeros(3))}), r"also\.0\.pair\.1, a ndarray"),
+        (np.zeros(3), r"also\.0, a ndarray"),
+        (Holds(bytearray(3)), r"also\.0\.value, a bytearray"),
+        (Holds(Slotted()), r"also\.0\.value, a Slotted"),
+        (Slotted(), r"also\.0, a Slotted"),
+        (Holds(Attributes(a=1)), r"also\.0\.value, a Attributes"),
+        (Holds(itertools.count()), r"also\.0\.value, a count"),
+        (Holds(UserDict()), r"also\.0\.value, a UserDict"),
+    ],
+)
+def test_what_of_also_cannot_be_put_back_is_refused(value: Any, text: str) -> None:
+    model = Net()
+    with pytest.raises(ConfigError, match=text):
+        Transaction(model, torch.optim.SGD(model.parameters(), lr=1), also=[value])
+
+
+def test_what_comes_later_and_cannot_be_put_back_is_refused() -> None:
+    metric, loop = Metric(), Loop(Case("sgd"))
+    transaction = Transaction(loop.model, loop.optimizer, also=[metric])
+    with pytest.raises(ValueError, match="mine"):
+        run_and_raise(transaction, ValueError("mine"), lambda: setattr(metric, "value", torch.zeros(())))
+    assert metric.value is None
+    with transaction:
+        metric.value = torch.zeros(())
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="tensors of Metric; make them buffers"):
+            transaction.__enter__()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Path("a"),
+        datetime(2026, 1, 1),
+        len,
+        math,
+        Metric,
+        logging.getLogger("a"),
+        re.compile("a"),
+        frozenset([1]),
+        np.float64(1),
+    ],
+)
+def test_what_does_not_change_is_not_refused(value: Any) -> None:
+    holder = Holds(value)
+    rolled_back([holder], lambda: setattr(holder, "value", 3))
+    assert holder.value is value
