@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from adaptive_trainer.utils.belongings import Belongings, walk
 from adaptive_trainer.utils.random import made as made_generator
 from adaptive_trainer.utils.random import packed
 from adaptive_trainer.utils.random import unpack as unpack_generator
+
+MOST_OF_A_MISFIT = 300  # characters: a network of another kind misses hundreds of keys
 
 
 def pack(state: TrainState, device: torch.device) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def make_buffers(model: nn.Module, saved: dict[str, Any], names: Iterable[str], 
 
 def misfit(error: Exception) -> str:
     """What an error of `load_state_dict` says, and the first of the keys that it names."""
-    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return shorten(" ".join(str(error).splitlines()[:2]), MOST_OF_A_MISFIT, placeholder=" ...")
 
 
 def _restore_random(saved: dict[str, Any], device: torch.device) -> None:

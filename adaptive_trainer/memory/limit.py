@@ -94,7 +94,8 @@ def parse_limit(value: object, name: str = SETTING) -> Limit:
         raise ConfigError(f"{name}={value!r} is neither a size nor a fraction; {allowed}")
     size = number * UNITS[unit or "b"]
     if size < SMALL_SEGMENT:
-        raise ConfigError(f"{name}={value!r} is {size:g} bytes, {TOO_SMALL}; write a unit, such as 5600MiB")
+        what = "" if unit else f"{size:.0f} bytes, "  # who forgets a unit sees what the number means
+        raise ConfigError(f"{name}={value!r} is {what}{TOO_SMALL}; a size has a unit, such as 5600MiB")
     return Limit(bytes=int(size), name=name)
 
 
@@ -218,7 +219,8 @@ def limit_memory(limit: str | float, *, device: str | torch.device = "auto") -> 
         device: "auto" (the first CUDA device, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Yields:
-        The capacity: its `size` in bytes, and `peaks()`, a meter for `descend`.
+        The capacity. `size` is in bytes, and `peaks()` returns the most that was allocated and reserved. Hand it to
+        `descend(ladder, train, meter=capacity)`, so that each attempt has its peaks.
 
     Raises:
         ConfigError: the limit cannot be read, is larger than the device, or there is no such device.

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Listener:
     """Hears how a run goes, as plain data; a tracker overrides what it wants to know. What it raises ends the run.
 
-    A tracker is named in the settings: `trackers.mine._target_=package.module.Class`, or `+tracker=NAME` of a file
-    `configs/tracker/NAME.yaml`.
+    A tracker is named in the settings: `+trackers.mine._target_=package.module.Class`, or `+tracker=NAME` where a
+    file `tracker/NAME.yaml` begins with `# @package trackers.NAME` and has the `_target_`.
     """
 
     def start(self, folder: Path, settings: str) -> None:

@@ -145,7 +145,9 @@ def test_limits_that_cannot_be_read(value: object) -> None:
 
 @pytest.mark.parametrize("value", [5600, "5600", "0MiB", "12kB"])
 def test_a_forgotten_unit(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"less than the 2 MiB of the allocator's smallest segment, .*; write a unit"):
+    with pytest.raises(
+        ConfigError, match=r"less than the 2 MiB of the allocator's smallest segment, .*; a size has a unit"
+    ):
         parse_limit(value)
 
 
