@@ -33,7 +33,7 @@ test: $(VENV)/installed-dev
 	$(PYTEST) $(ARGS)
 
 gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	$(BIN)/python -m pytest -m gpu tests $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
