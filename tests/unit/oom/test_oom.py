@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -303,7 +304,9 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
     ids=repr,
 )
 def test_a_real_data_worker(error: Exception, kind: Kind) -> None:
-    found = raised(lambda: next(iter(DataLoader(Broken(error), num_workers=1))))
+    samples: Any = iter(DataLoader(Broken(error), num_workers=1))
+    found = raised(lambda: next(samples))
+    samples._shutdown_workers()  # left to the garbage collector, it is waited for, for five seconds each
     assert describe(found, pressure=lambda: True).kind is kind
 
 
