@@ -136,6 +136,7 @@ Schedules = st.tuples(st.sampled_from(SCHEDULES), st.integers(1, 12), st.integer
 @example(case=("cosine", 10, 8, 0.5), min_lr=0.0, cycles=1)
 @example(case=("wsd", 1, 1, 0.0), min_lr=0.0, cycles=1)
 @example(case=("poly", 2, 5, 0.0), min_lr=0.0, cycles=3)
+@example(case=("none", 9, 10, 0.35), min_lr=0.0, cycles=1)
 def test_a_schedule_reaches_the_rate_and_then_the_end_of_its_curve(
     case: tuple[str, int, int, float], min_lr: float, cycles: int
 ) -> None:
@@ -148,7 +149,9 @@ def test_a_schedule_reaches_the_rate_and_then_the_end_of_its_curve(
     schedule = build_schedule(sgd(), config, lr=0.1, epochs=epochs, updates_per_epoch=updates_per_epoch)
     total = epochs * updates_per_epoch
     rates = [schedule.lr_at(update) for update in range(total)]
-    first = min(round(share * total), total - 1)
+    first = min(
+        round(epochs * share * updates_per_epoch), total - 1
+    )  # in the order of the settings: halves round alike
     assert rates[first] == pytest.approx(0.1, rel=1e-5)
     assert rates[:first] == sorted(rates[:first])
     assert max(rates, default=0.0) <= 0.1 + 1e-12
