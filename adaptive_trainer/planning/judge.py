@@ -83,13 +83,7 @@ class Judge:
 
     def _no_step(self, above: Config, config: Config) -> str:
         room = self.capacity.room()
-        if room is None or config.model == above.model:
-            return ""
-        was, need = (self._predictor.networks.weights_bytes(each) for each in (above, config))
-        if need <= room:  # of a larger one there is no prediction: its weights say enough
-            return refusals.no_step(self._predictor, above, config)
-        more = f"its weights alone take {format_bytes(need)}, no less than those above ({format_bytes(was)})"
-        return f"{config.model.name} is no step down from {above.model.name}: {more}" if need >= was else ""
+        return "" if room is None else refusals.no_step(self._predictor, above, config, room)
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
         for failed, predicted, room in self._failed:

@@ -33,15 +33,26 @@ def refusal(networks: Networks, above: Config, config: Config) -> str:
     return alone if alone and networks.has_batch_norm(config) else reason
 
 
-def no_step(predictor: Predictor, above: Config, config: Config) -> str:
-    """Why another network than the one above is no step down; empty where it may be one."""
+def no_step(predictor: Predictor, above: Config, config: Config, room: int | None = None) -> str:
+    """Why another network than the one above is no step down; empty where it may be one.
+
+    Args:
+        room: bytes that there are; a network whose weights take more is not predicted.
+    """
     # Sizes and precision are compared by the ladder itself; a network's need shows in its prediction only.
     if config.model == above.model:
         return ""
-    was, need = (predictor.predict(each).min_capacity_bytes for each in (above, config))
+    weights = predictor.networks.weights_bytes
+    was: int | None
+    need: int | None
+    if room is not None and weights(config) > room:
+        was, need, what, those = weights(above), weights(config), "its weights alone take", "those above"
+    else:
+        was, need = (predictor.predict(each).min_capacity_bytes for each in (above, config))
+        what, those = "it is predicted to need", "the rung above"
     if need is None or was is None or need < was:
         return ""
-    more = f"it is predicted to need {format_bytes(need)}, no less than the rung above ({format_bytes(was)})"
+    more = f"{what} {format_bytes(need)}, no less than {those} ({format_bytes(was)})"
     return f"{config.model.name} is no step down from {above.model.name}: {more}"
 
 

@@ -259,7 +259,7 @@ class Trainer:
     def _shortage(self, error: BaseException) -> UserError | None:
         """What to say of memory that ran out where no rung can answer it; None for other errors."""
         failure = oom.describe(error)
-        if isinstance(error, AdaptiveTrainerError) or failure.kind in (oom.Kind.OTHER, oom.Kind.POISONED):
+        if isinstance(error, AdaptiveTrainerError) or failure.kind not in oom.OF_MEMORY:
             return None
         return UserError(
             f"out of memory beside training ({failure.type_name}: {failure.text}). Close other programs or lower "
