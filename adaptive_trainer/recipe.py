@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+UNUSED = (False, None, "none")  # values of a technique's setting
 # What result.json and checkpoints say of a recipe, in this order; the techniques stand between.
 REPORTED = ("model", "image_size", "batch_size", "micro_batch_size", "eval_batch_size", "precision")
 REPORTED_LAST = ("optimizer", "lr", "num_workers", "tf32")
@@ -16,9 +17,14 @@ class Technique:
     """A technique that saves memory."""
 
     key: str  # its setting of `trainer`
-    value: Any  # of the setting; false where the technique is not used
+    value: Any  # of the setting
     text: str  # what it does, for people
     without: str  # what a recipe without it would do, for people
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the setting asks for it."""
+        return self.value not in UNUSED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,7 @@ class Recipe:
         if self.precision != "fp32" and below.precision != self.precision:
             return f"{self.precision} was asked for and takes no more memory than {below.precision}"
         for used, then in zip(self.techniques, below.techniques, strict=True):
-            if used.value and not then.value:
+            if used.is_used and not then.is_used:
                 return used.without
         if below.batch_size < self.batch_size and below.micro_batch_size == self.micro_batch_size:
             return f"the micro-batch stays {below.micro_batch_size}, so a smaller batch would save no memory"
@@ -75,5 +81,5 @@ class Recipe:
     def __str__(self) -> str:
         """One line for people."""
         micro = f" in micro-batches of {self.micro_batch_size}" if self.accumulation > 1 else ""
-        saved = "".join(f", {technique.text}" for technique in self.techniques if technique.value)
+        saved = "".join(f", {technique.text}" for technique in self.techniques if technique.is_used)
         return f"{self.model}, batch {self.batch_size}{micro}, image {self.image_size}, {self.precision}{saved}"

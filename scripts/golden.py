@@ -40,7 +40,7 @@ DEVICES = ("rtx2060", "h200", "cpu")
 RECIPES: dict[str, tuple[str, ...]] = {
     "efficientnet_b0": (),
     "efficientnet_b0 fp16, micro-batches of 8": ("trainer.precision=fp16", "trainer.micro_batch_size=8"),
-    "efficientnet_b0 recomputed": ("trainer.checkpoint_activations=true",),
+    "efficientnet_b0 recomputed": ("trainer.recompute=blocks",),
     "resnet18 sgd": ("model.name=resnet18", "optimizer=sgd"),
     "resnet50 bf16 channels_last": ("model.name=resnet50", "trainer.precision=bf16", "trainer.channels_last=true"),
     "mobilenetv3_large_100 lion": ("model.name=mobilenetv3_large_100", "optimizer=lion"),
@@ -115,7 +115,7 @@ RUNS: dict[str, tuple[tuple[str, ...], int]] = {
     "micro": (("trainer.micro_batch_size=3", "trainer.clip_grad=1"), 0),
     "average": (("trainer.ema_decay=0.9",), 0),
     "smoothing": (("trainer.label_smoothing=0.1", "schedule.warmup_epochs=0.5"), 0),
-    "recomputed": (("trainer.checkpoint_activations=true",), 0),
+    "recomputed": (("trainer.recompute=blocks",), 0),
     "augmented": (("data.transforms=timm",), 0),
     "cached": (("data.cache=ram", "data.transforms=torchvision"), 0),
     "descent": ((f"ladder.rungs=[{HALF}, {SMALL}]",), 6),

@@ -160,6 +160,7 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
     for group in ("model", "data", "optimizer", "schedule", "trainer"):
         for key, value in asked[group].items():
             then = before[group].get(key)
-            if then != value and not (key in USUAL and then is None):  # an earlier version had none of these settings
+            is_new = key not in before[group] or (key in USUAL and then is None)  # to the version that saved it
+            if then != value and not is_new:
                 told.append(f"resumed with another {group}.{key}: {then} -> {value}")
     return told

@@ -27,6 +27,10 @@ TARGET = "_target_"
 REFERENCE = re.compile(r"(?<!\\)\$\{[\w.-]*\}")  # to another setting; one with a colon in it calls a resolver
 CALL = re.compile(r"\$\\*\{")  # escaped too: each time that settings are read takes an escape away
 LOADS = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")  # of timm.create_model
+RENAMED = {
+    r"\bcheckpoint_activations(: |=)true": r"recompute\1blocks",
+    r"\bcheckpoint_activations(: |=)false": r"recompute\1none",
+}  # settings of earlier versions
 Names = dict[tuple[str, str], str]  # by the setting and what it names: what to type to allow it
 
 
@@ -84,11 +88,18 @@ def _without_calls(raw: Any, resolved: Any) -> Any:
     return resolved if isinstance(raw, str) and "${" in _beside(raw.replace("\\${", "")) else raw
 
 
+def _renamed(text: str) -> str:
+    """The settings of an earlier version as this one names them."""
+    for then, now in RENAMED.items():
+        text = re.sub(then, now, text)
+    return text
+
+
 def _read(text: Any, source: Path, own: Any) -> DictConfig:
     """Saved settings, checked by the schema, of which nothing is resolved yet."""
     problem, saved = "it is no YAML of settings", None
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(text)) if isinstance(text, str) else None
+        plain = OmegaConf.to_container(OmegaConf.create(_renamed(text))) if isinstance(text, str) else None
         if isinstance(plain, dict) and plain:
             _refuse(source, _calls(plain, own))  # before the merge: reading a value of it would call the resolver
             saved = OmegaConf.merge(OmegaConf.structured(Config), plain)

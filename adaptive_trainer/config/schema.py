@@ -162,7 +162,8 @@ class TrainerConfig:
     micro_batch_size: int | None = setting(None, _at_least(1))  # null: the batch size
     eval_batch_size: int | None = setting(None, _at_least(1))  # null: the micro-batch size
     precision: str = setting("fp32", _one_of(*PRECISIONS))
-    checkpoint_activations: bool = technique(False, "activations recomputed", "it would keep all activations")
+    # none, auto, cheap, blocks, most or a plan, see models/recomputing/plan.py
+    recompute: str = technique("none", "activations recomputed", "it would keep all activations")
     channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
     tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = setting(None, CLIPPING)

@@ -120,7 +120,7 @@ def _composed(case: Case, files: Path | None, more: tuple[str, ...]) -> DictConf
     return compose_config([*data, *COMMON, *case.overrides, *ladder, *more])
 
 
-MICRO, RECOMPUTE = "trainer.micro_batch_size=3", "trainer.checkpoint_activations=true"
+MICRO, RECOMPUTE = "trainer.micro_batch_size=3", "trainer.recompute=blocks"
 EMA, CLIP = "trainer.ema_decay=0.9", "trainer.clip_grad=0.5"
 FP16, BF16 = "trainer.precision=fp16", "trainer.precision=bf16"
 SMOOTH = "trainer.label_smoothing=0.1"

@@ -55,7 +55,7 @@ class Conv(Noted):
 
 
 class Body(Noted):
-    """A stem, two blocks in a plain container (which `checkpoint_activations` recomputes), a head."""
+    """A stem, two blocks in a plain container (which `recompute=blocks` recomputes), a head."""
 
     def __init__(self, classes: int, block: type[nn.Module]) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ def test_whole_batches_are_compiled_once_and_the_checkpoint_is_of_the_plain_netw
     ("make", "setting", "reason"),
     [
         (lambda *_: Reads(0.0, 10), "trainer.micro_batch_size=4", "data-dependent"),
-        (lambda *_: Net(0.0, 10), "trainer.checkpoint_activations=true", "checkpoint"),
+        (lambda *_: Net(0.0, 10), "trainer.recompute=blocks", "recompute"),
         (lambda *_: Net(0.0, 10), "memory.limit=64MiB", "simulated card counts operators"),
     ],
     ids=["reads a value", "recomputes", "simulated card"],

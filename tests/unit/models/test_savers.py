@@ -9,7 +9,7 @@ from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.models.savers import SAVERS, Saver, apply_savers, compile_refusal, saver_settings
 from adaptive_trainer.models.zoo import build_model
 
-ON: dict[str, object] = {}  # what switches a technique on, where that is not `true`
+ON: dict[str, object] = {"recompute": "blocks"}  # what switches a technique on, where that is not `true`
 
 
 def test_every_technique_has_a_setting_of_its_own() -> None:
@@ -31,7 +31,7 @@ def test_what_is_switched_off_leaves_nothing(saver: Saver) -> None:
 
 
 def test_every_technique_is_part_of_the_recipe() -> None:
-    used = recipe(Config(trainer=TrainerConfig(checkpoint_activations=True)))
+    used = recipe(Config(trainer=TrainerConfig(recompute="blocks")))
     assert {technique.key for technique in used.techniques} == {saver.KEY for saver in SAVERS}
     assert used.reported().keys() >= {saver.KEY for saver in SAVERS}
     assert str(used).endswith(", activations recomputed")
@@ -39,6 +39,6 @@ def test_every_technique_is_part_of_the_recipe() -> None:
 
 
 def test_recomputed_blocks_are_not_compiled() -> None:
-    model, on = build_model(ModelConfig("torchvision/resnet18"), 2), TrainerConfig(checkpoint_activations=True)
+    model, on = build_model(ModelConfig("torchvision/resnet18"), 2), TrainerConfig(recompute="blocks")
     apply_savers(model, on)
-    assert "checkpoint_activations" in compile_refusal(model)
+    assert "recompute" in compile_refusal(model)

@@ -207,7 +207,7 @@ def test_what_changes_the_need_changes_the_prediction() -> None:
 
     assert need("trainer.ema_decay=0.9") > plain
     assert need("trainer.micro_batch_size=4") < plain
-    assert need("trainer.checkpoint_activations=true") < plain
+    assert need("trainer.recompute=blocks") < plain
     assert need("+optimizer.kwargs.foreach=true") > plain  # an allocating step needs copies to be undone
     assert need("model.num_classes=5000") > plain
     assert need("optimizer.lr=0.5") == plain
@@ -344,7 +344,7 @@ def test_the_key_tells_apart_what_matters() -> None:
     base = predictor.key(first(*SMALL))
     changes = (
         "trainer.batch_size=4", "trainer.micro_batch_size=2", "trainer.eval_batch_size=3", "data.image_size=96",
-        "trainer.precision=fp16", "trainer.checkpoint_activations=true", "trainer.ema_decay=0.9",
+        "trainer.precision=fp16", "trainer.recompute=blocks", "trainer.ema_decay=0.9",
         "trainer.clip_grad=1.0", "trainer.label_smoothing=0.1", "model.name=resnet18", "model.num_classes=7",
         "data.cache=disk", "+model.kwargs.drop_rate=0.2", "optimizer=sgd", "+optimizer.kwargs.foreach=true",
     )  # fmt: skip

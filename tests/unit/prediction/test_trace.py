@@ -20,7 +20,7 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import build_ema, build_optimizer, build_scaler
-from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
+from adaptive_trainer.models.savers.recompute import apply as recompute
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.derivation import Tracer
 from adaptive_trainer.prediction.estimator import Prediction, predict
@@ -69,7 +69,7 @@ class Case:
 
     def model(self) -> nn.Module:
         model = build_model(ModelConfig(name=self.name), 10)
-        checkpoint_activations(model, self.checkpoint)
+        recompute(model, "blocks" if self.checkpoint else "none")
         return model
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:

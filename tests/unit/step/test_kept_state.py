@@ -24,7 +24,8 @@ from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy
-from adaptive_trainer.models.savers.recompute import apply as checkpoint_activations
+from adaptive_trainer.models.recomputing import keeper
+from adaptive_trainer.models.savers.recompute import apply as recompute
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.dry_run import dry_run
@@ -89,6 +90,12 @@ def check_retry(run: Run, at: int, expected: list[dict[str, Any]]) -> None:
 # ---- recomputed blocks -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recompute what is small as well, as these networks are."""
+    monkeypatch.setattr(keeper, "SMALL", 0)
+
+
 class Recomputed(nn.Module):
     """Blocks whose second computation may change no buffer: written to, bound anew, made by the first pass."""
 
@@ -120,7 +127,7 @@ class Recomputed(nn.Module):
         self.first = nn.Linear(192, 6)
         self.blocks = nn.Sequential(*[nn.Sequential(block, nn.Linear(6, 6)) for block in blocks] if within else blocks)
         self.head = nn.Linear(6, 5)
-        checkpoint_activations(self, True)
+        recompute(self, "blocks")
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.blocks(self.first(x.flatten(1))))
@@ -129,15 +136,17 @@ class Recomputed(nn.Module):
 
 @pytest.mark.parametrize("how", ["bound", "data", "written"])
 @pytest.mark.parametrize("within", [False, True], ids=["a block", "within a block"])
+@pytest.mark.usefixtures("small")
 def test_memory_that_runs_out_in_a_recomputed_block_leaves_no_trace(
     how: str, within: bool, capacity: Capacity, every: int
 ) -> None:
     check_operators(lambda: Recomputed(how, within=within), capacity, every, len(how) + within)
 
 
+@pytest.mark.usefixtures("small")
 def test_recomputed_blocks_train_as_others_do(capacity: Capacity) -> None:
     runs = [run_of(lambda: Recomputed("bound", within=False), capacity) for _ in range(2)]
-    checkpoint_activations(runs[0].state.model, False)
+    recompute(runs[0].state.model, "none")
     for run in runs:
         run.advance(run.update())
     assert differences(dump(runs[0].state), dump(runs[1].state)) == []
@@ -424,11 +433,12 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.usefixtures("small")
 def test_a_recomputed_block_draws_what_it_drew(kind: str, capacity: Capacity) -> None:
     found = []
     for saves_memory in (False, True):
         run = start(Case("sgd", "fp32", warm=False, ema=False), capacity, partial(of_blocks, kind))
-        checkpoint_activations(run.state.model, saves_memory)
+        recompute(run.state.model, "blocks" if saves_memory else "none")
         for _ in range(2):
             run.advance(run.update())
         found.append({name: value for name, value in dump(run.state).items() if name.startswith("model/")})

@@ -55,7 +55,7 @@ STATE_IS_KEPT = {
     "clipping": (ADAM, "trainer.clip_grad=1"),
     "schedule": (ADAM, "schedule.name=constant"),
     "precision": (ADAM, "trainer.precision=bf16"),
-    "recomputing": (ADAM, "trainer.checkpoint_activations=true"),
+    "recomputing": (ADAM, "trainer.recompute=blocks"),
     "betas of a foreign one": (["optimizer.name=lion", *BASE], "+optimizer.kwargs.betas=[0.8,0.9]"),
 }
 STATE_IS_NEW = {
