@@ -41,6 +41,8 @@ from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.report.earlier import begin, fail
 from adaptive_trainer.utils.screen import show_error, silence
 
+log = logging.getLogger(__name__)
+
 
 def main() -> None:
     """What `python -m adaptive_trainer` does; ends the process with the exit code."""
@@ -169,6 +171,7 @@ def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tupl
 
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
+    log.debug("the settings are composed")  # scripts/benchmark_start.py reads these lines
     _check_mode()
     typed(cfg)  # names a setting that does not resolve
     cfg = with_asked(cfg, overrides)  # Hydra forgets the difference between what was typed and what a file says

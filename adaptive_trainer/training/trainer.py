@@ -111,6 +111,7 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Exception: whatever is not about memory, unchanged.
         """
+        log.debug("the packages are imported")
         self.model = None  # one of an earlier call would take its memory from this one
         with explained(self._shortage):
             return self._fit()
@@ -175,6 +176,7 @@ class Trainer:
             check_names(phase.ladder, own_model=self._is_own_model)  # first: opening the data may take minutes
         requests = [typed(phase.settings) for phase in phases]
         data = build_datasets(requests[0], *self._data, split=resume.split_before(saved))
+        log.debug("the data is listed")
         num_classes = requests[0].model.num_classes or data.num_classes
         for request in requests:
             check_batch_size(request, len(data.train))

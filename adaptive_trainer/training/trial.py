@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.keeper import Keeper
 from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session, enter, settle
+
+log = logging.getLogger(__name__)
 
 Assess = Callable[[Rung[Config]], tuple[str, int | None]]
 
@@ -117,10 +120,12 @@ class Trial:
         if back is not None:
             back.update.free_copies()  # both sessions exist for a while, and only one trains
         try:
+            log.debug("rung %s is entered", self._tried.name)
             self.session = enter(config, self._run.parts, self.session)
             self.session.rung = self._tried.name
             if is_new:
                 self._fill(self.session)
+            log.debug("the network is built")
             update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)
             # an earlier dry run, and the session that a climb came from, say nothing of a larger last update
             if back is None and update.largest_part(odd) <= update.largest_part(sizes.batch_size):

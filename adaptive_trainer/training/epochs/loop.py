@@ -138,6 +138,7 @@ class Loop:
         if batch.skipped and not update.accepts(len(batch.labels)):
             batch = self.broken.without_the_last(batch)
         self.engine.run(batch.images, batch.labels, samples=batch.samples)
+        log.debug("update %d is made", state.updates)
         if note := update.take_note():  # what the first update has found out about the loss
             self.record.event(note)
         if self.growth.is_due(state.updates, trainer.log_every):
