@@ -39,18 +39,18 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
             DataError: fewer than two classes, or a class without an image.
         """
         self.classes = class_folders(folder) if classes is None else classes
-        suffixes, top = _suffixes(), frozenset([os.path.realpath(folder)])
+        top = frozenset([os.path.realpath(folder)])
         hidden = [path.name for path in folder.iterdir() if is_hidden(path.name, path.is_dir())]
         others: list[str] = []
         files: list[list[str]] = []
         for path in (folder / name for name in self.classes):
             found = list(_files_in(str(path), top, hidden)) if path.is_dir() else []
-            files.append([name for name in found if name.lower().endswith(suffixes)])
-            others += [os.path.basename(name).lower() for name in found if not name.lower().endswith(suffixes)]
+            files.append([name for name in found if _is_image(name)])
+            others += [os.path.basename(name).lower() for name in found if not _is_image(name)]
         empty = [name for name, paths in zip(self.classes, files, strict=True) if not paths]
         if empty and classes is None:
             raise DataError(
-                f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(suffixes)}) "
+                f"{folder} has no images in {', '.join(empty)}; put some there ({' '.join(_suffixes())}) "
                 "or remove the folder"
             )
         # counters, since the fingerprint of the images leaves them out
@@ -63,11 +63,14 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     @property
     def not_used(self) -> list[str]:
         """What else is there, in words."""
-        others = f"{_counted(self._others)} are not used: images are {' '.join(_suffixes())}"
-        hidden = f"{self._hidden.total()} hidden files and folders are left out: {_counted(self._hidden)}"
-        beside = f"beside the training images, nothing uses the folders {', '.join(self._beside)}"
-        found = (others, self._others), (hidden, self._hidden), (beside, self._beside)
-        return [text for text, counts in found if counts]
+        found = []
+        if self._others:
+            found.append(f"{_counted(self._others)} are not used: images are {' '.join(_suffixes())}")
+        if self._hidden:
+            found.append(f"{self._hidden.total()} hidden files and folders are left out: {_counted(self._hidden)}")
+        if self._beside:
+            found.append(f"beside the training images, nothing uses the folders {', '.join(self._beside)}")
+        return found
 
     def __len__(self) -> int:
         """Number of images."""
@@ -90,6 +93,12 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
                 raise
             problem = f"{type(error).__name__}: {error}"
         raise UnidentifiedImageError(problem)
+
+
+def _is_image(name: str) -> bool:
+    name = name.lower()
+    # Pillow is asked only where it has to be: to answer, it imports all of its formats
+    return name.endswith(IMAGE_FILES) or (name.endswith(WITH_PLUGIN) and name.endswith(_suffixes()))
 
 
 def _suffixes() -> tuple[str, ...]:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from adaptive_trainer.config.overrides import compose_config, typed
@@ -59,6 +61,12 @@ class Buggy(Dataset[Any]):
 class Unreadable(Dataset[Any]):
     def __init__(self) -> None:
         raise PermissionError(13, "not allowed", "/data/labels.csv")
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    known, found = load_digits(), digits()
+    assert np.array_equal(found.images, (known.images * (255 / 16)).astype(np.uint8))
+    assert found.targets == known.target.tolist()
 
 
 def test_digits_are_real_and_split_by_the_seed() -> None:
