@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isfinite
 
+from adaptive_trainer.config.limit import parse_limit
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config, leaves, with_usual
 from adaptive_trainer.errors import ConfigError, refuse_all
 
@@ -19,7 +20,7 @@ def check(config: Config) -> None:
 
 def problems_of(config: Config) -> list[str]:
     """What is wrong with each value, or combination of values, that cannot be right."""
-    rules = (_each_alone, _learning_rate, _transforms, _batch, _class_weights)
+    rules = (_each_alone, _learning_rate, _transforms, _batch, _class_weights, _memory)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -84,3 +85,10 @@ def _class_weights(config: Config) -> Iterator[str]:
     weights, classes = config.trainer.class_weights, config.model.num_classes
     if isinstance(weights, list) and classes is not None and len(weights) != classes:
         yield f"trainer.class_weights has {len(weights)} numbers and model.num_classes={classes}; give one for each"
+
+
+def _memory(config: Config) -> Iterator[str]:
+    try:
+        parse_limit(config.memory.limit)
+    except ConfigError as error:
+        yield str(error)

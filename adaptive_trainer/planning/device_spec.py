@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from adaptive_trainer.config.limit import parse_limit
 from adaptive_trainer.config.schema import CardConfig, Config
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, parse_limit
+from adaptive_trainer.memory.limit import DEFAULT_SIMULATED
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning.cache import PlanCache
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +17,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.descent import Found, descend
 from adaptive_trainer.ladder.rung import make_ladder
-from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, Capacity, Limit, limit_memory, limited, parse_limit
+from adaptive_trainer.memory.limit import DEFAULT_SIMULATED, Capacity, limit_memory, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, COUNTED_FIRST
 
 CPU = torch.device("cpu")
@@ -100,69 +98,6 @@ def test_limit_memory_empties_the_cache_of_a_failed_rung() -> None:
 def two_of(mib: int) -> int:
     kept = [block(mib), block(mib)]
     return len(kept[0]) // MiB
-
-
-# -- memory.limit
-
-
-@pytest.mark.parametrize(
-    ("value", "limit"),
-    [
-        (None, Limit()),
-        ("null", Limit()),
-        ("none", Limit(lifted=True)),
-        ("None", Limit(lifted=True)),
-        ("5600MiB", Limit(bytes=5600 * MiB)),
-        (" 6 gib ", Limit(bytes=6 * 2**30)),
-        ("1.5GiB", Limit(bytes=3 * 2**29)),
-        ("512 MB", Limit(bytes=512 * 10**6)),
-        ("2097152", Limit(bytes=2 * MiB)),
-        ("2097152B", Limit(bytes=2 * MiB)),
-        (6 * 2**30, Limit(bytes=6 * 2**30)),
-        (6e9, Limit(bytes=6 * 10**9)),
-        (0.5, Limit(fraction=0.5)),
-        ("0.5", Limit(fraction=0.5)),
-        (1, Limit(fraction=1.0)),
-        (1.0, Limit(fraction=1.0)),
-    ],
-)
-def test_limits_that_can_be_read(value: object, limit: Limit) -> None:
-    assert parse_limit(value) == limit
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        *("lots", "1.5", "-6GiB", "NaNGiB", "6 potatoes", "6G", "GiB", "50%", "1e3MiB"),
-        *(-1, 0, 0.0, 1.5, float("nan"), float("inf"), True, False, [6]),
-    ],
-)
-def test_limits_that_cannot_be_read(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"memory\.limit=.*allowed are a size .*fraction") as caught:
-        parse_limit(value)
-    assert repr(value) in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [5600, "5600", "0MiB", "12kB"])
-def test_a_forgotten_unit(value: object) -> None:
-    with pytest.raises(
-        ConfigError, match=r"less than the 2 MiB of the allocator's smallest segment, .*; a size has a unit"
-    ):
-        parse_limit(value)
-
-
-@given(st.integers(2, 10**6))
-def test_sizes_in_mib(n: int) -> None:
-    assert parse_limit(f"{n}MiB").of(0) == n * MiB
-
-
-@given(st.data(), st.integers(2 * MiB, 2**40))
-def test_a_fraction_is_never_more_than_the_whole(data: st.DataObject, total: int) -> None:
-    fraction = data.draw(st.floats(2 * MiB / total, 1))
-    assume(fraction * total >= 2 * MiB)
-    of = parse_limit(fraction).of(total)
-    assert of is not None
-    assert 0 <= of <= total
 
 
 # -- the context
