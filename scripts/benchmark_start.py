@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def main() -> None:
             overrides = ["data=imagefolder", f"data.root={photos(Path(folder))}", *overrides]
         for checkout in checkouts.values():
             command(checkout, overrides)  # bytecode is written, files are read, the plan is kept
-        blocks = {name: lambda checkout=checkout: command(checkout, overrides) for name, checkout in checkouts.items()}
+        blocks = {name: partial(command, checkout, overrides) for name, checkout in checkouts.items()}
         found = alternating(blocks, arguments.rounds)
     print(heading(f"Seconds of a command, median of {arguments.rounds}"))
     print(f"\n`python -m adaptive_trainer {' '.join(overrides)}`\n")

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import date
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 CUDA = torch.device("cuda", 0)
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "lightning")
@@ -37,9 +39,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternating(blocks: Mapping[str, Callable[[], float]], count: int = BLOCKS) -> dict[str, list[float]]:
+def alternating(blocks: Mapping[str, Callable[[], T]], count: int = BLOCKS) -> dict[str, list[T]]:
     """What each block gives, `count` times, in turn and in an order that alternates."""
-    found: dict[str, list[float]] = {name: [] for name in blocks}
+    found: dict[str, list[T]] = {name: [] for name in blocks}
     for turn in range(count):
         for name in list(blocks)[:: 1 if turn % 2 else -1]:
             found[name].append(blocks[name]())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pytest
 from PIL import Image
 
 from adaptive_trainer import load_model
+from adaptive_trainer.cli.main import _uncollected
 from tests.support.forking import ROOT, Ended, Launcher
 
 MODEL = ("model.name=mobilenetv3_small_050", "data.image_size=32", "data.num_workers=0", "hydra.run.dir=out")
@@ -128,6 +131,8 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["-m", "seed=1,2", "++output_dir=all"], 2, "hydra.sweep.dir=all is a folder for the folders of all jobs"),
         (["ladder=nowhere"], 2, "Could not find 'ladder/nowhere'"),
         (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
+        (["memory.limit=1MiB"], 2, "memory.limit='1MiB' is less than the 2 MiB"),
+        (["memory.limit=1MiB", "trainer.epochs=0"], 2, "trainer.epochs=0 is below 1; memory.limit='1MiB' is less than"),
         (["card=rtx2060"], 2, "memory.limit=6144MiB sets the size"),
         (["task=plann"], 2, "task=plann is none of train, plan, memory"),
         (["data=imagefolder", "data.root=''"], 2, "data.root has no value"),
@@ -174,6 +179,31 @@ def test_ctrl_c_while_packages_are_imported(module: str, tmp_path: Path) -> None
     (tmp_path / f"{module}.py").write_text("\n".join(lines))  # a process started in the background ignores it
     ended = python_m("-m", "adaptive_trainer", cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+def test_what_was_imported_is_left_out_of_collections() -> None:
+    before = gc.get_freeze_count()
+    with suppress(KeyboardInterrupt), _uncollected():
+        assert not gc.isenabled()
+        raise KeyboardInterrupt
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    assert gc.isenabled()
+    assert frozen > before
+
+
+@pytest.mark.parametrize("module", ["hydra", "torch"])
+def test_sigterm_while_packages_are_imported(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)")
+    ended = python_m("-m", "adaptive_trainer", "output_dir=out", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\n")
+
+
+def test_sigterm_before_training_begins_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import signal\ndef make():\n    signal.raise_signal(signal.SIGTERM)")
+    ended = python_m("-m", "adaptive_trainer", "data.train._target_=slow.make", "output_dir=out", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\n")
+    assert result(tmp_path / "out")["outcome"] == "interrupted"
 
 
 def test_a_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
