@@ -91,16 +91,25 @@ class Loader(SampleLoader):
             for part, training in ((data.train, True), (data.val, False))
         )
         self._val_size, self._batch_size = len(data.val), batch_size
+        self._begun: tuple[Position, Generator[Batch, None, None]] | None = None
         most = max(updates_per_epoch(size, batch_size) for size in (len(data.train), len(data.val)))
         # more workers than batches would have nothing to do
         super().__init__(Both(train, val), min(num_workers, most), pin_memory=pin_memory)
 
+    def begin(self, position: Position) -> None:
+        """Let the workers start, and read the first batches from `position` on; `train` from there returns these."""
+        self._begun = position, self.start(position.batches(self._batch_size))
+
     def train(self, position: Position) -> Generator[Batch, None, None]:
         """The rest of the epoch from `position` on, one batch an update, augmented."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[0] == position:
+            return begun[1]
         return self.start(position.batches(self._batch_size))
 
     def evaluate(self, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
         """The validation set in order, from sample `start` on, not augmented."""
+        self._begun = None  # a pass ends the one before it
         return self.start(in_order(start, self._val_size, batch_size))
 
 

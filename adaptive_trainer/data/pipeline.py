@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,32 @@ def worker_deaths_deferred() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def begun(data: DataSets, config: Config, device: torch.device, position: Position) -> Loader | None:
+    """A loader whose workers have begun to read from `position` on, while something else is done; None without workers.
+
+    Stored images have none.
+    """
+    if data.stored is not None or not config.data.num_workers:
+        return None
+    loader = _loader(data, config, device, config.data.num_workers)
+    try:
+        loader.begin(position)
+    except Exception:  # tried again where a batch is wanted, and answered there
+        loader.close()
+        return None
+    return loader
+
+
+def _loader(data: DataSets, config: Config, device: torch.device, num_workers: int) -> Loader:
+    return Loader(
+        replace(data, config=config.data),
+        batch_size=config.trainer.batch_size,
+        image_size=config.data.image_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
 @dataclass
 class Pipeline:
     """What a rung trains and evaluates on; data workers start with the first batch and go on until `close`.
@@ -65,6 +91,10 @@ class Pipeline:
         """Begin with the workers that the settings ask for."""
         self.num_workers = self.config.data.num_workers if self.data.stored is None else 0
 
+    def take_over(self, loader: Loader | None) -> None:
+        """Go on with a loader of the same data and settings, whose workers run."""
+        self._loader = loader
+
     def train(self, position: Position) -> Generator[Batch, None, None]:
         """The rest of the epoch from `position` on, one batch an update, augmented.
 
@@ -87,12 +117,12 @@ class Pipeline:
             self._loader = None
 
     def _opened(self) -> Loader | Prefetcher:
-        sizes = {"batch_size": self.config.trainer.batch_size, "image_size": self.config.data.image_size}
         if self._loader is None and self.data.stored is not None:
-            self._loader = Prefetcher(self.data, **sizes, device=self.device, channels_last=self.channels_last)
+            sizes = {"batch_size": self.config.trainer.batch_size, "image_size": self.config.data.image_size}
+            data = replace(self.data, config=self.config.data)
+            self._loader = Prefetcher(data, **sizes, device=self.device, channels_last=self.channels_last)
         elif self._loader is None:
-            pin_memory = self.device.type == "cuda"
-            self._loader = Loader(self.data, **sizes, num_workers=self.num_workers, pin_memory=pin_memory)
+            self._loader = _loader(self.data, self.config, self.device, self.num_workers)
         return self._loader
 
     def _batches(self, samples: int, begin: Callable[[int], Iterator[Batch]]) -> Generator[Batch, None, None]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
+from adaptive_trainer.data.pipeline import worker_deaths_deferred
 from adaptive_trainer.errors import LadderExhausted, explained
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import changed
@@ -66,7 +68,7 @@ def _train(stage: Stage) -> Rung[Config]:
         # other settings do not help against a leak, so the advice is left out where one was seen
         return LadderExhausted(f"{error}\n{stage.leak or _advice(stage, attempts[earlier:])}")
 
-    with explained(advised, (LadderExhausted,)):
+    with explained(advised, (LadderExhausted,)), worker_deaths_deferred(), closing(stage.trial):
         rung = stage.train()
     log.info("stage %s: rung %s succeeded\n%s", stage.phase.name, rung.name, rung_table(attempts[earlier:]))
     return rung

@@ -72,6 +72,7 @@ class Stage:
             # the ladder may have been resolved anew on the way down
             start = self.rungs.index(rung)
             loop = self._loop(rung, eval_batch)
+            loop.pipeline.take_over(self.trial.take_loader())  # from here on the loop closes it
             failure, growth = None, loop.growth
             try:
                 if loop.run():
@@ -120,7 +121,9 @@ class Stage:
         tried = Rung(f"{LARGEST}-{size}", config)  # a ladder of one: the failure of a size is an answer
         try:
             # what is predicted is recorded, and skips no size: a wrong prediction would end the search
-            self.trial.descend([tried], lambda rung: ("", judge.assess(rung.settings)[1]), self._attempted)
+            self.trial.descend(
+                [tried], lambda rung: ("", judge.assess(rung.settings)[1]), self._attempted, is_followed=False
+            )
         except LadderExhausted:
             return False
         return True

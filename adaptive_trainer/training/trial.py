@@ -15,6 +15,8 @@ from adaptive_trainer.checkpoints.packing import made_buffers, make_buffers
 from adaptive_trainer.checkpoints.resume import take_up
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.images.preprocessing import remark
+from adaptive_trainer.data.loader import Loader
+from adaptive_trainer.data.pipeline import begun
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, descend
 from adaptive_trainer.ladder.resolve import recipe
@@ -69,6 +71,8 @@ class Trial:
         self.is_climbing = False
         self._run, self._keeper, self._weights = run, keeper, weights
         self._tried: Rung[Config]
+        self._loader: Loader | None = None  # of the rung tried, whose workers read while the dry run runs
+        self._is_followed = False
         self._earlier: Measurement | None = None  # of an earlier dry run, which was not made again
 
     @property
@@ -79,9 +83,19 @@ class Trial:
         return self.session
 
     def descend(
-        self, rungs: Iterable[Rung[Config]], assess: Assess, on_attempt: Callable[[Attempt], None]
+        self,
+        rungs: Iterable[Rung[Config]],
+        assess: Assess,
+        on_attempt: Callable[[Attempt], None],
+        *,
+        is_followed: bool = True,
     ) -> Found[Config, int]:
-        """Try one rung after another; remember how it went for later runs."""
+        """Try one rung after another; remember how it went for later runs.
+
+        Args:
+            is_followed: the rung that fits is trained next, so that its data workers may start.
+        """
+        self._is_followed = is_followed
         # what fails later, in training, is not remembered: that says too little of a rung
         judge, capacity, device = self._run.judge, self._run.parts.capacity, self._run.parts.device
 
@@ -126,12 +140,14 @@ class Trial:
             if is_new:
                 self._fill(self.session)
             log.debug("the network is built")
+            self._begin_loading(self.session)
             update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)
             # an earlier dry run, and the session that a climb came from, say nothing of a larger last update
             if back is None and update.largest_part(odd) <= update.largest_part(sizes.batch_size):
                 self._earlier = self._run.judge.earlier_dry_run(config)
             eval_batch = sizes.eval_batch_size if self._earlier else dry_run(update, sizes, odd=odd)
         except BaseException:
+            self.close()
             if is_new or back is not None:
                 self.session = back
             if back is not None:
@@ -139,6 +155,22 @@ class Trial:
             raise
         self.saved = None  # the session has it now; a rung that failed has left it for the next
         return eval_batch
+
+    def take_loader(self) -> Loader | None:
+        """Hand over the loader of the rung that fits, where its workers have begun."""
+        loader, self._loader = self._loader, None
+        return loader
+
+    def close(self) -> None:
+        """End the data workers that nobody has taken over."""
+        if (loader := self.take_loader()) is not None:
+            loader.close()
+
+    def _begin_loading(self, session: Session) -> None:
+        state, config = session.state, session.config
+        is_due = state.position.epoch == state.finished_epochs < config.trainer.epochs  # else evaluation comes first
+        if self._is_followed and is_due:
+            self._loader = begun(self._run.data, config, self._run.parts.device, state.position)
 
     def _sizes(self, config: Config) -> Recipe:
         stored = 0 if self._run.data.stored is None else self._run.data.stored[0].size

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,41 @@ def test_the_same_workers_in_every_epoch_and_evaluation(tmp_path: Path) -> None:
     assert len(pids) == EPOCHS * (SIZE + 6)
     assert len(set(pids)) == 2
     assert os.getpid() not in map(int, pids)
-    assert net.workers == [set()] * DRY_PASSES + [set(map(int, pids))] * (EPOCHS * UPDATES)
+    assert net.workers == [set(map(int, pids))] * (DRY_PASSES + EPOCHS * UPDATES)
     assert alive() == set()
+
+
+def test_workers_read_while_the_dry_run_runs(tmp_path: Path) -> None:
+    read = []
+
+    def event(update: int) -> None:
+        if update <= 0:  # in the dry run
+            until = time.monotonic() + 30
+            while not (tmp_path / "pids").exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            read.append((tmp_path / "pids").exists())
+
+    fit(tmp_path, event=event)
+    assert read == [True] * DRY_PASSES
+
+
+@pytest.mark.parametrize("fault", [MemoryError, ValueError, KeyboardInterrupt])
+def test_no_worker_is_left_of_a_dry_run_that_fails(fault: type[BaseException], tmp_path: Path) -> None:
+    def event(update: int) -> None:
+        assert len(alive()) == 2
+        raise fault
+
+    with pytest.raises((fault, LadderExhausted)):
+        fit(tmp_path, event=event, steps={})
+    assert alive() == set()
+
+
+def test_no_worker_starts_where_only_an_evaluation_is_left(tmp_path: Path) -> None:
+    fit(tmp_path)
+    (tmp_path / "pids").unlink()
+    _, net = fit(tmp_path, "resume=auto")
+    assert net.workers == [set()] * DRY_PASSES
+    assert not (tmp_path / "pids").exists()
 
 
 def grows(at: int) -> Callable[[int], None]:
@@ -144,7 +178,7 @@ def test_the_workers_of_a_rung_end_before_the_dry_run_of_the_next(tmp_path: Path
     assert result.rung == "smaller"
     first, rest = net.workers[DRY_PASSES : DRY_PASSES + UPDATES + 3], net.workers[DRY_PASSES + UPDATES + 3 :]
     second = rest[DRY_PASSES:]
-    assert rest[:DRY_PASSES] == [set()] * DRY_PASSES
+    assert rest[:DRY_PASSES] == second[:1] * DRY_PASSES
     assert (len(first[0]), len(second[0])) == (2, 2)
     assert first == first[:1] * len(first)
     assert second == second[:1] * len(second)
@@ -287,19 +321,22 @@ def test_a_mistake_that_quotes_an_out_of_memory_ends_the_run(num_workers: int, t
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_fork_that_fails_for_want_of_memory(at: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of the first workers, or when one of them is there already."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_fork_that_fails_for_want_of_memory(
+    at: int, times: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the first workers, or when one of them is there already; before the dry run, and where a batch is wanted."""
     expected, forks, fork = undisturbed(tmp_path / "alone", 0).inputs, [0], os.fork
 
-    def fails_once() -> int:
+    def fails() -> int:
         forks[0] += 1
-        if forks[0] == at:
+        if forks[0] in range(at, times * at + 1, at):
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return fork()
 
-    monkeypatch.setattr(os, "fork", fails_once)
+    monkeypatch.setattr(os, "fork", fails)
     result, net = fit(tmp_path / "short", num_workers=3)
-    assert [event for event in result.events if "->" in event] == ["data.num_workers 3 -> 0"]
+    assert [event for event in result.events if "->" in event] == ["data.num_workers 3 -> 0"] * (times - 1)
     assert net.inputs == expected
     assert alive() == set()
 

@@ -7,13 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch
-from adaptive_trainer.data.pipeline import Pipeline, worker_deaths_deferred
+from adaptive_trainer.data.pipeline import Pipeline
 from adaptive_trainer.errors import AdaptiveTrainerError, DataError, Interrupted, OutOfMemory, UserError
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.report.listeners import Listener
@@ -64,7 +64,7 @@ class Loop:
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
         self.engine = Engine(update, config.trainer.engine, config.trainer.batch_size, self.record.event)
         self.pipeline = Pipeline(
-            replace(self.data, config=config.data), config, self.device, self.engine.beside_graph,
+            self.data, config, self.device, self.engine.beside_graph,
             bool(config.trainer.channels_last), self.capacity.pressure, self.record.event,
         )  # fmt: skip
         self.evaluation = Evaluation(
@@ -81,7 +81,7 @@ class Loop:
             Interrupted: a signal came; the state is saved.
             UserError: the host's memory has run out between updates, twice.
         """
-        with worker_deaths_deferred(), closing(self.pipeline):
+        with closing(self.pipeline):
             while True:  # position and counts say where to go on
                 try:
                     return self._run()
