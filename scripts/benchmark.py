@@ -1,9 +1,9 @@
 """Run the benchmarks and put their tables, and a plot, into docs/benchmarks.md.
 
-speed: images per second against other trainers. finders-CAP: seconds until a batch size fits and trains. data: images
-per second from files. where: what one update spends its time on. undo, loop, compile: what transactions, the training
-loop and torch.compile cost and bring. layout, start: where channels_last pays, and what it costs at first. cpu: an
-update without a card.
+speed: images per second against other trainers. command: seconds from a command to its first update, and to its end.
+finders-CAP: seconds until a batch size fits and trains. data: images per second from files. where: what one update
+spends its time on. undo, loop, compile: what transactions, the training loop and torch.compile cost and bring. layout,
+start: where channels_last pays, and what it costs at first. cpu: an update without a card.
 
 Usage: python scripts/benchmark.py [PART ...] [--page FILE]
 
@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PARTS: dict[str, list[str]] = {
     "speed": ["scripts.benchmark_speed"],
+    "command": ["scripts.benchmark_start"],
     "finders-2600": ["scripts.benchmark_finders", "--caps", "2600"],
     "finders-1300": ["scripts.benchmark_finders", "--caps", "1300"],
     "finders-900": ["scripts.benchmark_finders", "--caps", "900"],

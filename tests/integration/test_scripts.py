@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.cli.main import as_list
-from scripts import benchmark, benchmark_where
+from scripts import benchmark, benchmark_start, benchmark_where
 from scripts import benchmark_finders as finders
 from tests.support.forking import ROOT, Launcher
 
@@ -149,6 +150,21 @@ def test_benchmark_of_loading() -> None:
     assert [row[0].removeprefix("| ") for row in rows if len(row) == 2][1:] == [*ways, *others]
     assert [row[0].removeprefix("| ") for row in rows if len(row) == 3][1:] == ["one batch", *ways]
     assert all(float(row[1].rstrip(" |")) > 0 for row in rows if row[0].startswith("| ours"))
+
+
+def test_the_log_has_the_end_of_every_stage(launcher: Launcher, tmp_path: Path) -> None:
+    begun = time.time()
+    ended = launcher.run(
+        *SMALL, "memory.limit=none", "hydra.run.dir=.", "hydra.verbose=[adaptive_trainer]", folder=tmp_path
+    )
+    assert ended.code == 0, ended.text
+    lines = list(benchmark_start.times((tmp_path / "adaptive_trainer.log").read_text()))
+    end = time.time()
+    found = benchmark_start.stages(lines, begun, end)
+    assert all(seconds >= 0 for seconds in found.values())
+    of_all = (benchmark_start.TO_FIRST, benchmark_start.TRAINING, benchmark_start.TO_EXIT)
+    assert sum(found[name] for name in of_all) == pytest.approx(end - begun)
+    assert sum(found[name] for name in benchmark_start.STAGES) == pytest.approx(found[benchmark_start.TO_FIRST])
 
 
 def test_benchmarks_replace_their_tables_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
