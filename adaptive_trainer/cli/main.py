@@ -230,9 +230,10 @@ def _check(cfg: DictConfig) -> None:
     """Refuse what can be refused without torch, whose import takes seconds."""
     if cfg.task not in TASKS:
         check(typed(cfg))
-    if cfg.task == "train":
+    if cfg.task in ("train", "plan"):
         asked = stages(cfg)
         for _, settings in asked:
-            resolve(settings)  # for its errors: training resolves once more, with the networks to ask
+            resolve(settings)  # for its errors: both resolve once more, with the networks to ask
+    if cfg.task == "train":
         check_no_card(typed(cfg).card)
         check_folders(typed(asked[0][1]).data)

@@ -133,6 +133,8 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
         (["trainer.engine=fast"], 2, "trainer.engine=fast is none of auto, eager, graph, compile"),
         (["memory.limit=1MiB"], 2, "memory.limit='1MiB' is less than the 2 MiB"),
         (["memory.limit=1MiB", "trainer.epochs=0"], 2, "trainer.epochs=0 is below 1; memory.limit='1MiB' is less than"),
+        (["task=plan", "card=rtx2060", "memory.limit=1MiB"], 2, "memory.limit='1MiB' is less than the 2 MiB"),
+        (["task=plan", "phases.stages=[{name:a,overrides:['trainer.epochs=0']}]"], 2, "trainer.epochs=0 is below 1"),
         (["card=rtx2060"], 2, "memory.limit=6144MiB sets the size"),
         (["task=plann"], 2, "task=plann is none of train, plan, memory"),
         (["data=imagefolder", "data.root=''"], 2, "data.root has no value"),
