@@ -126,7 +126,8 @@ def resumed(
     *,
     kinds: Collection[oom.Kind] = LOADING,
     pressure: Callable[[], bool] | None = None,
-    make_room: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    make_room: Callable[..., Any] = lambda work, *, stays: work(),
+    are_refilled: bool = False,
 ) -> Generator[Any, None, None]:
     """Batches of so many samples, pass after pass: where memory runs out, the next goes on with the same samples.
 
@@ -134,15 +135,17 @@ def resumed(
         begin: starts a pass behind so many samples: an iterator that can be closed.
         answer: is given a failure, and the samples before it; makes room for the next pass, or raises.
         kinds, pressure: as for `oom.attempt`.
-        make_room: runs work; where the device has no room for it, makes room and runs it once more.
+        make_room: runs work; where the device has no room for it, makes room and runs it once more. `stays` says
+            whether something on the device that the work makes is needed later.
+        are_refilled: batches lie in memory that `begin` has made; so all else that they take goes at once.
     """
     done = 0
     while done < samples:
         failure = running = batch = None
         try:
-            running = make_room(partial(begin, done))  # starts workers, which can fail too
+            running = make_room(partial(begin, done), stays=True)  # starts workers, which can fail too
             while done < samples:
-                batch = make_room(partial(next, running))
+                batch = make_room(partial(next, running), stays=not are_refilled)
                 yield batch
                 done += batch.samples  # when it comes back for more, this one was used
         except OutOfMemory:  # of work that was tried twice already

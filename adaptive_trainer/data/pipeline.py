@@ -71,6 +71,7 @@ class Pipeline:
 
     Attributes:
         make_room: returns what work returns; where the device has no room for it, makes room and runs it once more.
+            `stays` says whether something on the device that the work makes is needed later.
         channels_last: the images' memory format.
         pressure: whether device memory is really short (`oom.describe`).
         event: something was decided, in words, for the record.
@@ -79,7 +80,7 @@ class Pipeline:
     data: DataSets
     config: Config
     device: torch.device
-    make_room: Callable[[Callable[[], Any]], Any]
+    make_room: Callable[..., Any]
     channels_last: bool
     pressure: Callable[[], bool]
     event: Callable[[str], None]
@@ -128,8 +129,9 @@ class Pipeline:
     def _batches(self, samples: int, begin: Callable[[int], Iterator[Batch]]) -> Generator[Batch, None, None]:
         self._retried_at = -1
         return resumed(
-            samples, begin, self._answer, kinds=oom.OF_MEMORY, pressure=self.pressure, make_room=self.make_room
-        )
+            samples, begin, self._answer, kinds=oom.OF_MEMORY, pressure=self.pressure, make_room=self.make_room,
+            are_refilled=self.data.stored is not None,
+        )  # fmt: skip
 
     def _answer(self, failure: oom.Failure, done: int) -> None:
         """Make room for the same samples once more; raise where that was no help."""

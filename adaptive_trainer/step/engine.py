@@ -1,7 +1,7 @@
 """Runs the updates and evaluations of one rung: whole batches by a backend, all else operator by operator beside it.
 
-Compiled code and graphs are a luxury: where they cannot be had, or their memory is wanted for something else, updates
-go on without, and the reason is recorded.
+Compiled code and graphs are a luxury: where they cannot be had updates go on without, and while their memory is wanted
+for something else; the reason is recorded.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.step.backends.choose import BACKENDS
-from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
@@ -47,27 +45,25 @@ class Engine:
         if self._rounds:
             self._round_rates()
         if len(labels) == self.batch_size:
-            self.beside_graph(lambda: self._run_whole(images, labels, samples))
+            self.backend = self.backend.run(images, labels, samples)
         else:  # the last batch of an epoch
-            self.beside_graph(lambda: self.update.run(images, labels, samples=samples))
+            self.backend.beside(lambda: self.update.run(images, labels, samples=samples), stays=False)
 
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
         """Evaluate one batch, as `Update.evaluate`."""
-        return self.beside_graph(lambda: self.update.evaluate(model, images, labels))
+        return self.backend.beside(lambda: self.update.evaluate(model, images, labels), stays=False)
 
-    def beside_graph(self, work: Callable[[], T]) -> T:
-        """Return what the work returns; where memory runs out beside a graph, once more without it."""
-        try:
-            return work()
-        except OutOfMemory as error:
-            backend, reason = self.backend, f"its memory was wanted in {error.phase}"
-            if not isinstance(backend, Recorded) or backend.graph is None:
-                raise
-        self.backend = backend.give_up(reason)  # not before: the error's frames hold tensors
-        return work()
+    def beside(self, work: Callable[[], T], *, stays: bool = True) -> T:
+        """Return what the work returns; where memory runs out beside a graph, once more without it.
 
-    def _run_whole(self, images: Tensor, labels: Tensor, samples: int) -> None:
-        self.backend = self.backend.run(images, labels, samples)
+        Args:
+            stays: something on the device that the work makes is needed later. Else the graph lends it its memory.
+        """
+        return self.backend.beside(work, stays=stays)
+
+    def make_room(self, phase: str) -> bool:
+        """Give back memory that updates can do without, which is wanted in `phase`; whether there was any."""
+        return self.backend.make_room(phase)
 
     def _round_rates(self) -> None:
         # To what a graph's tensor can hold, so that updates of both kinds have the same bits.

@@ -183,6 +183,16 @@ class Undo:
             kept.forget_tensors()
         self._bound_buffers = []
 
+    def tensors(self) -> list[Tensor]:
+        """What is watched, and the copies of it."""
+        state = self.state
+        scaler = [getattr(state.scaler, name, None) for name in SCALER_TENSORS]
+        made = [tree_leaves(list(optimizer.state.values())) for optimizer in self.optimizers]
+        bound = chain.from_iterable(buffers.values() for buffers in self.buffers)
+        copies = chain.from_iterable(kept.copies for kept in (self.small, self.beside))
+        others = _tensors((*bound, *scaler, *state.meters.values(), *chain.from_iterable(made)))
+        return [*self.parameters, *self.average, *others, *copies]
+
     def begin(self) -> None:
         """Keep what forward, backward, clipping and evaluation change: buffers, of the average as well, scaler, meters,
         random numbers, plain values.

@@ -126,6 +126,10 @@ class Update:
         """Give back the memory of the copies, which the next update makes anew."""
         self._undo.free_copies()
 
+    def tensors(self) -> list[Tensor]:
+        """All that lies on the device from one update to the next: what is trained, and the copies."""
+        return self._undo.tensors()
+
     @contextmanager
     def dry_running(self) -> Iterator[None]:
         """Updates inside count all of their memory. What their steps do to the values of weights and optimizer state is

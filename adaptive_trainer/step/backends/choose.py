@@ -24,11 +24,11 @@ class Faster(Recorded):
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
         super().__init__(update, name, event)
         self._eager: list[float] = []  # seconds
-        self._replays: list[float] = []
+        self._timed_replays: list[float] = []
 
     def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make one update, timed once it is known that it can be recorded, until one kind is settled on."""
-        if not self.is_checked or len(self._replays) == TIMED:
+        if self.is_over or not self.is_checked or len(self._timed_replays) == TIMED:
             return super().run(images, labels, samples)
         if len(self._eager) < TIMED:
             with self._timed(self._eager):
@@ -37,12 +37,12 @@ class Faster(Recorded):
             return self.give_up(reason).run(images, labels, samples)
         if not self.is_recorded_for(images, labels):
             return self._run_kernels(images, labels, samples)  # it says nothing of replays
-        with self._timed(self._replays):
+        with self._timed(self._timed_replays):
             done = self.replay(images, labels, samples)
-        return self._settled() if done is self and len(self._replays) == TIMED else done
+        return self._settled() if done is self and len(self._timed_replays) == TIMED else done
 
     def _settled(self) -> Eager:
-        eager, graph = (1e3 * statistics.median(seconds) for seconds in (self._eager, self._replays))
+        eager, graph = (1e3 * statistics.median(seconds) for seconds in (self._eager, self._timed_replays))
         if graph < eager:
             self.announce(f"from here on, {graph:.1f} ms an update, against {eager:.1f} ms eager (auto)")
             return self

@@ -1,7 +1,7 @@
 """One update, or its forward and backward passes, as a CUDA graph: recorded once, then replayed with new samples.
 
 A small batch leaves a card waiting for Python to launch its kernels. A graph launches them all at once, and as its
-memory is its own, a replay allocates nothing: it cannot run out of memory.
+memory is its own, a replay allocates nothing: it cannot run out of memory. Between replays that memory can be lent.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import AdaptiveTrainerError, explained
+from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, explained
+from adaptive_trainer.memory.compaction import compact
 from adaptive_trainer.step.backends.host_state import HostState
+from adaptive_trainer.step.backends.pool import Pool
 from adaptive_trainer.step.copies import Places
 from adaptive_trainer.step.program import Accumulate, Change, Program
 from adaptive_trainer.step.update import Update
@@ -45,6 +46,9 @@ class Graph:
         accumulate: makes the gradients.
         with_step: record all of the update; otherwise only what makes the gradients, forward and backward.
 
+    Attributes:
+        is_spoiled: what was done in the memory that it lent has left something there, which a replay would write over.
+
     Raises:
         GraphRefused: it cannot be recorded, or there is no memory for it; the training state is as before.
             `Update.phase` says how far the recording came.
@@ -59,14 +63,22 @@ class Graph:
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._holders = _Holders()
         self._lane: _Lane | None = None
+        self._pool = Pool(program.device)
         self._graph = torch.cuda.CUDAGraph()
+        self.is_spoiled = False
         problem = ""
+        program.phase = "begin"
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
         try:
+            self.images = torch.zeros_like(images, device=program.device)
+            self.labels = torch.zeros_like(labels, device=program.device)
+            size = _make_room(update)
             with update.rolled_back(), _unchanged_host(program):
-                self._record(program, images, labels, accumulate)
+                self._record(program, accumulate, size)
         except GraphRefused as error:
             problem = str(error)
+        except DeviceUnusable:
+            raise
         except Exception as error:
             failure = oom.describe(error, pressure=update.capacity.pressure)
             if failure.kind is oom.Kind.POISONED:
@@ -77,6 +89,25 @@ class Graph:
             vars(self).clear()  # the graph, and with it its memory
             oom.release(program.device)
             raise GraphRefused(problem)
+        self._held = self._pool.held()
+        if images.is_pinned():
+            with suppress(torch.OutOfMemoryError):  # a graph can do without
+                self._lane = _Lane(self.images, self.labels)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, operators run in the graph's memory; what they make there is to be gone at the end."""
+        try:
+            with self._pool.opened():
+                yield
+        finally:
+            oom.clear_workspaces(self._pool.device)  # it was made inside, and is no harm
+            self.is_spoiled = self._pool.held() > self._held
+
+    def shrink(self) -> bool:
+        """Give back what a replay can do without; whether there was anything."""
+        had, self._lane = self._lane is not None, None
+        return had
 
     def suits(self, images: Tensor, labels: Tensor) -> bool:
         """Whether it was recorded for such a batch."""
@@ -105,9 +136,7 @@ class Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
-    def _record(self, program: Program, images: Tensor, labels: Tensor, accumulate: Accumulate) -> None:
-        self.images = torch.zeros_like(images, device=program.device)
-        self.labels = torch.zeros_like(labels, device=program.device)
+    def _record(self, program: Program, accumulate: Accumulate, size: int) -> None:
         self.rates = [torch.tensor(float(group["lr"]), device=program.device) for group in self.groups]
         for group, rate in zip(self.groups, self.rates, strict=True):  # whoever records puts the groups back
             group.update({"lr": rate} | ({"capturable": True} if "capturable" in group else {}))
@@ -120,30 +149,10 @@ class Graph:
             change()
 
         if self.with_step:
-            self._capture(program.device, lambda: program.run(self.images, self.labels, accumulate, step))
+            self._pool.capture(self._graph, lambda: program.run(self.images, self.labels, accumulate, step), size)
         else:
-            self._capture(program.device, lambda: accumulate(self.images, self.labels))
+            self._pool.capture(self._graph, lambda: accumulate(self.images, self.labels), size)
             self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
-        if images.is_pinned():
-            with suppress(torch.OutOfMemoryError):  # a graph can do without
-                self._lane = _Lane(self.images, self.labels)
-
-    def _capture(self, device: torch.device, work: Callable[[], None]) -> None:
-        """Run the work's Python once; its kernels go into the graph and do not run."""
-        pool = torch.cuda.graph_pool_handle()
-        has_ended = False
-        try:
-            with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-                # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    work()
-                finally:
-                    self._graph.capture_end()
-                    has_ended = True
-        finally:
-            if not has_ended:
-                _abandon(device, pool)
 
 
 class _Holders:
@@ -194,18 +203,26 @@ class _Lane:
         self.cleared.record(torch.cuda.current_stream(self.device))
 
 
-def _abandon(device: torch.device, pool: Any) -> None:
-    """Take allocator and random numbers out of a recording whose end failed.
+def _make_room(update: Update) -> int:
+    """Make room for a recording; return the bytes of large blocks that it will hold at the most.
 
-    The allocator would go on sending memory to its pool, and up to torch 2.12 the generator would refuse to draw.
+    These are what updates that ran operator by operator have held beside what is there still.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with suppress(RuntimeError):  # the first fails where the recording did end; then the graph gives back its pool
-        torch._C._cuda_endAllocateToPool(index, pool)
-        torch._C._cuda_releasePool(index, pool)
-    generator, fresh = torch.cuda.default_generators[index], torch.Generator(device)
-    fresh.set_state(generator.get_state())
-    generator.graphsafe_set_state(fresh)
+    device = update.program.device
+
+    def left() -> tuple[int, int]:
+        stats, room = torch.cuda.memory_stats(device), update.capacity.room() or 0
+        # Small blocks lie in segments of their own.
+        small = stats["reserved_bytes.small_pool.peak"] - stats["allocated_bytes.small_pool.current"]
+        large = stats["allocated_bytes.large_pool.peak"] - stats["allocated_bytes.large_pool.current"]
+        return large, room + update.capacity.foreign - stats["reserved_bytes.all.current"] - small
+
+    large, room = left()
+    if large > room:
+        with suppress(torch.OutOfMemoryError):  # then what lies between the weights is left unused
+            compact(update.tensors(), device)
+        large, room = left()
+    return min(large, room)
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
 
 from adaptive_trainer.step.program import Accumulate
 from adaptive_trainer.step.update import Update
+
+T = TypeVar("T")
 
 
 class Eager:
@@ -40,3 +43,15 @@ class Eager:
         """Make one update with gradients from this function."""
         self.update.run(images, labels, samples=samples, accumulate=accumulate)
         return self
+
+    def beside(self, work: Callable[[], T], *, stays: bool) -> T:
+        """Do what is no update of a whole batch, and return what it returns.
+
+        Args:
+            stays: something on the device that the work makes is needed later.
+        """
+        return work()
+
+    def make_room(self, phase: str) -> bool:
+        """Give back memory that updates can do without, which is wanted in `phase`; whether there was any."""
+        return False

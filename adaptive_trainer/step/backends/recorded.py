@@ -1,19 +1,23 @@
-"""Updates as a CUDA graph: whether one can be recorded, when it is, and what happens when it has to go."""
+"""Updates as a CUDA graph: whether one can be recorded, when it is, who borrows its memory, and when it has to go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 from torch import Tensor
 
 from adaptive_trainer import oom
+from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
 from adaptive_trainer.step.backends.eager import Eager
 from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
 IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward
+PAYS = 20  # replays that make up for the time of a recording
+VAIN = 3  # recordings in a row that do not pay, after which there is no other
 
 
 class Recorded(Eager):
@@ -23,17 +27,24 @@ class Recorded(Eager):
         kernels: makes the updates before the recording, and those after the graph was given up.
         graph: what was recorded.
         is_checked: an update has shown that nothing speaks against recording.
+        is_over: no graph is to be recorded any more.
     """
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None], kernels: Eager | None = None) -> None:
         super().__init__(update, name, event)
         self.kernels = kernels or Eager(update, name, event)
         self.graph: Graph | None = None
-        self.is_checked = False
+        self.is_checked = self.is_over = False
         self._step_reason = ""  # why the step is not recorded
+        self._replays = self._vain = 0  # of this graph; recordings before it that did not pay
+        self._lends: bool | None = None  # its memory to other work: once that has found none elsewhere
+        self._is_announced = False
+        self._wanted: set[str] = set()  # phases in which its memory was wanted
 
     def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make one update: at first one that is checked, then record, then replay."""
+        if self.is_over:
+            return self.kernels.run(images, labels, samples)
         if not self.is_checked and self.graph is None:
             return self._check(images, labels, samples)
         if self.graph is None:
@@ -49,7 +60,7 @@ class Recorded(Eager):
         while True:
             made = _refused(lambda: Graph(self.update, images, labels, accumulate, with_step=not self._step_reason))
             if isinstance(made, Graph):
-                self.graph = made
+                self.graph, self._replays = made, 0
                 return ""
             if not self._is_of_the_step(made):
                 return made
@@ -59,7 +70,10 @@ class Recorded(Eager):
         return self.graph is not None and self.graph.suits(images, labels)
 
     def announce(self, why: str) -> None:
-        """Log what is a graph now."""
+        """Log what is a graph now, the first time."""
+        if self._is_announced:
+            return
+        self._is_announced = True
         what = "forward and backward are" if self._step_reason else "the whole update is"
         rest = f"; the optimizer's step is not: {self._step_reason}" if self._step_reason else ""
         self.event(f"engine: {what} one CUDA graph {why}{rest}")
@@ -67,24 +81,68 @@ class Recorded(Eager):
     def replay(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make the update by what was recorded; kernel by kernel for a batch of another shape."""
         # No name of its own for the graph: it would keep the memory of one that is given up.
-        if self.graph is None or not self.graph.suits(images, labels):
-            return self._run_kernels(images, labels, samples)
-        if self.graph.with_step:
+        if self.graph is not None and self.graph.with_step and self.graph.suits(images, labels):
             after = self.program.state.position.advance(samples)
             self.graph.replay(images, labels)
             self.update.commit(after)
+            self._replays += 1
             return self
         try:
-            return self.run_with(self.graph.replay, images, labels, samples)
+            return self.beside(lambda: self._replay_passes(images, labels, samples), stays=False)
         except GraphRefused as error:  # a replay would do harm
             reason = str(error)
         return self.give_up(reason).run(images, labels, samples)
 
+    def beside(self, work: Callable[[], T], *, stays: bool) -> T:
+        """Do the work beside the graph; where memory runs out in the graph's own memory, then without a graph.
+
+        The graph is recorded again at the next whole batch.
+        """
+        while self.graph is not None:
+            is_lent = bool(self._lends) and not stays
+            try:
+                with self.graph.lent() if is_lent else nullcontext():
+                    done = work()
+            except OutOfMemory as error:
+                phase = error.phase
+            else:
+                if is_lent and self.graph.is_spoiled:  # it goes before a replay writes over what is there
+                    self._lends = False
+                    self._give_way(f"{self.update.phase}, which leaves tensors there")
+                return done
+            if self._lends is None and not stays:  # not before: the error's frames hold tensors
+                self._lends = True
+            else:
+                self.make_room(phase)
+        return work()
+
+    def make_room(self, phase: str) -> bool:
+        """Give back what the graph can do without, else the graph; whether there was one."""
+        if self.graph is None:
+            return False
+        if self.graph.shrink():
+            oom.release(self.program.device)
+        else:
+            self._give_way(phase)
+        return True
+
     def give_up(self, reason: str) -> Eager:
         """Give up the graph, or the thought of it, and return what goes on without."""
         self.drop()
+        self.is_over = True
         self.event(f"engine: {self.kernels.label}, not a CUDA graph: {reason}")
         return self.kernels
+
+    def _give_way(self, phase: str) -> None:
+        """Drop the graph for the moment; for good where it has had to go again and again, soon after its recording."""
+        self._vain = 0 if self._replays >= PAYS else self._vain + 1
+        if self._vain == VAIN:
+            self.give_up(f"its memory was wanted in {phase} as soon as it was recorded, {VAIN} times in a row")
+            return
+        self.drop()
+        if phase not in self._wanted:  # once, and not in every epoch
+            self._wanted.add(phase)
+            self.event(f"engine: the CUDA graph goes when its memory is wanted in {phase}, and is recorded again")
 
     def drop(self) -> None:
         """Give back the graph's memory."""
@@ -122,6 +180,13 @@ class Recorded(Eager):
     def _accumulate_checked(self, images: Tensor, labels: Tensor) -> None:
         with synchronizing_refused():
             self.kernels.accumulate(images, labels)
+
+    def _replay_passes(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make the update with the gradients of a replay, where there is a graph of such a batch."""
+        if self.graph is None or not self.graph.suits(images, labels):
+            return self._run_kernels(images, labels, samples)
+        self._replays += 1
+        return self.run_with(self.graph.replay, images, labels, samples)
 
     def _run_kernels(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         return self._or_self(self.kernels.run(images, labels, samples))

@@ -64,7 +64,7 @@ class Loop:
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
         self.engine = Engine(update, config.trainer.engine, config.trainer.batch_size, self.record.event)
         self.pipeline = Pipeline(
-            self.data, config, self.device, self.engine.beside_graph,
+            self.data, config, self.device, self.engine.beside,
             bool(config.trainer.channels_last), self.capacity.pressure, self.record.event,
         )  # fmt: skip
         self.evaluation = Evaluation(
@@ -97,7 +97,9 @@ class Loop:
         """Go on after an out-of-memory in what is done beside updates, which all can be taken up again."""
         oom.release(self.device)  # after the handler, when the failed work's frames are gone
         self._failures += 1
-        if self._failures == 1 and not failure.exact:
+        if failure.fills(self.device) and self.engine.make_room("training, between updates"):
+            self._failures -= 1
+        elif self._failures == 1 and not failure.exact:
             log.warning("out of memory between updates (%s): once more from there", failure.text)
         elif failure.fills(self.device):
             raise OutOfMemory(failure.text, phase="training, between updates")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -36,6 +36,16 @@ class Stand:
         if reason := Stand.refuse(with_step, update):
             raise GraphRefused(reason)
         self.with_step, self.program, self.size = with_step, update.program, len(labels)
+        self.lane, self.is_spoiled, self.times_lent = True, False, 0
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        self.times_lent += 1
+        yield
+
+    def shrink(self) -> bool:
+        had, self.lane = self.lane, False
+        return had
 
     def suits(self, images: Tensor, labels: Tensor) -> bool:
         return len(labels) == self.size
@@ -131,14 +141,9 @@ def test_what_the_checked_update_shows(phase: str, capacity: Capacity, monkeypat
     assert len(events) == 1
 
 
-@pytest.mark.parametrize(
-    ("seconds", "word"), [((2.0, 1.0), "the whole update is one CUDA graph"), ((1.0, 2.0), "eager,")]
-)
-def test_the_faster_of_the_two_stays(
-    seconds: tuple[float, float], word: str, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def take(eager: float, replay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have updates of each kind take so many seconds."""
     clock = [0.0]
-    eager, replay = seconds
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(choose, "TIMED", 2)
 
@@ -151,6 +156,15 @@ def test_the_faster_of_the_two_stays(
 
     monkeypatch.setattr(Recorded, "_run_kernels", timed(Recorded._run_kernels, eager))
     monkeypatch.setattr(Recorded, "replay", timed(Recorded.replay, replay))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "word"), [((2.0, 1.0), "the whole update is one CUDA graph"), ((1.0, 2.0), "eager,")]
+)
+def test_the_faster_of_the_two_stays(
+    seconds: tuple[float, float], word: str, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(*seconds, monkeypatch)
     engine, events, run = trained("auto", capacity)
     assert len(events) == 1
     assert events[0].startswith(f"engine: {word}")
@@ -165,32 +179,120 @@ def test_a_batch_of_another_shape_is_not_timed_as_a_replay(capacity: Capacity, m
     engine, events, run = trained("auto", capacity, 2)
     backend = engine.backend
     assert isinstance(backend, choose.Faster)
-    while not backend._replays:
+    while not backend._timed_replays:
         advance(engine, run)
     with monkeypatch.context() as patch:
         patch.setattr(Stand, "suits", lambda self, images, labels: False)
         advance(engine, run)
-    assert (len(backend._eager), len(backend._replays), events) == (2, 1, [])
+    assert (len(backend._eager), len(backend._timed_replays), events) == (2, 1, [])
     advance(engine, run)
     assert len(events) == 1
 
 
-def test_a_graph_makes_room_for_other_work_once(capacity: Capacity) -> None:
-    engine, events, _ = trained("graph", capacity)
-    calls: list[int] = []
+class Wanting:
+    """Work that finds no memory so many times."""
 
-    def work() -> str:
-        calls.append(1)
-        if len(calls) == 1:
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls = failures, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.failures:
             raise OutOfMemory("CUDA out of memory", phase="evaluation")
         return "done"
 
-    assert engine.beside_graph(work) == "done"
-    assert events[1:] == ["engine: eager, not a CUDA graph: its memory was wanted in evaluation"]
-    calls.clear()
+
+GOES = "engine: the CUDA graph goes when its memory is wanted in evaluation, and is recorded again"
+
+
+def stand_of(engine: Engine) -> Stand:
+    assert isinstance(engine.backend.graph, Stand)
+    return engine.backend.graph
+
+
+def test_a_graph_lends_its_memory_once_there_is_no_other(capacity: Capacity) -> None:
+    """And never to what leaves something there."""
+    engine, events, _ = trained("graph", capacity)
+    graph = stand_of(engine)
+    for failures, stays, times in ((0, False, 0), (1, False, 1), (0, False, 2), (0, True, 2)):
+        assert engine.beside(Wanting(failures), stays=stays) == "done"
+        assert (engine.backend.graph, graph.times_lent, len(events)) == (graph, times, 1)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("name", ["graph", "auto"])
+def test_a_graph_that_went_for_other_work_is_recorded_again(
+    name: str, stays: bool, capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First it lends its memory, then it shrinks, then it goes; said once, and chosen once."""
+    take(2.0, 1.0, monkeypatch)
+    engine, events, run = trained(name, capacity)
+    assert engine.beside(Wanting(1 - stays), stays=stays) == "done"
+    for _ in range(4):
+        first, made = stand_of(engine), len(Stand.made)
+        assert engine.beside(Wanting(1), stays=stays) == "done"
+        assert stand_of(engine) is first
+        assert not first.lane
+        assert engine.beside(Wanting(1), stays=stays) == "done"
+        assert not isinstance(engine.backend.graph, Stand)
+        assert events[1:] == [GOES]
+        for _ in range(recorded.PAYS):
+            advance(engine, run)
+        assert stand_of(engine) is not first
+        assert len(Stand.made) == made + 1
+    assert events[1:] == [GOES]
+
+
+def test_work_that_does_not_fit_without_a_graph_fails(capacity: Capacity) -> None:
+    engine, events, run = trained("graph", capacity)
+    work = Wanting(9)
     with pytest.raises(OutOfMemory):
-        engine.beside_graph(work)
-    assert len(calls) == 1
+        engine.beside(work, stays=False)
+    assert (work.calls, engine.backend.graph) == (4, None)
+    advance(engine, run)
+    assert isinstance(engine.backend.graph, Stand)
+    assert events[1:] == [GOES]
+
+
+def test_a_graph_that_never_lasts_is_given_up(capacity: Capacity) -> None:
+    engine, events, run = trained("graph", capacity)
+    for number in range(recorded.VAIN):
+        assert engine.backend.graph is not None, number
+        engine.beside(Wanting(2 + (number == 0)), stays=False)
+        advance(engine, run)
+    assert engine.backend.graph is None
+    given_up = (
+        "eager, not a CUDA graph: its memory was wanted in evaluation as soon as it was recorded, 3 times in a row"
+    )
+    assert events[1:] == [GOES, f"engine: {given_up}"]
+
+
+def test_a_graph_that_cannot_be_recorded_again_is_given_up(capacity: Capacity) -> None:
+    engine, events, run = trained("graph", capacity)
+    engine.beside(Wanting(3), stays=False)
+    engine.update.program.phase = "forward"
+    Stand.refuse = lambda with_step, update: "CUDA out of memory"
+    for _ in range(3):
+        advance(engine, run)
+    assert (engine.backend.graph, Stand.made) == (None, [True, True])
+    assert events[2:] == ["engine: eager, not a CUDA graph: CUDA out of memory"]
+
+
+def test_a_graph_goes_before_it_writes_over_what_was_left_in_its_memory(capacity: Capacity) -> None:
+    engine, events, run = trained("graph", capacity)
+
+    def work() -> None:
+        engine.update.program.phase = "evaluation"
+        stand_of(engine).is_spoiled = True
+
+    engine.beside(Wanting(1), stays=False)
+    engine.beside(work, stays=False)
+    assert not isinstance(engine.backend.graph, Stand)
+    assert "evaluation, which leaves tensors there" in events[1]
+    advance(engine, run)
+    graph = stand_of(engine)
+    engine.beside(Wanting(1), stays=False)
+    assert (graph.times_lent, graph.lane) == (0, False), "never again"
 
 
 def test_every_backend_can_be_asked_for() -> None:

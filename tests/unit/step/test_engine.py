@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.backends import cuda_graph
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, _Holders, _unchanged_host, step_refusal
 from adaptive_trainer.step.backends.recorded import IN_STEP
 from adaptive_trainer.step.engine import Engine
@@ -143,6 +145,16 @@ def test_what_else_a_replay_would_not_repeat_is_seen(owner: str, capacity: Capac
         attempt()
 
 
+class Straight:
+    """In place of a pool: no kernel goes into a graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def capture(self, graph: Any, work: Callable[[], None], size: int) -> None:
+        work()
+
+
 class Refused(nn.Sequential):
     """Does what no graph holds: gives a buffer another shape, or counts on the host under a name that is long."""
 
@@ -175,7 +187,8 @@ def test_why_a_recording_is_refused(
 ) -> None:
     """The reason is whole, and is no operator's error where a buffer has another shape than its average."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(Graph, "_capture", lambda self, device, work: work())
+    monkeypatch.setattr(cuda_graph, "_make_room", lambda update: 0)
+    monkeypatch.setattr(cuda_graph, "Pool", Straight)
     run = runs.start(runs.Case("sgd", "fp32", warm=True), capacity, partial(Refused, name))
     update = run.update()
     with pytest.raises(GraphRefused) as caught:
@@ -199,13 +212,19 @@ def test_the_mode_that_an_evaluation_leaves_is_no_change(capacity: Capacity) -> 
 class Static:
     """Forward and backward operator by operator, into tensors for inputs and gradients that are always the same."""
 
-    with_step = False
+    with_step = is_spoiled = False
 
     def __init__(self, run: runs.Run, update: Update) -> None:
         self.accumulate = update.program.accumulate
         self.images, self.labels = torch.zeros_like(run.images[:7]), torch.zeros_like(run.labels[:7])
         self.gradients = [(p, torch.full_like(p, torch.nan).detach()) for p in run.state.model.parameters()]
         self.holders = _Holders()
+
+    def lent(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def shrink(self) -> bool:
+        return False
 
     def suits(self, images: Tensor, labels: Tensor) -> bool:
         return len(labels) == len(self.labels)
@@ -328,7 +347,9 @@ def test_what_is_recorded_makes_room_for_the_step_and_the_update_is_made(start: 
             engine.run(images, labels, samples=7)
         assert (fault.raised >= 2) is (number == 1), "and the same samples once more"
         assert (engine.backend.graph is None) is (number > 0)
-    assert events == ["engine: eager, not a CUDA graph: its memory was wanted in optimizer step"]
+    goes = "engine: the CUDA graph goes when its memory is wanted in optimizer step, and is recorded again"
+    refused = "engine: eager, not a CUDA graph: graphs need a CUDA card, and this is cpu"
+    assert events == [goes, refused]
     assert differences(dump(run.state), dump(plain.state)) == []
 
 

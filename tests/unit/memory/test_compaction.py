@@ -1,0 +1,67 @@
+"""Tensors that are moved close together: what they hold, and what they are, stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.memory.compaction import compact
+from adaptive_trainer.memory.limit import Capacity
+from tests.support import runs
+from tests.support.faults import differences, dump
+
+CPU = torch.device("cpu")
+
+
+def test_views_of_one_memory_stay_views_of_one_memory() -> None:
+    whole = torch.arange(12.0)
+    part, other = whole[2:6].view(2, 2), torch.full((3,), 7, dtype=torch.int64)
+    expected, versions = [each.clone() for each in (whole, part, other)], [whole._version, other._version]
+    compact([part, whole, other, torch.empty(0)], CPU)
+    assert all(map(torch.equal, (whole, part, other), expected))
+    assert [whole._version, other._version] == versions
+    part.fill_(-1)
+    assert whole[2:6].tolist() == [-1.0] * 4
+
+
+def test_no_memory_for_a_second_place_leaves_all_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.arange(1000.0)
+    place = tensor.data_ptr()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "UntypedStorage", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        compact([tensor], CPU)
+    assert (tensor.data_ptr(), float(tensor.sum())) == (place, 499500.0)
+
+
+@pytest.mark.parametrize("case", [runs.Case("adamw-fused", "fp32", warm=True), runs.Case("lion", "fp16", warm=True)])
+def test_training_goes_on_with_the_same_bits(case: runs.Case, capacity: Capacity) -> None:
+    states = []
+    for moves in (False, True):
+        run = runs.start(case, capacity)
+        update = run.update()
+        for _ in range(5):
+            run.advance(update)
+            if moves:
+                compact(update.tensors(), CPU)
+        states.append(dump(run.state))
+    assert differences(*states) == []
+
+
+def test_what_is_to_be_undone_moves_too(capacity: Capacity) -> None:
+    run = runs.start(runs.Case("lion", "fp32", warm=True), capacity)
+    update = run.update()
+    run.advance(update)
+    before = dump(run.state)
+
+    def failing(*_: object) -> None:
+        compact(update.tensors(), CPU)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemory):
+        update.run(run.images[:7], run.labels[:7], samples=7, accumulate=failing)
+    assert differences(dump(run.state), before) == []
