@@ -29,6 +29,7 @@ from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
 from adaptive_trainer.utils.random import state_of
 
+TIGHT = 1.05  # of the large blocks: with less room than that, what lies between the weights is wanted
 SYNCHRONIZES = "called a synchronizing CUDA operation"  # what torch's sync debug mode says
 
 
@@ -218,7 +219,7 @@ def _make_room(update: Update) -> int:
         return large, room + update.capacity.foreign - stats["reserved_bytes.all.current"] - small
 
     large, room = left()
-    if large > room:
+    if TIGHT * large > room:  # gaps in the pool, and small blocks of other batches, take some of it
         with suppress(torch.OutOfMemoryError):  # then what lies between the weights is left unused
             compact(update.tensors(), device)
         large, room = left()
