@@ -142,7 +142,7 @@ def test_weights_that_are_moved_close_together_give_back_memory_and_train_on() -
                     before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
                     compact(update.tensors(), gpu_checks.CUDA)
                     gained.append(before[0] - torch.cuda.memory_reserved())
-                    assert torch.cuda.memory_allocated() == before[1]
+                    assert torch.cuda.memory_allocated() <= before[1]  # blocks that were not worth splitting
             states.append(dump(update.state))
     assert differences(*states) == []
     assert min(gained) >= 0
