@@ -8,6 +8,7 @@ cannot.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -34,11 +35,8 @@ def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
     for storage in storages:
         storage.resize_(0)
     oom.release(device)  # the segments that they lay in
-    # Only now, so that the new places are not in the old segments, and no other process can take their memory.
-    kept.clear()
     try:
-        for storage, size in zip(storages, sizes, strict=True):
-            storage.resize_(size)
+        _place(storages, sizes, kept, device)
     except torch.OutOfMemoryError as error:
         raise DeviceUnusable(
             f"no memory for the weights, which were moved within it: {error}; go on from the last checkpoint with "
@@ -48,13 +46,62 @@ def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
         storage.copy_(copy)
 
 
+def _place(
+    storages: list[torch.UntypedStorage], sizes: list[int], kept: list[torch.UntypedStorage], device: torch.device
+) -> None:
+    """Give storages memory of these sizes: in gaps beside what could not be moved, else where `kept` is."""
+    gaps, rest = _gaps(device), list[tuple[torch.UntypedStorage, int]]()
+    for storage, size in zip(storages, sizes, strict=True):
+        if _fills(gaps, size):  # as the allocator will, as long as `kept` is not free
+            storage.resize_(size)
+        else:
+            rest.append((storage, size))
+    if len(rest) < len(storages):
+        with suppress(torch.OutOfMemoryError):  # then more than is needed stays
+            kept[:] = _reserved([size for _, size in rest], device)
+            torch.accelerator.empty_cache()
+    kept.clear()  # only now: meanwhile another process could have taken its memory
+    for storage, size in rest:
+        storage.resize_(size)
+
+
+def _gaps(device: torch.device) -> dict[bool, list[int]]:
+    """Bytes of free blocks beside others, by whether they are large."""
+    gaps: dict[bool, list[int]] = {True: [], False: []}
+    if device.type != "cuda":
+        return gaps
+    index = torch.cuda.current_device() if device.index is None else device.index
+    here = index, torch.cuda.current_stream(device).cuda_stream, (0, 0)
+    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
+        if (segment["device"], segment["stream"], tuple(segment["segment_pool_id"])) == here:
+            free = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
+            gaps[segment["segment_type"] == "large"] += free
+    return gaps
+
+
+def _fills(gaps: dict[bool, list[int]], size: int) -> bool:
+    """Take a block of this size from the smallest gap that is large enough; whether there is one."""
+    block = _rounded(size)
+    mine = gaps[block > SMALL_LIMIT]
+    gap = min((each for each in mine if each >= block), default=None)
+    if gap is None:
+        return False
+    mine.remove(gap)
+    mine.append(gap - block)
+    return True
+
+
 def _reserved(sizes: list[int], device: torch.device) -> list[torch.UntypedStorage]:
     """Memory in which blocks of these sizes have room."""
-    blocks = [-(-size // MIN_BLOCK) * MIN_BLOCK for size in sizes]
+    blocks = list(map(_rounded, sizes))
     large = sum(block for block in blocks if block > SMALL_LIMIT)
     small = sum(block for block in blocks if block <= SMALL_LIMIT)
     pieces = [large] * (large > 0) + [SMALL_LIMIT] * -(-small // SMALL_LIMIT)
     return [_storage(piece, device) for piece in pieces]
+
+
+def _rounded(size: int) -> int:
+    return -(-size // MIN_BLOCK) * MIN_BLOCK
 
 
 def _storage(size: int, device: torch.device) -> torch.UntypedStorage:

@@ -133,6 +133,7 @@ def test_weights_that_are_moved_close_together_give_back_memory_and_train_on() -
     states, gained = [], []
     for moves in (False, True):
         with limited(gpu_checks.CUDA, None) as capacity:
+            stays = torch.empty(2 * MiB, dtype=torch.uint8, device="cuda")  # holds a segment, with room for others
             torch.manual_seed(0)
             update, images, labels = make_update(SMALL, capacity)
             for _ in range(4):
@@ -144,6 +145,7 @@ def test_weights_that_are_moved_close_together_give_back_memory_and_train_on() -
                     gained.append(before[0] - torch.cuda.memory_reserved())
                     assert torch.cuda.memory_allocated() <= before[1]  # blocks that were not worth splitting
             states.append(dump(update.state))
+            assert len(stays) == 2 * MiB
     assert differences(*states) == []
     assert min(gained) >= 0
     assert max(gained) > 0, gained

@@ -210,20 +210,18 @@ def _make_room(update: Update) -> int:
     These are what updates that ran operator by operator have held beside what is there still.
     """
     device = update.program.device
+    stats = torch.cuda.memory_stats(device)
+    large = stats["allocated_bytes.large_pool.peak"] - stats["allocated_bytes.large_pool.current"]
+    small = stats["reserved_bytes.small_pool.peak"] - stats["allocated_bytes.small_pool.current"]  # in other segments
 
-    def left() -> tuple[int, int]:
-        stats, room = torch.cuda.memory_stats(device), update.capacity.room() or 0
-        # Small blocks lie in segments of their own.
-        small = stats["reserved_bytes.small_pool.peak"] - stats["allocated_bytes.small_pool.current"]
-        large = stats["allocated_bytes.large_pool.peak"] - stats["allocated_bytes.large_pool.current"]
-        return large, room + update.capacity.foreign - stats["reserved_bytes.all.current"] - small
+    def room() -> int:
+        left = (update.capacity.room() or 0) + update.capacity.foreign
+        return left - torch.cuda.memory_reserved(device) - small
 
-    large, room = left()
-    if TIGHT * large > room:  # gaps in the pool, and small blocks of other batches, take some of it
+    if TIGHT * large > room():  # gaps in the pool, and small blocks of other batches, take some of it
         with suppress(torch.OutOfMemoryError):  # then what lies between the weights is left unused
             compact(update.tensors(), device)
-        large, room = left()
-    return min(large, room)
+    return min(large, room())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.memory.compaction import compact
+from adaptive_trainer.memory.compaction import _fills, compact
 from adaptive_trainer.memory.limit import Capacity
 from tests.support import runs
 from tests.support.faults import differences, dump
@@ -23,6 +23,15 @@ def test_views_of_one_memory_stay_views_of_one_memory() -> None:
     assert [whole._version, other._version] == versions
     part.fill_(-1)
     assert whole[2:6].tolist() == [-1.0] * 4
+
+
+def test_gaps_are_filled_from_the_smallest_that_is_large_enough() -> None:
+    mib = 1 << 20
+    gaps = {True: [20 * mib, 6 * mib], False: [2048]}
+    sizes = [6 * mib, 5 * mib, 5 * mib + 1, 4 * mib, 10 * mib, 700, 700, 600]
+    assert [_fills(gaps, size) for size in sizes] == [True, True, True, True, False, True, True, False]
+    assert sorted(gaps[True]) == [0, 6 * mib - 512]
+    assert gaps[False] == [0]
 
 
 def test_no_memory_for_a_second_place_leaves_all_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
