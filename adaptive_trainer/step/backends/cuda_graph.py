@@ -216,12 +216,12 @@ def _make_room(update: Update) -> int:
 
     def room() -> int:
         left = (update.capacity.room() or 0) + update.capacity.foreign
-        return left - torch.cuda.memory_reserved(device) - small
+        return int(left - torch.cuda.memory_reserved(device) - small)
 
     if TIGHT * large > room():  # gaps in the pool, and small blocks of other batches, take some of it
         with suppress(torch.OutOfMemoryError):  # then what lies between the weights is left unused
             compact(update.tensors(), device)
-    return min(large, room())
+    return min(int(large), room())
 
 
 @contextmanager
