@@ -33,6 +33,7 @@ PARTS: dict[str, list[str]] = {
     "compile": ["scripts.benchmark_update", "compile"],
     "layout": ["scripts.benchmark_update", "layout"],
     "start": ["scripts.benchmark_update", "start"],
+    "edge": ["scripts.benchmark_edge"],
     "cpu": ["scripts.benchmark_update", "cpu"],
 }
 

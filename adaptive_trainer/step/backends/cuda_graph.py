@@ -37,6 +37,10 @@ class GraphRefused(AdaptiveTrainerError):
     """The update cannot be recorded; says why."""
 
 
+class NoRoom(GraphRefused):
+    """There is no memory for the recording."""
+
+
 class Graph:
     """An update recorded for batches of one shape.
 
@@ -46,17 +50,25 @@ class Graph:
         labels: (N,).
         accumulate: makes the gradients.
         with_step: record all of the update; otherwise only what makes the gradients, forward and backward.
+        in_one: how much of the large blocks is cut from one piece of memory.
 
     Attributes:
         is_spoiled: what was done in the memory that it lent has left something there, which a replay would write over.
 
     Raises:
-        GraphRefused: it cannot be recorded, or there is no memory for it; the training state is as before.
+        GraphRefused: it cannot be recorded, or (NoRoom) there is no memory for it; the training state is as before.
             `Update.phase` says how far the recording came.
     """
 
     def __init__(
-        self, update: Update, images: Tensor, labels: Tensor, accumulate: Accumulate, *, with_step: bool = True
+        self,
+        update: Update,
+        images: Tensor,
+        labels: Tensor,
+        accumulate: Accumulate,
+        *,
+        with_step: bool = True,
+        in_one: float = 1.0,
     ) -> None:
         program = update.program
         self.with_step = with_step
@@ -67,33 +79,40 @@ class Graph:
         self._pool = Pool(program.device)
         self._graph = torch.cuda.CUDAGraph()
         self.is_spoiled = False
-        problem = ""
         program.phase = "begin"
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
+        failed = self._attempt(update, images, labels, accumulate, in_one)
+        oom.clear_workspaces(program.device)  # or a later graph would use memory that goes with this one
+        if failed is not None:
+            vars(self).clear()  # the graph, and with it its memory
+            oom.release(program.device)
+            raise failed
+        self._held = self._pool.held()
+        if images.is_pinned():
+            with suppress(torch.OutOfMemoryError):  # a graph can do without
+                self._lane = _Lane(self.images, self.labels)
+
+    def _attempt(
+        self, update: Update, images: Tensor, labels: Tensor, accumulate: Accumulate, in_one: float
+    ) -> GraphRefused | None:
+        """Record; return why that failed, as an error that knows no frame of the failure."""
+        program = update.program
         try:
             self.images = torch.zeros_like(images, device=program.device)
             self.labels = torch.zeros_like(labels, device=program.device)
-            size = _make_room(update)
+            size = int(in_one * _make_room(update))
             with update.rolled_back(), _unchanged_host(program):
                 self._record(program, accumulate, size)
         except GraphRefused as error:
-            problem = str(error)
+            return GraphRefused(str(error))
         except DeviceUnusable:
             raise
         except Exception as error:
             failure = oom.describe(error, pressure=update.capacity.pressure)
             if failure.kind is oom.Kind.POISONED:
                 raise
-            problem = failure.text
-        oom.clear_workspaces(program.device)  # or a later graph would use memory that goes with this one
-        if problem:
-            vars(self).clear()  # the graph, and with it its memory
-            oom.release(program.device)
-            raise GraphRefused(problem)
-        self._held = self._pool.held()
-        if images.is_pinned():
-            with suppress(torch.OutOfMemoryError):  # a graph can do without
-                self._lane = _Lane(self.images, self.labels)
+            return (NoRoom if failure.fills(program.device) else GraphRefused)(failure.text)
+        return None
 
     @contextmanager
     def lent(self) -> Iterator[None]:

@@ -10,12 +10,20 @@ from torch import Tensor
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused, refusal, step_refusal, synchronizing_refused
+from adaptive_trainer.step.backends.cuda_graph import (
+    Graph,
+    GraphRefused,
+    NoRoom,
+    refusal,
+    step_refusal,
+    synchronizing_refused,
+)
 from adaptive_trainer.step.backends.eager import Eager
 from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
 IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward
+IN_ONE = (1.0, 0.98, 0.9)  # where blocks leave gaps, others may leave none: so it is tried
 PAYS = 20  # replays that make up for the time of a recording
 VAIN = 3  # recordings in a row that do not pay, after which there is no other
 
@@ -56,9 +64,8 @@ class Recorded(Eager):
 
     def record(self, images: Tensor, labels: Tensor) -> str:
         """Record the graph, of less where the step is in the way; why that failed, else nothing."""
-        accumulate = self.kernels.accumulate
         while True:
-            made = _refused(lambda: Graph(self.update, images, labels, accumulate, with_step=not self._step_reason))
+            made = self._recorded(images, labels)
             if isinstance(made, Graph):
                 self.graph, self._replays = made, 0
                 return ""
@@ -149,6 +156,18 @@ class Recorded(Eager):
         if self.graph is not None:
             self.graph = None
             oom.release(self.program.device)
+
+    def _recorded(self, images: Tensor, labels: Tensor) -> Graph | str:
+        """A graph, or why there is none."""
+        accumulate, with_step, reason = self.kernels.accumulate, not self._step_reason, ""
+        for in_one in IN_ONE:
+            try:
+                return Graph(self.update, images, labels, accumulate, with_step=with_step, in_one=in_one)
+            except NoRoom as error:
+                reason = str(error)
+            except GraphRefused as error:
+                return str(error)
+        return reason
 
     def _check(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make an update that shows what speaks against a graph, once the optimizer has made its state."""

@@ -17,7 +17,7 @@ from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.step.backends import choose, recorded
-from adaptive_trainer.step.backends.cuda_graph import GraphRefused
+from adaptive_trainer.step.backends.cuda_graph import GraphRefused, NoRoom
 from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.update import Update
@@ -30,9 +30,15 @@ class Stand:
 
     made: ClassVar[list[bool]]  # `with_step` of each
     refuse: ClassVar[Callable[[bool, Update], str]]  # why none is made
+    no_room: ClassVar[list[str]]  # for the next ones
 
-    def __init__(self, update: Update, images: Tensor, labels: Tensor, accumulate: Any, *, with_step: bool) -> None:
+    def __init__(
+        self, update: Update, images: Tensor, labels: Tensor, accumulate: Any, *, with_step: bool, in_one: float
+    ) -> None:
         Stand.made.append(with_step)
+        if Stand.no_room:
+            update.program.phase = "backward"
+            raise NoRoom(Stand.no_room.pop())
         if reason := Stand.refuse(with_step, update):
             raise GraphRefused(reason)
         self.with_step, self.program, self.size = with_step, update.program, len(labels)
@@ -67,7 +73,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "synchronizing_refused", nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setitem(choose.BACKENDS, "auto", choose.Faster)
-    Stand.made, Stand.refuse = [], lambda with_step, update: ""
+    Stand.made, Stand.refuse, Stand.no_room = [], lambda with_step, update: "", []
 
 
 def trained(name: str, capacity: Capacity, updates: int = 7) -> tuple[Engine, list[str], runs.Run]:
@@ -108,6 +114,15 @@ def test_where_the_recording_fails_in_the_step_the_rest_is_recorded(capacity: Ca
     assert first == "engine: forward and backward are one CUDA graph from here on, as trainer.engine=graph asks"
     assert (rest, len(events)) == ("the optimizer's step is not: it prints", 1)
     assert (Stand.made, type(engine.backend.graph)) == ([True, False], Stand)
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_blocks_that_do_not_fit_are_cut_otherwise(failures: int, capacity: Capacity) -> None:
+    Stand.no_room = [f"no memory {n}" for n in range(failures)]
+    engine, events, _ = trained("graph", capacity)
+    assert len(Stand.made) == 3
+    assert (engine.backend.graph is None) is (failures == 3)
+    assert ("one CUDA graph" if failures == 2 else "eager, not a CUDA graph: no memory 0") in events[0]
 
 
 @pytest.mark.parametrize("name", ["graph", "auto"])
