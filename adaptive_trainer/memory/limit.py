@@ -90,6 +90,10 @@ class Capacity:
         left = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         return (left if self.bytes is None else min(left, self.bytes)) - self.foreign
 
+    def unreserved(self) -> int:
+        """Bytes that a CUDA device's allocator could still take for this process."""
+        return (self.room() or 0) + self.foreign - self.usage().reserved
+
     def pressure(self) -> bool:
         """As `usage.is_short`."""
         return usage.is_short(self.device)

@@ -10,7 +10,7 @@ import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer import oom
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, explained
 from adaptive_trainer.memory.compaction import compact
+from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.step.backends.host_state import HostState
 from adaptive_trainer.step.backends.pool import Pool
 from adaptive_trainer.step.copies import Places
@@ -81,7 +82,7 @@ class Graph:
         self.is_spoiled = False
         program.phase = "begin"
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
-        failed = self._attempt(update, images, labels, accumulate, in_one)
+        failed = self._attempt(update, program, (images, labels), accumulate, in_one)
         oom.clear_workspaces(program.device)  # or a later graph would use memory that goes with this one
         if failed is not None:
             vars(self).clear()  # the graph, and with it its memory
@@ -93,14 +94,13 @@ class Graph:
                 self._lane = _Lane(self.images, self.labels)
 
     def _attempt(
-        self, update: Update, images: Tensor, labels: Tensor, accumulate: Accumulate, in_one: float
+        self, update: Update, program: Program, batch: tuple[Tensor, Tensor], accumulate: Accumulate, in_one: float
     ) -> GraphRefused | None:
         """Record; return why that failed, as an error that knows no frame of the failure."""
-        program = update.program
+        device, capacity = program.device, update.capacity
         try:
-            self.images = torch.zeros_like(images, device=program.device)
-            self.labels = torch.zeros_like(labels, device=program.device)
-            size = int(in_one * _make_room(update))
+            self.images, self.labels = (torch.zeros_like(each, device=device) for each in batch)
+            size = int(in_one * _make_room(capacity, update.tensors))
             with update.rolled_back(), _unchanged_host(program):
                 self._record(program, accumulate, size)
         except GraphRefused as error:
@@ -108,10 +108,10 @@ class Graph:
         except DeviceUnusable:
             raise
         except Exception as error:
-            failure = oom.describe(error, pressure=update.capacity.pressure)
+            failure = oom.describe(error, pressure=capacity.pressure)
             if failure.kind is oom.Kind.POISONED:
                 raise
-            return (NoRoom if failure.fills(program.device) else GraphRefused)(failure.text)
+            return (NoRoom if failure.fills(device) else GraphRefused)(failure.text)
         return None
 
     @contextmanager
@@ -223,24 +223,21 @@ class _Lane:
         self.cleared.record(torch.cuda.current_stream(self.device))
 
 
-def _make_room(update: Update) -> int:
+def _make_room(capacity: Capacity, staying: Callable[[], Iterable[Tensor]]) -> int:
     """Make room for a recording; return the bytes of large blocks that it will hold at the most.
 
     These are what updates that ran operator by operator have held beside what is there still.
+
+    Args:
+        staying: gives the tensors that lie on the device from one update to the next.
     """
-    device = update.program.device
-    stats = torch.cuda.memory_stats(device)
-    large = stats["allocated_bytes.large_pool.peak"] - stats["allocated_bytes.large_pool.current"]
-    small = stats["reserved_bytes.small_pool.peak"] - stats["allocated_bytes.small_pool.current"]  # in other segments
-
-    def room() -> int:
-        left = (update.capacity.room() or 0) + update.capacity.foreign
-        return int(left - torch.cuda.memory_reserved(device) - small)
-
-    if TIGHT * large > room():  # gaps in the pool, and small blocks of other batches, take some of it
+    stats = torch.cuda.memory_stats(capacity.device)
+    large = int(stats["allocated_bytes.large_pool.peak"] - stats["allocated_bytes.large_pool.current"])
+    small = int(stats["reserved_bytes.small_pool.peak"] - stats["allocated_bytes.small_pool.current"])  # lie elsewhere
+    if TIGHT * large > capacity.unreserved() - small:  # gaps, and small blocks of other batches, take some of it
         with suppress(torch.OutOfMemoryError):  # then what lies between the weights is left unused
-            compact(update.tensors(), device)
-    return min(int(large), room())
+            compact(staying(), capacity.device)
+    return min(large, capacity.unreserved() - small)
 
 
 @contextmanager
