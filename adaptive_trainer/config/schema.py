@@ -221,6 +221,10 @@ class CardConfig:
     memory_mib: int | None = None
     capability: str | None = None  # compute capability, such as "8.6"
     multiprocessors: int | None = None  # null: as many as a small card has
+    # What kernels take by; null: estimated from the multiprocessors
+    bandwidth_gbs: float | None = None
+    tflops: float | None = None  # fp32, without tensor cores
+    tensor_tflops: float | None = None  # fp16 with sums in fp32
 
 
 @dataclass

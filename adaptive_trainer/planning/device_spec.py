@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory.limit import DEFAULT_SIMULATED
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning.cache import PlanCache
+from adaptive_trainer.prediction.costs import CLOCK, Rates, Speed
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS
 from adaptive_trainer.utils.device import device_of
 
@@ -33,6 +35,15 @@ class DeviceSpec:
     capacity: int | None  # that the allocator may reserve; None where that is not known
     context: int = 0  # what a CUDA process takes outside the allocator, which no limit of it counts
     multiprocessors: int = MULTIPROCESSORS
+    speed: Speed | None = None  # None: estimated
+
+    def rates(self, tf32: bool | None) -> Rates:
+        """What kernels take by, under `trainer.tf32`."""
+        capability = (
+            self.capability if self.cuda else ASSUMED_CAPABILITY
+        )  # a simulated card's figures would be no one's
+        speed = self.speed or Speed.of(capability, self.multiprocessors, CLOCK, None)
+        return speed.rates(capability, tf32)
 
 
 def spec_of(config: Config, cache: PlanCache | None = None) -> DeviceSpec:
@@ -86,7 +97,13 @@ def card_of(card: CardConfig) -> DeviceSpec | None:
         raise ConfigError(
             f"card={name}: CUDA itself takes {format_bytes(context)}, and the card has {card.memory_mib} MiB"
         )
-    return _card(name, card.memory_mib * MiB, capability, context, count)
+    return _card(name, card.memory_mib * MiB, capability, context, count, _speed(card))
+
+
+def _speed(card: CardConfig) -> Speed | None:
+    if card.bandwidth_gbs is None or card.tflops is None or card.tensor_tflops is None:
+        return None
+    return Speed(card.bandwidth_gbs * 1e9, card.tflops * 1e12, card.tensor_tflops * 1e12)
 
 
 def _this_card(name: str, cache: PlanCache | None) -> DeviceSpec:
@@ -96,11 +113,22 @@ def _this_card(name: str, cache: PlanCache | None) -> DeviceSpec:
     about = torch.cuda.get_device_properties(device_of(name))
     capability = (about.major, about.minor)
     context = (cache.context_bytes(about.name) if cache else None) or _usual_context(capability)
-    return _card(about.name, about.total_memory, capability, context, about.multi_processor_count)
+    return _card(about.name, about.total_memory, capability, context, about.multi_processor_count, speed_of(about))
 
 
-def _card(name: str, memory: int, capability: tuple[int, int], context: int, multiprocessors: int) -> DeviceSpec:
-    return DeviceSpec(f"{name}, {format_bytes(memory)}", True, capability, memory - context, context, multiprocessors)
+def speed_of(about: Any) -> Speed:
+    """The speed of this machine's card, from what torch knows of it; what it does not say is estimated."""
+    clock = getattr(about, "clock_rate", 0) * 1e3 or CLOCK
+    # Two transfers a clock, over the whole bus.
+    bandwidth = 2e3 * getattr(about, "memory_clock_rate", 0) * getattr(about, "memory_bus_width", 0) / 8
+    return Speed.of((about.major, about.minor), about.multi_processor_count, clock, bandwidth or None)
+
+
+def _card(
+    name: str, memory: int, capability: tuple[int, int], context: int, multiprocessors: int, speed: Speed | None
+) -> DeviceSpec:
+    room = memory - context
+    return DeviceSpec(f"{name}, {format_bytes(memory)}", True, capability, room, context, multiprocessors, speed)
 
 
 def _usual_context(capability: tuple[int, int]) -> int:

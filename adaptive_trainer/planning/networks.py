@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.models.batch_norm import has_batch_norm
+from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.models.savers import apply_savers
 from adaptive_trainer.models.zoo import build_model, outline, without_memory, without_weights
 from adaptive_trainer.utils.random import same_random_numbers
@@ -58,7 +59,8 @@ class Networks:
             return outline(config.model, self.classes(config))
         key = repr(self.key(config))
         if key not in self._outlines:
-            self._outlines[key] = without_memory(lambda: self.build(config))
+            plain = replace(config, trainer=replace(config.trainer, recompute=NONE))  # which may still be planned
+            self._outlines[key] = without_memory(lambda: self.build(plain))
         return self._outlines[key]
 
     def has_batch_norm(self, config: Config) -> bool:

@@ -77,12 +77,7 @@ class Predictor:
         found = self.recalled(config)
         if found is None:
             try:
-                found = predict(
-                    self._spec(config),
-                    capability=self.spec.capability,
-                    multiprocessors=self.spec.multiprocessors,
-                    tracer=self._tracer,
-                )
+                found = self._predict(config, self._tracer)
             except Exception as error:  # factories of the user's own may raise anything
                 found = Prediction(reason=(str(error) or type(error).__name__).splitlines()[0])
             found = replace(found, seconds=time.perf_counter() - start)
@@ -90,6 +85,19 @@ class Predictor:
             self.cache.keep(key, found)
             self._known[_text(key)] = found
         return replace(found, seconds=time.perf_counter() - start)
+
+    def limit(self, config: Config) -> int | None:
+        """The smallest limit of these settings in bytes, not remembered; None where it is not known."""
+        return self._predict(config, Tracer()).min_capacity_bytes
+
+    def _predict(self, config: Config, tracer: Tracer) -> Prediction:
+        device = self.spec
+        return predict(
+            self.spec_of(config),
+            capability=device.capability,
+            multiprocessors=device.multiprocessors,
+            tracer=tracer,
+        )
 
     def recalled(self, config: Config) -> Prediction | None:
         """The prediction for this recipe, if it was made before."""
@@ -157,7 +165,8 @@ class Predictor:
             num_workers=0,
         )
 
-    def _spec(self, config: Config) -> TraceSpec:
+    def spec_of(self, config: Config) -> TraceSpec:
+        """The update of these settings, as it is traced."""
         used, cuda = self._recipe(config), self.spec.cuda
         device = torch.device("cuda" if cuda else "cpu")
         key, savers = self.key(config), saver_settings(config.trainer)

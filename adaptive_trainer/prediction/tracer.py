@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ FAKE_TENSOR = "torch._subclasses.fake_tensor"  # logs 30 lines of an operator th
 CPU = torch.device("cpu")  # where fake tensors are, whatever they stand for
 METERS = ("loss", "correct", "seen", "skipped")
 TRACED_PARTS = 2  # the first micro-batch makes the gradients, the second adds to them, and so do all further ones
+
+
+Watch = Callable[[nn.Module, Recorder], AbstractContextManager[Any]]
 
 
 class TraceError(Exception):
@@ -110,8 +113,11 @@ class Trace:
     copies: tuple[int, int] = (0, 0)
 
 
-def trace(spec: TraceSpec) -> Trace:
+def trace(spec: TraceSpec, watch: Watch | None = None) -> Trace:
     """Run the update of `spec` on fake tensors.
+
+    Args:
+        watch: is given the network and the recorder, and is entered while the update runs.
 
     Raises:
         TraceError: it cannot be run without data, or fails for another reason.
@@ -125,12 +131,16 @@ def trace(spec: TraceSpec) -> Trace:
                 same_random_numbers(),
                 torch.autograd.set_detect_anomaly(False),
             ):
-                return _trace(spec, on_meta=on_meta)
+                return _trace(spec, watch or _unwatched, on_meta=on_meta)
         except NotFollowed as error:
             reason = str(error)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     raise TraceError(reason)
+
+
+def _unwatched(*_: Any) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 @contextmanager
@@ -147,7 +157,7 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
+def _trace(spec: TraceSpec, watch: Watch, *, on_meta: bool) -> Trace:
     with torch.device("meta" if on_meta else "cpu"):
         model = spec.make_model()
         if spec.channels_last:
@@ -157,7 +167,8 @@ def _trace(spec: TraceSpec, *, on_meta: bool) -> Trace:
         materialize(model)
         program = _Traced(spec, model.train(), recorder)
         update_start = len(recorder.kinds)
-        program.update()
+        with watch(model, recorder):
+            program.update()
         evaluation_start = len(recorder.kinds)
         if spec.eval_batch_size:
             program.evaluate_batch(spec.eval_batch_size)

@@ -23,7 +23,7 @@ from tests.attack.verdict import Arena, Kind, Verdict
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")
-ALLOWED = (0, 75, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+ALLOWED = (0, 75, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 KILLS = 3  # of one training, at most
 MOMENTS = (
     "evaluation._go_on",

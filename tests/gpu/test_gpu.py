@@ -820,21 +820,6 @@ def test_pinned_batches_of_workers_that_go_on() -> None:
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_workers_that_start_beside_the_dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They pin batches while kernels run that are undone: the weights are those of a run without workers."""
-    monkeypatch.setenv("ADAPTIVE_TRAINER_CACHE", "")  # no dry run is remembered
-    few = ["data=fakedata", "data.train.size=64", "data.val.size=16", "data.image_size=64", "trainer.batch_size=16"]
-    how = ["model.name=mobilenetv3_small_050", "trainer.deterministic=true", "trainer.epochs=2", "device=cuda"]
-    weights = []
-    for workers in (0, 2):
-        folder = tmp_path / str(workers)
-        Trainer(compose_config([*few, *how, f"data.num_workers={workers}"]), output_dir=folder).fit()
-        weights.append(checkpoint.load(folder / "checkpoints" / "last.pt")["model"])
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert multiprocessing.active_children() == []
-
-
 def own_update(model: nn.Module, optimizer: Any, scaler: Any, ema: Any, size: int) -> None:
     """An update of a loop of one's own, with a batch of this size in halves."""
     for _ in range(2):

@@ -23,6 +23,7 @@ from adaptive_trainer.models.recomputing.values import Kept, Op, Segment, Value,
 
 # Bytes for each sample, under which a tensor is kept: such as pooled features, gates and statistics of channels.
 SMALL = 16 * 1024
+WHOLE = (Level.WHOLE, Level.MOST, Level.LEAST)
 
 
 class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -134,12 +135,17 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _lift(self, value: Value, tensor: Tensor, user: Segment | None) -> None:
         """Have a value made again by a segment that is around its user; where there is none, it is kept."""
         above = value.owner
-        while above is not None and not (user is not None and user.is_within(above)):
+        # Not to a cheap segment: its dear operators would be run again for it.
+        while above is not None and not (user is not None and user.is_within(above) and self._suits(value, above)):
             above = above.parent
         if above is None:
             self._notes.kept(value, tensor)
         elif above is not value.owner:
             above.adopt(value)
+
+    @staticmethod
+    def _suits(value: Value, segment: Segment) -> bool:
+        return segment.is_whole or segment is value.owner
 
     def _note(self, op: Op, owner: Segment, out: Any, least: int) -> None:
         results = out if isinstance(out, tuple | list) else (out,)
@@ -168,16 +174,17 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if level is None or threading.get_ident() != self._thread:
             return
         self._level.append(level)
-        self._cheap = None
-        if level in (Level.WHOLE, Level.MOST):
-            self._whole = Segment(self._whole)
+        before, self._cheap = self._cheap, None
+        if level in WHOLE:
+            # Its input may be cheap: then it is made again as well.
+            self._whole = Segment(before or self._whole, is_whole=True, singly=level == Level.LEAST)
 
     def _left(self, module: nn.Module, *_: Any) -> None:
         if id(module) not in self._levels or threading.get_ident() != self._thread:
             return
         level, self._cheap = self._level.pop(), None
-        if level in (Level.WHOLE, Level.MOST) and self._whole is not None:
-            self._whole = self._whole.parent
+        if level in WHOLE and self._whole is not None:
+            self._whole = self._whole.whole_around
 
 
 def _overlap(args: Any) -> bool:

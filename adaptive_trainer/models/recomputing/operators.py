@@ -16,6 +16,8 @@ KEPT_TAGS = {
     torch.Tag.dynamic_output_shape,  # waits for the device
     torch.Tag.data_dependent_output,
 }
+# Of a CPU, which torch has no formula for.
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 # They give what the memory held before.
 UNFILLED = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 # Operators that count running statistics, with the position of these; training is the argument after them.
@@ -37,7 +39,7 @@ def kind_of(func: Any) -> Kind:
     packet = func._overloadpacket
     if func.namespace != "aten" or packet in UNFILLED or KEPT_TAGS.intersection(func.tags):
         return Kind.KEPT
-    if packet in flop_registry:
+    if packet in flop_registry or packet is ATTENTION:
         return Kind.DEAR
     return Kind.VIEW if func.is_view else Kind.CHEAP
 

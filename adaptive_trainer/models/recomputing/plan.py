@@ -12,6 +12,7 @@ from torch import nn
 from adaptive_trainer.errors import ConfigError
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
+NONE = "none"
 REST = "rest"  # in a plan: all that is in no other part
 
 
@@ -25,7 +26,8 @@ class Level(StrEnum):
     KEEP = "keep"  # nothing: every activation is kept
     CHEAP = "cheap"  # what is cheap, up to the next dear operator
     WHOLE = "whole"  # everything, from the part's input
-    MOST = "most"  # everything, and what is cheap once more: the least memory
+    MOST = "most"  # everything, and what is cheap once more
+    LEAST = "least"  # everything, for each activation anew: the least memory, and the most time
 
 
 LEVELS = ", ".join(Level)
@@ -44,7 +46,9 @@ class Plan:
         return all(level == Level.KEEP for level in (self.rest, *self.parts.values()))
 
     def __str__(self) -> str:
-        """As it is written in settings, such as `most:blocks.0|blocks.1+cheap:rest`."""
+        """As it is written in settings, such as `most:blocks.0|blocks.1+cheap:rest`; an empty one is `none`."""
+        if self.is_empty:
+            return NONE
         paths = {level: [path for path, its in self.parts.items() if its == level] for level in Level}
         paths[self.rest].append(REST)
         used = {level: found for level, found in paths.items() if found and (level, found) != (Level.KEEP, [REST])}
@@ -58,6 +62,8 @@ class Plan:
             ConfigError: it is no plan.
         """
         levels: dict[str, Level] = {}
+        if text == NONE:
+            return cls({})
         for group in text.split("+"):
             level, colon, paths = group.partition(":")
             if level not in list(Level) or not colon or not all(paths.split("|")):

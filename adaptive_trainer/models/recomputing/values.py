@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class Value:
     def get(self) -> Tensor:
         """The tensor, made again where it is not there."""
         if self._kept is None and self.owner is not None:
-            self.owner.replay()
+            self.owner.replay(self)
         if self._kept is None:
             raise RuntimeError("an activation was asked for that nothing was noted of")
         return self._kept.get()
@@ -134,11 +134,27 @@ class Op:
 
 
 class Segment:
-    """A stretch of the forward pass that is run again as one, within another one or alone."""
+    """A stretch of the forward pass that is run again, within another one or alone.
 
-    def __init__(self, parent: Segment | None) -> None:
+    Args:
+        parent: the one that it lies in.
+        is_whole: dear operators are run again too.
+        singly: run again for each value that is asked for, of which less is held at a time; else once for all.
+    """
+
+    def __init__(self, parent: Segment | None, *, is_whole: bool = False, singly: bool = False) -> None:
         self.parent = parent
+        self.is_whole = is_whole
+        self.singly = singly
         self._values: list[weakref.ref[Value]] = []
+
+    @property
+    def whole_around(self) -> Segment | None:
+        """The innermost whole segment that it lies in."""
+        found = self.parent
+        while found is not None and not found.is_whole:
+            found = found.parent
+        return found
 
     def adopt(self, value: Value) -> None:
         """Make a value again from now on."""
@@ -154,22 +170,22 @@ class Segment:
             segment = segment.parent
         return False
 
-    def replay(self) -> None:
-        """Make all of its values again that are wanted and not there."""
-        alive = (ref() for ref in self._values)
-        wanted = [v for v in alive if v is not None and v.owner is self and v.is_wanted and not v.is_there]
+    def replay(self, asked: Value) -> None:
+        """Make a value again, and with it all others that are wanted and not there."""
+        alive = [asked] if self.singly else [ref() for ref in self._values]
+        wanted = {v for v in alive if v is not None and v.owner is self and v.is_wanted and not v.is_there}
         ops = self._needed(wanted)
         uses = Counter(value for op in ops for value in op.values())
         made: dict[Value, Tensor] = {}
         with torch.no_grad(), torch._C._DisableAutocast():  # casts are operators of their own
             for op in ops:
-                self._hold(op, op.run(made), made, uses)
+                self._hold(op, op.run(made), made, uses, wanted)
                 for value in op.values():
                     uses[value] -= 1
                     if not uses[value]:
                         made.pop(value, None)
 
-    def _needed(self, wanted: list[Value]) -> list[Op]:
+    def _needed(self, wanted: Iterable[Value]) -> list[Op]:
         """The operators that make these values, in the order in which they have run."""
         found: dict[int, Op] = {}
         waiting = [value.op for value in wanted]
@@ -187,12 +203,13 @@ class Segment:
                     value.get()  # of a segment around this one, which is run again first
         return [found[number] for number in sorted(found)]
 
-    def _hold(self, op: Op, results: Any, made: dict[Value, Tensor], uses: Counter[Value]) -> None:
+    @staticmethod
+    def _hold(op: Op, results: Any, made: dict[Value, Tensor], uses: Counter[Value], wanted: set[Value]) -> None:
         results = results if isinstance(results, tuple | list) else (results,)
         for value in (ref() for ref in op.results):
             if value is None:
                 continue
-            if value.owner is self and value.is_wanted and not value.is_there:
+            if value in wanted:
                 value.hold(results[value.index])
             if uses[value]:
                 made[value] = results[value.index]

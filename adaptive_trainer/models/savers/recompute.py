@@ -22,8 +22,9 @@ from adaptive_trainer.models.recomputing.plan import Level, Plan, blocks_of
 log = logging.getLogger(__name__)
 
 KEY = "recompute"
-NONE, CHEAP, BLOCKS = "none", "cheap", "blocks"
-PLANNED = ("auto", "most")  # found by a search, before the network is built: `planning.recomputation`
+CHEAP, BLOCKS = "cheap", "blocks"
+AUTO = "auto"
+PLANNED = (AUTO, "most")  # found by a search, before the network is built: `planning.recomputation`
 Forward = Callable[..., Any]
 
 
@@ -54,8 +55,6 @@ def plan_of(model: nn.Module, value: str) -> Plan:
     Raises:
         ConfigError: as `apply`.
     """
-    if value == NONE:
-        return Plan({})
     if value == CHEAP:
         return Plan({}, Level.CHEAP)
     if value in PLANNED:
