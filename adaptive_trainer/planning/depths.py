@@ -107,7 +107,10 @@ class Depths:
             costs,
             integrality=[1] * self._variables + [0] * further,
             bounds=Bounds(0, [*self._allowed, 1, *[np.inf] * further]),
-            constraints=[LinearConstraint(rows, ub=most), *([LinearConstraint(one, 1, 1)] if self.paths else [])],
+            constraints=[
+                LinearConstraint(np.round(rows, 2), ub=np.round(most, 2)),
+                *([LinearConstraint(one, 1, 1)] if self.paths else []),
+            ],
             options={"time_limit": LONGEST, "mip_rel_gap": 1e-3},
         )
         if found.x is None:

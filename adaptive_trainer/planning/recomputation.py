@@ -66,11 +66,10 @@ class Search:
         self.choices = list(_choices(outline, self.blocks))
         self._limits: dict[str, int | None] = {}
         self._known: dict[str, Profile] = {}
-        alike = [
-            _text(dict.fromkeys(self.blocks, choice), _between(depth)) for depth, choice in enumerate(self.choices)
-        ]
-        self._profiles = [self._profile(plan) for plan in alike]
-        self._model = Depths(self._profiles, [_having(outline, self.blocks, choice) for choice in self.choices])
+        self._having = [_having(outline, self.blocks, choice) for choice in self.choices]
+        alike = ((dict.fromkeys(self.blocks, depth), _between(depth)) for depth in range(len(self.choices)))
+        self._profiles = [self._profile(self._written(*each)) for each in alike]
+        self._model = Depths(self._profiles, self._having)
 
     def fitting(self, room: int) -> str:
         """The plan of the least time that is predicted to fit `room` bytes; the one of least memory where none does."""
@@ -156,8 +155,13 @@ class Search:
 
     def _plan(self, chosen: Chosen) -> str:
         depths, between = chosen
-        choices = (self.choices[depth] for depth in depths)
-        return _text(dict(zip(self._model.paths, choices, strict=True)), between)
+        return self._written(dict(zip(self._model.paths, depths, strict=True)), between)
+
+    def _written(self, depths: Mapping[str, int], between: Level) -> str:
+        """The plan of these depths; a block that lacks the parts of one is cheap."""
+        cheap = self.choices[1]
+        chosen = {path: self.choices[n] if path in self._having[n] else cheap for path, n in depths.items()}
+        return _text(chosen, between)
 
 
 def _between(depth: int) -> Level:

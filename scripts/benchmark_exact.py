@@ -1,0 +1,213 @@
+"""The asked recipe in less memory: what recomputation gives, bit for bit, on one CUDA card.
+
+Usage: python -m scripts.benchmark_exact [--part caps|networks|all] [--updates N]
+
+`caps`: recipes under limits that are far too small for them. `networks`: twenty networks, each under the plan of the
+least memory whose predicted added time is no more than ADDED. "bits": sha256 of weights, buffers and optimizer after
+the updates and an evaluation, with deterministic kernels, against the same without limit and recomputation. "x": the
+time of an update as one CUDA graph over the time of the same without recomputation and limit, medians of blocks. The
+smallest limits on the card are found by dry runs, to 2 %. Plans are made before, on the CPU, for the card by its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from adaptive_trainer import compose_config, oom
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.config.schema import Config
+from adaptive_trainer.memory.limit import limited
+from adaptive_trainer.models.losses import build_loss
+from adaptive_trainer.models.recomputing.plan import NONE
+from adaptive_trainer.models.zoo import build_model
+from adaptive_trainer.planning.device_spec import spec_of
+from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.planning.recomputation import MARGIN, Planner, recomputing
+from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.training.measure import measure
+from adaptive_trainer.training.session import Parts, enter
+from adaptive_trainer.utils.global_state import private_process_state
+from scripts.timing import CUDA, heading, need_cuda, per_update, row, table
+
+MiB, CLASSES = 1 << 20, 10
+ADDED = 1.24  # of the twenty networks
+SHARES = (0.3, 0.33, 0.36, 0.39, 0.42, 0.45, 0.5, 0.6, 0.7)  # of the plain limit, from the smallest on
+CAPS = (
+    ("efficientnet_b0", 24, 224, "fp32", 900), ("efficientnet_b0", 24, 224, "fp32", 700),
+    ("efficientnet_b0", 24, 224, "fp32", 650), ("efficientnet_b0", 24, 224, "fp16", 560),
+    ("efficientnet_b3", 24, 300, "fp32", 2457), ("efficientnet_b4", 16, 380, "fp32", 3686),
+)  # fmt: skip
+NETWORKS = (
+    "efficientnet_b0", "efficientnet_b2", "mobilenetv3_large_100", "mobilenetv2_100", "mnasnet_100", "resnet18",
+    "resnet50", "resnext50_32x4d", "regnety_008", "regnetx_016", "densenet121", "convnext_tiny",
+    "vit_small_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "torchvision/mobilenet_v3_large",
+    "torchvision/efficientnet_v2_s", "torchvision/vit_b_16", "torchvision/swin_t", "torchvision/shufflenet_v2_x1_0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe, the plan of it, and what is predicted; bytes and seconds."""
+
+    config: Config
+    plain: int
+    least: int
+    added: float
+    seconds: float
+
+
+def settings(name: str, batch: int, size: int, precision: str) -> Config:
+    """The recipe, for the card by its name, with a plan still to be found."""
+    return typed(
+        compose_config(
+            [
+                "card=h200", f"model.name={name}", f"model.num_classes={CLASSES}", f"trainer.batch_size={batch}",
+                f"data.image_size={size}", f"trainer.precision={precision}", "trainer.channels_last=false",
+                "trainer.recompute=auto",
+            ]
+        )
+    )  # fmt: skip
+
+
+def planned(case: tuple[str, int, int, str, int | None]) -> Planned:
+    """Plan a recipe for a limit in MiB, or for the least memory in little time."""
+    name, batch, size, precision, cap = case
+    config = settings(name, batch, size, precision)
+    predictor = Predictor(spec_of(config), num_classes=CLASSES)
+    planner = Planner(predictor)
+    started = time.perf_counter()
+    plain = predictor.limit(recomputing(config, NONE)) or 0
+    rooms = [share * plain for share in SHARES] if cap is None else [cap * MiB]
+    for room in rooms:
+        found = planner.planned(config, int(room))
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        least, added = predictor.limit(found) or 0, planner.added_time(found) or 0.0
+        if cap is not None or (MARGIN * least <= room and added <= ADDED):
+            break
+    return Planned(found, plain, least, added, seconds)
+
+
+@contextmanager
+def engine_of(config: Config, limit: int | None, *, deterministic: bool) -> Iterator[Engine]:
+    """What trains a recipe by a graph, under a limit in bytes."""
+    size = "none" if limit is None else f"{limit // MiB}MiB"
+    with private_process_state(deterministic=deterministic, tf32=None), limited(CUDA, size) as capacity:
+        torch.manual_seed(0)
+        batch = config.trainer.batch_size
+        session = enter(config, Parts(build_model, build_loss, "", CLASSES, batch, CUDA, capacity))
+        yield Engine(session.update, "graph", batch, logging.debug)
+        del session
+    gc.collect()
+    oom.release(CUDA)
+
+
+def batches(config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Five batches in pinned memory."""
+    generator = torch.Generator().manual_seed(0)
+    size, batch = config.data.image_size, config.trainer.batch_size
+    images = [torch.rand(batch, 3, size, size, generator=generator).pin_memory() for _ in range(5)]
+    return [(each, torch.randint(CLASSES, (batch,), generator=generator).pin_memory()) for each in images]
+
+
+def digest(config: Config, limit: int | None, updates: int) -> str:
+    """What training and an evaluation leave, with deterministic kernels."""
+    with engine_of(config, limit, deterministic=True) as engine:
+        data, state = batches(config), engine.update.state
+        for number in range(updates):
+            images, labels = data[number % len(data)]
+            engine.run(images, labels, samples=0)
+        engine.evaluate(state.model, *data[0])
+        content = [*state.model.state_dict().values()]
+        content += [leaf for values in state.optimizer.state.values() for leaf in values.values()]
+        found = hashlib.sha256()
+        for tensor in content:
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+
+def timed(config: Config, limit: int | None) -> tuple[float, bool]:
+    """Seconds of an update, and whether it is a graph."""
+    with engine_of(config, limit, deterministic=False) as engine:
+        images, labels = batches(config)[0]
+
+        def update() -> None:
+            engine.run(images, labels, samples=0)
+
+        per_update(update, 6)
+        blocks = [per_update(update, 10) for _ in range(5)]
+        is_graph = getattr(engine.backend, "graph", None) is not None
+        return statistics.median(blocks), is_graph
+
+
+def smallest(config: Config, guess: int) -> int:
+    """Bytes under which a dry run fits, to 2 %."""
+    low, high = int(0.88 * guess), int(1.12 * guess)
+    while high > 1.02 * low:
+        middle = (low + high) // 2
+        here = replace(config, memory=replace(config.memory, limit=f"{middle // MiB}MiB"), card=type(config.card)())
+        low, high = (low, middle) if measure(replace(here, device="cuda"), CLASSES) else (middle, high)
+    return high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("caps", "networks", "all"), default="all")
+    parser.add_argument("--updates", type=int, default=50, help="before bits are compared")
+    parser.add_argument("--seconds", type=float, default=3600, help="after which no further row is begun")
+    arguments = parser.parse_args()
+    need_cuda()
+    logging.disable(logging.WARNING)
+    cases: list[tuple[str, int, int, str, int | None]] = [*(CAPS if arguments.part != "networks" else ())]
+    cases += [(name, 24, 224, "fp32", None) for name in (NETWORKS if arguments.part != "caps" else ())]
+    began = time.perf_counter()
+    workers = max(1, min(len(cases), (os.cpu_count() or 1) - 2))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        plans = list(pool.map(planned, cases))
+    print(heading(f"exact, {arguments.updates} updates"), f"(plans: {time.perf_counter() - began:.0f} s)", "", sep="\n")
+    names = "recipe", "limit, MiB", "plan in, s", "smallest limit: plain", "planned", "predicted", "smaller", "bits"
+    print(*table(*names, "ms, plain", "x", "x predicted"), sep="\n")
+    smaller, slower = [], []
+    for case, plan in zip(cases, plans, strict=True):
+        if time.perf_counter() - began > arguments.seconds:
+            print(f"(no time for {case[0]})")
+            continue
+        plain = recomputing(plan.config, NONE)
+        try:
+            free, small = smallest(plain, plan.plain), smallest(plan.config, plan.least)
+            limit = case[-1] * MiB if case[-1] else int(1.03 * small)
+            before, after = digest(plain, None, arguments.updates), digest(plan.config, limit, arguments.updates)
+            (usual, _), (slow, is_graph) = timed(plain, None), timed(plan.config, limit)
+        except Exception as error:  # the other rows are worth having
+            print(row(f"{case[0]} {case[1]}@{case[2]} {case[3]}", case[-1] or "", repr(error)[:150]), flush=True)
+            oom.release(CUDA)
+            continue
+        smaller.append(free / small)
+        slower.append(slow / usual)
+        print(
+            row(
+                f"{case[0]} {case[1]}@{case[2]} {case[3]}", limit // MiB, f"{plan.seconds:.1f}", free // MiB,
+                small // MiB, f"{plan.least // MiB} ({plan.least / small - 1:+.1%})", f"{free / small:.2f}",
+                "equal" if before == after else "DIFFER", f"{usual * 1e3:.2f}",
+                f"{slow / usual:.3f}" + ("" if is_graph else " eager"), f"{plan.added:.3f}",
+            ),
+            flush=True,
+        )  # fmt: skip
+    print(f"median: {statistics.median(smaller):.2f} times smaller at {statistics.median(slower):.3f} of the time")
+
+
+if __name__ == "__main__":
+    main()
