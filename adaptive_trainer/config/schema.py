@@ -164,6 +164,8 @@ class TrainerConfig:
     precision: str = setting("fp32", _one_of(*PRECISIONS))
     # none, auto, cheap, blocks, most or a plan, see models/recomputing/plan.py
     recompute: str = technique("none", "activations recomputed", "it would keep all activations")
+    # what is kept goes to host memory until the backward pass wants it
+    offload: bool = technique(False, "activations offloaded", "it would keep activations on the device")
     channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
     tf32: bool | None = None  # null: what torch does
     clip_grad: float | None = setting(None, CLIPPING)

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import chain
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, _refresh_per_optimizer_state
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from adaptive_trainer import oom
@@ -30,26 +29,12 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import ConfigError, DeviceUnusable
 from adaptive_trainer.step.copies import Bindings, Layout, Shadow
 from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.modes import unseen
 from adaptive_trainer.utils.random import RandomStates
 
-P = ParamSpec("P")
 SCALER_TENSORS = ("_scale", "_growth_tracker")  # made at the first update; a disabled scaler has none
 COUNTS = ("position", "updates", "finished_epochs", "best")
 PLAIN = (Tensor, int, float, bool, str, type(None))  # values of an optimizer's state that are no containers
-
-
-def _unseen(method: Callable[P, None]) -> Callable[P, None]:
-    """Hides copying from dispatch modes (tracers, the simulated card): it is no work of the training."""
-
-    @functools.wraps(method)
-    def hidden(*args: P.args, **kwargs: P.kwargs) -> None:
-        # Looking first is many times faster than disabling nothing.
-        modes = nullcontext() if _get_current_dispatch_mode() is None else _disable_current_modes()
-        # Copies that are made in inference mode could never be written again outside of it.
-        with torch.inference_mode(False), torch.no_grad(), modes:
-            method(*args, **kwargs)
-
-    return hidden
 
 
 @dataclass
@@ -201,7 +186,7 @@ class Undo:
         self._keep()
         self.progress = Progress.BEGUN
 
-    @_unseen
+    @unseen
     def _keep(self) -> None:
         state = self.state
         if not self.bindings.keep():
@@ -231,7 +216,7 @@ class Undo:
         self._keep_for_step(on_host=on_host, copies=copies)
         self.progress = Progress.STEPPING
 
-    @_unseen
+    @unseen
     def _keep_for_step(self, *, on_host: bool, copies: bool) -> None:
         self.large = self.host if on_host or self.on_host else self.beside
         if not copies:
@@ -281,7 +266,7 @@ class Undo:
         if self.progress is not Progress.IDLE:
             self._restore()
 
-    @_unseen
+    @unseen
     def _restore(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,17 +32,21 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         levels: of parts of the network, by the identity of the module.
         rest: the level of all else.
-        samples: in the batch.
+        least: bytes under which a tensor is not worth making again.
+        keep: keeps a tensor.
     """
 
-    def __init__(self, levels: Mapping[int, Level], rest: Level, samples: int) -> None:
+    def __init__(
+        self, levels: Mapping[int, Level], rest: Level, least: int, keep: Callable[[Tensor], Kept] = Kept
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._levels = levels
         self._level = [rest]
-        self._least = SMALL * samples
+        self._least = least
         self._whole: Segment | None = None  # of the innermost part that is recomputed as a whole
         self._cheap: Segment | None = None  # since the last dear operator
-        self._notes = _Notes()
+        self._keep = keep
+        self._notes = _Notes(keep)
         self._number = 0
         self._thread = threading.get_ident()
 
@@ -62,7 +66,7 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Follow no longer; what is noted stays with the graph that autograd has built."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._exits.close()
-        self._notes = _Notes()
+        self._notes = _Notes(self._keep)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and note how to run it again."""
@@ -164,7 +168,7 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What autograd saves: a value where the tensor can be made again."""
         value = self._notes.find(tensor)
         if value is None:
-            return Kept(tensor)
+            return self._notes.keep(tensor)
         self._lift(value, tensor, self._inner)
         value.is_wanted = True
         return value
@@ -200,7 +204,8 @@ def _get(saved: Value | Kept) -> Tensor:
 class _Notes:
     """What is known of the tensors that are alive, by their storages and how they lie in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[Tensor], Kept]) -> None:
+        self._keep = keep
         # torch keeps one Python object per storage, alive as long as the storage is.
         self._values: dict[int, dict[Any, Value]] = {}
         self._users: dict[int, list[weakref.ref[Kept]]] = {}  # what would be lost if the storage were written
@@ -216,12 +221,14 @@ class _Notes:
         self._values.setdefault(self._watch(tensor), {})[_layout(tensor)] = value
 
     def keep(self, tensor: Tensor) -> Kept:
-        """A tensor that an operator to be run again needs."""
-        return self._used(Kept(tensor))
+        """Keep a tensor as it is now, for autograd or for an operator to be run again."""
+        kept = self._keep(tensor)
+        self._users.setdefault(self._watch(tensor), []).append(weakref.ref(kept))
+        return kept
 
     def kept(self, value: Value, tensor: Tensor) -> None:
         """Keep the tensor of a value."""
-        self._used(value.keep(tensor))
+        value.keep(self.keep(tensor))
         of_storage = self._values.get(id(tensor.untyped_storage()), {})
         of_storage.pop(_layout(tensor), None)  # or this note would keep it to the end of the pass
 
@@ -232,10 +239,6 @@ class _Notes:
         for ref in self._users.pop(identity, ()):
             if (kept := ref()) is not None:
                 kept.copy_before_write()
-
-    def _used(self, kept: Kept) -> Kept:
-        self._users.setdefault(self._watch(kept.tensor), []).append(weakref.ref(kept))
-        return kept
 
     def _watch(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -78,10 +78,9 @@ class Value:
         """Whether the tensor is there."""
         return self._kept is not None
 
-    def keep(self, tensor: Tensor) -> Kept:
-        """Keep the tensor: it is not made again."""
-        self._kept, self.op, self.owner = Kept(tensor), None, None
-        return self._kept
+    def keep(self, kept: Kept) -> None:
+        """It is kept, and not made again."""
+        self._kept, self.op, self.owner = kept, None, None
 
     def hold(self, tensor: Tensor) -> None:
         """Hold the tensor, which was made again, until nobody needs this value."""
