@@ -44,6 +44,7 @@ class Prediction:
             takes smaller batches, so it does not count here.
         seconds: what the prediction took.
         reason: why nothing is known; then the four sizes are None.
+        offloaded_bytes: what an update sends to the host, and fetches back.
     """
 
     live_bytes: int | None = None
@@ -52,6 +53,7 @@ class Prediction:
     min_capacity_bytes: int | None = None
     seconds: float = 0.0
     reason: str = ""
+    offloaded_bytes: int = 0
 
 
 def predict(
@@ -85,7 +87,8 @@ def predict(
         peaks = free.allocator
         least = _min_capacity(trace, workspaces, peaks.peak_reserved, retried=spec.undo)
     sizes = peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, least
-    return Prediction(*sizes, time.perf_counter() - start)
+    moved = trace.moved(len(spec.micro_batches))
+    return Prediction(*sizes, time.perf_counter() - start, offloaded_bytes=moved)
 
 
 def verdict(prediction: Prediction, capacity_bytes: int | None) -> Verdict:

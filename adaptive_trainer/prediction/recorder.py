@@ -56,6 +56,7 @@ class Kind:
     SPLIT_HALF = 7
     SUM = 8  # a sum over the rows of values that lie side by side; the size is the number of rows
     SUMMED = 9  # the number of values in a row, right after it
+    MOVED = 10  # bytes on their way to the host, where activations are offloaded
 
 
 class NotFollowed(Exception):
@@ -115,6 +116,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def any_died_since(self, number: int) -> bool:
         """Whether an allocation numbered `number` or later is gone again."""
         return any(k == Kind.DIED and n >= number for k, n in zip(self.kinds, self.numbers, strict=True))
+
+    def note_move(self, nbytes: int) -> None:
+        """Note that activations go to the host."""
+        self._born(Kind.MOVED, nbytes)
 
     def move_end(self, start: int, to: int) -> None:
         """Move the events from `start` on to index `to`: what is known late may have happened earlier."""

@@ -101,7 +101,7 @@ class Replay:
                 free(allocate(self.workspaces.reduction(rows, sizes[number])))  # partial sums of all blocks
             elif kind in SPLIT_LIMIT:
                 split = sizes[number] if sizes[number] <= SPLIT_LIMIT[kind] * sizes[number + 1] else None
-            else:
+            elif kind != Kind.MOVED:
                 self._multiply(kind)
 
     def _convolve(self, nbytes: int) -> None:

@@ -24,8 +24,9 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.models.loss_kinds import LossKind
 from adaptive_trainer.models.losses import Criterion, Loss, Terms
 from adaptive_trainer.models.memory_format import to_channels_last
+from adaptive_trainer.models.recomputing.offloading import moves_noted
 from adaptive_trainer.models.stepping import steps_alike
-from adaptive_trainer.prediction.recorder import NotFollowed, Recorder, fake_device, materialize
+from adaptive_trainer.prediction.recorder import Kind, NotFollowed, Recorder, fake_device, materialize
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.program import Change, Program, is_classification
 from adaptive_trainer.step.undo import TrainState
@@ -112,6 +113,12 @@ class Trace:
     # update would make them; the replay knows which updates do.
     copies: tuple[int, int] = (0, 0)
 
+    def moved(self, micro_batches: int) -> int:
+        """Bytes that an update of so many micro-batches offloads to the host, and fetches back."""
+        marks = [number for kind, number in zip(self.kinds, self.numbers, strict=True) if kind == Kind.MOVED]
+        last, further = len(self.batches) - 2, max(0, micro_batches - TRACED_PARTS)  # which are like the last traced
+        return sum(self.sizes[number] * (1 + further * (self.parts[number] == last)) for number in marks)
+
 
 def trace(spec: TraceSpec, watch: Watch | None = None) -> Trace:
     """Run the update of `spec` on fake tensors.
@@ -163,7 +170,7 @@ def _trace(spec: TraceSpec, watch: Watch, *, on_meta: bool) -> Trace:
         if spec.channels_last:
             to_channels_last(model)
     recorder = Recorder(cuda=spec.cuda)
-    with fake_device(cuda=spec.cuda), recorder:
+    with fake_device(cuda=spec.cuda), recorder, moves_noted(recorder.note_move):
         materialize(model)
         program = _Traced(spec, model.train(), recorder)
         update_start = len(recorder.kinds)

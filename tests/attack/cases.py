@@ -120,7 +120,7 @@ def _composed(case: Case, files: Path | None, more: tuple[str, ...]) -> DictConf
     return compose_config([*data, *COMMON, *case.overrides, *ladder, *more])
 
 
-MICRO, RECOMPUTE = "trainer.micro_batch_size=3", "trainer.recompute=blocks"
+MICRO, RECOMPUTE, OFFLOAD = "trainer.micro_batch_size=3", "trainer.recompute=blocks", "trainer.offload=true"
 EMA, CLIP = "trainer.ema_decay=0.9", "trainer.clip_grad=0.5"
 FP16, BF16 = "trainer.precision=fp16", "trainer.precision=bf16"
 SMOOTH = "trainer.label_smoothing=0.1"
@@ -148,6 +148,8 @@ CASES = (
     Case("conv-phases", networks.Conv, (PHASES, EMA)),
     Case("conv-cache-ram", networks.Conv, ("data.cache=ram",)),
     Case("conv-cache-disk", networks.Conv, ("data.cache=disk",), from_files=True),
+    Case("rebinding-lamb-offload", networks.rebinding, (optimizer("lamb"), OFFLOAD, CLIP)),
+    Case("reshaping-recompute-offload-fp16", networks.reshaping, (RECOMPUTE, OFFLOAD, FP16, EMA, MICRO)),
     Case("conv-simulated-card", networks.Conv, ("memory.limit=64MiB", MICRO)),
 )
 WORKERS = (
@@ -158,6 +160,7 @@ WORKERS = (
 LADDER = (
     ("micro", (MICRO,)),
     ("recompute", (RECOMPUTE,)),
+    ("offload", (OFFLOAD,)),
     ("small", ("data.image_size=12",)),
     ("batch", ("trainer.batch_size=4",)),
     ("half", (BF16,)),

@@ -37,8 +37,12 @@ from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.models import memory_format as layout
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.optimizers import FUSED, build_ema, build_optimizer, build_scaler
+from adaptive_trainer.models.recomputing import offloading
+from adaptive_trainer.models.recomputing.following import host_memory_of
+from adaptive_trainer.models.savers.offload import apply as offload
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.device_spec import spec_of
+from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
 from adaptive_trainer.step.backends.recorded import Recorded
@@ -50,7 +54,7 @@ from adaptive_trainer.training.measure import measure
 from adaptive_trainer.training.session import METERS, Parts, enter
 from adaptive_trainer.utils.global_state import private_process_state, seed_everything
 from scripts import benchmark_finders, gpu_checks
-from tests.support.faults import differences, dump
+from tests.support.faults import Fault, differences, dump
 
 pytestmark = pytest.mark.gpu
 SMALL = ["trainer.batch_size=8", "trainer.micro_batch_size=4", "data.image_size=160", "trainer.precision=fp16"]
@@ -873,3 +877,112 @@ def test_a_transaction_leaves_no_trace_on_a_full_card(name: str, on_host: bool) 
         expected, none = train([size for size in sizes if size not in failed])
     assert none == []
     assert differences(found, expected) == []
+
+
+# ---- offloaded activations -------------------------------------------------------------------------------------------
+
+
+OFFLOADED = ["trainer.offload=true", "model.name=efficientnet_b0", "data.image_size=160"]
+
+
+def offloaded(kind: str, precision: str, recompute: str, *, offloads: bool, channels_last: bool) -> dict[str, Any]:
+    """All of the state after 20 updates of a network with dropout and dropped paths."""
+    settings = {"precision": precision, "recompute": recompute, "offload": offloads, "channels_last": channels_last}
+    more = {"batch_size": 8, "micro_batch_size": 4, "clip_grad": 0.5, "ema_decay": 0.9}
+    overrides = [f"trainer.{key}={value}" for key, value in (settings | more).items()]
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        seed_everything(0)
+        update, images, labels = make_update(
+            [*overrides, "data.image_size=160", "+model.kwargs.drop_path_rate=0.2"], capacity
+        )
+        engine = Engine(update, kind, 8, events.append)
+        for number in range(20):
+            engine.run(torch.roll(images, number, 0).pin_memory(), labels, samples=8)
+        assert (engine.backend.graph is not None) is (kind == "graph"), events
+        assert (host_memory_of(update.state.model) is not None) is offloads
+        return dump(update.state) | {"rng cuda": torch.cuda.get_rng_state()}
+
+
+@pytest.mark.usefixtures("same_kernels")
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("precision", "recompute", "channels_last"),
+    [("fp32", "none", False), ("fp16", "cheap", False), ("bf16", "blocks", True)],
+)
+def test_offloaded_updates_have_the_bits_of_others(
+    kind: str, precision: str, recompute: str, channels_last: bool
+) -> None:
+    how = {"precision": precision, "channels_last": channels_last}
+    found = offloaded(kind, recompute=recompute, offloads=True, **how)  # type: ignore[arg-type]
+    expected = offloaded("eager", recompute="none", offloads=False, **how)  # type: ignore[arg-type]
+    assert differences(found, expected) == []
+
+
+@pytest.mark.parametrize(("recompute", "most"), [("none", 0.5), ("cheap", 0.9)])
+def test_what_offloaded_updates_take_is_predicted(recompute: str, most: float) -> None:
+    def peaks(offloads: bool) -> tuple[int, float]:
+        asked = [f"trainer.offload={offloads}", f"trainer.recompute={recompute}", "device=cuda", "data.image_size=224"]
+        config = resolve(compose_config(asked))[0].settings
+        found = Predictor(spec_of(config), num_classes=10).predict(config)
+        allocated, _ = measure(config, 10) or (0, 0)
+        return allocated, (found.allocated_bytes or 0) / allocated
+
+    kept, offloaded = peaks(offloads=False), peaks(offloads=True)
+    assert offloaded[0] < most * kept[0]
+    assert kept[1] == pytest.approx(1, abs=0.02)
+    assert offloaded[1] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.usefixtures("same_kernels")
+def test_memory_that_runs_out_while_activations_are_on_their_way_leaves_no_trace() -> None:
+    """At operators all through the forward and backward pass, after which training goes on as if nothing was."""
+    with limited(gpu_checks.CUDA, None) as capacity:
+        seed_everything(0)
+        update, images, labels = make_update([*OFFLOADED, "trainer.batch_size=8", "trainer.recompute=cheap"], capacity)
+        for _ in range(2):
+            update.run(images, labels, samples=8)
+        held, before = oom.held(gpu_checks.CUDA), dump(update.state)
+        at, raised = 0, True
+        while raised:
+            fault = Fault(at, keeps_failing=True)
+            with suppress(OutOfMemory), fault:
+                update.run(images, labels, samples=0)
+            raised, at = fault.raised > 0, at + 211
+            if raised:
+                assert oom.held(gpu_checks.CUDA) == held, at
+                assert differences(dump(update.state), before) == [], at
+        assert at > 1000
+
+
+def test_host_memory_that_cannot_be_pinned_is_an_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offloading, "CHUNK", 1 << 50)
+    with limited(gpu_checks.CUDA, None) as capacity:
+        update, images, labels = make_update([*OFFLOADED, "trainer.batch_size=8"], capacity)
+        before = dump(update.state)
+        with pytest.raises(OutOfMemory, match="cannot be pinned"):
+            update.run(images, labels, samples=8)
+        assert differences(dump(update.state), before) == []
+
+
+@pytest.mark.usefixtures("same_kernels")
+def test_a_graph_keeps_the_host_memory_that_it_was_recorded_with() -> None:
+    """Also when offloading is switched off, and other work pins memory."""
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        found = []
+        for disturbs in (False, True):
+            seed_everything(0)
+            update, images, labels = make_update([*OFFLOADED, "trainer.batch_size=8"], capacity)
+            engine = Engine(update, "graph", 8, events.append)
+            for number in range(12):
+                engine.run(images, labels, samples=8)
+                if disturbs and number == 8:
+                    assert isinstance(engine.backend, Recorded)
+                    assert engine.backend.graph is not None
+                    offload(update.state.model, False)
+                    gc.collect()
+                    others = [torch.full((2**26,), 7, dtype=torch.uint8).pin_memory() for _ in range(8)]
+            found.append(dump(update.state))
+        assert differences(*found) == []
+        assert all(bool((other == 7).all()) for other in others), "a replay wrote into memory of others"

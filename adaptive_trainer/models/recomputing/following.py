@@ -59,7 +59,7 @@ def own_forward(model: nn.Module) -> Forward | None:
 
 
 def host_memory_of(model: nn.Module) -> HostMemory | None:
-    """The host memory that is in use; a CUDA graph of the network must not outlive it."""
+    """The host memory that is in use; whoever keeps a CUDA graph of the network keeps it too."""
     return _host_memory.get(model)
 
 

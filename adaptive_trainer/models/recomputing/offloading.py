@@ -22,8 +22,8 @@ from adaptive_trainer.utils.modes import unseen
 
 log = logging.getLogger(__name__)
 
-STASH = 3  # storages on their way to the host: the next one has the device wait for the oldest, and frees that one
-AHEAD = 2  # storages on their way back that nothing has asked for yet
+STASH = 2  # storages on their way to the host: the next one has the device wait for the oldest, and frees that one
+AHEAD = 1  # storages on their way back that nothing has asked for yet
 CHUNK = 64 * 2**20  # bytes asked of the host at once, which torch rounds up to a power of two where they are pinned
 ALIGNED = 512
 _listeners: list[Callable[[int], None]] = []

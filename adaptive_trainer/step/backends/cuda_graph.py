@@ -22,6 +22,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, explained
 from adaptive_trainer.memory.compaction import compact
 from adaptive_trainer.memory.limit import Capacity
+from adaptive_trainer.models.recomputing.following import host_memory_of
 from adaptive_trainer.step.backends.host_state import HostState
 from adaptive_trainer.step.backends.pool import Pool
 from adaptive_trainer.step.copies import Places
@@ -173,6 +174,7 @@ class Graph:
         else:
             self._pool.capture(self._graph, lambda: accumulate(self.images, self.labels), size)
             self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
+        self._host_memory = host_memory_of(program.state.model)  # which replays copy to and from
 
 
 class _Holders:

@@ -21,6 +21,7 @@ from adaptive_trainer.memory.simulated import SimulatedDevice
 from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.recomputing import keeper
 from adaptive_trainer.models.recomputing.plan import blocks_of
+from adaptive_trainer.models.savers.offload import apply as offload
 from adaptive_trainer.models.savers.recompute import apply as recompute
 from adaptive_trainer.models.zoo import NEED_INPUT, build_model
 from adaptive_trainer.planning import image_size
@@ -84,7 +85,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("value", ["cheap", "blocks", "most:{blocks}+cheap:rest"])
+@pytest.mark.parametrize(
+    ("value", "offloads"),
+    [
+        *(("cheap", False), ("blocks", False), ("most:{blocks}+cheap:rest", False)),
+        *(("none", True), ("cheap", True), ("blocks", True)),
+    ],
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -96,10 +103,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "network",
     ],
 )
-def test_recomputing_changes_nothing_but_memory(name: str, value: str) -> None:
+def test_recomputing_and_offloading_change_nothing_but_memory(name: str, value: str, offloads: bool) -> None:
     plain = make(name)
     saving = copy.deepcopy(plain)
     recompute(saving, value.format(blocks="|".join(blocks_of(plain))))
+    offload(saving, offloads)
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     expected_bytes, expected = bytes_kept(plain, images), facts(plain)
     assert bytes_kept(saving, images) < 0.85 * expected_bytes

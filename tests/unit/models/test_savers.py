@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from adaptive_trainer.config.schema import Config, ModelConfig, TrainerConfig
 from adaptive_trainer.ladder.resolve import recipe
+from adaptive_trainer.models.recomputing.following import is_offloading, own_forward, plan_in
 from adaptive_trainer.models.savers import SAVERS, Saver, apply_savers, compile_refusal, saver_settings
 from adaptive_trainer.models.zoo import build_model
 
@@ -35,10 +38,24 @@ def test_every_technique_is_part_of_the_recipe() -> None:
     assert {technique.key for technique in used.techniques} == {saver.KEY for saver in SAVERS}
     assert used.reported().keys() >= {saver.KEY for saver in SAVERS}
     assert str(used).endswith(", activations recomputed")
+    both = recipe(Config(trainer=TrainerConfig(recompute="blocks", offload=True)))
+    assert str(both).endswith(", activations recomputed, activations offloaded")
+    assert used.no_step_down_to(both) == ""
     assert used.no_step_down_to(recipe(Config())) == "it would keep all activations"
 
 
-def test_recomputed_blocks_are_not_compiled() -> None:
-    model, on = build_model(ModelConfig("torchvision/resnet18"), 2), TrainerConfig(recompute="blocks")
-    apply_savers(model, on)
-    assert "recompute" in compile_refusal(model)
+@pytest.mark.parametrize("settings", [{"recompute": "blocks"}, {"offload": True}])
+def test_recomputed_and_offloaded_activations_are_not_compiled(settings: dict[str, Any]) -> None:
+    model = build_model(ModelConfig("torchvision/resnet18"), 2)
+    apply_savers(model, TrainerConfig(**settings))
+    assert next(iter(settings)) in compile_refusal(model)
+
+
+def test_techniques_come_and_go_without_each_other() -> None:
+    """The two share a wrapper of the network's forward pass, and each leaves the other's setting as it is."""
+    model = build_model(ModelConfig("torchvision/resnet18"), 2)
+    for recomputes, offloads in ((True, False), (True, True), (False, True), (True, True), (True, False)):
+        apply_savers(model, TrainerConfig(recompute="blocks" if recomputes else "none", offload=offloads))
+        assert plan_in(model).is_empty is not recomputes
+        assert is_offloading(model) is offloads
+        assert own_forward(model) is None

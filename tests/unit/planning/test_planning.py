@@ -208,6 +208,7 @@ def test_what_changes_the_need_changes_the_prediction() -> None:
     assert need("trainer.ema_decay=0.9") > plain
     assert need("trainer.micro_batch_size=4") < plain
     assert need("trainer.recompute=blocks") < plain
+    assert need("trainer.offload=true") < plain
     assert need("+optimizer.kwargs.foreach=true") > plain  # an allocating step needs copies to be undone
     assert need("model.num_classes=5000") > plain
     assert need("optimizer.lr=0.5") == plain

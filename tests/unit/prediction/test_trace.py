@@ -20,6 +20,8 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.optimizers import build_ema, build_optimizer, build_scaler
+from adaptive_trainer.models.recomputing.offloading import moves_noted
+from adaptive_trainer.models.savers.offload import apply as offload
 from adaptive_trainer.models.savers.recompute import apply as recompute
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.prediction.derivation import Tracer
@@ -27,7 +29,7 @@ from adaptive_trainer.prediction.estimator import Prediction, predict
 from adaptive_trainer.prediction.recorder import Kind, Recorder, fake_device
 from adaptive_trainer.prediction.tracer import Trace, TraceError, TraceSpec, trace
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.dry_run import dry_run
+from adaptive_trainer.step.dry_run import DRY_RUN_UPDATES, dry_run
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 
@@ -62,14 +64,16 @@ class Case:
 
     def __init__(
         self, name: str, batch: int, micro: int, size: int = 64, precision: str = "fp32", optimizer: str = "adamw",
-        checkpoint: bool = False, ema: float | None = None,
+        checkpoint: bool = False, ema: float | None = None, offloads: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.batch, self.micro, self.size = name, batch, micro, size
         self.precision, self.optimizer, self.checkpoint, self.ema = precision, optimizer, checkpoint, ema
+        self.offloads = offloads
 
     def model(self) -> nn.Module:
         model = build_model(ModelConfig(name=self.name), 10)
         recompute(model, "blocks" if self.checkpoint else "none")
+        offload(model, self.offloads)
         return model
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
@@ -109,10 +113,13 @@ class Case:
         Case("mobilenetv3_small_100", 2, 2, precision="fp16"),
         Case("resnet18", 4, 4, optimizer="lion", checkpoint=True),
         Case("resnet18", 5, 2, ema=0.9),
+        Case("efficientnet_b0", 5, 2, 128, offloads=True),
+        Case("mobilenetv3_small_100", 8, 4, 128, precision="bf16", checkpoint=True, offloads=True),
+        Case("vit_tiny_patch16_224", 2, 2, 224, offloads=True),
         Case("torchvision/squeezenet1_1", 6, 2, optimizer="sgd"),
         Case("vit_tiny_patch16_224", 2, 2, 224),
     ],
-    ids=lambda case: f"{case.name}-{case.precision}-{case.optimizer}",
+    ids=lambda case: f"{case.name}-{case.precision}-{case.optimizer}{'-offload' * case.offloads}",
 )
 def test_what_a_real_update_allocates(case: Case) -> None:
     predicted = case.predicted()
@@ -120,7 +127,11 @@ def test_what_a_real_update_allocates(case: Case) -> None:
     assert predicted.allocated_bytes is not None
     assert predicted.reserved_bytes is not None
     assert predicted.min_capacity_bytes is not None
-    allocated, reserved = case.measured(4 * 2**30)
+    moved: list[int] = []
+    with moves_noted(moved.append):
+        allocated, reserved = case.measured(4 * 2**30)
+    assert DRY_RUN_UPDATES * predicted.offloaded_bytes == sum(moved)
+    assert (predicted.offloaded_bytes > 0) is case.offloads
     assert predicted.allocated_bytes == pytest.approx(allocated, rel=0.002)
     assert predicted.reserved_bytes == pytest.approx(reserved, abs=4 * MiB)
     case.measured(predicted.min_capacity_bytes + 4 * MiB)

@@ -25,6 +25,7 @@ from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.losses import CrossEntropy
 from adaptive_trainer.models.recomputing import keeper
+from adaptive_trainer.models.savers.offload import apply as offload
 from adaptive_trainer.models.savers.recompute import apply as recompute
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
@@ -121,13 +122,14 @@ class Recomputed(nn.Module):
                     self.mean.lerp_(x.mean(0), 0.1)
             return x + self.mean
 
-    def __init__(self, how: str, *, within: bool) -> None:
+    def __init__(self, how: str, *, within: bool, offloads: bool = False) -> None:
         super().__init__()
         blocks = [self.Block(how) for _ in range(2)]
         self.first = nn.Linear(192, 6)
         self.blocks = nn.Sequential(*[nn.Sequential(block, nn.Linear(6, 6)) for block in blocks] if within else blocks)
         self.head = nn.Linear(6, 5)
         recompute(self, "blocks")
+        offload(self, offloads)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.blocks(self.first(x.flatten(1))))
@@ -136,17 +138,20 @@ class Recomputed(nn.Module):
 
 @pytest.mark.parametrize("how", ["bound", "data", "written"])
 @pytest.mark.parametrize("within", [False, True], ids=["a block", "within a block"])
+@pytest.mark.parametrize("offloads", [False, True], ids=["", "offloaded"])
 @pytest.mark.usefixtures("small")
 def test_memory_that_runs_out_in_a_recomputed_block_leaves_no_trace(
-    how: str, within: bool, capacity: Capacity, every: int
+    how: str, within: bool, offloads: bool, capacity: Capacity, every: int
 ) -> None:
-    check_operators(lambda: Recomputed(how, within=within), capacity, every, len(how) + within)
+    check_operators(lambda: Recomputed(how, within=within, offloads=offloads), capacity, every, len(how) + within)
 
 
 @pytest.mark.usefixtures("small")
-def test_recomputed_blocks_train_as_others_do(capacity: Capacity) -> None:
-    runs = [run_of(lambda: Recomputed("bound", within=False), capacity) for _ in range(2)]
+@pytest.mark.parametrize("offloads", [False, True])
+def test_recomputed_blocks_train_as_others_do(offloads: bool, capacity: Capacity) -> None:
+    runs = [run_of(lambda: Recomputed("bound", within=False, offloads=offloads), capacity) for _ in range(2)]
     recompute(runs[0].state.model, "none")
+    offload(runs[0].state.model, False)
     for run in runs:
         run.advance(run.update())
     assert differences(dump(runs[0].state), dump(runs[1].state)) == []
@@ -241,6 +246,17 @@ WAYS = [name for name in vars(Changing) if "_" in name.strip("_")]
 @pytest.mark.parametrize("how", WAYS)
 def test_a_layout_that_changes_in_place_is_put_back(how: str, capacity: Capacity, every: int) -> None:
     check_operators(lambda: Changing(how), capacity, every, WAYS.index(how))
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.usefixtures("small")
+def test_offloading_takes_what_changes_in_place_as_it_was(how: str, capacity: Capacity) -> None:
+    runs = [run_of(lambda: Changing(how), capacity) for _ in range(2)]
+    offload(runs[0].state.model, True)
+    for _ in range(2):
+        for run in runs:
+            run.advance(run.update())
+    assert differences(dump(runs[0].state), dump(runs[1].state)) == []
 
 
 @pytest.mark.parametrize("how", [how for how in WAYS if "weight" not in how])
