@@ -3,7 +3,8 @@
 speed: images per second against other trainers. command: seconds from a command to its first update, and to its end.
 finders-CAP: seconds until a batch size fits and trains. data: images per second from files. where: what one update
 spends its time on. undo, loop, compile: what transactions, the training loop and torch.compile cost and bring. layout,
-start: where channels_last pays, and what it costs at first. cpu: an update without a card.
+start: where channels_last pays, and what it costs at first. offload: what recomputed and offloaded activations save and
+cost. cpu: an update without a card.
 
 Usage: python scripts/benchmark.py [PART ...] [--page FILE]
 
@@ -34,6 +35,7 @@ PARTS: dict[str, list[str]] = {
     "layout": ["scripts.benchmark_update", "layout"],
     "start": ["scripts.benchmark_update", "start"],
     "edge": ["scripts.benchmark_edge"],
+    "offload": ["scripts.benchmark_offload"],
     "cpu": ["scripts.benchmark_update", "cpu"],
 }
 

@@ -894,7 +894,9 @@ def offloaded(kind: str, precision: str, recompute: str, *, offloads: bool, chan
     with limited(gpu_checks.CUDA, None) as capacity:
         seed_everything(0)
         update, images, labels = make_update(
-            [*overrides, "data.image_size=160", "+model.kwargs.drop_path_rate=0.2"], capacity
+            # a learning rate that a graph's tensor can hold
+            [*overrides, "data.image_size=160", "+model.kwargs.drop_path_rate=0.2", f"optimizer.lr={2**-10}"],
+            capacity,
         )
         engine = Engine(update, kind, 8, events.append)
         for number in range(20):
@@ -942,8 +944,8 @@ def test_memory_that_runs_out_while_activations_are_on_their_way_leaves_no_trace
         update, images, labels = make_update([*OFFLOADED, "trainer.batch_size=8", "trainer.recompute=cheap"], capacity)
         for _ in range(2):
             update.run(images, labels, samples=8)
-        held, before = oom.held(gpu_checks.CUDA), dump(update.state)
-        at, raised = 0, True
+        before = dump(update.state)
+        held, at, raised = oom.held(gpu_checks.CUDA), 0, True
         while raised:
             fault = Fault(at, keeps_failing=True)
             with suppress(OutOfMemory), fault:

@@ -290,9 +290,9 @@ def test_where_host_memory_is_short_the_update_leaves_no_trace(
     [
         (0, 1.0, 0.0),
         (12 * 10**9, 0.0, 2.0),  # a second there and a second back
-        (12 * 10**9, 3.0, 0.0),  # both beside the computation
-        (12 * 10**9, 0.9, 0.7 + 0.4),
-        (12 * 10**9, 1.8, 0.4 + 0.0),
+        (12 * 10**9, 7.5, 0.0),  # both beside the computation
+        (12 * 10**9, 1.5, 0.8 + 0.6),
+        (12 * 10**9, 3.75, 0.5 + 0.0),
     ],
 )
 def test_what_the_computation_hides_costs_nothing(nbytes: int, compute: float, expected: float) -> None:
