@@ -25,8 +25,10 @@ from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.prediction.estimator import Prediction
 from adaptive_trainer.prediction.transfer import GB, PCIE_3, added_seconds
 from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.training.measure import measure
 from adaptive_trainer.training.session import Parts, enter
 from scripts.predict_accuracy import smallest_limit
 from scripts.timing import CUDA, heading, need_cuda, per_update, row, table
@@ -47,9 +49,10 @@ class Result:
     """One recipe trained one way: seconds of an update, bytes."""
 
     seconds: float
-    predicted: int
+    predicted: Prediction
+    reserved: int  # with no limit
     smallest: int
-    moved: int
+    is_found: bool  # or else the search has ended, and the smallest limit is beyond
 
 
 def config_of(name: str, batch: int, size: int, precision: str, recompute: str, offload: bool) -> Config:
@@ -63,8 +66,9 @@ def measured(config: Config) -> Result:
     found = Predictor(spec_of(config), num_classes=CLASSES).predict(config)
     if found.min_capacity_bytes is None:
         raise SystemExit(f"not predicted: {found.reason}")
-    smallest, _ = smallest_limit(config, CLASSES, found.min_capacity_bytes)
-    return Result(_seconds(config), found.min_capacity_bytes, smallest, found.offloaded_bytes)
+    _, reserved = measure(config, CLASSES) or (0, 0)
+    smallest, too_small = smallest_limit(config, CLASSES, found.min_capacity_bytes)
+    return Result(_seconds(config), found, reserved, smallest, smallest > too_small)
 
 
 def _seconds(config: Config) -> float:
@@ -98,23 +102,28 @@ def rows(numbers: list[int]) -> Iterator[str]:
     yield heading(f"offloaded activations, host to card {rate / GB:.0f} GB/s")
     yield ""
     yield from table(
-        "recipe", "recompute", "offload", "smallest limit, MiB: predicted / found", "moved one way, MiB",
-        "ms an update", "factor", "modelled here", *modelled,
+        "recipe", "recompute", "offload", "reserved, MiB: predicted / found",
+        "smallest limit, MiB: predicted / found", "moved one way, MiB", "ms an update", "factor", "modelled here", *modelled,
     )  # fmt: skip
     for number in numbers:
         name, batch, size, precision = RECIPES[number]
         results = {way: measured(config_of(*RECIPES[number], *way)) for way in WAYS}
         kept = results[KEPT].seconds
         for (recompute, offload), found in results.items():
-            factors = [found.seconds / kept]
+            factors, moved, beyond = (
+                [found.seconds / kept],
+                found.predicted.offloaded_bytes,
+                "" if found.is_found else ">",
+            )
             for each in (rate, *PCIE_3.values()) if offload else ():
                 compute = results[recompute, False].seconds
-                factors.append((compute + added_seconds(found.moved, each, compute)) / kept)
+                factors.append((compute + added_seconds(moved, each, compute)) / kept)
             texts = [f"{factor:.2f}" for factor in factors]
             yield row(
                 f"{name} {batch}@{size} {precision}", recompute, "yes" if offload else "no",
-                f"{found.predicted / MiB:.0f} / {found.smallest / MiB:.0f}", f"{found.moved / MiB:.0f}",
-                f"{1e3 * found.seconds:.1f}", *texts, *["-"] * (2 + len(PCIE_3) - len(texts)),
+                f"{(found.predicted.reserved_bytes or 0) / MiB:.0f} / {found.reserved / MiB:.0f}",
+                f"{(found.predicted.min_capacity_bytes or 0) / MiB:.0f} / {beyond}{found.smallest / MiB:.0f}",
+                f"{moved / MiB:.0f}", f"{1e3 * found.seconds:.1f}", *texts, *["-"] * (2 + len(PCIE_3) - len(texts)),
             )  # fmt: skip
 
 
