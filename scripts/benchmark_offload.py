@@ -103,7 +103,8 @@ def rows(numbers: list[int]) -> Iterator[str]:
     yield ""
     yield from table(
         "recipe", "recompute", "offload", "reserved, MiB: predicted / found",
-        "smallest limit, MiB: predicted / found", "moved one way, MiB", "ms an update", "factor", "modelled here", *modelled,
+        "smallest limit, MiB: predicted / found", "moved one way, MiB",
+        "ms an update", "factor", "modelled here", *modelled,
     )  # fmt: skip
     for number in numbers:
         name, batch, size, precision = RECIPES[number]
