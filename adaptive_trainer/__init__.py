@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.ladder.rung import Rung, make_ladder
     from adaptive_trainer.memory.limit import limit_memory
     from adaptive_trainer.memory.usage import clear_gpu_memory, monitor_gpu_memory, print_gpu_memory
+    from adaptive_trainer.models.savers.recompute import recompute
     from adaptive_trainer.oom import is_out_of_memory
     from adaptive_trainer.planning.api import predict
     from adaptive_trainer.report.record import Result
@@ -41,7 +42,7 @@ __all__ = [
     "AdaptiveTrainerError", "Attempt", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable",
     "DivergedError", "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "Result", "Rung", "Trainer",
     "Transaction", "UserError", "__version__", "clear_gpu_memory", "compose_config", "descend", "is_out_of_memory",
-    "limit_memory", "load_model", "make_ladder", "monitor_gpu_memory", "predict", "print_gpu_memory",
+    "limit_memory", "load_model", "make_ladder", "monitor_gpu_memory", "predict", "print_gpu_memory", "recompute",
 ]  # fmt: skip
 
 _NAMES = {
@@ -54,6 +55,7 @@ _NAMES = {
     "ladder.rung": ("Rung", "make_ladder"),
     "memory.limit": ("limit_memory",),
     "memory.usage": ("clear_gpu_memory", "monitor_gpu_memory", "print_gpu_memory"),
+    "models.savers.recompute": ("recompute",),
     "oom": ("is_out_of_memory",),
     "planning.api": ("predict",),
     "report.record": ("Result",),

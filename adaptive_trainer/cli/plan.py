@@ -9,7 +9,7 @@ import logging
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.zoo import check_name
+from adaptive_trainer.planning import exact
 from adaptive_trainer.planning.cache import PlanCache
+from adaptive_trainer.planning.concrete import largest_batch, predicted
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.ladder_plan import Plan, plan
 from adaptive_trainer.planning.networks import ASSUMED_CLASSES
 from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.planning.refusals import check_names, image_refusal, no_step, refusal
 from adaptive_trainer.prediction.estimator import Verdict, verdict
 from adaptive_trainer.utils.device import device_of
@@ -57,8 +60,8 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
     config = typed(cfg)
     note = _as_in_training(config, device_of(config.device))
     asked = stages(cfg)
-    predictor = _predictor(config, stored_size(typed(settings) for _, settings in asked))
-    made = {name: _plan(settings, predictor) for name, settings in asked}
+    planner = _planner(config, stored_size(typed(settings) for _, settings in asked))
+    made = {name: _plan(settings, planner) for name, settings in asked}
     for name, each in made.items():  # only now: a mistake in a later stage is said without the plans above it
         log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
     if note:
@@ -89,33 +92,34 @@ def _as_in_training(config: Config, device: torch.device) -> str:
     return f"there is no CUDA here: {text}"
 
 
-def _predictor(config: Config, stored: int | None = None) -> Predictor:
+def _planner(config: Config, stored: int | None = None) -> Planner:
     cache = PlanCache(default_folder())
-    return Predictor(spec_of(config, cache), cache=cache, stored_size=stored)
+    return Planner(Predictor(spec_of(config, cache), cache=cache, stored_size=stored))
 
 
-def _plan(cfg: DictConfig, predictor: Predictor) -> Plan:
+def _plan(cfg: DictConfig, planner: Planner) -> Plan:
     def refuse(_: str, above: Config, settings: Config) -> str:
-        return refusal(predictor.networks, above, settings) or no_step(predictor, above, settings)
+        return refusal(planner.predictor.networks, above, settings) or no_step(planner, above, settings)
 
     ladder = resolve(cfg)  # with no network asked: mistakes in names come before seconds of predictions
     check_names(ladder)
-    size, why = _largest(ladder[0], predictor) if cfg.trainer.batch_size == LARGEST else (None, "")
+    size, why = _largest(ladder[0], planner) if cfg.trainer.batch_size == LARGEST else (None, "")
     ladder = resolve(cfg, refuse=refuse) if size is None else resolve(cfg, size or 1, why, refuse)
     if size is not None:
         log.info("%s", "; ".join(ladder[0].notes))
-    made = plan(ladder, predictor, is_found=bool(size))
+    made = plan(ladder, planner, is_found=bool(size))
     if made.rows[0].verdict == Verdict.SKIPPED:
         raise ModelError(made.rows[0].reason)
-    return made
+    landed = next((rung.settings for rung in ladder if rung.name == made.lands_on), None)
+    return replace(made, exact=exact.kept(cfg, landed, planner, made.spec.capacity, refuse))
 
 
-def _largest(asked: Rung[Config], predictor: Predictor) -> tuple[int, str]:
+def _largest(asked: Rung[Config], planner: Planner) -> tuple[int, str]:
     """The largest batch size that is predicted to fit, 0 where none is, and why it is this one."""
-    capacity, key = predictor.spec.capacity, f"trainer.batch_size={LARGEST}"
+    capacity, key = planner.predictor.spec.capacity, f"trainer.batch_size={LARGEST}"
     if capacity is None:
         raise ConfigError(f"{key} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
-    size, reason = predictor.largest_batch(asked.settings, capacity, LARGEST_PLANNED)
+    size, reason = largest_batch(planner, asked.settings, capacity, LARGEST_PLANNED)
     if size is None:
         raise ConfigError(f"{key} cannot be planned, because the update cannot be predicted: {reason}")
     room = format_bytes(capacity)
@@ -131,6 +135,7 @@ def _content(made: Plan) -> dict[str, Any]:
         "context_bytes": made.spec.context,
         "lands_on": made.lands_on,
         "perhaps": list(made.perhaps),
+        "exact": made.exact,
         # the names first, for people
         "rungs": [{"rung": row.rung, "verdict": row.verdict, "recipe": row.recipe, **asdict(row)} for row in made.rows],
     }
@@ -148,7 +153,8 @@ def plan_table(made: Plan) -> str:
     room = "" if spec.capacity is None else f"; {format_bytes(spec.capacity)} for tensors"
     outside = f", {format_bytes(spec.context)} for the CUDA context" if spec.context else ""
     title = f"for {spec.description}{room}{outside} (sizes in MiB)"
-    return "\n".join((*textwrap.wrap(title, width()), table(lines, left=(0, 1)), _landing(made)))
+    parts = (*textwrap.wrap(title, width()), table(lines, left=(0, 1)), _landing(made), made.exact)
+    return "\n".join(filter(None, parts))
 
 
 def _landing(made: Plan) -> str:
@@ -193,10 +199,10 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
         ModelError: the network is unknown.
     """
     check_name(cfg.model.name)
-    predictor = _predictor(typed(cfg))
+    planner = _planner(typed(cfg))
     places = itertools.product(_numbers(cfg, "batch"), _numbers(cfg, "size"))
-    cells = [_cell(typed(cfg), *place, predictor, measure) for place in places]
-    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {predictor.spec.description}"
+    cells = [_cell(typed(cfg), *place, planner, measure) for place in places]
+    head = f"{cfg.model.name}, {cfg.trainer.precision}, for {planner.predictor.spec.description}"
     seen = " [measured]" if any(cell.measured_allocated_bytes is not None for cell in cells) else ""
     text = f"{head}; peak allocated MiB{seen}\n{memory_table(cells)}"
     if any(cell.verdict in MARKS for cell in cells):
@@ -216,12 +222,14 @@ def _numbers(cfg: DictConfig, key: str) -> list[int]:
     return numbers
 
 
-def _cell(asked: Config, batch: int, size: int, predictor: Predictor, measure: Measure | None) -> Cell:
+def _cell(asked: Config, batch: int, size: int, planner: Planner, measure: Measure | None) -> Cell:
     config = deepcopy(asked)
     config.trainer.batch_size, config.data.image_size = batch, size
     config.trainer.micro_batch_size = min(batch, asked.trainer.micro_batch_size or batch)
     check(config)
-    found, classes = predictor.predict(config), predictor.networks.classes(config)
+    predictor = planner.predictor
+    config, found = predicted(planner, config, predictor.spec.capacity)
+    classes = predictor.networks.classes(config)
     # A refused image size is the reason that a person can mend; the trace fails somewhere inside the network.
     reason = (image_refusal(config, classes) or found.reason) if found.reason else ""
     seen = measure(config, classes) if measure is not None and not reason else None

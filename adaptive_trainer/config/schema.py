@@ -20,6 +20,7 @@ USUAL: dict[str, Any] = {
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TASKS = ("train", "plan", "memory")
+RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
 
@@ -54,6 +55,10 @@ def _are_class_weights(value: Any) -> bool:
     return are_numbers and any(value)
 
 
+def _is_recompute(value: str) -> bool:
+    return value in RECOMPUTE or all(":" in group for group in value.split("+"))
+
+
 def _are_shares(value: list[float]) -> bool:
     return len(value) == 2 and 0 < value[0] <= value[1] <= 1
 
@@ -62,6 +67,10 @@ BATCH_SIZE: Rule = (_is_batch_size, f"is neither a whole number above 0 nor {LAR
 CLASS_WEIGHTS: Rule = (
     _are_class_weights,
     f"is none of what is allowed: null, {BALANCED}, or a list of numbers from 0 up, one for each class and not all 0",
+)
+RECOMPUTATION: Rule = (
+    _is_recompute,
+    f"is none of {', '.join(RECOMPUTE)}, and no plan such as most:blocks.0|blocks.1+cheap:rest",
 )
 SHARES: Rule = (_are_shares, "is no pair of shares of the image, 0 < least <= most <= 1")
 PROBABILITY: Rule = (lambda value: 0 <= value <= 1, "is no probability from 0 to 1")
@@ -77,9 +86,9 @@ def setting(default: Any, *rules: Rule) -> Any:
     return field(default=default, metadata={"rules": rules})
 
 
-def technique(default: Any, text: str, without: str) -> Any:
+def technique(default: Any, text: str, without: str, *rules: Rule) -> Any:
     """A field of `TrainerConfig` that switches a technique of `models/savers/`; the texts are those of `Technique`."""
-    return field(default=default, metadata={"technique": (text, without)})
+    return field(default=default, metadata={"technique": (text, without), "rules": rules})
 
 
 @dataclass
@@ -163,7 +172,7 @@ class TrainerConfig:
     eval_batch_size: int | None = setting(None, _at_least(1))  # null: the micro-batch size
     precision: str = setting("fp32", _one_of(*PRECISIONS))
     # none, auto, cheap, blocks, most or a plan, see models/recomputing/plan.py
-    recompute: str = technique("none", "activations recomputed", "it would keep all activations")
+    recompute: str = technique("none", "activations recomputed", "it would keep all activations", RECOMPUTATION)
     # what is kept goes to host memory until the backward pass wants it
     offload: bool = technique(False, "activations offloaded", "it would keep activations on the device")
     channels_last: bool | None = None  # null: on a CUDA card, in runs that it is expected to make faster
@@ -199,6 +208,7 @@ class LadderConfig:
     """The rungs, in order; the request itself is rung 0 and is not listed."""
 
     rungs: list[RungConfig] = field(default_factory=list)
+    exact: bool = False  # leave out of the rungs what would change the mathematics
     climb: bool = False
     avoid_thrashing: bool = False
 

@@ -20,15 +20,20 @@ from adaptive_trainer.recipe import Recipe, Technique
 Refuse = Callable[[str, Config, Config], str]  # of the rung's name and the settings before and after a change
 WHOLE = "train"  # the stage of a run without phases
 DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the batch size is not known beforehand
+MICRO_BATCHES = "micro-batches give the gradients of the whole batch, up to rounding"
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # What no stage may set.
 OF_THE_RUN = ("task", "device", "resume", "output_dir", "trackers", "optimized_metric", "card", "phases")
-OF_A_STAGE = ("seed", "ladder.rungs", "trainer.channels_last")  # the same for all its rungs
+OF_A_STAGE = ("seed", "ladder.rungs", "ladder.exact", "trainer.channels_last")  # the same for all its rungs
 # Decided once for all rungs: what is trained on, where, and what becomes of it.
 FIXED = (
     *OF_THE_RUN, *OF_A_STAGE, "memory", "model.num_classes", "trainer.tf32", "trainer.deterministic", "data.train",
     "data.val", "data.root", "data.cache",
 )  # fmt: skip
+
+TECHNIQUES = tuple(f"trainer.{each.name}" for each in fields(TrainerConfig) if "technique" in each.metadata)
+# What changes how an update is computed, and not what: bit for bit, micro-batches up to rounding.
+KEEPS_MATHEMATICS = (*TECHNIQUES, "trainer.micro_batch_size", "trainer.eval_batch_size", "data.num_workers")
 
 
 def recipe(config: Config) -> Recipe:
@@ -122,6 +127,8 @@ def resolve(
         passed_over = "" if kept else "; ".join(notes) or "it sets nothing"
         if is_found and config.trainer.batch_size == batch_size:
             notes = [*said, *notes]
+        if config.ladder.exact and any("micro_batch_size=" in text for text in kept):
+            notes = [*notes, MICRO_BATCHES]
         made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
         ladder.append(_following(made, asked) if follows and not of_request else made)
     refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
@@ -189,7 +196,8 @@ def _step(
         differing = changed(config, settings)
         if fixed := [key for key in differing if key.startswith(FIXED)]:
             raise ConfigError(f"{text!r}: {', '.join(fixed)} cannot change on the way down; set it for the whole run")
-        reason = "" if differing else "it is so already, or comes to the same"
+        reason = _inexact(differing) if config.ladder.exact else ""
+        reason = reason or ("" if differing else "it is so already, or comes to the same")
         reason = reason or recipe(config).no_step_down_to(recipe(settings))
         if not reason and refuse is not None:
             reason = refuse(config, settings)
@@ -199,6 +207,12 @@ def _step(
             cfg, config = candidate, settings
             kept.append(text)
     return cfg, config, kept, notes
+
+
+def _inexact(differing: Iterable[str]) -> str:
+    """Why a change of these settings is none for `ladder.exact`; empty where it is one."""
+    others = [key for key in differing if key not in KEEPS_MATHEMATICS]
+    return f"it would change what is computed ({', '.join(others)}), and ladder.exact keeps that" if others else ""
 
 
 def changed(before: Config, after: Config) -> dict[str, Any]:
@@ -246,7 +260,12 @@ def changes(asked: Config, rung: Rung[Config], above: str = "") -> list[Change]:
 
 
 def _reason(key: str, rung: Rung[Config], above: str) -> str:
-    # These two follow from others; what was decided of them is in the notes, by its first words.
-    about = {"optimizer.lr": "learning rate ", "trainer.batch_size": f"batch size {LARGEST} "}.get(key)
+    # What was decided of these is in the notes, by its first words.
+    about = {
+        "optimizer.lr": "learning rate ",
+        "trainer.batch_size": f"batch size {LARGEST} ",
+        "trainer.micro_batch_size": MICRO_BATCHES,
+        "trainer.recompute": "recomputation ",
+    }.get(key)
     noted = (note for note in rung.notes if about is not None and note.startswith(about))
     return next(noted, f"rung {rung.name} is used" + (f"; {above}" if above else ""))

@@ -128,8 +128,8 @@ def _text(value: Any) -> str:
 
 
 def _is_sound(name: str, value: Any) -> bool:
-    if name == "reason":
-        return bool(value == "")  # what failed is not kept
+    if name in ("reason", "plan"):
+        return bool(value == "")  # what failed is not kept, and the key has the plan
     if name == "seconds":
         return isinstance(value, float) and math.isfinite(value)
     return value is None or (type(value) is int and value >= 0)

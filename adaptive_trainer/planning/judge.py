@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from omegaconf import DictConfig
 
 from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.ladder.descent import Attempt, Outcome
+from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning import refusals
+from adaptive_trainer.planning import exact, refusals
 from adaptive_trainer.planning.cache import Key, Measurement, PlanCache
+from adaptive_trainer.planning.concrete import largest_batch
 from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.predictor import LossFactory, Predictor, other_allocator
+from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.prediction.estimator import Verdict, verdict
 from adaptive_trainer.utils.device import capability_of, precision_refusal
 from adaptive_trainer.utils.files import default_folder
@@ -51,6 +57,18 @@ class Judge:
             stored_size=stored_size,
             val_size=val_size,
         )
+        self._planner = Planner(self._predictor)
+
+    def planned(self, rung: Rung[Config]) -> Rung[Config]:
+        """The rung with a plan of recomputation for the room that there is now, where its settings ask for one."""
+        room = self.capacity.room()
+        if room is not None:  # what has failed does not fit, whatever was predicted of it
+            room = min([room, *(need - 1 for model, need, _ in self._failed if model == rung.settings.model)])
+        settings = self._planner.planned(rung.settings, room)
+        if settings is rung.settings:
+            return rung
+        for_room = "no limit is known" if room is None else f"planned for {format_bytes(room)}"
+        return replace(rung, settings=settings, notes=(*rung.notes, f"recomputation of rung {rung.name}, {for_room}"))
 
     def assess(self, config: Config) -> tuple[str, int | None]:
         """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
@@ -83,7 +101,7 @@ class Judge:
 
     def _no_step(self, above: Config, config: Config) -> str:
         room = self.capacity.room()
-        return "" if room is None else refusals.no_step(self._predictor, above, config, room)
+        return "" if room is None else refusals.no_step(self._planner, above, config, room)
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
         for failed, predicted, room in self._failed:
@@ -98,15 +116,19 @@ class Judge:
 
     def needed(self, config: Config) -> int | None:
         """The least bytes that these settings are predicted to fit in, where that was predicted."""
-        prediction = self._predictor.recalled(config)
+        prediction = self._predictor.recalled(self._planner.planned(config, self.capacity.room()))
         return None if prediction is None else prediction.min_capacity_bytes
+
+    def kept_by_exact(self, cfg: DictConfig, used: Config) -> str:
+        """As `exact.kept`, of a run that trained with the settings `used`."""
+        return exact.kept(cfg, used, self._planner, self.capacity.room(), lambda _, *steps: self.refusal(*steps))
 
     def largest_batch(self, config: Config, most: int) -> int | None:
         """The largest batch size up to `most` that is predicted to fit; None where that is not known."""
         room = self.capacity.room()
         if room is None or (self._is_cuda and other_allocator()):
             return None
-        return self._predictor.largest_batch(config, room, most)[0]
+        return largest_batch(self._planner, config, room, most)[0]
 
     def learn(self, config: Config, entry: Attempt) -> None:
         """Remember how an attempt ended, on a CUDA card from one run to the next."""

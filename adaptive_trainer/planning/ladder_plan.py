@@ -9,8 +9,11 @@ from typing import Any
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
+from adaptive_trainer.models.recomputing.plan import in_words
+from adaptive_trainer.models.savers.recompute import NONE
+from adaptive_trainer.planning.concrete import predicted
 from adaptive_trainer.planning.device_spec import DeviceSpec
-from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.planning.refusals import image_refusal, no_step
 from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
 
@@ -37,9 +40,10 @@ class Plan:
     rows: tuple[Row, ...]
     lands_on: str | None  # name of the first rung that fits; None where none is known to
     perhaps: tuple[str, ...]  # names of the rungs above it that may fit as well
+    exact: str = ""  # what `ladder=exact` would keep of what is given up there, in words
 
 
-def plan(ladder: Sequence[Rung[Config]], predictor: Predictor, *, is_found: bool = False) -> Plan:
+def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = False) -> Plan:
     """Predict every rung and say where a descent will land.
 
     Args:
@@ -47,24 +51,33 @@ def plan(ladder: Sequence[Rung[Config]], predictor: Predictor, *, is_found: bool
     """
     above, rows = ladder[0], list[Row]()  # a rung is compared with the last one that is not skipped
     for rung in ladder:
-        rows.append(_row(rung, predictor, above))
+        rows.append(_row(rung, planner, above))
         above = above if rows[-1].verdict == Verdict.SKIPPED else rung
     # The largest batch is too near the limit to be sure of, but training finds the one that fits, and lands there.
     landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == Verdict.FITS), None)
     perhaps = (row.rung for row in rows[:landed] if row.verdict in (Verdict.UNSURE, Verdict.UNKNOWN))
-    return Plan(predictor.spec, tuple(rows), None if landed is None else rows[landed].rung, tuple(perhaps))
+    return Plan(planner.predictor.spec, tuple(rows), None if landed is None else rows[landed].rung, tuple(perhaps))
 
 
-def _row(rung: Rung[Config], predictor: Predictor, above: Rung[Config]) -> Row:
+def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
+    spec, networks = planner.predictor.spec, planner.predictor.networks
     named: dict[str, Any] = {"rung": rung.name, "recipe": str(recipe(rung.settings))}
-    if passed_over := rung.passed_over or no_step(predictor, above.settings, rung.settings):
+    if passed_over := rung.passed_over or no_step(planner, above.settings, rung.settings):
         return Row(**named, verdict=Verdict.SKIPPED, reason=passed_over)
-    found = predictor.predict(rung.settings)
+    config, found = predicted(planner, rung.settings, spec.capacity)
+    named["recipe"] = _in_words(config, found)
     # A network that refuses the size cannot be traced either, and says less clearly why.
-    if refused := image_refusal(rung.settings, predictor.networks.classes(rung.settings)) if found.reason else "":
+    if refused := image_refusal(config, networks.classes(config)) if found.reason else "":
         return Row(**named, verdict=Verdict.SKIPPED, seconds=found.seconds, reason=refused)
-    capacity, least = predictor.spec.capacity, found.min_capacity_bytes
+    capacity, least = spec.capacity, found.min_capacity_bytes
     if capacity is None and not found.reason:
         found = replace(found, reason="no card and no memory.limit to judge by")
-    with_context = None if least is None else least + predictor.spec.context
+    with_context = None if least is None else least + spec.context
     return Row(**named, verdict=verdict(found, capacity), min_card_bytes=with_context, **asdict(found))
+
+
+def _in_words(config: Config, found: Prediction) -> str:
+    """The recipe, and what is recomputed in it."""
+    said = [in_words(found.plan)] if found.plan != NONE else []
+    said += [f"{found.added_time:.2f} times the time"] if said and found.added_time is not None else []
+    return f"{recipe(config)} ({'; '.join(said)})" if said else str(recipe(config))

@@ -11,8 +11,7 @@ import torch
 
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.position import micro_batches
-from adaptive_trainer.ladder.batch_size import largest
-from adaptive_trainer.ladder.resolve import recipe, stored_size, with_batch_size
+from adaptive_trainer.ladder.resolve import recipe, stored_size
 from adaptive_trainer.models.losses import Criterion, Loss, build_loss
 from adaptive_trainer.models.optimizers import build_optimizer
 from adaptive_trainer.models.savers import saver_settings
@@ -27,7 +26,6 @@ from adaptive_trainer.recipe import Recipe
 # Variables that change how memory is taken, so that they are part of each key.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ENVIRONMENT = (*ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TIMM_FUSED_ATTN")
-SAMPLED = (8, 16)  # batch sizes whose needs show where to look for the largest
 # Switches of PyTorch that decide whether attention keeps its matrix.
 ATTENTION: tuple[Callable[[], bool], ...] = (
     torch.backends.cuda.flash_sdp_enabled,
@@ -107,29 +105,6 @@ class Predictor:
         if found is not None:
             self._known[_text(key)] = found
         return found
-
-    def largest_batch(self, config: Config, capacity: int, most: int) -> tuple[int | None, str]:
-        """Find the largest batch size up to `most` that is predicted to need no more than `capacity` bytes.
-
-        Returns:
-            The size, 0 where none fits, or None and the reason where it cannot be predicted.
-        """
-
-        def need(size: int) -> int | None:
-            return self.predict(with_batch_size(config, size)).min_capacity_bytes
-
-        def fits(size: int) -> bool:
-            least = need(size)
-            return least is not None and least <= capacity
-
-        small, large = map(need, SAMPLED)
-        if small is None or large is None:
-            reasons = (self.predict(with_batch_size(config, size)).reason for size in SAMPLED)
-            return None, next(filter(None, reasons), "")
-        # Memory grows evenly with the batch, so two sizes show about where the boundary is.
-        a_sample = max(1, (large - small) // (SAMPLED[1] - SAMPLED[0]))
-        guess = SAMPLED[0] + (capacity - small) // a_sample
-        return largest(fits, guess=guess, step=max(1, guess // 100), least=1, most=most) or 0, ""
 
     def key(self, config: Config) -> Key:
         """Everything that the need for memory depends on, as plain data."""

@@ -16,10 +16,12 @@ from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer
+from adaptive_trainer.models.recomputing.plan import Plan
+from adaptive_trainer.models.savers.recompute import NONE, plan_of
 from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.planning.image_size import check_image_size, failure_at
 from adaptive_trainer.planning.networks import Networks
-from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.planning.recomputation import Planner
 
 
 def refusal(networks: Networks, above: Config, config: Config) -> str:
@@ -29,12 +31,20 @@ def refusal(networks: Networks, above: Config, config: Config) -> str:
         reason = _size_refusal(networks, above, config)
     if not reason and replace(config.optimizer, lr=0.0) != replace(above.optimizer, lr=0.0):
         reason = _optimizer_refusal(networks.outline(config), config)
+    is_split = recipe(config).micro_batch_size < recipe(above).micro_batch_size
+    if not reason and config.ladder.exact and is_split and networks.has_batch_norm(config):
+        reason = "it would change BatchNorm's statistics, and ladder.exact keeps them"
+    if not reason and config.trainer.recompute != above.trainer.recompute:
+        reason = _why_not(lambda: check_recomputation(networks, config))
     alone = "" if reason else single_sample(config)  # asked last: BatchNorm may be looked for in a built network
     return alone if alone and networks.has_batch_norm(config) else reason
 
 
-def no_step(predictor: Predictor, above: Config, config: Config, room: int | None = None) -> str:
+def no_step(planner: Planner, above: Config, config: Config, room: int | None = None) -> str:
     """Why another network than the one above is no step down; empty where it may be one.
+
+    Plans of recomputation that are still to be found are those for a room without limits: both networks then keep what
+    they can, and compare.
 
     Args:
         room: bytes that there are; a network whose weights take more is not predicted.
@@ -42,6 +52,8 @@ def no_step(predictor: Predictor, above: Config, config: Config, room: int | Non
     # Sizes and precision are compared by the ladder itself; a network's need shows in its prediction only.
     if config.model == above.model:
         return ""
+    above, config = (planner.planned(each, None) for each in (above, config))
+    predictor = planner.predictor
     weights = predictor.networks.weights_bytes
     was: int | None
     need: int | None
@@ -88,6 +100,19 @@ def _why_not(check: Callable[[], object]) -> str:
     return ""
 
 
+def check_recomputation(networks: Networks, config: Config) -> None:
+    """Refuse a plan of recomputation that is none, or is one of another network.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if ":" in (value := config.trainer.recompute):
+        model = networks.outline(replace(config, trainer=replace(config.trainer, recompute=NONE)))
+        plan = Plan.parse(value)
+        if model is not None:  # else the dry run finds out
+            plan_of(model, str(plan))
+
+
 def single_sample(config: Config) -> str:
     """Why a network with BatchNorm is not trained with a batch or micro-batch of one; empty for larger ones."""
     used = recipe(config)
@@ -110,6 +135,7 @@ def check_names(ladder: Sequence[Rung[Config]], *, own_model: bool = False) -> N
     checks: list[Callable[[Config], None]] = [lambda config: check_optimizer(config.optimizer)]
     if not own_model:
         checks.insert(0, lambda config: check_name(config.model.name))
+        checks.append(partial(check_recomputation, Networks(None, None)))
     problems: dict[str, str] = {}  # what is wrong, and the first rung of which it is: those below inherit it
     for rung, check in itertools.product(ladder, checks):
         if rung is ladder[0]:  # what was asked for: nothing below would be what the user wants

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.rung import Change
+from adaptive_trainer.models.recomputing.plan import in_words
 from adaptive_trainer.report.listeners import brief
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
@@ -31,7 +32,8 @@ def _mib(size: int | None) -> str:
 
 def change_text(change: Change) -> str:
     """One setting that differs from what was asked for, and why."""
-    text = f"{change.key} {_short(change.asked)} -> {_short(change.used)}"
+    said = in_words if change.key == "trainer.recompute" else _short
+    text = f"{change.key} {said(change.asked)} -> {said(change.used)}"
     rule = re.sub(r"^learning rate \S+ -> \S+: ", "", change.why)  # which has just been said
     return f"{text} ({rule})" if rule == change.why else f"{text}: {rule}"
 
@@ -40,19 +42,20 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bool) -> str:
+def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bool, kept: str = "") -> str:
     """The end of a run that has trained.
 
     Args:
         best: validation accuracy of the best epoch; less the loss where accuracy is not known.
         way_on: overrides with which the command line trains on; empty where it cannot.
         is_own_model: whether the network was made by the caller, who has to make it again.
+        kept: what `ladder=exact` would have kept, in words; empty where it is not known.
     """
     folder = Path(result.output_dir)
     log = log_file()
     model = nearby(folder / "checkpoints" / "best.pt")
     lines = [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
-    lines += [f"changed: {change_text(change)}" for change in result.changes]
+    lines += [*(f"changed: {change_text(change)}" for change in result.changes), *filter(None, [kept])]
     lines += [f"best model: {model}", f"record: {nearby(folder / 'result.json')}"]
     if log is not None:  # the library writes none, the command line does
         lines.append(f"log: {nearby(log)}")

@@ -16,7 +16,7 @@ from adaptive_trainer.errors import LadderExhausted, explained
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import changed
 from adaptive_trainer.ladder.rung import Rung
-from adaptive_trainer.memory.usage import describe_users
+from adaptive_trainer.memory.usage import describe_users, format_bytes
 from adaptive_trainer.report.summary import rung_table
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.stage import Stage
@@ -84,11 +84,22 @@ def _differences(cfg: DictConfig, phase: Config) -> str:
 
 def _advice(stage: Stage, attempts: Sequence[Attempt]) -> str:
     capacity = stage.run.parts.capacity
+    ladders = "ladder=faithful" if stage.phase.settings.ladder.exact else "ladder=exact, ladder=faithful"
     return (
-        f"capacity: {capacity.description}\n{describe_users(capacity.device)}\n"
+        f"capacity: {capacity.description}\n{_shortage(stage, attempts)}{describe_users(capacity.device)}\n"
         f"what to try: a larger memory.limit{_enough(stage, attempts)}, closing other programs on the card, "
-        "ladder=faithful, a smaller model.name, data.image_size or trainer.micro_batch_size"
+        f"{ladders}, a smaller model.name, data.image_size or trainer.micro_batch_size"
     )
+
+
+def _shortage(stage: Stage, attempts: Sequence[Attempt]) -> str:
+    """What the last rung that was predicted lacks, as a line; empty where that is not known."""
+    room = stage.run.parts.capacity.room()
+    known = [entry for entry in attempts if entry.predicted_bytes is not None]
+    if not known or room is None or (need := known[-1].predicted_bytes or 0) <= room:
+        return ""
+    lacking, predicted, there = map(format_bytes, (need - room, need, room))
+    return f"short of {lacking}: rung {known[-1].rung} is predicted to need {predicted}, and there are {there}\n"
 
 
 def _enough(stage: Stage, attempts: Sequence[Attempt]) -> str:

@@ -75,7 +75,7 @@ class Rungs:
 
     def index(self, rung: Rung[Config]) -> int:
         """Its place on the ladder."""
-        return self.ladder.index(rung)
+        return [each.name for each in self.ladder].index(rung.name)  # it may have a plan since
 
     def down_from(self, start: int) -> Iterator[Rung[Config]]:
         """The rungs from there on."""
@@ -93,7 +93,7 @@ class Rungs:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
         hopeless, need = self._run.judge.assess(rung.settings)
         found = f"{LARGEST}-{self.largest}"  # a dry run that it has passed counts for more than a prediction
-        is_known = rung is self.ladder[0] and any(
+        is_known = self.index(rung) == 0 and any(
             entry.rung == found and entry.outcome == Outcome.FITS for entry in self._run.record.attempts
         )
         return "" if hopeless and (is_known or self.is_last(rung)) else hopeless, need
@@ -132,27 +132,44 @@ class Rungs:
 
 
 class Climbing:
-    """When to try the rung above again: with more room than when it failed, and after waits that double."""
+    """When to try more again: the rung above, or a faster plan of recomputation for the same one.
+
+    It takes more room than there was before, and after each try a wait that doubles.
+
+    Attributes:
+        target: the rung to try, once it is due.
+    """
 
     def __init__(self, rungs: Rungs, run: Run) -> None:
-        self._rungs, self._capacity = rungs, run.parts.capacity
+        self._rungs, self._capacity, self._judge = rungs, run.parts.capacity, run.judge
         self._room: dict[str, int | None] = {}
         self._wait, self._at = 1, 0
+        self.target = 0
 
     def note(self, entry: Attempt) -> None:
-        """Remember the room in which a rung did not fit."""
+        """Remember the room in which a rung did not fit, or fits by its plan."""
         # one that was skipped for another reason than memory would be skipped again
-        if entry.outcome == Outcome.OOM or (entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is not None):
+        if entry.outcome != Outcome.SKIPPED or entry.predicted_bytes is not None:
             self._room[entry.rung] = self._capacity.room()
 
     def is_due(self, rung: Rung[Config], epochs: int) -> bool:
         """Whether to leave this rung now, after so many epochs."""
-        above = self._rungs.above(self._rungs.index(rung))
-        if not rung.settings.ladder.climb or above < 0 or epochs < self._at:
+        if not rung.settings.ladder.climb or epochs < self._at:
             return False
-        if self._rungs.ladder[above].settings.model != rung.settings.model:
-            return False  # it would start from epoch 1
-        then, now = self._room.get(self._rungs.ladder[above].name), self._capacity.room()
+        self.target = self._higher(rung)
+        return self.target >= 0
+
+    def _higher(self, rung: Rung[Config]) -> int:
+        here = self._rungs.index(rung)
+        above, ladder = self._rungs.above(here), self._rungs.ladder
+        # another model would start from epoch 1
+        if above >= 0 and ladder[above].settings.model == rung.settings.model and self._has_grown(ladder[above]):
+            return above
+        has_faster_plan = self._has_grown(rung) and self._judge.planned(ladder[here]).settings != rung.settings
+        return here if has_faster_plan else -1
+
+    def _has_grown(self, rung: Rung[Config]) -> bool:
+        then, now = self._room.get(rung.name), self._capacity.room()
         return then is not None and now is not None and now > then
 
     def wait(self, epochs: int) -> None:

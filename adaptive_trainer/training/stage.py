@@ -53,6 +53,7 @@ class Stage:
         self.keeper = Keeper(run, number)
         self.trial = Trial(run, self.keeper, saved, weights)
         self.leak = ""
+        self._planned_at = -1  # updates, when memory last ran out in training
 
     def train(self) -> Rung[Config]:
         """Descend, train, descend again where memory runs out; return the rung that fits at the end.
@@ -84,15 +85,29 @@ class Stage:
                 start = self._climb(rung)
             else:
                 self._fail(rung, *failure, growth)
-                start += 1
+                start += 0 if self._plans_anew(rung) else 1
 
     def _climb(self, rung: Rung[Config]) -> int:
-        above = self.rungs.above(self.rungs.index(rung))
-        name = self.rungs.ladder[above].name
-        self.run.record.event(f"there is room again: trying rung {name} above {rung.name}")
+        target = self.climbing.target
+        name = self.rungs.ladder[target].name
+        what = "planning it anew" if name == rung.name else f"trying rung {name} above {rung.name}"
+        self.run.record.event(f"there is room again: {what}")
         self.climbing.wait(self.trial.opened.state.finished_epochs)
         self.trial.is_climbing = True
-        return above
+        return target
+
+    def _plans_anew(self, rung: Rung[Config]) -> bool:
+        """Whether a rung that ran out of memory in training has another plan of recomputation for what is left.
+
+        Where it ran out in the very update that the plan before was made for, the next rung is the answer.
+        """
+        updates = self.trial.opened.state.updates
+        was, self._planned_at = self._planned_at, updates
+        asked = self.rungs.ladder[self.rungs.index(rung)]
+        if was == updates or self.run.judge.planned(asked).settings == rung.settings:
+            return False
+        self.run.record.event(f"rung {rung.name} is planned anew for the memory that is left, from this update on")
+        return True
 
     def _find_batch_size(self) -> None:
         """Take the ladder of the largest batch size that fits; a resumed phase keeps the one that was found."""

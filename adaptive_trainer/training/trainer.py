@@ -255,7 +255,8 @@ class Trainer:
         is_typed = not self._is_own_model and self._loss is None and self._data == (None, None) and not result.stages
         more = f"{way_on(self.output_dir)} trainer.epochs={2 * asked.trainer.epochs}" if is_typed else ""
         best = stage.trial.opened.state.best
-        log.info("%s", summary(result, best=best, way_on=more, is_own_model=self._is_own_model))
+        kept = stage.run.judge.kept_by_exact(stage.phase.settings, used)
+        log.info("%s", summary(result, best=best, way_on=more, is_own_model=self._is_own_model, kept=kept))
         return result
 
     def _shortage(self, error: BaseException) -> UserError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -100,8 +101,9 @@ class Trial:
         judge, capacity, device = self._run.judge, self._run.parts.capacity, self._run.parts.device
 
         def noted() -> Iterator[Rung[Config]]:
-            for self._tried in rungs:  # `descend` hands on settings alone, and the session has its rung's name
-                yield self._tried
+            for rung in itertools.chain.from_iterable(map(self._planned, rungs)):
+                self._tried = rung  # `descend` hands on settings alone, and the session has its rung's name
+                yield rung
 
         def attempted(entry: Attempt) -> None:
             if entry.outcome == Outcome.OOM:
@@ -118,6 +120,14 @@ class Trial:
         if self._earlier is None and is_whole:
             judge.learn(found.rung.settings, found.attempts[-1])
         return found
+
+    def _planned(self, rung: Rung[Config]) -> Iterator[Rung[Config]]:
+        """The rung with a plan of recomputation, where it asks for one; with another one after a failure."""
+        made = None if rung.passed_over else self._run.judge.planned(rung)
+        yield made or rung
+        while made is not None and made.settings != (again := self._run.judge.planned(rung)).settings:
+            made = again  # what has failed leaves less room for a plan
+            yield made
 
     def dry_run(self, config: Config) -> int:
         """Make the session match `config` and run it dry; returns the evaluation batch that fits.

@@ -324,7 +324,7 @@ BAD_INPUT = [
     ("trainer.epochs=many", ["trainer.epochs=many is not a whole number"]),
     ("trainer.epochs=0", ["trainer.epochs=0 is below 1"]),
     ("trainer.batch_size=maximum", ["trainer.batch_size=maximum is neither a whole number above 0 nor max"]),
-    ("ladder=nowhere", ["ladder/nowhere", "default", "faithful", "none"]),
+    ("ladder=nowhere", ["ladder/nowhere", "default", "exact", "faithful", "none"]),
     ("model.name=efficientnet_bo", ["model.name=efficientnet_bo", "did you mean efficientnet_b"]),
     ("model.name=torchvision/resnet19", ["torchvision/resnet18"]),
     ("model.name=resnet18.foo", ["unknown model.name=resnet18.foo", "did you mean resnet18."]),

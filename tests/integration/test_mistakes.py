@@ -61,7 +61,7 @@ TYPED = [
     ("trainer.epochs=[1", ["trainer.epochs=[1 cannot be read"]),
     ("trainer.epochs=1,2", ["trainer.epochs=1,2 are several values", "trainer.epochs=[1,2]", "-m in front"]),
     ("ladder.rungs=[{name:a,overrides:[trainer.epochs=2]}]", ["cannot be read; between brackets", '["a.b=1"]']),
-    ("ladder=defualt", ["'ladder/defualt'", "default, faithful, none", "did you mean ladder=default?"]),
+    ("ladder=defualt", ["'ladder/defualt'", "default, exact, faithful, none", "did you mean ladder=default?"]),
     ("ladder=", ["Available options in 'ladder'"]),
     ("hydra/job_logging=nope", ["hydra/job_logging", "plain"]),
     ("trainer.epoch=3", ["there is no setting trainer.epoch; did you mean trainer.epochs?"]),

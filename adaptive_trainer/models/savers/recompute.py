@@ -12,14 +12,37 @@ from torch import nn
 
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.models.recomputing.following import follow, plan_in
-from adaptive_trainer.models.recomputing.plan import Level, Plan, blocks_of
+from adaptive_trainer.models.recomputing.plan import NONE, Level, Plan, blocks_of
 
 log = logging.getLogger(__name__)
 
 KEY = "recompute"
 CHEAP, BLOCKS = "cheap", "blocks"
-AUTO = "auto"
-PLANNED = (AUTO, "most")  # found by a search, before the network is built: `planning.recomputation`
+AUTO, LEAST = "auto", "most"  # as little as makes it fit; the least memory
+PLANNED = (AUTO, LEAST)  # found by a search, before the network is built: `planning.recomputation`
+
+
+def recompute(model: nn.Module, plan: str) -> None:
+    """Recompute activations of your own network in its backward pass rather than keep them: less memory, the same bits.
+
+        found = predict(model, torch.optim.AdamW, (24, 3, 224, 224), recompute="auto", limit="4GiB")
+        recompute(model, found.plan)
+
+    The network is changed in place: its weights, keys and hooks stay as they are, and so does its evaluation.
+
+    Args:
+        plan: what `predict` has found; "cheap" (normalisations, activations, gates), "blocks", a plan as
+            "most:blocks.0|blocks.1+cheap:rest", or "none" to keep all activations again.
+
+    Raises:
+        ConfigError: it is no plan, is one of another network, or is still to be found ("auto", "most").
+    """
+    if plan not in (NONE, CHEAP, BLOCKS) and ":" not in plan:
+        raise ConfigError(
+            f"recompute was given {plan!r}; allowed are {NONE}, {CHEAP}, {BLOCKS} and plans, such as the one that "
+            "predict(model, ..., recompute='auto', limit='4GiB').plan is"
+        )
+    apply(model, plan)
 
 
 def apply(model: nn.Module, value: str) -> None:

@@ -29,6 +29,7 @@ from adaptive_trainer.planning.cache import Measurement, PlanCache, versions
 from adaptive_trainer.planning.device_spec import DeviceSpec, card_of, spec_of
 from adaptive_trainer.planning.ladder_plan import plan
 from adaptive_trainer.planning.predictor import Predictor
+from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.prediction.estimator import Prediction, verdict
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.utils.files import default_folder
@@ -125,7 +126,7 @@ def default_plan() -> Any:
     """The default ladder on a card on which some rungs fit, and one is unsure."""
     ladder = resolve(compose_config())
     predictor = Predictor(card(1500 * MiB))
-    return plan(ladder, predictor), ladder, predictor
+    return plan(ladder, Planner(predictor)), ladder, predictor
 
 
 @pytest.mark.long
@@ -146,7 +147,7 @@ def test_it_lands_where_the_verdicts_say(default_plan: Any) -> None:
     made, ladder, predictor = default_plan
     for capacity, lands_on, perhaps in ((10 * GiB, "requested", ()), (40 * MiB, None, ())):
         predictor.spec = replace(made.spec, capacity=capacity)
-        found = plan(ladder, predictor)
+        found = plan(ladder, Planner(predictor))
         assert (found.lands_on, found.perhaps) == (lands_on, perhaps)
 
 
@@ -154,7 +155,7 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
     asked = resolve(compose_config(["model.name=vit_tiny_patch16_224", "trainer.batch_size=2", "ladder=none"]))[0]
     smaller = resolve(compose_config(["model.name=vit_tiny_patch16_224", "data.image_size=160", "ladder=none"]))[0]
     ladder = [asked, Rung("more", asked.settings, (), "it would raise batch_size"), replace(smaller, name="image-160")]
-    made = plan(ladder, Predictor(card(10 * GiB)))
+    made = plan(ladder, Planner(Predictor(card(10 * GiB))))
     assert [row.verdict for row in made.rows] == ["fits", "skipped", "skipped"]
     assert made.rows[1].reason == "it would raise batch_size"
     assert "refuses data.image_size=160" in made.rows[2].reason
@@ -163,7 +164,7 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
 @pytest.mark.long
 def test_a_larger_network_is_no_step_down(default_plan: Any) -> None:
     ladder = resolve(compose_config([*SMALL, "model.name=mobilenetv3_small_050"]))
-    rows = {row.rung: row for row in plan(ladder, Predictor(card(GiB))).rows}
+    rows = {row.rung: row for row in plan(ladder, Planner(Predictor(card(GiB)))).rows}
     for rung, name in (("mobilenetv3-large", "mobilenetv3_large_100"), ("mobilenetv3-small", "mobilenetv3_small_100")):
         said = f"{name} is no step down from mobilenetv3_small_050: it is predicted to need"
         assert (rows[rung].verdict, rows[rung].reason[: len(said)]) == ("skipped", said)
@@ -183,7 +184,7 @@ class DataDependent(nn.Module):
 
 def test_what_cannot_be_traced_is_unknown_and_may_hold() -> None:
     ladder = resolve(compose_config([*SMALL, "ladder=none"]))
-    made = plan(ladder, Predictor(card(GiB), make_model=lambda config, classes: DataDependent(classes)))
+    made = plan(ladder, Planner(Predictor(card(GiB), make_model=lambda config, classes: DataDependent(classes))))
     (row,) = made.rows
     assert (row.verdict, row.live_bytes) == ("unknown", None)
     assert row.reason
@@ -322,9 +323,9 @@ KEY = {"model": "m", "batch": 8}
 def test_a_second_plan_comes_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ladder = resolve(compose_config([*SMALL, "ladder=none"]))
     cache = PlanCache(tmp_path)
-    made = plan(ladder, Predictor(card(GiB), cache=cache))
+    made = plan(ladder, Planner(Predictor(card(GiB), cache=cache)))
     monkeypatch.setattr("adaptive_trainer.planning.predictor.predict", None)  # it would have to be called
-    again = plan(ladder, Predictor(card(GiB), cache=cache))
+    again = plan(ladder, Planner(Predictor(card(GiB), cache=cache)))
     assert [replace(row, seconds=0.0) for row in again.rows] == [replace(row, seconds=0.0) for row in made.rows]
 
 
