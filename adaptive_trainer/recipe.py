@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,17 @@ UNUSED = (False, None, "none")  # values of a technique's setting
 # What result.json and checkpoints say of a recipe, in this order; the techniques stand between.
 REPORTED = ("model", "image_size", "batch_size", "micro_batch_size", "eval_batch_size", "precision")
 REPORTED_LAST = ("optimizer", "lr", "num_workers", "tf32")
+
+
+def plan_in_words(value: str) -> str:
+    """A value of `trainer.recompute` for people, such as `14 parts (most), the rest (cheap)` for a plan."""
+    if ":" not in value:
+        return value
+    groups = (group.partition(":") for group in value.split("+"))
+    parts = [(level, path) for level, _, paths in groups for path in paths.split("|")]
+    counts = Counter(level for level, path in parts if path != "rest")
+    said = [f"{count} part{'s' if count > 1 else ''} ({level})" for level, count in counts.items()]
+    return ", ".join([*said, *(f"the rest ({level})" for level, path in parts if path == "rest")])
 
 
 @dataclass(frozen=True, slots=True)

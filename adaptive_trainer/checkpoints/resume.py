@@ -20,9 +20,8 @@ from adaptive_trainer.data.splitting import RANDOM, Split
 from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.ladder.resolve import WHOLE
 from adaptive_trainer.models.optimizers import kind_of_state
-from adaptive_trainer.models.recomputing.plan import in_words
-from adaptive_trainer.models.savers.recompute import KEY as RECOMPUTE
 from adaptive_trainer.report import earlier
+from adaptive_trainer.report.summary import in_words
 from adaptive_trainer.step.undo import TrainState
 
 
@@ -164,6 +163,6 @@ def take_up(saved: dict[str, Any], config: Config, state: TrainState, device: to
             then = before[group].get(key)
             is_new = key not in before[group] or (key in USUAL and then is None)  # to the version that saved it
             if then != value and not is_new:
-                then, value = (in_words(each) if key == RECOMPUTE else each for each in (then, value))
-                told.append(f"resumed with another {group}.{key}: {then} -> {value}")
+                name = f"{group}.{key}"
+                told.append(f"resumed with another {name}: {in_words(name, then)} -> {in_words(name, value)}")
     return told

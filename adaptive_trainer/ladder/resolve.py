@@ -125,10 +125,8 @@ def resolve(
             continue
         follows = follows and not any(_sets_lr(text) for text in kept)
         passed_over = "" if kept else "; ".join(notes) or "it sets nothing"
-        if is_found and config.trainer.batch_size == batch_size:
-            notes = [*said, *notes]
-        if config.ladder.exact and any("micro_batch_size=" in text for text in kept):
-            notes = [*notes, MICRO_BATCHES]
+        found = said if is_found and config.trainer.batch_size == batch_size else []
+        notes = [*found, *notes, *_rounding(asked, config)]
         made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
         ladder.append(_following(made, asked) if follows and not of_request else made)
     refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
@@ -207,6 +205,11 @@ def _step(
             cfg, config = candidate, settings
             kept.append(text)
     return cfg, config, kept, notes
+
+
+def _rounding(asked: Config, config: Config) -> list[str]:
+    is_split = config.trainer.micro_batch_size != asked.trainer.micro_batch_size
+    return [MICRO_BATCHES] if config.ladder.exact and is_split else []
 
 
 def _inexact(differing: Iterable[str]) -> str:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.batch_size import largest
 from adaptive_trainer.ladder.resolve import with_batch_size
-from adaptive_trainer.models.savers.recompute import LEAST, NONE, PLANNED
+from adaptive_trainer.models.savers.recompute import AUTO, LEAST, NONE, PLANNED
 from adaptive_trainer.planning.recomputation import Planner
-from adaptive_trainer.prediction.estimator import Prediction
+from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
 
 SAMPLED = (8, 16)  # batch sizes whose needs show where to look for the largest
 
@@ -24,6 +24,15 @@ def predicted(planner: Planner, config: Config, room: int | None) -> tuple[Confi
     added = None if found.reason else 1.0 if plan == NONE else planner.added_time(used)
     seconds = time.perf_counter() - start
     return used, replace(found, seconds=seconds, plan=plan, added_time=added)
+
+
+def is_enough(asked: Config, found: Prediction, room: int | None) -> bool:
+    """Whether a descent ends with what these settings come to, as far as can be predicted."""
+    if verdict(found, room) == Verdict.FITS:
+        return True
+    # A plan that was made for this room is near to it. Where it fails its dry run, training makes one for less.
+    is_near = asked.trainer.recompute == AUTO and found.plan != NONE and verdict(found, room) == Verdict.UNSURE
+    return is_near and room is not None and (found.min_capacity_bytes or 0) <= room
 
 
 def largest_batch(planner: Planner, config: Config, capacity: int, most: int) -> tuple[int | None, str]:

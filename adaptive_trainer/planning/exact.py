@@ -9,9 +9,9 @@ from adaptive_trainer.config.schema import LARGEST, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import Refuse, recipe, resolve
 from adaptive_trainer.memory.usage import format_bytes
-from adaptive_trainer.planning.concrete import predicted
+from adaptive_trainer.planning.concrete import is_enough, predicted
 from adaptive_trainer.planning.recomputation import Planner
-from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
+from adaptive_trainer.prediction.estimator import Prediction
 
 NAMED = {"model": "{}", "batch_size": "batch {}", "image_size": "image {}", "precision": "{}"}
 
@@ -49,6 +49,6 @@ def _first_fit(cfg: DictConfig, planner: Planner, room: int, refuse: Refuse) -> 
     for rung in ladder:
         if not rung.passed_over:
             config, need = predicted(planner, rung.settings, room)
-            if verdict(need, room) == Verdict.FITS:
+            if is_enough(rung.settings, need, room):
                 return config, need
     return None

@@ -9,13 +9,13 @@ from typing import Any
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
-from adaptive_trainer.models.recomputing.plan import in_words
 from adaptive_trainer.models.savers.recompute import NONE
-from adaptive_trainer.planning.concrete import predicted
+from adaptive_trainer.planning.concrete import is_enough, predicted
 from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.planning.refusals import image_refusal, no_step
 from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
+from adaptive_trainer.recipe import plan_in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = F
         rows.append(_row(rung, planner, above))
         above = above if rows[-1].verdict == Verdict.SKIPPED else rung
     # The largest batch is too near the limit to be sure of, but training finds the one that fits, and lands there.
-    landed = 0 if is_found else next((i for i, row in enumerate(rows) if row.verdict == Verdict.FITS), None)
+    room, asked = planner.predictor.spec.capacity, [rung.settings for rung in ladder]
+    landed = 0 if is_found else next((i for i, row in enumerate(rows) if is_enough(asked[i], row, room)), None)
     perhaps = (row.rung for row in rows[:landed] if row.verdict in (Verdict.UNSURE, Verdict.UNKNOWN))
     return Plan(planner.predictor.spec, tuple(rows), None if landed is None else rows[landed].rung, tuple(perhaps))
 
@@ -78,6 +79,6 @@ def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
 
 def _in_words(config: Config, found: Prediction) -> str:
     """The recipe, and what is recomputed in it."""
-    said = [in_words(found.plan)] if found.plan != NONE else []
+    said = [plan_in_words(found.plan)] if found.plan != NONE else []
     said += [f"{found.added_time:.2f} times the time"] if said and found.added_time is not None else []
     return f"{recipe(config)} ({'; '.join(said)})" if said else str(recipe(config))

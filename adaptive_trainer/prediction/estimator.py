@@ -45,7 +45,8 @@ class Prediction:
         seconds: what the prediction took.
         reason: why nothing is known; then the four sizes are None.
         offloaded_bytes: what an update sends to the host, and fetches back.
-        plan: what is recomputed of the activations, as `trainer.recompute` takes it; empty where nobody asked.
+        plan: what is recomputed of the activations, as `trainer.recompute` and `recompute` take it; empty where nobody
+            asked.
         added_time: predicted time of an update over that without recomputation, such as 1.18; None where not known.
     """
 

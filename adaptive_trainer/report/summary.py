@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.rung import Change
-from adaptive_trainer.models.recomputing.plan import in_words
+from adaptive_trainer.recipe import plan_in_words
 from adaptive_trainer.report.listeners import brief
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
@@ -32,14 +33,18 @@ def _mib(size: int | None) -> str:
 
 def change_text(change: Change) -> str:
     """One setting that differs from what was asked for, and why."""
-    said = in_words if change.key == "trainer.recompute" else _short
-    text = f"{change.key} {said(change.asked)} -> {said(change.used)}"
+    text = f"{change.key} {_short(change.key, change.asked)} -> {_short(change.key, change.used)}"
     rule = re.sub(r"^learning rate \S+ -> \S+: ", "", change.why)  # which has just been said
     return f"{text} ({rule})" if rule == change.why else f"{text}: {rule}"
 
 
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _short(key: str, value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(in_words(key, value))
+
+
+def in_words(key: str, value: Any) -> Any:
+    """The value of a setting for people: of a plan of recomputation, which may name many modules, how many."""
+    return plan_in_words(value) if key == "trainer.recompute" else value
 
 
 def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bool, kept: str = "") -> str:

@@ -54,13 +54,6 @@ class Plan:
         used = {level: found for level, found in paths.items() if found and (level, found) != (Level.KEEP, [REST])}
         return "+".join(f"{level}:{'|'.join(found)}" for level, found in used.items())
 
-    @property
-    def in_words(self) -> str:
-        """For people, such as `14 parts (most), 1 part (whole), the rest (cheap)`."""
-        counts = Counter(self.parts.values())
-        said = [f"{n} part{'s' if n > 1 else ''} ({level})" for level in reversed(Level) if (n := counts[level])]
-        return ", ".join([*said, f"the rest ({self.rest})"])
-
     @classmethod
     def parse(cls, text: str) -> Plan:
         """Read what `str` has written.
@@ -80,11 +73,6 @@ class Plan:
                 )
             levels |= dict.fromkeys(paths.split("|"), Level(level))
         return cls({path: level for path, level in levels.items() if path != REST}, levels.get(REST, Level.KEEP))
-
-
-def in_words(value: str) -> str:
-    """A value of `trainer.recompute` for people: of a plan, how many parts it has of each level."""
-    return Plan.parse(value).in_words if ":" in value else value
 
 
 def blocks_of(model: nn.Module) -> list[str]:
