@@ -183,8 +183,10 @@ def _step(
     if refuse is not None:
         # First together: of a smaller network and its image size, each alone may be refused.
         whole = _step(cfg, config, overrides, None)
-        if not refuse(config, whole[1]):
+        if not (reason := refuse(config, whole[1])):
             return whole
+        if config.ladder.exact:  # a part of the rung alone may be no step down
+            return cfg, config, [], [f"{', '.join(overrides)} is left out: {reason}"]
     kept, notes = [], []
     for text in overrides:
         candidate = _clamped(apply_overrides(cfg, [text]))
