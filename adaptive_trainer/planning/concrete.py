@@ -8,7 +8,8 @@ from dataclasses import replace
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.batch_size import largest
 from adaptive_trainer.ladder.resolve import with_batch_size
-from adaptive_trainer.models.savers.recompute import AUTO, LEAST, NONE, PLANNED
+from adaptive_trainer.models.recomputing.plan import NONE
+from adaptive_trainer.models.savers.recompute import AUTO, LEAST, PLANNED
 from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
 

@@ -9,7 +9,7 @@ from typing import Any
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
-from adaptive_trainer.models.savers.recompute import NONE
+from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.planning.concrete import is_enough, predicted
 from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.recomputation import Planner

@@ -16,7 +16,7 @@ from adaptive_trainer.config.schema import PRECISIONS, Config, TrainerConfig
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.data.position import micro_batches
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.models.savers.recompute import NONE, planned
+from adaptive_trainer.models.recomputing.following import plan_in
 from adaptive_trainer.planning.cache import Key
 from adaptive_trainer.planning.concrete import predicted
 from adaptive_trainer.planning.device_spec import DeviceSpec
@@ -44,7 +44,7 @@ def predict_network(
         ConfigError: shape, precision or plan make no sense.
     """
     predictor = NetworkPredictor(device, model, optimizer, input_shape, **settings)
-    asked = str(planned(model) or NONE) if recompute is None else recompute
+    asked = str(plan_in(model)) if recompute is None else recompute
     config = Config(trainer=TrainerConfig(recompute=asked))
     check(config)
     check_recomputation(predictor.networks, config)
@@ -101,7 +101,8 @@ class NetworkPredictor(Predictor):
         """What is recomputed; all else is the same."""
         return {"recompute": config.trainer.recompute}
 
-    def _spec(self, config: Config) -> TraceSpec:
+    def spec_of(self, config: Config) -> TraceSpec:
+        """The update, with what is recomputed."""
         return replace(self._traced, make_model=lambda: self.networks.build(config))
 
 

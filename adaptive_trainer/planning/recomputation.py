@@ -217,7 +217,7 @@ class Planner:
     """
 
     def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
+        self.predictor = predictor
         self._searches: dict[str, Search | None] = {}
 
     def planned(self, config: Config, room: int | None) -> Config:
@@ -248,17 +248,17 @@ class Planner:
         return None
 
     def _fits(self, config: Config, room: int) -> bool:
-        least = self._predictor.predict(config).min_capacity_bytes
+        least = self.predictor.predict(config).min_capacity_bytes
         return least is not None and MARGIN * least <= room
 
     def _search(self, plain: Config) -> Search | None:
-        key = repr(self._predictor.key(plain))
+        key = repr(self.predictor.key(plain))
         if key not in self._searches:
             self._searches[key] = self._begun(plain)
         return self._searches[key]
 
     def _begun(self, plain: Config) -> Search | None:
-        predictor = self._predictor
+        predictor = self.predictor
 
         def spec_of(plan: str) -> TraceSpec:
             spec = predictor.spec_of(recomputing(plain, plan))

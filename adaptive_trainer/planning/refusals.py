@@ -16,8 +16,8 @@ from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.optimizers import build_optimizer, check_optimizer
-from adaptive_trainer.models.recomputing.plan import Plan
-from adaptive_trainer.models.savers.recompute import NONE, plan_of
+from adaptive_trainer.models.recomputing.plan import NONE, Plan
+from adaptive_trainer.models.savers.recompute import plan_of
 from adaptive_trainer.models.zoo import check_name
 from adaptive_trainer.planning.image_size import check_image_size, failure_at
 from adaptive_trainer.planning.networks import Networks

@@ -200,7 +200,3 @@ def test_what_is_no_number_is_no_change() -> None:
     cfg = compose_config(["+model.kwargs.drop_rate=nan", "ladder=none"])
     (rung,) = resolve(cfg)
     assert changes(typed(cfg), rung) == []
-
-
-def test_a_limit_that_is_no_number_is_no_matter_of_rungs() -> None:
-    assert len(resolve(compose_config(["memory.limit=nan"]))) > 5
