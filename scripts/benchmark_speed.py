@@ -1,10 +1,12 @@
 """Images per second of one training update on one CUDA card: this package, a bare loop, accelerate, lightning, timm.
 
-Usage: python -m scripts.benchmark_speed [--blocks N] [--cases N ...] [--plot FILE]
+Usage: python -m scripts.benchmark_speed [--blocks N] [--cases N ...] [--limits] [--plot FILE]
 
 Every contender is a process of its own with the same network, the same pinned batch and the same mathematics (AdamW,
 fused; fp16 with loss scaling). They run blocks of updates in turn, in an order that alternates; a figure is the median
-of the blocks. Peers that are not installed are left out.
+of the blocks. Peers that are not installed are left out. In brackets are the seconds until the first update is done,
+with nothing compiled before and no other contender at work. `--limits` adds, for each case, the least memory of
+PyTorch's allocator with which a contender makes three updates, found by halving; that takes many minutes.
 
 timm's train script is not part of its package: its update is put together here from the parts that it uses, without
 its meter of the loss, which waits for the card at every update.
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +28,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import timm
 import torch
@@ -38,6 +42,7 @@ from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
+from adaptive_trainer.step.backends.compiled import Compiled
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.training.session import Parts, enter
 from scripts.timing import (
@@ -108,9 +113,11 @@ def parts_of(case: Case) -> tuple[nn.Module, torch.optim.Optimizer, list[tuple[T
     return model, optimizer, [(some.pin_memory(), theirs.pin_memory()) for some, theirs in parts]
 
 
-def bare(case: Case) -> Block:
-    model, optimizer, parts = parts_of(case)
-    model = model.to(CUDA).train()
+def bare(case: Case, mode: str = "") -> Block:
+    """A plain loop; with the network compiled in a mode of `torch.compile`, where one is named."""
+    plain, optimizer, parts = parts_of(case)
+    plain = plain.to(CUDA).train()
+    model: Callable[[Tensor], Tensor] = torch.compile(plain, mode=mode) if mode else plain
     scaler, loss_of = torch.amp.GradScaler("cuda", enabled=case.precision == "fp16"), nn.CrossEntropyLoss()  # fmt: skip
 
     def update() -> None:
@@ -240,13 +247,30 @@ def adaptive_trainer(case: Case, engine: str) -> Block:
     return partial(per_update, lambda: runs.run(images, labels, samples=0))
 
 
+def compiled(case: Case) -> Block:
+    """This package's engine, once compiled code has taken over where that is faster."""
+    runs = engine_of(case, "compile")
+    images, labels = batch_of(case)
+    step = partial(runs.run, images, labels, samples=0)
+
+    def block(updates: int) -> float:
+        while updates > 1 and isinstance(runs.backend, Compiled):  # more than the first
+            step()
+        return per_update(step, updates)
+
+    return block
+
+
 CONTENDERS: dict[str, Callable[[Case], Block]] = {
     "bare loop": bare,
+    "torch.compile": partial(bare, mode="default"),
+    "reduce-overhead": partial(bare, mode="reduce-overhead"),
     "accelerate": accelerate,
     "lightning": lightning,
     "timm": timm_script,
     "ours, eager": lambda case: adaptive_trainer(case, "eager"),
     "ours": lambda case: adaptive_trainer(case, "auto"),
+    "ours, compile": compiled,
 }
 
 
@@ -256,8 +280,11 @@ def serve(name: str, number: int) -> None:
     answers = answers_to()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        started = time.perf_counter()
         block = CONTENDERS[name](CASES[number])
-        block(2)  # loads the kernels
+        block(1)
+        print(time.perf_counter() - started, file=answers)
+        block(2)  # loads what is left of the kernels
         print("ready", file=answers)
         for _ in sys.stdin:
             print(block(IN_BLOCK), file=answers)
@@ -268,33 +295,62 @@ def contenders() -> list[str]:
     return [name for name in CONTENDERS if name not in ("accelerate", "lightning") or is_installed(name)]
 
 
-def compare(number: int, blocks: int) -> dict[str, float]:
-    """Images per second of each contender in one case."""
-    with tempfile.TemporaryFile("w+") as noise:
-        serving = {
-            name: Contender(["-m", "scripts.benchmark_speed", "--serve", name, str(number)], noise)
-            for name in contenders()
-        }
+def compare(number: int, blocks: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Images per second of each contender in one case, and seconds to its first update."""
+    with tempfile.TemporaryFile("w+") as noise, tempfile.TemporaryDirectory() as caches:
+        serving: dict[str, Contender] = {}
+        first: dict[str, float] = {}
         try:
-            for name, contender in serving.items():
+            for name in contenders():  # alone on the card, where this package times its engines
+                serving[name] = contender = served(name, number, noise, Path(caches))
+                first[name] = seconds(name, contender.answer)
                 if contender.answer() != "ready\n":
                     noise.seek(0)
                     raise SystemExit(f"{name} did not start:\n{noise.read()[-3000:]}")
-            for contender in serving.values():  # alone on the card, where this package times its engines
                 for _ in range(WARM_UP // IN_BLOCK):
                     contender.ask()
-            asking = {name: partial(seconds, name, contender) for name, contender in serving.items()}
+            asking = {name: partial(seconds, name, contender.ask) for name, contender in serving.items()}
             found = alternating(asking, blocks)
         finally:
             for contender in serving.values():
                 contender.end()
-    return {name: CASES[number].batch / statistics.median(times) for name, times in found.items()}
+    return {name: CASES[number].batch / statistics.median(times) for name, times in found.items()}, first
 
 
-def seconds(name: str, contender: Contender) -> float:
-    answer = contender.ask()
+def served(name: str, number: int, noise: IO[str], caches: Path) -> Contender:
+    """Start a contender for which nothing is compiled yet."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches / name.replace(" ", "_"))}
+    return Contender(["-m", "scripts.benchmark_speed", "--serve", name, str(number)], noise, environment)
+
+
+def smallest_limit(name: str, number: int) -> int:
+    """The least MiB of the allocator with which a contender makes three updates, to 3 %."""
+    low, high = 1, 2 * 2**10
+    while not fits(name, number, high):
+        low, high = high, 2 * high
+    while high - low > 0.03 * high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(name, number, middle) else (middle, high)
+    return high
+
+
+def fits(name: str, number: int, limit: int) -> bool:
+    """Whether a new process that may use so many MiB makes three updates."""
+    command = [sys.executable, "-m", "scripts.benchmark_speed", "--fits", name, str(number), str(limit)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def make_updates(name: str, number: int, limit: int) -> None:
+    """Make three updates within so many MiB, or fail."""
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit * 2**20 / total, CUDA)
+    CONTENDERS[name](CASES[number])(3)
+
+
+def seconds(name: str, ask: Callable[[], str]) -> float:
+    answer = ask()
     if not answer:
-        raise SystemExit(f"{name} has ended in the middle of its blocks")
+        raise SystemExit(f"{name} has ended before its time")
     return float(answer)
 
 
@@ -324,8 +380,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5, help=f"of {IN_BLOCK} updates for each contender")
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers of cases, from 0")
     parser.add_argument("--plot", type=Path, default=None, help="file to draw the bars into")
+    parser.add_argument("--limits", action="store_true", help="find the smallest limits too")
     parser.add_argument("--serve", nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--fits", nargs=3, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.fits is not None:
+        make_updates(arguments.fits[0], int(arguments.fits[1]), int(arguments.fits[2]))
+        return
     if arguments.serve is not None:
         serve(arguments.serve[0], int(arguments.serve[1]))
         return
@@ -336,9 +397,12 @@ def main() -> None:
     print(*table(MODEL, *names, "ours / best other"), sep="\n")
     speeds: dict[str, dict[str, float]] = {}
     for number in arguments.cases:
-        speed = speeds[CASES[number].name] = compare(number, arguments.blocks)
-        best = max(speed[peer] for peer in peers)
-        print(row(CASES[number].name, *(f"{speed[name]:.0f}" for name in names), f"{speed['ours'] / best:.2f}"))
+        name, (speed, first) = CASES[number].name, compare(number, arguments.blocks)
+        speeds[name], best = speed, max(speed[peer] for peer in peers)
+        ours = max(speed[each] for each in names if each not in peers)
+        print(row(name, *(f"{speed[each]:.0f} ({first[each]:.0f} s)" for each in names), f"{ours / best:.2f}"))
+        if arguments.limits:
+            print(row(f"{name}, smallest limit, MiB", *(smallest_limit(each, number) for each in names), ""))
     if arguments.plot is not None:
         plot(speeds, arguments.plot)
 

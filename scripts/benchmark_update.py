@@ -40,7 +40,9 @@ from adaptive_trainer.memory.simulated import COUNTED_FIRST
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.report.listeners import Listener
+from adaptive_trainer.step.backends.compiled import Compiled
 from adaptive_trainer.step.backends.cuda_graph import Graph
+from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Progress, Undo
 from adaptive_trainer.training.epochs.loop import Loop
@@ -343,26 +345,43 @@ def block_on_cpu(step: Callable[[], None], updates: int) -> Callable[[], float]:
 
 
 def compiled() -> Iterator[str]:
-    """A row for each recipe and engine, with nothing compiled before."""
+    """A row for each recipe: the speed before and after compiled code takes over, with nothing compiled before."""
     need_cuda()
-    yield from table("recipe", "engine", "images/s", "first update, s", "updates until it has caught up with graph")
+    yield from table(
+        "recipe", "images/s before", "after", "first update, s", "changed over after, s", "stood still, s",
+        "card's memory before, while it compiled, after, MiB", "updates until it has caught up",
+    )  # fmt: skip
     for case in (LARGE_BF16, CASES[2]):
-        images, labels = batch_of(case)
-        blocks: dict[str, Callable[[], float]] = {}
-        first: dict[str, float] = {}
-        for name in ("eager", "graph", "compile"):
-            engine = engine_of(case, name)
+        yield row(case.name, *_changed_over(case))
 
-            step = partial(engine.run, images, labels, samples=0)
 
-            first[name] = per_update(step, 1)
-            per_update(step, WARM_UP)
-            blocks[name] = partial(per_update, step, UPDATES)
-        seconds = {name: statistics.median(values) for name, values in alternating(blocks).items()}
-        for name, each in seconds.items():
-            gain = seconds["graph"] - each
-            caught_up = f"{(first[name] - first['graph']) / gain:.0f}" if name == "compile" and gain > 0 else "-"
-            yield row(case.name, name, f"{case.batch / each:.0f}", f"{first[name]:.1f}", caught_up)
+def _changed_over(case: Case) -> tuple[str, ...]:
+    """What one recipe's row says, after its name."""
+    images, labels = batch_of(case)
+    engine = engine_of(case, "compile")
+    step = partial(engine.run, images, labels, samples=0)
+    total, started = torch.cuda.mem_get_info(CUDA)[1], time.perf_counter()
+
+    def used() -> float:
+        return (total - torch.cuda.mem_get_info(CUDA)[0]) / 2**20  # of all processes
+
+    first = per_update(step, 1)
+    per_update(step, 1)  # captures
+    per_update(step, WARM_UP)
+    memory, before = [used()], per_update(step, UPDATES)
+    memory.append(memory[0])
+    longest = 0.0
+    while isinstance(engine.backend, Compiled):  # it gives way once it has settled
+        block = per_update(step, 1)
+        longest, memory[1] = max(longest, block), max(memory[1], used())
+    changed, after = time.perf_counter() - started, per_update(step, UPDATES)
+    memory.append(used())
+    kept = engine.backend.kernels.label if isinstance(engine.backend, Recorded) else engine.backend.label
+    caught_up = f"{longest / (before - after):.0f}" if after < before else "-"
+    return (
+        f"{case.batch / before:.0f}", f"{case.batch / after:.0f} ({kept})", f"{first:.1f}", f"{changed:.0f}",
+        f"{longest:.1f}", ", ".join(f"{each:.0f}" for each in memory), caught_up,
+    )  # fmt: skip
 
 
 # ---- layout: where channels_last pays ------------------------------------------------------------------------------

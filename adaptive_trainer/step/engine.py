@@ -26,12 +26,16 @@ class Engine:
         name: one of `BACKENDS`.
         batch_size: samples in a whole batch.
         event: logs what was decided, and why.
+        epochs: of the whole run; None where that is not known.
     """
 
-    def __init__(self, update: Update, name: str, batch_size: int, event: Callable[[str], None]) -> None:
+    def __init__(
+        self, update: Update, name: str, batch_size: int, event: Callable[[str], None], epochs: int | None = None
+    ) -> None:
         self.update = update
         self.batch_size = batch_size
         self.backend = BACKENDS[name](update, name, event)
+        self.backend.epochs = epochs
         self._rounds = name != "eager" and update.on_cuda()
 
     def run(self, images: Tensor, labels: Tensor, *, samples: int) -> None:
@@ -48,6 +52,10 @@ class Engine:
             self.backend = self.backend.run(images, labels, samples)
         else:  # the last batch of an epoch
             self.backend.beside(lambda: self.update.run(images, labels, samples=samples), stays=False)
+
+    def close(self) -> None:
+        """End what was begun for later updates."""
+        self.backend.close()
 
     def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
         """Evaluate one batch, as `Update.evaluate`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -44,6 +45,8 @@ from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.backends import compiled
+from adaptive_trainer.step.backends.compiling import Compiling, context_bytes
 from adaptive_trainer.step.backends.cuda_graph import Graph, GraphRefused
 from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.dry_run import dry_run
@@ -202,13 +205,22 @@ def test_fifty_updates_as_graphs_have_the_bits_of_eager_ones(
     assert [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if not torch.equal(a, b)] == []
 
 
-def test_compiled_updates_are_one_graph_and_close_to_eager_ones(tmp_path: Path) -> None:
+@pytest.fixture
+def soon_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for the process that compiles, and changes over to its code in any case."""
+    answer = Compiling.answer
+    monkeypatch.setattr(Compiling, "answer", lambda self: answer(self, None))
+    monkeypatch.setattr(compiled, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(compiled, "GAIN", 1e9)
+
+
+def test_compiled_updates_are_one_graph_and_close_to_eager_ones(tmp_path: Path, soon_compiled: None) -> None:
     """The step of Lion cannot be recorded, so that graph is of the compiled forward and backward alone."""
     losses, held = {}, {}
     for engine in ("compile", "eager"):
         for optimizer in ("adamw", "lion"):
             folder = tmp_path / engine / optimizer
-            settings = {"trainer__engine": engine, "optimizer": optimizer, "optimizer__lr": 1e-3, "trainer__epochs": 2}
+            settings = {"trainer__engine": engine, "optimizer": optimizer, "optimizer__lr": 1e-3, "trainer__epochs": 4}
             made = small(**settings, model__name="resnet18", trainer__clip_grad="null")  # no dropout
             result = Trainer(made, output_dir=folder).fit()
             said = [event for event in result.events if event.startswith("engine")]
@@ -218,16 +230,20 @@ def test_compiled_updates_are_one_graph_and_close_to_eager_ones(tmp_path: Path) 
             if engine == "eager":
                 assert said == []
                 continue
-            assert said[1].startswith("engine: compiled, with the first update in "), said
-            assert ("the whole update is one CUDA graph" in said[2]) is (optimizer == "adamw"), said
-            assert ("forward and backward are one CUDA graph" in said[2]) is (optimizer == "lion"), said
+            assert said[0].startswith("engine: another process compiles for batches of"), said
+            graphs = [each for each in said if "one CUDA graph" in each]
+            assert len(graphs) == 2, said
+            for each in graphs:
+                assert ("the whole update is one CUDA graph" in each) is (optimizer == "adamw"), said
+                assert ("forward and backward are one CUDA graph" in each) is (optimizer == "lion"), said
+            assert re.search(r"compiled in \d+ s; .* ms an update from here on|not compiled: .* ms an update", said[-1])
     for optimizer in ("adamw", "lion"):
         assert held["compile", optimizer] == held["eager", optimizer]
         assert losses["compile", optimizer] == pytest.approx(losses["eager", optimizer], rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_twenty_compiled_updates_learn_what_eager_ones_learn(precision: str) -> None:
+def test_compiled_updates_learn_what_eager_ones_learn(precision: str, soon_compiled: None) -> None:
     losses = {}
     for name in ("compile", "eager"):
         with limited(gpu_checks.CUDA, None) as capacity:
@@ -236,32 +252,50 @@ def test_twenty_compiled_updates_learn_what_eager_ones_learn(precision: str) -> 
             update, images, labels = make_update([*settings, f"trainer.precision={precision}"], capacity)
             events: list[str] = []
             engine = Engine(update, name, 8, events.append)
-            for _ in range(20):
+            for _ in range(40):
                 engine.run(images, labels, samples=8)
             losses[name] = float(update.state.meters["loss"] / update.state.meters["seen"])
-        assert (engine.backend.graph is not None) is (name == "compile"), events
-        assert update.state.updates == 20
+        assert any("engine: compiled in" in event for event in events) is (name == "compile"), events
+        assert update.state.updates == 40
     assert losses["compile"] == pytest.approx(losses["eager"], rel=0.02 if precision == "fp32" else 0.05)
 
 
-def test_nothing_of_compiled_code_and_its_graph_stays_when_the_engine_goes() -> None:
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
+def test_nothing_of_compiled_code_and_its_graph_stays_when_the_engine_goes(recompute: str, soon_compiled: None) -> None:
     events: list[str] = []
-    with limited(gpu_checks.CUDA, "600MiB") as capacity:
-        update, images, labels = make_update(["trainer.batch_size=8", "data.image_size=160"], capacity)
+    with limited(gpu_checks.CUDA, "700MiB") as capacity:
+        settings = ["trainer.batch_size=8", "data.image_size=160", f"trainer.recompute={recompute}"]
+        update, images, labels = make_update(settings, capacity)
         eager = Engine(update, "eager", 8, events.append)
         for _ in range(3):
             eager.run(images, labels, samples=8)
         oom.release(gpu_checks.CUDA)
         held = torch.cuda.memory_allocated()
         engine = Engine(update, "compile", 8, events.append)
-        for _ in range(5):
+        for _ in range(30):
             engine.run(images, labels, samples=8)
+        assert any("engine: compiled in" in event for event in events), events
         assert engine.backend.graph is not None, events
         engine.run(images[:7], labels[:7], samples=7)  # beside the graph there may be no room, and then it goes
         del engine, eager
         oom.release(gpu_checks.CUDA)
         assert torch.cuda.memory_allocated() < held + 2**16, "a few numbers of the random generator may stay"
-    assert update.state.updates == 9
+    assert update.state.updates == 34
+
+
+def test_the_process_that_compiles_takes_a_context_and_no_more() -> None:
+    events: list[str] = []
+    with limited(gpu_checks.CUDA, None) as capacity:
+        update, images, labels = make_update(["trainer.batch_size=8", "data.image_size=160"], capacity)
+        engine = Engine(update, "compile", 8, events.append)
+        for _ in range(10):
+            engine.run(images, labels, samples=8)
+        free = least = torch.cuda.mem_get_info()[0]
+        while "engine: compiled" not in events[-1] and "not compiled" not in events[-1]:
+            engine.run(images, labels, samples=8)
+            least = min(least, torch.cuda.mem_get_info()[0])
+        found = context_bytes(gpu_checks.CUDA)
+        assert free - least < found + 2**26, f"{(free - least) / 2**20:.0f} MiB; {events}"
 
 
 @pytest.mark.parametrize("wanted", [True, False])

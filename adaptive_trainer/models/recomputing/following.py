@@ -6,8 +6,8 @@ The network's code, its modules and their hooks stay as they are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -56,6 +56,23 @@ def own_forward(model: nn.Module) -> Forward | None:
     found = _wrapper(model)
     own: Forward | None = model.__dict__.get("forward") if found is None else found.args[1]
     return own
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Inside, the network's forward pass is not followed: nothing is recomputed or offloaded."""
+    found = _wrapper(model)
+    if found is None:
+        yield
+        return
+    own = own_forward(model)
+    del model.__dict__["forward"]
+    if own is not None:
+        model.__dict__["forward"] = own
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = found
 
 
 def host_memory_of(model: nn.Module) -> HostMemory | None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from adaptive_trainer.step.backends.compiled import Compiled
 from adaptive_trainer.step.backends.eager import Eager
 from adaptive_trainer.step.backends.recorded import Recorded
+from adaptive_trainer.step.backends.timing import TIMED, Timed
 from adaptive_trainer.step.update import Update
-
-TIMED = 5  # updates of each kind that `auto` compares
 
 
 class Faster(Recorded):
@@ -23,40 +18,31 @@ class Faster(Recorded):
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
         super().__init__(update, name, event)
-        self._eager: list[float] = []  # seconds
-        self._timed_replays: list[float] = []
+        self._eager, self._timed_replays = Timed(self.program.device), Timed(self.program.device)
 
     def run(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
         """Make one update, timed once it is known that it can be recorded, until one kind is settled on."""
         if self.is_over or not self.is_checked or len(self._timed_replays) == TIMED:
             return super().run(images, labels, samples)
         if len(self._eager) < TIMED:
-            with self._timed(self._eager):
+            with self._eager.one():
                 return self._run_kernels(images, labels, samples)
         if self.graph is None and (reason := self.record(images, labels)):
             return self.give_up(reason).run(images, labels, samples)
         if not self.is_recorded_for(images, labels):
             return self._run_kernels(images, labels, samples)  # it says nothing of replays
-        with self._timed(self._timed_replays):
+        with self._timed_replays.one():
             done = self.replay(images, labels, samples)
         return self._settled() if done is self and len(self._timed_replays) == TIMED else done
 
     def _settled(self) -> Eager:
-        eager, graph = (1e3 * statistics.median(seconds) for seconds in (self._eager, self._timed_replays))
-        if graph < eager:
-            self.announce(f"from here on, {graph:.1f} ms an update, against {eager:.1f} ms eager (auto)")
+        eager, graph = self._eager, self._timed_replays
+        if graph.seconds < eager.seconds:
+            self.announce(f"from here on, {graph.text} an update, against {eager.text} eager (auto)")
             return self
         self.drop()
-        self.event(f"engine: eager, {eager:.1f} ms an update, against {graph:.1f} ms as a CUDA graph (auto)")
+        self.event(f"engine: eager, {eager.text} an update, against {graph.text} as a CUDA graph (auto)")
         return self.kernels
-
-    @contextmanager
-    def _timed(self, seconds: list[float]) -> Iterator[None]:
-        torch.cuda.synchronize(self.program.device)  # what was launched before is not of this update
-        started = time.perf_counter()
-        yield
-        torch.cuda.synchronize(self.program.device)
-        seconds.append(time.perf_counter() - started)
 
 
 def _auto(update: Update, name: str, event: Callable[[str], None]) -> Eager:

@@ -24,6 +24,7 @@ class Eager:
 
     label = "eager"
     graph: object = None  # a recorded one
+    epochs: int | None = None  # of the whole run, where that is known
 
     def __init__(self, update: Update, name: str, event: Callable[[str], None]) -> None:
         self.update = update
@@ -55,3 +56,6 @@ class Eager:
     def make_room(self, phase: str) -> bool:
         """Give back memory that updates can do without, which is wanted in `phase`; whether there was any."""
         return False
+
+    def close(self) -> None:
+        """End what was begun for later updates."""

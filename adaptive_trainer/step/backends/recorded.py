@@ -38,6 +38,8 @@ class Recorded(Eager):
         is_over: no graph is to be recorded any more.
     """
 
+    label = "graph"
+
     def __init__(self, update: Update, name: str, event: Callable[[str], None], kernels: Eager | None = None) -> None:
         super().__init__(update, name, event)
         self.kernels = kernels or Eager(update, name, event)

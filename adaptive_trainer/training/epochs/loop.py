@@ -62,7 +62,8 @@ class Loop:
         self.loss = RunningLoss(self.session)
         self.broken = BrokenImages(self.record)
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
-        self.engine = Engine(update, config.trainer.engine, config.trainer.batch_size, self.record.event)
+        trainer = config.trainer
+        self.engine = Engine(update, trainer.engine, trainer.batch_size, self.record.event, trainer.epochs)
         self.pipeline = Pipeline(
             self.data, config, self.device, self.engine.beside,
             bool(config.trainer.channels_last), self.capacity.pressure, self.record.event,
@@ -81,7 +82,7 @@ class Loop:
             Interrupted: a signal came; the state is saved.
             UserError: the host's memory has run out between updates, twice.
         """
-        with closing(self.pipeline):
+        with closing(self.engine), closing(self.pipeline):
             while True:  # position and counts say where to go on
                 try:
                     return self._run()

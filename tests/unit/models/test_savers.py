@@ -8,7 +8,7 @@ import pytest
 
 from adaptive_trainer.config.schema import Config, ModelConfig, TrainerConfig
 from adaptive_trainer.ladder.resolve import recipe
-from adaptive_trainer.models.recomputing.following import is_offloading, own_forward, plan_in
+from adaptive_trainer.models.recomputing.following import is_offloading, own_forward, plan_in, suspended
 from adaptive_trainer.models.savers import SAVERS, Saver, apply_savers, compile_refusal, saver_settings
 from adaptive_trainer.models.zoo import build_model
 
@@ -44,11 +44,20 @@ def test_every_technique_is_part_of_the_recipe() -> None:
     assert used.no_step_down_to(recipe(Config())) == "it would keep all activations"
 
 
-@pytest.mark.parametrize("settings", [{"recompute": "blocks"}, {"offload": True}])
-def test_recomputed_and_offloaded_activations_are_not_compiled(settings: dict[str, Any]) -> None:
+def test_offloaded_activations_are_not_compiled() -> None:
+    model = build_model(ModelConfig("torchvision/resnet18"), 2)
+    apply_savers(model, TrainerConfig(offload=True))
+    assert "offload" in compile_refusal(model)
+
+
+@pytest.mark.parametrize("settings", [{"recompute": "blocks"}, {"offload": True}, {}])
+def test_what_is_suspended_comes_back(settings: dict[str, Any]) -> None:
     model = build_model(ModelConfig("torchvision/resnet18"), 2)
     apply_savers(model, TrainerConfig(**settings))
-    assert next(iter(settings)) in compile_refusal(model)
+    forward = model.__dict__.get("forward")
+    with suspended(model):
+        assert "forward" not in model.__dict__
+    assert model.__dict__.get("forward") is forward
 
 
 def test_techniques_come_and_go_without_each_other() -> None:
