@@ -200,3 +200,22 @@ def test_what_is_no_number_is_no_change() -> None:
     cfg = compose_config(["+model.kwargs.drop_rate=nan", "ladder=none"])
     (rung,) = resolve(cfg)
     assert changes(typed(cfg), rung) == []
+
+
+def test_the_exact_ladder_and_the_beginning_of_the_faithful_one() -> None:
+    exact = ladder("ladder=exact")
+    bit_equal = ["requested", "recompute", "recompute-most"]
+    assert list(exact)[:3] == list(ladder("ladder=faithful"))[:3] == bit_equal
+    changed = {change.key for rung in exact.values() for change in changes(exact["requested"].settings, rung)}
+    assert changed == {"trainer.recompute", "trainer.micro_batch_size", "trainer.offload"}
+    assert not any(recipe(rung.settings).techniques[-1].is_used for rung in ladder("ladder=faithful").values())
+
+
+def test_an_exact_ladder_leaves_out_what_would_change_the_mathematics() -> None:
+    rungs = ladder("ladder=faithful", "ladder.exact=true")
+    assert not any("precision" in text or "batch_size=16" in text for rung in rungs.values() for text in rung.overrides)
+    assert "it would change what is computed (trainer.batch_size), and ladder.exact" in rungs["batch-16"].passed_over
+    cfg = compose_config(["ladder=exact"])
+    cfg.ladder.rungs = [RungConfig("loose", ["ladder.exact=false"])]
+    with pytest.raises(ConfigError, match=r"ladder\.exact cannot change on the way down"):
+        resolve(cfg)
