@@ -1,12 +1,15 @@
 """The asked recipe in less memory: what recomputation gives, bit for bit, on one CUDA card.
 
-Usage: python -m scripts.benchmark_exact [--part caps|networks|all] [--updates N]
+Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--updates N] [--seconds N]
 
 `caps`: recipes under limits that are far too small for them. `networks`: twenty networks, each under the plan of the
 least memory whose predicted added time is no more than ADDED. "bits": sha256 of weights, buffers and optimizer after
 the updates and an evaluation, with deterministic kernels, against the same without limit and recomputation. "x": the
 time of an update as one CUDA graph over the time of the same without recomputation and limit, medians of blocks. The
 smallest limits on the card are found by dry runs, to 2 %. Plans are made before, on the CPU, for the card by its name.
+
+`ladders`: 24@224 on 2,400 photos under 1300 MiB, by ladder=default and ladder=exact: what each keeps, how fast it
+trains, and what it has learned after the same epochs.
 """
 
 from __future__ import annotations
@@ -17,17 +20,19 @@ import hashlib
 import logging
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adaptive_trainer import compose_config, oom
+from adaptive_trainer import Trainer, compose_config, oom
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.memory.limit import limited
@@ -41,6 +46,7 @@ from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.training.measure import measure
 from adaptive_trainer.training.session import Parts, enter
 from adaptive_trainer.utils.global_state import private_process_state
+from scripts.benchmark_data import make_photos
 from scripts.timing import CUDA, heading, need_cuda, per_update, row, table
 
 MiB, CLASSES = 1 << 20, 10
@@ -163,14 +169,38 @@ def smallest(config: Config, guess: int) -> int:
     return high
 
 
+def ladders(epochs: int) -> None:
+    """What each ladder makes of a recipe that does not fit."""
+    print(*table("ladder", "rung", "images/s, median epoch", "validation accuracy", "seconds in all"), sep="\n")
+    with tempfile.TemporaryDirectory() as name:
+        make_photos(Path(name) / "photos", 2400)
+        data = ["data=imagefolder", f"data.root={name}/photos/train", "data.val_fraction=0.1", "data.num_workers=12"]
+        for ladder in ("default", "exact", "default", "exact"):  # the first of each loads kernels, and predicts
+            cfg = compose_config(
+                [*data, f"ladder={ladder}", "memory.limit=1300MiB", "device=cuda", f"trainer.epochs={epochs}"]
+            )
+            folder, started = Path(name) / f"{ladder}-{time.time()}", time.perf_counter()
+            result = Trainer(cfg, output_dir=folder).fit()
+            head, *lines = (folder / "metrics.csv").read_text().splitlines()
+            epoch = statistics.median(float(line.split(",")[head.split(",").index("seconds")]) for line in lines)
+            accuracy = result.metrics["val_accuracy"]
+            seconds = time.perf_counter() - started
+            print(row(ladder, result.rung, f"{2160 / epoch:.0f}", f"{accuracy:.3f}", f"{seconds:.1f}"), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("caps", "networks", "all"), default="all")
+    parser.add_argument("--part", choices=("caps", "networks", "ladders", "all"), default="all")
     parser.add_argument("--updates", type=int, default=50, help="before bits are compared")
     parser.add_argument("--seconds", type=float, default=3600, help="after which no further row is begun")
     arguments = parser.parse_args()
     need_cuda()
     logging.disable(logging.WARNING)
+    if arguments.part in ("ladders", "all"):
+        print(heading("ladders under 1300 MiB, 5 epochs"), "", sep="\n")
+        ladders(epochs=5)
+    if arguments.part == "ladders":
+        return
     cases: list[tuple[str, int, int, str, int | None]] = [*(CAPS if arguments.part != "networks" else ())]
     cases += [(name, 24, 224, "fp32", None) for name in (NETWORKS if arguments.part != "caps" else ())]
     began = time.perf_counter()
@@ -206,7 +236,8 @@ def main() -> None:
             ),
             flush=True,
         )  # fmt: skip
-    print(f"median: {statistics.median(smaller):.2f} times smaller at {statistics.median(slower):.3f} of the time")
+    if smaller:
+        print(f"median: {statistics.median(smaller):.2f} times smaller at {statistics.median(slower):.3f} of the time")
 
 
 if __name__ == "__main__":
