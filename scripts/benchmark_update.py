@@ -1,8 +1,8 @@
 """What this package adds to an update, and what compiling brings.
 
 undo: a transaction against the same update that keeps nothing to undo it. loop: the training loop against the same
-engine called directly. compile: eager, graph and compile, and how long compiling takes. layout: where channels_last
-pays. start: how long its kernels take to load. cpu: an eager update on the CPU against a bare loop.
+engine called directly. compile: before and after compiled code takes over, and what the change costs. layout: where
+channels_last pays. start: how long its kernels take to load. cpu: an eager update on the CPU against a bare loop.
 
 Usage: python -m scripts.benchmark_update undo|loop|compile|layout|start|cpu
 """
