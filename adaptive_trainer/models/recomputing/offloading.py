@@ -166,6 +166,7 @@ class Offloading:
 
     def _is_worth(self, tensor: Tensor, nbytes: int) -> bool:
         is_plain = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+        is_plain = is_plain and not (tensor.is_conj() or tensor.is_neg())  # which is not in its bytes
         is_there = tensor.device == self.memory.device
         return is_plain and is_there and nbytes >= self._least and nbytes % tensor.element_size() == 0
 
@@ -270,6 +271,8 @@ class Stored:
 class Offloaded(Kept):
     """A tensor of a storage that is on the host."""
 
+    is_copy = True
+
     __slots__ = ("_layout", "_stored")
 
     def __init__(self, tensor: Tensor, stored: Stored) -> None:
@@ -283,6 +286,9 @@ class Offloaded(Kept):
             Changed: it was still here and is not what it was.
         """
         return self._stored.get().as_strided(*self._layout)
+
+    def alias(self) -> None:
+        """Keep to the memory that the tensor has now: the copy on the host does."""
 
     def copy_before_write(self) -> None:
         """Wait for the copy on the host, as the memory here is about to be written."""

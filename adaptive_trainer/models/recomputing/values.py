@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive_trainer.models.recomputing.operators import written
+from adaptive_trainer.models.recomputing.operators import surroundings, written
 
 
 class Changed(RuntimeError):
@@ -31,11 +31,18 @@ class Changed(RuntimeError):
 class Kept:
     """A tensor that is kept, and its version, which says whether it was changed since."""
 
-    __slots__ = ("__weakref__", "tensor", "version")
+    is_copy = False  # of what the tensor held, rather than its memory
+
+    __slots__ = ("__weakref__", "counter", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self.counter = tensor  # what counts versions; in a dispatch mode an alias has a count of its own
         self.version = tensor._version
+
+    def alias(self) -> None:
+        """Keep to the memory that the tensor has now."""
+        self.tensor = self.tensor.detach()
 
     def get(self) -> Tensor:
         """The tensor.
@@ -43,14 +50,24 @@ class Kept:
         Raises:
             Changed: it is not what it was.
         """
-        if self.tensor._version != self.version:
+        if self.counter._version != self.version:
             raise Changed(self.tensor)
         return self.tensor
 
     def copy_before_write(self) -> None:
         """Keep what it holds now, as its memory is about to be written."""
-        self.tensor = self.tensor.clone()
+        self.tensor = self.counter = copied(self.tensor)
         self.version = self.tensor._version
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy with the same strides."""
+    copy = tensor.clone()
+    if copy.stride() == tensor.stride():
+        return copy
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((extent,), (1,)).clone()
+    return flat.as_strided(tensor.shape, tensor.stride())
 
 
 class Value:
@@ -101,35 +118,45 @@ class Op:
     Args:
         number: its place in the order of the forward pass.
         args, kwargs: with `Value` and `Kept` in place of tensors.
+
+    Attributes:
+        values: those among its arguments.
     """
 
-    __slots__ = ("args", "func", "kwargs", "number", "results")
+    __slots__ = ("args", "func", "kwargs", "number", "results", "values")
 
     def __init__(self, number: int, func: Any, args: Any, kwargs: Any) -> None:
         self.number = number
         self.func = func
         self.args = args
         self.kwargs = kwargs
+        self.values = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Value)]
         self.results: list[weakref.ref[Value]] = []
 
-    def values(self) -> Iterator[Value]:
-        """The values among its arguments."""
-        return (leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Value))
+    def run(self, made: dict[Value, Tensor], lent: set[int]) -> Any:
+        """Run it again, on tensors that were made again and on those that are there.
 
-    def run(self, made: dict[Value, Tensor]) -> Any:
-        """Run it again, on tensors that were made again and on those that are there."""
+        Args:
+            made: anew, for this replay alone.
+            lent: identities of storages that others need as they are.
+        """
 
         def tensor(leaf: Any) -> Any:
-            if isinstance(leaf, Value):
-                return made[leaf] if leaf in made else leaf.get()
-            return leaf.get() if isinstance(leaf, Kept) else leaf
+            if leaf in made if isinstance(leaf, Value) else not isinstance(leaf, Kept):
+                return made[leaf] if isinstance(leaf, Value) else leaf
+            got = leaf.get()
+            lent.add(_memory(got))
+            return got
 
         args = replaced(tensor, self.args)
-        for place in written(self.func):  # into a copy, where the argument is needed as it is
-            leaf = self.args[place] if place < len(self.args) else None
-            if isinstance(leaf, Kept) or (isinstance(leaf, Value) and (leaf.is_there or leaf.is_wanted)):
-                args[place] = args[place].clone()
+        # Only such are noted as write their first argument: into a copy, where its memory is lent.
+        if written(self.func) and _memory(args[0]) in lent:
+            args[0] = copied(args[0])
         return self.func(*args, **replaced(tensor, self.kwargs))
+
+
+def _memory(tensor: Tensor) -> int:
+    return id(tensor.untyped_storage()) if tensor.layout is torch.strided else id(tensor)
 
 
 class Segment:
@@ -137,14 +164,18 @@ class Segment:
 
     Args:
         parent: the one that it lies in.
+        around: the surroundings of its operators.
         is_whole: dear operators are run again too.
         singly: run again for each value that is asked for, of which less is held at a time; else once for all.
     """
 
-    def __init__(self, parent: Segment | None, *, is_whole: bool = False, singly: bool = False) -> None:
+    def __init__(
+        self, parent: Segment | None, around: tuple[Any, ...], *, is_whole: bool = False, singly: bool = False
+    ) -> None:
         self.parent = parent
         self.is_whole = is_whole
         self.singly = singly
+        self._around = around
         self._values: list[weakref.ref[Value]] = []
 
     @property
@@ -170,16 +201,31 @@ class Segment:
         return False
 
     def replay(self, asked: Value) -> None:
-        """Make a value again, and with it all others that are wanted and not there."""
+        """Make a value again, and with it all others that are wanted and not there.
+
+        Raises:
+            RuntimeError: global settings that kernels depend on are not those of the forward pass.
+        """
+        if self._around != surroundings():
+            raise RuntimeError(
+                "torch's global settings (default dtype, torch.backends, deterministic algorithms) are others in the "
+                "backward pass than in the forward pass, so recomputed activations would be others too; set them once"
+            )
         alive = [asked] if self.singly else [ref() for ref in self._values]
         wanted = {v for v in alive if v is not None and v.owner is self and v.is_wanted and not v.is_there}
         ops = self._needed(wanted)
-        uses = Counter(value for op in ops for value in op.values())
+        uses = Counter(value for op in ops for value in op.values)
         made: dict[Value, Tensor] = {}
+        lent: set[int] = set()
         with torch.no_grad(), torch._C._DisableAutocast():  # casts are operators of their own
             for op in ops:
-                self._hold(op, op.run(made), made, uses, wanted)
-                for value in op.values():
+                for value, result in self._results(op, op.run(made, lent)):
+                    if value in wanted:
+                        value.hold(result)
+                        lent.add(_memory(result))
+                    if uses[value]:
+                        made[value] = result
+                for value in op.values:
                     uses[value] -= 1
                     if not uses[value]:
                         made.pop(value, None)
@@ -193,7 +239,7 @@ class Segment:
             if op is None or op.number in found:
                 continue
             found[op.number] = op
-            for value in op.values():
+            for value in op.values:
                 if value.is_there:
                     continue
                 if value.owner is not None and value.owner.is_within(self):
@@ -203,26 +249,24 @@ class Segment:
         return [found[number] for number in sorted(found)]
 
     @staticmethod
-    def _hold(op: Op, results: Any, made: dict[Value, Tensor], uses: Counter[Value], wanted: set[Value]) -> None:
+    def _results(op: Op, results: Any) -> Iterator[tuple[Value, Tensor]]:
         results = results if isinstance(results, tuple | list) else (results,)
         for value in (ref() for ref in op.results):
-            if value is None:
-                continue
-            if value in wanted:
-                value.hold(results[value.index])
-            if uses[value]:
-                made[value] = results[value.index]
+            if value is not None:
+                yield value, results[value.index]
 
 
-def leaves(tree: Any) -> Iterator[Any]:
+def leaves(tree: Iterable[Any]) -> list[Any]:
     """What lists, tuples and dictionaries hold, however deep."""
-    if isinstance(tree, list | tuple):
-        for each in tree:
-            yield from leaves(each)
-    elif isinstance(tree, dict):
-        yield from leaves(list(tree.values()))
-    else:
-        yield tree
+    found: list[Any] = []
+    for each in tree:
+        if isinstance(each, list | tuple):
+            found += leaves(each)
+        elif isinstance(each, dict):
+            found += leaves(each.values())
+        else:
+            found.append(each)
+    return found
 
 
 def replaced(change: Callable[[Any], Any], tree: Any) -> Any:
