@@ -50,7 +50,7 @@ def state_of(generator: Any) -> Any:
 def put(generator: Any, state: Any) -> None:
     """Make it draw what it would have drawn when `state_of` was asked."""
     if isinstance(generator, torch.Generator):
-        generator.set_state(torch.from_numpy(state))
+        generator.set_state(state if isinstance(state, Tensor) else torch.from_numpy(state))
     elif isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, np.random.RandomState):
@@ -61,7 +61,8 @@ def put(generator: Any, state: Any) -> None:
 
 def states_of(generators: Iterable[Any]) -> list[tuple[Any, Any]]:
     """Each generator with its state, for `put_all`."""
-    return [(generator, state_of(generator)) for generator in generators]
+    # torch's as tensors: making these later would be operators, which can fail half-way through `put_all`.
+    return [(each, each.get_state() if isinstance(each, torch.Generator) else state_of(each)) for each in generators]
 
 
 def put_all(states: Iterable[tuple[Any, Any]]) -> None:
