@@ -11,7 +11,7 @@ from adaptive_trainer.models.recomputing.plan import Level
 from adaptive_trainer.prediction.stretches import Profile, Stretch
 
 MiB, MILLISECOND = 2**20, 1e-3  # the units of the program, whose numbers are then of like size
-LONGEST = 5.0  # seconds of search
+LONGEST = 2.0  # seconds of search
 MEMORY_FOR_TIME = 0.1  # MiB that a millisecond counts as, where the least memory is looked for
 
 Chosen = tuple[Sequence[int], Level]  # the depth of each block, in the order of `Depths.paths`, and what is between
@@ -76,11 +76,18 @@ class Depths:
 
     def peak(self, chosen: Chosen) -> float:
         """Bytes that the stretch meets that meets most."""
+        return float((self._met @ self._variables_of(chosen) + self._met_anyway).max())
+
+    def seconds(self, chosen: Chosen) -> float:
+        """Seconds of an update, beside what takes its time in any case."""
+        return float(self._seconds @ self._variables_of(chosen))
+
+    def _variables_of(self, chosen: Chosen) -> Any:
         depths, between = chosen
         x = np.zeros(self._variables)
         x[[place * self._count + depth for place, depth in enumerate(depths)]] = 1
         x[-1] = between == Level.CHEAP
-        return float((self._met @ x + self._met_anyway).max())
+        return x
 
     def faster(self, chosen: Chosen) -> list[Chosen]:
         """Choices that differ in one block and take less time, those first that save most."""

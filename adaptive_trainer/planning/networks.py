@@ -63,13 +63,17 @@ class Networks:
             self._outlines[key] = without_memory(lambda: self.build(plain))
         return self._outlines[key]
 
-    def has_batch_norm(self, config: Config) -> bool:
-        """Whether the network has layers that cannot train on a single sample."""
+    def outline_or_network(self, config: Config) -> nn.Module:
+        """The outline; the network itself where there is none."""
         model = self.outline(config)
         if model is None:
             with same_random_numbers():  # a plan must not change the weights that training draws
                 model = self.build(config)
-        return has_batch_norm(model)
+        return model
+
+    def has_batch_norm(self, config: Config) -> bool:
+        """Whether the network has layers that cannot train on a single sample."""
+        return has_batch_norm(self.outline_or_network(config))
 
     def weights_bytes(self, config: Config) -> int:
         """What the weights alone take, known at once; 0 where they cannot be counted without memory."""

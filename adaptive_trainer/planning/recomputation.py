@@ -7,6 +7,7 @@ bytes than there are. What it chooses is traced and replayed, which gives the sm
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ MARGIN = 1.04  # of the smallest limit: predictions are not exact
 SHARES = (1.25, 1.18, 1.12, 1.06, 1.0, 0.94, 0.88, 0.8)  # of the memory there is, for which the program is solved
 TIGHT = (1.001, 1.03, 1.07, 1.12, 1.2, 1.3)  # times the least that can be alive
 NEIGHBOURS = 8  # plans that differ in one block from one that fits, and are tried for less time
+# Operators that a search may trace, about five seconds: large networks have fewer plans tried than small ones.
+WORK, LEAST_TRIES = 22_000, 3
 FEWEST = 2  # choices of a network without blocks
 MOST_PARTS = 4  # kinds of parts of a block that are tried by themselves
 
@@ -70,6 +73,8 @@ class Search:
         alike = ((dict.fromkeys(self.blocks, depth), _between(depth)) for depth in range(len(self.choices)))
         self._profiles = [self._profile(self._written(*each)) for each in alike]
         self._model = Depths(self._profiles, self._having)
+        traces = WORK // self._profiles[0].operators - len(self._profiles)
+        self._tries = max(LEAST_TRIES, traces // 2)  # of each of the two kinds below
 
     def fitting(self, room: int) -> str:
         """The plan of the least time that is predicted to fit `room` bytes; the one of least memory where none does."""
@@ -96,8 +101,15 @@ class Search:
         By how much a limit is above what is alive depends on the plan: it is lost where memory is divided.
         """
         lost = self._over(self._alike(len(self.choices) - 1))
-        solved = (self._model.solve(target * share - lost) for share in SHARES)
-        return next((chosen for chosen in solved if chosen is not None and self._fits(chosen, target)), None)
+        found, first, last = None, 0, len(SHARES)
+        while first < last:  # what fits in more memory takes less time: the first is sought by halves
+            middle = (first + last) // 2
+            chosen = self._model.solve(target * SHARES[middle] - lost)
+            if chosen is None or self._fits(chosen, target):
+                found, last = chosen or found, middle
+            else:
+                first = middle + 1
+        return found
 
     def _tight(self, target: float) -> Chosen:
         """The choice of the least time, among some of little memory, that fits; that of least memory where none does.
@@ -109,9 +121,10 @@ class Search:
         tried = [chosen for chosen in solved if chosen is not None]
         tried += [self._alike(depth) for depth in range(1, len(self.choices))]
         tried += self._all_but_largest()
+        tried = sorted(tried, key=self._model.peak)[: self._tries]
         fitting = [chosen for chosen in tried if self._fits(chosen, target)]
         if fitting:
-            return min(fitting, key=lambda chosen: self.seconds(self._plan(chosen)))
+            return min(fitting, key=self._model.seconds)
         return min(tried, key=lambda chosen: self.limit(self._plan(chosen)) or math.inf)
 
     def _all_but_largest(self) -> Iterator[Chosen]:
@@ -126,9 +139,12 @@ class Search:
 
     def _faster(self, chosen: Chosen, target: float) -> Chosen:
         """The choice with single blocks changed so that it still fits and takes less time, as far as a few tries go."""
-        tries = NEIGHBOURS
+        tries = min(NEIGHBOURS, self._tries)
         while tries and self._fits(chosen, target):
-            for neighbour in self._model.faster(chosen)[:tries]:
+            # With less than half of what is lost now, one that meets more than this would be luck.
+            most = target - self._over(chosen) / 2
+            likely = (other for other in self._model.faster(chosen) if self._model.peak(other) <= most)
+            for neighbour in itertools.islice(likely, tries):
                 tries -= 1
                 if self._fits(neighbour, target):
                     chosen = neighbour
@@ -264,11 +280,9 @@ class Planner:
             spec = predictor.spec_of(recomputing(plain, plan))
             return replace(spec, micro_batches=spec.micro_batches[:1], eval_batch_size=None, stored_size=0, key=None)
 
-        outline = predictor.networks.outline(plain)
-        if outline is None:
-            return None
         limit_of = lambda plan: predictor.limit(recomputing(plain, plan))  # noqa: E731
         with suppress(TraceError, ValueError):
+            outline = predictor.networks.outline_or_network(plain)
             return Search(outline, spec_of, limit_of, predictor.spec.rates(plain.trainer.tf32))
         return None
 

@@ -42,11 +42,13 @@ class Profile:
         stretches: in the order of the forward pass.
         seconds: of the whole update.
         peak: most bytes that are alive.
+        operators: that have run.
     """
 
     stretches: tuple[Stretch, ...]
     seconds: float
     peak: int
+    operators: int
 
 
 def profile(spec: TraceSpec, parts: Sequence[str], rates: Rates) -> Profile:
@@ -126,7 +128,8 @@ def _divided(made: Trace, marks: _Marks) -> Profile:
     seconds = np.zeros(len(names))
     np.add.at(seconds, running[np.minimum(marks.costs.marks, count - 1)], marks.costs.seconds)
     found = zip(names, kept.tolist(), work, seconds.tolist(), strict=True)
-    return Profile(tuple(Stretch(*each) for each in found), sum(marks.costs.seconds), int(live.max()))
+    stretched = tuple(Stretch(*each) for each in found)
+    return Profile(stretched, sum(marks.costs.seconds), int(live.max()), len(marks.costs.seconds))
 
 
 def _lives(made: Trace, running: Any, stretches: int, forward_end: int) -> tuple[Any, Any]:
