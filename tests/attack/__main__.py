@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from adaptive_trainer.models.recomputing import keeper
 from tests.attack.cases import BY_NAME
 from tests.attack.injector import Fault
 from tests.attack.verdict import BAD, Arena
@@ -17,6 +18,7 @@ from tests.attack.verdict import BAD, Arena
 def main() -> None:
     """Print the verdict; the exit status is 1 for a bad one."""
     torch.set_num_threads(1)
+    keeper.SMALL = 0  # as in the tests
     name, fault = sys.argv[1:]
     with tempfile.TemporaryDirectory() as root:
         arena, case = Arena(Path(root)), BY_NAME[name]

@@ -121,6 +121,10 @@ def _composed(case: Case, files: Path | None, more: tuple[str, ...]) -> DictConf
 
 
 MICRO, RECOMPUTE, OFFLOAD = "trainer.micro_batch_size=3", "trainer.recompute=blocks", "trainer.offload=true"
+# Of the two blocks of `networks.Body`, and of all that is cheap.
+CHEAP = "trainer.recompute=cheap"
+MOST = "trainer.recompute='most:blocks.0|blocks.1+cheap:rest'"
+LEAST = "trainer.recompute='least:blocks.0+most:blocks.1+cheap:rest'"
 EMA, CLIP = "trainer.ema_decay=0.9", "trainer.clip_grad=0.5"
 FP16, BF16 = "trainer.precision=fp16", "trainer.precision=bf16"
 SMOOTH = "trainer.label_smoothing=0.1"
@@ -150,6 +154,10 @@ CASES = (
     Case("conv-cache-disk", networks.Conv, ("data.cache=disk",), from_files=True),
     Case("rebinding-lamb-offload", networks.rebinding, (optimizer("lamb"), OFFLOAD, CLIP)),
     Case("reshaping-recompute-offload-fp16", networks.reshaping, (RECOMPUTE, OFFLOAD, FP16, EMA, MICRO)),
+    Case("conv-adamw-cheap-ema", networks.Conv, (CHEAP, EMA, MICRO)),
+    Case("rebinding-sgd-most-bf16", networks.rebinding, ("optimizer=sgd", MOST, BF16, CLIP)),
+    Case("reshaping-nadam-least", networks.reshaping, (optimizer("nadam"), LEAST, MICRO)),
+    Case("evaluating-cheap-offload", networks.Evaluating, (CHEAP, OFFLOAD, FP16)),
     Case("conv-simulated-card", networks.Conv, ("memory.limit=64MiB", MICRO)),
 )
 WORKERS = (
@@ -159,6 +167,7 @@ WORKERS = (
 # The learning rate stays, so that a rung is the same settings asked for by hand.
 LADDER = (
     ("micro", (MICRO,)),
+    ("cheap", (CHEAP,)),
     ("recompute", (RECOMPUTE,)),
     ("offload", (OFFLOAD,)),
     ("small", ("data.image_size=12",)),

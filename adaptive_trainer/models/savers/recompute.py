@@ -29,6 +29,8 @@ def recompute(model: nn.Module, plan: str) -> None:
         recompute(model, found.plan)
 
     The network is changed in place: its weights, keys and hooks stay as they are, and so does its evaluation.
+    What torch cannot see must not write what an operator has computed: NumPy on the same memory, or a kernel that is no
+    operator of torch. Into `empty` and `zeros` it may.
 
     Args:
         plan: what `predict` has found; "cheap" (normalisations, activations, gates), "blocks", a plan as

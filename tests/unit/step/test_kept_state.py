@@ -146,6 +146,17 @@ def test_memory_that_runs_out_in_a_recomputed_block_leaves_no_trace(
     check_operators(lambda: Recomputed(how, within=within, offloads=offloads), capacity, every, len(how) + within)
 
 
+@pytest.mark.parametrize("plan", ["cheap", "most:blocks.0|blocks.1+cheap:rest", "least:blocks.0+whole:blocks.1"])
+@pytest.mark.usefixtures("small")
+def test_memory_that_runs_out_under_a_plan_leaves_no_trace(plan: str, capacity: Capacity, every: int) -> None:
+    def network() -> nn.Module:
+        model = Recomputed("data", within=False)
+        recompute(model, plan)
+        return model
+
+    check_operators(network, capacity, every, len(plan))
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("offloads", [False, True])
 def test_recomputed_blocks_train_as_others_do(offloads: bool, capacity: Capacity) -> None:
