@@ -66,7 +66,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
 
 def test_a_wheel_finds_its_configs(installed: Path, tmp_path: Path) -> None:
     found = python("-c", COMPOSE, cwd=tmp_path, path=installed).split()
-    assert found == [str(installed / "adaptive_trainer" / "configs"), "8", "12", "sgd"]
+    assert found == [str(installed / "adaptive_trainer" / "configs"), "8", "13", "sgd"]
     assert "batch_size: 24" in python("-m", "adaptive_trainer", "--cfg", "job", cwd=tmp_path, path=installed)
 
 

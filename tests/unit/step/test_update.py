@@ -878,7 +878,7 @@ def test_what_was_not_begun_is_not_rolled_back(capacity: Capacity, monkeypatch: 
     """A beginning that fails, before its first line or anywhere in it, leaves the last update as it is."""
     run = start(Case("adamw-single", "fp32", warm=True), capacity)
     update = run.update()
-    for refused in ("adaptive_trainer.step.undo._get_current_dispatch_mode", "torch._foreach_copy_"):
+    for refused in ("adaptive_trainer.utils.modes._get_current_dispatch_mode", "torch._foreach_copy_"):
         run.advance(update)
         before = dump(run.state)
         with monkeypatch.context() as patch:
