@@ -37,7 +37,7 @@ class Faster(Recorded):
 
     def _settled(self) -> Eager:
         eager, graph = self._eager, self._timed_replays
-        if graph.seconds < eager.seconds:
+        if graph.is_faster(eager):
             self.announce(f"from here on, {graph.text} an update, against {eager.text} eager (auto)")
             return self
         self.drop()

@@ -155,7 +155,7 @@ class Compiled(Eager):
             self._timed(self.after, images, labels, samples)
             return self.now if self._captured is None else self  # it may have failed after all
         took = time.perf_counter() - self._started - TIMED * self.after.seconds
-        if self.after.seconds < self.before.seconds:
+        if self.after.is_faster(self.before):
             self.event(
                 f"engine: compiled in {self._answer.seconds:.0f} s; {self.after.text} an update from here on, against "
                 f"{self.before.text}; changing over took {took:.1f} s"

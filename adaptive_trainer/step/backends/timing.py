@@ -37,6 +37,10 @@ class Timed:
         """The median."""
         return statistics.median(self._seconds)
 
+    def is_faster(self, other: Timed) -> bool:
+        """Whether these updates take less time than the others."""
+        return self.seconds < other.seconds
+
     @property
     def text(self) -> str:
         """The median, for people."""
