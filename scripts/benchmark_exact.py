@@ -35,13 +35,14 @@ from torch import Tensor
 from adaptive_trainer import Trainer, compose_config, oom
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
+from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
 from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.models.zoo import build_model
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
-from adaptive_trainer.planning.recomputation import MARGIN, Planner, recomputing
+from adaptive_trainer.planning.recomputation import MARGIN, Planner
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.training.measure import measure
 from adaptive_trainer.training.session import Parts, enter
@@ -96,7 +97,7 @@ def planned(case: tuple[str, int, int, str, int | None]) -> Planned:
     predictor = Predictor(spec_of(config), num_classes=CLASSES)
     planner = Planner(predictor)
     started = time.perf_counter()
-    plain = predictor.limit(recomputing(config, NONE)) or 0
+    plain = predictor.limit(with_plan(config, NONE)) or 0
     rooms = [share * plain for share in SHARES] if cap is None else [cap * MiB]
     for room in rooms:
         found = planner.planned(config, int(room))
@@ -115,10 +116,12 @@ def engine_of(config: Config, limit: int | None, *, deterministic: bool) -> Iter
         torch.manual_seed(0)
         batch = config.trainer.batch_size
         session = enter(config, Parts(build_model, build_loss, "", CLASSES, batch, CUDA, capacity))
-        yield Engine(session.update, "graph", batch, logging.debug)
-        del session
-    gc.collect()
-    oom.release(CUDA)
+        try:
+            yield Engine(session.update, "graph", batch, logging.debug)
+        finally:  # a row that fails must not take memory from the next
+            del session
+            gc.collect()
+            oom.release(CUDA)
 
 
 def batches(config: Config) -> list[tuple[Tensor, Tensor]]:
@@ -215,7 +218,7 @@ def main() -> None:
         if time.perf_counter() - began > arguments.seconds:
             print(f"(no time for {case[0]})")
             continue
-        plain = recomputing(plan.config, NONE)
+        plain = with_plan(plan.config, NONE)
         try:
             free, small = smallest(plain, plan.plain), smallest(plan.config, plan.least)
             limit = case[-1] * MiB if case[-1] else int(1.03 * small)

@@ -167,6 +167,11 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
     return replace(config, trainer=replace(config.trainer, batch_size=batch_size))
 
 
+def with_plan(config: Config, plan: str) -> Config:
+    """The same settings with another plan of recomputation."""
+    return replace(config, trainer=replace(config.trainer, recompute=plan))
+
+
 def _following(rung: Rung[Config], asked: Config) -> Rung[Config]:
     """The rung with the learning rate of its batch size."""
     lr, why = scaled_lr(asked, rung.settings.trainer.batch_size)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.batch_size import largest
-from adaptive_trainer.ladder.resolve import with_batch_size
+from adaptive_trainer.ladder.resolve import with_batch_size, with_plan
 from adaptive_trainer.models.recomputing.plan import NONE
-from adaptive_trainer.models.savers.recompute import AUTO, LEAST, PLANNED
+from adaptive_trainer.models.savers.recompute import AUTO, MOST, PLANNED
 from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
 
@@ -45,7 +45,7 @@ def largest_batch(planner: Planner, config: Config, capacity: int, most: int) ->
         The size, 0 where none fits, or None and the reason where it cannot be predicted.
     """
     if config.trainer.recompute in PLANNED:  # whatever fits at all, fits with the plan of least memory
-        config = replace(config, trainer=replace(config.trainer, recompute=LEAST))
+        config = with_plan(config, MOST)
 
     def found(size: int) -> Prediction:
         return planner.predictor.predict(planner.planned(with_batch_size(config, size), capacity))

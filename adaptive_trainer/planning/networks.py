@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
 from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.models.batch_norm import has_batch_norm
 from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.models.savers import apply_savers
@@ -59,7 +60,7 @@ class Networks:
             return outline(config.model, self.classes(config))
         key = repr(self.key(config))
         if key not in self._outlines:
-            plain = replace(config, trainer=replace(config.trainer, recompute=NONE))  # which may still be planned
+            plain = with_plan(config, NONE)  # which may still be planned
             self._outlines[key] = without_memory(lambda: self.build(plain))
         return self._outlines[key]
 

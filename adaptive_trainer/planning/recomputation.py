@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from adaptive_trainer.config.schema import Config
+from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.models.recomputing.plan import CONTAINERS, NONE, Level, Plan, blocks_of
 from adaptive_trainer.models.savers.recompute import AUTO, BLOCKS, PLANNED
 from adaptive_trainer.planning.depths import Chosen, Depths
@@ -246,17 +247,17 @@ class Planner:
         asked = config.trainer.recompute
         if asked not in PLANNED:
             return config
-        plain = recomputing(config, NONE)
+        plain = with_plan(config, NONE)
         if asked == AUTO and (room is None or self._fits(plain, room)):
             return plain
         search = self._search(plain)
         if search is None:
-            return recomputing(config, BLOCKS)
-        return recomputing(config, search.fitting(room) if asked == AUTO and room is not None else search.least())
+            return with_plan(config, BLOCKS)
+        return with_plan(config, search.fitting(room) if asked == AUTO and room is not None else search.least())
 
     def added_time(self, config: Config) -> float | None:
         """The predicted time of an update under a plan that is known, over the time without one."""
-        search = self._search(recomputing(config, NONE))
+        search = self._search(with_plan(config, NONE))
         if search is None:
             return None
         with suppress(TraceError):
@@ -277,16 +278,13 @@ class Planner:
         predictor = self.predictor
 
         def spec_of(plan: str) -> TraceSpec:
-            spec = predictor.spec_of(recomputing(plain, plan))
+            spec = predictor.spec_of(with_plan(plain, plan))
             return replace(spec, micro_batches=spec.micro_batches[:1], eval_batch_size=None, stored_size=0, key=None)
 
-        limit_of = lambda plan: predictor.limit(recomputing(plain, plan))  # noqa: E731
+        def limit_of(plan: str) -> int | None:
+            return predictor.limit(with_plan(plain, plan))
+
         with suppress(TraceError, ValueError):
             outline = predictor.networks.outline_or_network(plain)
             return Search(outline, spec_of, limit_of, predictor.spec.rates(plain.trainer.tf32))
         return None
-
-
-def recomputing(config: Config, plan: str) -> Config:
-    """The same settings with another plan."""
-    return replace(config, trainer=replace(config.trainer, recompute=plan))

@@ -6,7 +6,6 @@ tensors at the bandwidth of the memory (the roofline model: Williams et al., 200
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from adaptive_trainer.models.recomputing.trees import tensors
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
@@ -131,18 +132,18 @@ class Costs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _time(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
-        tensors = list(_tensors((args, list(kwargs.values()), out)))
-        moved = sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+        found = tensors((args, kwargs, out))
+        moved = sum({id(tensor): tensor.nbytes for tensor in found}.values())
         flops = _operations(func, args, kwargs, out)
         kernels = _kernels(func, args)
-        rate = self._rate(func, tensors, kernels) * kernels.of_rate
+        rate = self._rate(func, found, kernels) * kernels.of_rate
         bandwidth = self.rates.bandwidth * kernels.of_bandwidth
         return LAUNCH + max(moved * kernels.passes / bandwidth, flops / rate)
 
-    def _rate(self, func: Any, tensors: list[Tensor], kernels: Kernels) -> float:
+    def _rate(self, func: Any, found: list[Tensor], kernels: Kernels) -> float:
         if kernels in SCALAR:
             return self.rates.vector
-        if tensors and tensors[0].dtype in (torch.float16, torch.bfloat16):
+        if found and found[0].dtype in (torch.float16, torch.bfloat16):
             return self.rates.half
         return self.rates.convolution if func._overloadpacket in CONVOLUTIONS else self.rates.product
 
@@ -169,11 +170,3 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> float:
         return float(2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]))
     formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for each in tree:
-            yield from _tensors(each)

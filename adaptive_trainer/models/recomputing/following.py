@@ -29,14 +29,11 @@ def follow(model: nn.Module, *, plan: Plan | None = None, offload: bool | None =
     """Change what is recomputed, or whether what is kept is offloaded, from the next forward pass on."""
     plan, offload = plan or plan_in(model), is_offloading(model) if offload is None else offload
     own = own_forward(model)
-    model.__dict__.pop("forward", None)
     if not offload:
         _host_memory.pop(model, None)
-    if offload or not plan.is_empty:
-        # Paths to the network's generators lead through these arguments, and checkpoints name them.
-        model.__dict__["forward"] = partial(_followed, model, own, plan, offload)
-    elif own is not None:
-        model.__dict__["forward"] = own
+    # Paths to the network's generators lead through these arguments, and checkpoints name them.
+    is_used = offload or not plan.is_empty
+    _set_forward(model, partial(_followed, model, own, plan, offload) if is_used else own)
 
 
 def plan_in(model: nn.Module) -> Plan:
@@ -65,19 +62,23 @@ def suspended(model: nn.Module) -> Iterator[None]:
     if found is None:
         yield
         return
-    own = own_forward(model)
-    del model.__dict__["forward"]
-    if own is not None:
-        model.__dict__["forward"] = own
+    _set_forward(model, own_forward(model))
     try:
         yield
     finally:
-        model.__dict__["forward"] = found
+        _set_forward(model, found)
 
 
 def host_memory_of(model: nn.Module) -> HostMemory | None:
     """The host memory that is in use; whoever keeps a CUDA graph of the network keeps it too."""
     return _host_memory.get(model)
+
+
+def _set_forward(model: nn.Module, forward: Forward | None) -> None:
+    """Give a network a forward pass of its own; None: that of its class."""
+    model.__dict__.pop("forward", None)
+    if forward is not None:
+        model.__dict__["forward"] = forward
 
 
 def _wrapper(model: nn.Module) -> partial[Any] | None:

@@ -29,7 +29,8 @@ from adaptive_trainer.models.recomputing.operators import (
     surroundings,
 )
 from adaptive_trainer.models.recomputing.plan import Level
-from adaptive_trainer.models.recomputing.values import Kept, Op, Segment, Value, leaves, replaced
+from adaptive_trainer.models.recomputing.trees import replaced, tensors
+from adaptive_trainer.models.recomputing.values import Kept, Op, Segment, Value
 
 # Bytes for each sample, under which a tensor is kept: such as pooled features, gates and statistics of channels.
 SMALL = 16 * 1024
@@ -116,7 +117,7 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Op(self._number, func, again(func, inputs), named), owner
 
     def _can_run_again(self, args: Any, kwargs: Any, *, is_inplace: bool) -> bool:
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors((args, kwargs))
         if not given or not all(map(_is_plain, given)):  # made of nothing, as by a factory
             return False
         return surroundings() == self._around and not (is_inplace and _overlap(given))
@@ -180,7 +181,7 @@ class Keeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._notes.put(tensor, value)
 
     def _is_large(self, out: Any) -> bool:
-        return any(isinstance(leaf, Tensor) and leaf.nbytes >= self._least for leaf in leaves((out,)))
+        return any(tensor.nbytes >= self._least for tensor in tensors((out,)))
 
     def _pack(self, tensor: Tensor | None) -> Value | Kept | None:
         """What autograd saves: a value where the tensor can be made again."""
@@ -226,10 +227,10 @@ def _is_wrapper(kind: type) -> bool:
     return hasattr(kind, "__tensor_flatten__")
 
 
-def _overlap(tensors: list[Tensor]) -> bool:
+def _overlap(given: list[Tensor]) -> bool:
     """Whether one lies in the memory of the first one and is not the same tensor."""
-    first = tensors[0].untyped_storage()
-    return any(each is not tensors[0] and each.untyped_storage() is first for each in tensors)
+    first = given[0].untyped_storage()
+    return any(each is not given[0] and each.untyped_storage() is first for each in given)
 
 
 def _get(saved: Value | Kept | None) -> Any:

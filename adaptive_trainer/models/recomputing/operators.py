@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from adaptive_trainer.models.recomputing.trees import tensors
 
 aten = torch.ops.aten
 KEPT_TAGS = {
@@ -70,19 +71,19 @@ def changed_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[T
     if not places:
         return []
     named = [kwargs.get(each.name) for each in func._schema.arguments if each.kwarg_only and _is_written(each)]
-    return _tensors([*(args[place] for place in places if place < len(args)), *named])
+    return tensors([*(args[place] for place in places if place < len(args)), *named])
 
 
 def counted_by(func: Any, args: Sequence[Any]) -> list[Tensor]:
     """The arguments that an operator changes without saying so."""
     packet = func._overloadpacket
     if func.namespace == "c10d":  # collectives
-        return _tensors(args)
+        return tensors(args)
     place = BATCH_NORM.get(packet)
     if place is not None and not args[place + 2]:
         return []
     place = WRITES.get(packet, place)
-    return [] if place is None else _tensors(args[place : place + 2])
+    return [] if place is None else tensors(args[place : place + 2])
 
 
 @cache
@@ -95,10 +96,6 @@ def written(func: Any) -> tuple[int, ...]:
 
 def _is_written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def again(func: Any, args: list[Any]) -> list[Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptive_trainer.models.recomputing.operators import surroundings, written
+from adaptive_trainer.models.recomputing.trees import leaves, replaced
 
 
 class Changed(RuntimeError):
@@ -254,25 +255,3 @@ class Segment:
         for value in (ref() for ref in op.results):
             if value is not None:
                 yield value, results[value.index]
-
-
-def leaves(tree: Iterable[Any]) -> list[Any]:
-    """What lists, tuples and dictionaries hold, however deep."""
-    found: list[Any] = []
-    for each in tree:
-        if isinstance(each, list | tuple):
-            found += leaves(each)
-        elif isinstance(each, dict):
-            found += leaves(each.values())
-        else:
-            found.append(each)
-    return found
-
-
-def replaced(change: Callable[[Any], Any], tree: Any) -> Any:
-    """The same lists and dictionaries with their leaves changed; tuples become lists."""
-    if isinstance(tree, list | tuple):
-        return [replaced(change, each) for each in tree]
-    if isinstance(tree, dict):
-        return {key: replaced(change, each) for key, each in tree.items()}
-    return change(tree)

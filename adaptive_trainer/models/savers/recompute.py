@@ -17,9 +17,9 @@ from adaptive_trainer.models.recomputing.plan import NONE, Level, Plan, blocks_o
 log = logging.getLogger(__name__)
 
 KEY = "recompute"
-CHEAP, BLOCKS = "cheap", "blocks"
-AUTO, LEAST = "auto", "most"  # as little as makes it fit; the least memory
-PLANNED = (AUTO, LEAST)  # found by a search, before the network is built: `planning.recomputation`
+BLOCKS = "blocks"
+AUTO, MOST = "auto", "most"  # as little as makes it fit; the least memory
+PLANNED = (AUTO, MOST)  # found by a search, before the network is built: `planning.recomputation`
 
 
 def recompute(model: nn.Module, plan: str) -> None:
@@ -39,10 +39,10 @@ def recompute(model: nn.Module, plan: str) -> None:
     Raises:
         ConfigError: it is no plan, is one of another network, or is still to be found ("auto", "most").
     """
-    if plan not in (NONE, CHEAP, BLOCKS) and ":" not in plan:
+    if plan not in (NONE, Level.CHEAP, BLOCKS) and ":" not in plan:
         raise ConfigError(
-            f"recompute was given {plan!r}; allowed are {NONE}, {CHEAP}, {BLOCKS} and plans, such as the one that "
-            "predict(model, ..., recompute='auto', limit='4GiB').plan is"
+            f"recompute was given {plan!r}; allowed are {NONE}, {Level.CHEAP}, {BLOCKS} and plans, such as the one "
+            "that predict(model, ..., recompute='auto', limit='4GiB').plan is"
         )
     apply(model, plan)
 
@@ -67,7 +67,7 @@ def plan_of(model: nn.Module, value: str) -> Plan:
     Raises:
         ConfigError: as `apply`.
     """
-    if value == CHEAP:
+    if value == Level.CHEAP:
         return Plan({}, Level.CHEAP)
     if value in PLANNED:
         raise ConfigError(f"trainer.{KEY}={value} is a plan that is still to be found; training and planning find it")

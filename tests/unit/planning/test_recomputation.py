@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.models.recomputing.plan import NONE, Plan
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
-from adaptive_trainer.planning.recomputation import MARGIN, Planner, Search, recomputing
+from adaptive_trainer.planning.recomputation import MARGIN, Planner, Search
 
 MiB = 2**20
 
@@ -39,7 +40,7 @@ def efficientnet() -> tuple[Config, Planner, Predictor]:
 @pytest.mark.parametrize("share", [0.7, 0.45])
 def test_a_plan_fits_and_what_it_adds_grows(share: float, efficientnet: tuple[Config, Planner, Predictor]) -> None:
     config, found, predictor = efficientnet
-    plain = predictor.predict(recomputing(config, NONE)).min_capacity_bytes
+    plain = predictor.predict(with_plan(config, NONE)).min_capacity_bytes
     assert plain is not None
     planned = found.planned(config, int(share * plain))
     least = predictor.limit(planned)
@@ -59,15 +60,15 @@ def test_nothing_is_recomputed_where_it_fits_without(efficientnet: tuple[Config,
 
 def test_most_is_the_plan_of_least_memory(efficientnet: tuple[Config, Planner, Predictor]) -> None:
     config, found, predictor = efficientnet
-    most = found.planned(recomputing(config, "most"), None)
-    limits = [predictor.limit(recomputing(config, plan)) for plan in (most.trainer.recompute, "blocks", "cheap", NONE)]
+    most = found.planned(with_plan(config, "most"), None)
+    limits = [predictor.limit(with_plan(config, plan)) for plan in (most.trainer.recompute, "blocks", "cheap", NONE)]
     assert limits[0] == min(limits)  # type: ignore[type-var]
     assert found.planned(config, MiB) == most  # what fits nowhere
 
 
 def test_a_plan_that_is_given_stays(efficientnet: tuple[Config, Planner, Predictor]) -> None:
     config, found, _ = efficientnet
-    given = recomputing(config, "cheap:rest+whole:blocks.1.0")
+    given = with_plan(config, "cheap:rest+whole:blocks.1.0")
     assert found.planned(given, MiB) is given
 
 
@@ -112,7 +113,7 @@ def test_few_plans_of_all_are_better() -> None:
     for widths in ((8, 16, 8), (4, 24, 12), (16, 8, 4)):
         config = settings("trainer.recompute=auto", "trainer.batch_size=8", "data.image_size=128", "model.name=own")
         found, _ = planner(config, lambda model, classes, widths=widths: Chain(widths))
-        search = found._search(recomputing(config, NONE))
+        search = found._search(with_plan(config, NONE))
         assert search is not None
         limits = {plan: search.limit(plan) for plan in all_plans(search)}
         smallest, largest = min(filter(None, limits.values())), limits[NONE]
