@@ -37,8 +37,9 @@ class Kept:
     __slots__ = ("__weakref__", "counter", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.counter = tensor  # what counts versions; in a dispatch mode an alias has a count of its own
+        # A node of autograd that saves its own result would hold itself by it, and after an error nothing frees it.
+        self.tensor = tensor if tensor.is_leaf and tensor.requires_grad else without_node(tensor)
+        self.counter = self.tensor  # what counts versions; in a dispatch mode a further alias has a count of its own
         self.version = tensor._version
 
     def alias(self) -> None:
@@ -59,6 +60,16 @@ class Kept:
         """Keep what it holds now, as its memory is about to be written."""
         self.tensor = self.counter = copied(self.tensor)
         self.version = self.tensor._version
+
+
+def without_node(tensor: Tensor) -> Tensor:
+    """The same memory and count of versions, but no way to the node of autograd that has made it."""
+    if type(tensor) is not Tensor:  # a class of its own is told by dispatch alone what a tensor is
+        return tensor
+    # Within a dispatch mode autograd has no part in what runs, and it is autograd that shares the count.
+    key = torch._C.DispatchKey.ADInplaceOrView
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch._C._DisableTorchDispatch():
+        return tensor.detach()
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_trainer.models.recomputing import keeper
@@ -436,6 +437,54 @@ def test_nothing_lives_longer_than_the_backward_pass(plan: str) -> None:
         assert all(ref() is None for ref in alive)
     finally:
         gc.enable()
+
+
+class Failing(TorchDispatchMode):
+    """Fails at one of the operators, and knows the memory of the results of those before it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+        self.alive: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        out = func(*args, **(kwargs or {}))
+        self.alive += [weakref.ref(each.untyped_storage()) for each in tree_leaves(out) if isinstance(each, Tensor)]
+        return out
+
+
+@program
+def saves_results(block: Block, x: Tensor) -> Any:
+    y = block.conv(x).sigmoid()
+    return block.last(F.silu(block.norm(y), inplace=True) * y.mean((2, 3), keepdim=True).sigmoid()).exp()
+
+
+@pytest.mark.parametrize("is_offloaded", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_stays_of_a_pass_that_fails(plan: str, is_offloaded: bool) -> None:
+    """At any of its operators: an error is followed by no backward pass that would free what was kept."""
+    model, images = made(saves_results).train(), torch.randn(2, 3, 6, 6)
+    recompute(model, plan)
+    offload(model, is_offloaded)
+    number, has_failed = 0, True
+    while has_failed:
+        stays = {id(tensor.untyped_storage()) for tensor in (images, *model.parameters(), *model.buffers())}
+        failing, has_failed = Failing(number), False
+        try:
+            with failing:
+                model(images).square().sum().backward()
+        except torch.OutOfMemoryError:
+            has_failed = True
+        model.zero_grad()
+        gc.collect()
+        torch.zeros((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+        left = [storage for ref in failing.alive if (storage := ref()) is not None and id(storage) not in stays]
+        assert left == [], f"failed at operator {number}"
+        number += 7
+    assert number > 70
 
 
 def test_a_network_from_a_file_recomputes_with_its_own_weights() -> None:
