@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OutOfMemory,
         UserError,
     )
+    from adaptive_trainer.inference.model import load_model
     from adaptive_trainer.ladder.descent import Attempt, descend
     from adaptive_trainer.ladder.rung import Rung, make_ladder
     from adaptive_trainer.memory.limit import limit_memory
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.planning.api import predict
     from adaptive_trainer.report.record import Result
     from adaptive_trainer.step.transaction import Transaction
-    from adaptive_trainer.training.trainer import Trainer, load_model
+    from adaptive_trainer.training.trainer import Trainer
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -51,6 +52,7 @@ _NAMES = {
         "AdaptiveTrainerError", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable", "DivergedError",
         "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "UserError",
     ),
+    "inference.model": ("load_model",),
     "ladder.descent": ("Attempt", "descend"),
     "ladder.rung": ("Rung", "make_ladder"),
     "memory.limit": ("limit_memory",),
@@ -60,7 +62,7 @@ _NAMES = {
     "planning.api": ("predict",),
     "report.record": ("Result",),
     "step.transaction": ("Transaction",),
-    "training.trainer": ("Trainer", "load_model"),
+    "training.trainer": ("Trainer",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

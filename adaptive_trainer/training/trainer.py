@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
-from adaptive_trainer.checkpoints import checkpoint, packing, resume
-from adaptive_trainer.checkpoints.contents import OF_A_MODEL, checked
+from adaptive_trainer.checkpoints import resume
 from adaptive_trainer.checkpoints.resume import Start
-from adaptive_trainer.checkpoints.trust import LOADS, check_model, frozen
+from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.config.overrides import typed
-from adaptive_trainer.config.schema import BALANCED, USUAL, Config, ModelConfig
+from adaptive_trainer.config.schema import BALANCED, USUAL, Config
 from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch_size, described, labels_of
@@ -31,7 +30,6 @@ from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
-    CheckpointError,
     Interrupted,
     LadderExhausted,
     UserError,
@@ -316,33 +314,3 @@ def _outcome(error: BaseException) -> str:
     if isinstance(error, LadderExhausted):
         return "exhausted"
     return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-
-
-def load_model(path: str | Path, model: ModelFactory | None = None) -> nn.Module:
-    """The trained network of a checkpoint (`checkpoints/best.pt`), on the CPU, ready to be used.
-
-    Args:
-        model: the factory that the Trainer was given, if any.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged, or something else.
-    """
-    content = checked(checkpoint.load(Path(path)), Path(path), OF_A_MODEL)
-    settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})  # all weights are in the file
-    # nor does timm load what the kwargs point to
-    settings.kwargs = {key: value for key, value in settings.kwargs.items() if key not in LOADS}
-    if model is None:  # a factory is the caller's own code, and decides itself what it makes of the name
-        check_model(asdict(settings), Path(path))
-    network = (model or build_model)(settings, content["num_classes"])
-
-    def misfit(error: Exception) -> CheckpointError:
-        name, advice = settings.name, "give load_model the factory that the Trainer was given"
-        if model is not None:
-            name, advice = f"what {getattr(model, '__name__', 'the factory')} makes", "is it the one that was trained?"
-        return CheckpointError(f"{path} does not fit {name} ({packing.misfit(error)}); {advice}")
-
-    with explained(misfit, (RuntimeError, AttributeError)):
-        weights = content["ema"] or content["model"]
-        packing.make_buffers(network, weights, content.get("made_buffers", ()))
-        network.load_state_dict(weights)
-    return network.eval()
