@@ -1,8 +1,14 @@
-"""The integer program of `recomputation`: a depth for each block of a network, the least time in given memory."""
+"""A depth for each block of a network: the least time in given memory, by dynamic programming along the forward pass.
+
+What a block meets depends on what those before it keep, and on nothing else of them. So of two ways to reach a block,
+one that keeps no less and takes no less time than the other leads nowhere better.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +16,15 @@ import numpy as np
 from adaptive_trainer.models.recomputing.plan import Level
 from adaptive_trainer.prediction.stretches import Profile, Stretch
 
-MiB, MILLISECOND = 2**20, 1e-3  # the units of the program, whose numbers are then of like size
-LONGEST = 2.0  # seconds of search
-MEMORY_FOR_TIME = 0.1  # MiB that a millisecond counts as, where the least memory is looked for
+STEPS = 4000  # of the room: of ways that keep as much but for one, the fastest is followed
+PRECISE = 1e-3  # share of the least memory to which that is found
 
 Chosen = tuple[Sequence[int], Level]  # the depth of each block, in the order of `Depths.paths`, and what is between
+BETWEEN = ""  # the name of what lies between two blocks, which is cheap (depth 1) or kept (0) everywhere
 
 
 class Depths:
-    """A variable for each block and depth, and one more: that what lies between blocks is cheap rather than kept.
-
-    In each stretch of the network, those before it have left what they keep, and it takes what it takes itself.
+    """What each stretch of the network keeps, takes and costs under each depth.
 
     Args:
         profiles: of each depth, used for all blocks alike; the first keeps everything, the second what is dear.
@@ -34,97 +38,98 @@ class Depths:
     """
 
     def __init__(self, profiles: Sequence[Profile], having: Sequence[Collection[str]]) -> None:
-        names = [stretch.part for stretch in profiles[0].stretches]
-        if any([stretch.part for stretch in each.stretches] != names for each in profiles):
+        self._names = [stretch.part for stretch in profiles[0].stretches]
+        if any([stretch.part for stretch in each.stretches] != self._names for each in profiles):
             raise ValueError("the parts of the network run in another order from one pass to the next")
-        self.paths = list(dict.fromkeys(name for name in names if name))
-        self._count = len(profiles)
-        self._variables = len(self.paths) * self._count + 1
-        kept, kept_anyway = self._table(profiles, "kept")
-        work, work_anyway = self._table(profiles, "work")
-        self._seconds = self._table(profiles, "seconds")[0].sum(0)
-        # Bytes that each stretch meets, in each variable and without any.
-        self._met = np.cumsum(kept, 0) - kept + work
-        met_anyway = np.cumsum(kept_anyway) - kept_anyway + work_anyway
-        self._met_anyway = met_anyway + profiles[0].peak - max(_met(profiles[0].stretches))
-        self._allowed = np.array([path in each for path in self.paths for each in having], dtype=float)
-
-    def _table(self, profiles: Sequence[Profile], figure: str) -> tuple[Any, Any]:
-        """A figure of each stretch (rows) by variable, and what it is in any case."""
-        stretches = profiles[0].stretches
-        table, anyway = np.zeros((len(stretches), self._variables)), np.zeros(len(stretches))
-        for row, stretch in enumerate(stretches):
-            values = [getattr(each.stretches[row], figure) for each in profiles]
-            if stretch.part:
-                first = self.paths.index(stretch.part) * self._count
-                table[row, first : first + self._count] = values
-            else:
-                anyway[row], table[row, -1] = values[0], values[1] - values[0]
-        return table, anyway
+        self.paths = list(dict.fromkeys(filter(None, self._names)))
+        self._kept, self._work, self._seconds = (  # by depth and stretch
+            np.array([[getattr(stretch, figure) for stretch in each.stretches] for each in profiles])
+            for figure in ("kept", "work", "seconds")
+        )
+        self._anyway = profiles[0].peak - max(_met(profiles[0].stretches))
+        self._allowed = {
+            path: [depth for depth, those in enumerate(having) if path in those] for path in self.paths
+        } | {BETWEEN: [0, 1]}
 
     def solve(self, room: float) -> Chosen | None:
         """The depths of the least time under which no stretch meets more than `room` bytes; None where none do."""
-        return self._solved(self._seconds / MILLISECOND, self._met / MiB, (room - self._met_anyway) / MiB)
+        found = [chosen for alike in self._alike() if (chosen := self._fastest(room, alike)) is not None]
+        return min(found, key=self.seconds, default=None)
 
     def least(self) -> Chosen:
-        """The depths under which the stretch that meets most meets least, and of these, those of the least time."""
-        # One more variable: what that stretch meets.
-        costs = np.append(self._seconds / MILLISECOND * MEMORY_FOR_TIME, 1.0)
-        met = np.hstack([self._met / MiB, -np.ones((len(self._met), 1))])
-        found = self._solved(costs, met, -self._met_anyway / MiB)
-        return found or ([self._count - 1] * len(self.paths), Level.CHEAP)
+        """The depths under which the stretch that meets most meets least; of those that are near to it, the fastest."""
+        found: Chosen = [those[-1] for those in map(self._allowed.__getitem__, self.paths)], Level.CHEAP
+        low, high = 0.0, self.peak(found)
+        while high - low > PRECISE * high:
+            middle = (low + high) / 2
+            chosen = self.solve(middle)
+            if chosen is None:
+                low = middle
+            else:
+                found, high = chosen, self.peak(chosen)
+        return self.solve((1 + PRECISE) * high) or found
 
     def peak(self, chosen: Chosen) -> float:
         """Bytes that the stretch meets that meets most."""
-        return float((self._met @ self._variables_of(chosen) + self._met_anyway).max())
+        depths = self._by_stretch(chosen)
+        kept, work = (table[depths, range(len(depths))] for table in (self._kept, self._work))
+        return float((np.cumsum(kept) - kept + work).max() + self._anyway)
 
     def seconds(self, chosen: Chosen) -> float:
-        """Seconds of an update, beside what takes its time in any case."""
-        return float(self._seconds @ self._variables_of(chosen))
-
-    def _variables_of(self, chosen: Chosen) -> Any:
-        depths, between = chosen
-        x = np.zeros(self._variables)
-        x[[place * self._count + depth for place, depth in enumerate(depths)]] = 1
-        x[-1] = between == Level.CHEAP
-        return x
+        """Seconds of an update."""
+        depths = self._by_stretch(chosen)
+        return float(self._seconds[depths, range(len(depths))].sum())
 
     def faster(self, chosen: Chosen) -> list[Chosen]:
         """Choices that differ in one block and take less time, those first that save most."""
         depths, between = chosen
-        times = self._seconds[:-1].reshape(len(self.paths), self._count)
-        allowed = self._allowed.reshape(times.shape)
-        found: list[tuple[float, Chosen]] = []
-        for place, depth in enumerate(depths):
-            for other in range(self._count):
-                saved = times[place, depth] - times[place, other]
-                if allowed[place, other] and saved > 0:
-                    found.append((saved, ([*depths[:place], other, *depths[place + 1 :]], between)))
-        return [each for _, each in sorted(found, key=lambda pair: -pair[0])]
-
-    def _solved(self, costs: Any, rows: Any, most: Any) -> Chosen | None:
-        """The choice of least cost under which no row comes to more than `most`."""
-        from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, and few runs need it
-
-        further = len(costs) - self._variables
-        one = np.hstack(
-            [np.kron(np.eye(len(self.paths)), np.ones(self._count)), np.zeros((len(self.paths), 1 + further))]
+        changed = (
+            ([*depths[:place], other, *depths[place + 1 :]], between)
+            for place, path in enumerate(self.paths)
+            for other in self._allowed[path]
         )
-        found = milp(
-            costs,
-            integrality=[1] * self._variables + [0] * further,
-            bounds=Bounds(0, [*self._allowed, 1, *[np.inf] * further]),
-            constraints=[
-                LinearConstraint(np.round(rows, 2), ub=np.round(most, 2)),
-                *([LinearConstraint(one, 1, 1)] if self.paths else []),
-            ],
-            options={"time_limit": LONGEST, "mip_rel_gap": 1e-3},
-        )
-        if found.x is None:
+        limit = self.seconds(chosen)
+        found = [(seconds, each) for each in changed if (seconds := self.seconds(each)) < limit]
+        return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+    def _by_stretch(self, chosen: Chosen) -> list[int]:
+        depths, between = chosen
+        of = dict(zip(self.paths, depths, strict=True)) | {BETWEEN: int(between == Level.CHEAP)}
+        return [of[name] for name in self._names]
+
+    def _alike(self) -> Iterator[dict[str, int]]:
+        """The depths of what runs more than once, which the walk below has no choice about."""
+        often = [name for name, count in Counter(self._names).items() if count > 1 and name]
+        for between, depth in itertools.product(self._allowed[BETWEEN], range(len(self._kept)) if often else [0]):
+            if all(depth in self._allowed[name] for name in often):
+                yield dict.fromkeys(often, depth) | {BETWEEN: between}
+
+    def _fastest(self, room: float, alike: Mapping[str, int]) -> Chosen | None:
+        kept, seconds = np.array([float(self._anyway)]), np.zeros(1)  # of all ways to where the walk is
+        steps: list[tuple[Any, Any]] = []  # of each way: which one it goes on from, and by which depth
+        for stretch, name in enumerate(self._names):
+            depths = [alike[name]] if name in alike else self._allowed[name]
+            fit = [np.flatnonzero(kept + self._work[depth, stretch] <= room) for depth in depths]
+            before, depth = np.concatenate(fit), np.repeat(depths, [len(each) for each in fit])
+            kept = kept[before] + self._kept[depth, stretch]
+            seconds = seconds[before] + self._seconds[depth, stretch]
+            best = _undominated(kept, seconds, room / STEPS)
+            kept, seconds = kept[best], seconds[best]
+            steps.append((before[best], depth[best]))
+        if not len(kept):
             return None
-        of_blocks = np.reshape(found.x[: self._variables - 1], (len(self.paths), self._count))
-        between = found.x[self._variables - 1] > 0.5
-        return of_blocks.argmax(1).tolist(), Level.CHEAP if between else Level.KEEP
+        way, chosen = int(seconds.argmin()), dict[str, int]()
+        for name, (before, depth) in zip(reversed(self._names), reversed(steps), strict=True):
+            chosen[name] = int(depth[way])
+            way = before[way]
+        return [chosen[path] for path in self.paths], Level.CHEAP if alike[BETWEEN] else Level.KEEP
+
+
+def _undominated(kept: Any, seconds: Any, step: float) -> Any:
+    """The ways that are faster than all that keep less; the fastest of those in a step of memory."""
+    order = np.lexsort((kept, seconds, kept // step))
+    fastest = np.minimum.accumulate(seconds[order])
+    return order[np.diff(fastest, prepend=np.inf) < 0]
 
 
 def _met(stretches: Sequence[Stretch]) -> list[int]:

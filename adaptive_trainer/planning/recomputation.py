@@ -1,7 +1,7 @@
 """Which parts of a network to recompute, and how deeply: the least added time with which an update fits.
 
 A trace of the update under each depth, used for all blocks alike, says what each block keeps, takes while it runs, and
-costs. An integer program (`depths`) chooses a depth for each block: the least time under which no block meets more
+costs. Dynamic programming (`depths`) chooses a depth for each block: the least time under which no block meets more
 bytes than there are. What it chooses is traced and replayed, which gives the smallest limit itself, until one fits.
 """
 
@@ -26,7 +26,7 @@ from adaptive_trainer.prediction.stretches import Profile, profile
 from adaptive_trainer.prediction.tracer import TraceError, TraceSpec
 
 MARGIN = 1.04  # of the smallest limit: predictions are not exact
-SHARES = (1.25, 1.18, 1.12, 1.06, 1.0, 0.94, 0.88, 0.8)  # of the memory there is, for which the program is solved
+SHARES = (1.25, 1.18, 1.12, 1.06, 1.0, 0.94, 0.88, 0.8)  # of the memory there is, for which depths are sought
 TIGHT = (1.001, 1.03, 1.07, 1.12, 1.2, 1.3)  # times the least that can be alive
 NEIGHBOURS = 8  # plans that differ in one block from one that fits, and are tried for less time
 # Operators that a search may trace, about five seconds: large networks have fewer plans tried than small ones.
@@ -97,7 +97,7 @@ class Search:
         return self._limits[plan]
 
     def _solved(self, target: float) -> Chosen | None:
-        """The first choice of the program that fits, from more memory than there is downward; None where none does.
+        """The first of the fastest choices that fits, from more memory than there is downward; None where none does.
 
         By how much a limit is above what is alive depends on the plan: it is lost where memory is divided.
         """
