@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.config.mistakes import explain, options_first
 from adaptive_trainer.config.overrides import at_home, config_dir, register, typed, with_asked
-from adaptive_trainer.config.schema import TASKS
-from adaptive_trainer.config.validate import check, check_no_card
+from adaptive_trainer.config.schema import AFTER, TASKS
+from adaptive_trainer.config.validate import check, check_after, check_no_card
 from adaptive_trainer.data.images.folders import check_folders
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
@@ -159,7 +159,7 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
 def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tuple[DictConfig, list[str]]:
     """Settings, and the overrides typed for them, with paths from where the program started: Hydra has left it."""
     cfg, typed_again = cfg.copy(), list(overrides)
-    for key in ("data.root", "output_dir", "resume"):
+    for key in ("data.root", "model.weights", "output_dir", "resume"):
         value = OmegaConf.select(cfg, key)
         if value and value != "auto":
             path = str(start / Path(value).expanduser())
@@ -176,7 +176,7 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     _check_mode()
     typed(cfg)  # names a setting that does not resolve
     cfg = with_asked(cfg, overrides)  # Hydra forgets the difference between what was typed and what a file says
-    if cfg.resume is None:  # else the settings are those of the resumed run
+    if cfg.resume is None or cfg.task in AFTER:  # else the settings are those of the resumed run
         _check(cfg)
     if cfg.task == "plan":
         with _uncollected():
@@ -194,6 +194,11 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         # What is measured here says nothing about a card that is named.
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
         run_memory(cfg, folder, measure if can_measure else None)
+    elif cfg.task in AFTER:
+        with _uncollected():
+            from adaptive_trainer.cli.trained import RUN
+
+        return RUN[cfg.task](cfg, folder)
     else:
         if cfg.resume is None:  # the import of torch takes seconds, in which the run may be stopped
             begin(folder, frozen(cfg))
@@ -230,6 +235,8 @@ def _check(cfg: DictConfig) -> None:
     """Refuse what can be refused without torch, whose import takes seconds."""
     if cfg.task not in TASKS:
         check(typed(cfg))
+    if cfg.task in AFTER:
+        check_after(cfg)
     if cfg.task in ("train", "plan"):
         asked = stages(cfg)
         for _, settings in asked:

@@ -19,7 +19,8 @@ USUAL: dict[str, Any] = {
 }  # what the settings of these names in `data` are where neither the user nor a pretrained network says
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-TASKS = ("train", "plan", "memory")
+AFTER = ("predict", "evaluate", "export")  # tasks with a trained network
+TASKS = ("train", "plan", "memory", *AFTER)
 RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
@@ -97,6 +98,7 @@ class ModelConfig:
 
     name: str = "efficientnet_b0"
     pretrained: bool = False
+    weights: str | None = None  # a checkpoint of a training: what predict, evaluate and export use
     num_classes: int | None = setting(None, _at_least(2))  # null: as many as the data set has
     kwargs: dict[str, Any] = field(default_factory=dict)
 

@@ -8,9 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isfinite
 
+from omegaconf import DictConfig
+
 from adaptive_trainer.config.limit import parse_limit
+from adaptive_trainer.config.overrides import asked
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config, leaves, with_usual
 from adaptive_trainer.errors import ConfigError, refuse_all
+
+# What may be typed for the tasks with a trained network, for which all else is as it was in training.
+RUNNING = (
+    "model.weights", "device", "memory.limit", "output_dir", "trainer.eval_batch_size", "trainer.precision",
+    "data.num_workers", "data.max_pixels",
+)  # fmt: skip
+TAKEN = {
+    "predict": (*RUNNING, "data.root"),
+    "export": ("model.weights", "output_dir"),
+}
 
 
 def check(config: Config) -> None:
@@ -22,6 +35,27 @@ def problems_of(config: Config) -> list[str]:
     """What is wrong with each value, or combination of values, that cannot be right."""
     rules = (_each_alone, _learning_rate, _transforms, _batch, _class_weights, _memory)
     return [problem for rule in rules for problem in rule(config)]
+
+
+def check_after(cfg: DictConfig) -> None:
+    """Refuse what was typed for a task with a trained network, where nothing would come of it.
+
+    Raises:
+        ConfigError: no checkpoint is named, or a setting that the task does not take.
+    """
+    if cfg.model.weights is None:
+        raise ConfigError(f"task={cfg.task} needs a trained network: model.weights=PATH/checkpoints/best.pt")
+    taken = TAKEN[cfg.task]
+    foreign = [
+        text for text in asked(cfg).overrides if text.lstrip("+").partition("=")[0] not in ("task", "data", *taken)
+    ]
+    if foreign:
+        raise ConfigError(
+            f"task={cfg.task} does not take {', '.join(foreign)}: the network and its images are as the checkpoint "
+            f"says. It takes {', '.join(taken)}"
+        )
+    if cfg.task == "predict" and not cfg.data.root:
+        raise ConfigError("data.root has no value; give a photo, or a folder of photos: data.root=FOLDER")
 
 
 def check_no_card(card: CardConfig) -> None:

@@ -90,7 +90,8 @@ def load(path: str | Path, model: ModelFactory | None = None) -> Trained:
     """A trained network and what it was trained with; the arguments and errors are those of `load_model`."""
     path = Path(path).expanduser()
     content = read(path)
-    settings = ModelConfig(**{**content["config"]["model"], "pretrained": False})  # all weights are in the file
+    # all weights are in the file
+    settings = ModelConfig(**{**content["config"]["model"], "pretrained": False, "weights": None})
     # nor does timm load what the kwargs point to
     settings.kwargs = {key: value for key, value in settings.kwargs.items() if key not in LOADS}
     if model is None:  # a factory is the caller's own code, and decides itself what it makes of the name

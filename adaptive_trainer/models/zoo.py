@@ -168,7 +168,7 @@ def _outline(name: str, kwargs: str, num_classes: int, dtype: torch.dtype) -> nn
 def without_weights(config: ModelConfig) -> ModelConfig:
     """Name the same network for shapes alone: nothing is downloaded or read."""
     kwargs = {key: value for key, value in config.kwargs.items() if key != CHECKPOINT}
-    return replace(config, pretrained=False, kwargs=kwargs)
+    return replace(config, pretrained=False, weights=None, kwargs=kwargs)
 
 
 def without_memory(make: Callable[[], nn.Module]) -> nn.Module | None:

@@ -41,7 +41,7 @@ class Networks:
 
     def key(self, config: Config) -> dict[str, Any]:
         """Everything that tells networks apart; their first weights do not."""
-        return {**asdict(config.model), "pretrained": False, "num_classes": self.classes(config)}
+        return {**asdict(config.model), "pretrained": False, "weights": None, "num_classes": self.classes(config)}
 
     def build(self, config: Config) -> nn.Module:
         """Build the network on the default device, for its shapes alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -79,20 +79,62 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """An upright RGB image and its label; an OSError where the file is broken."""
         path, label = self.samples[index]
-        try:
-            with warnings.catch_warnings():
-                # Data beside the pixels may be broken, and a large image can be read.
-                warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-                warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
-                with Image.open(path) as image:
-                    return read_as_rgb(image), label
-        except (OSError, *TOO_LARGE):
+        return read_image(path), label
+
+
+class Photos(Dataset[tuple[Image.Image, int]]):
+    """Image files without labels, wherever they lie.
+
+    Attributes:
+        samples: (path, 0) of every image; the 0 stands for the label that there is not.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.samples = [(path, 0) for path in dict.fromkeys(paths)]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """An upright RGB image and 0; an OSError where the file is broken."""
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
+def read_image(path: str) -> Image.Image:
+    """An upright RGB image from a file; an OSError where it is broken."""
+    try:
+        with warnings.catch_warnings():
+            # Data beside the pixels may be broken, and a large image can be read.
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+            with Image.open(path) as image:
+                return read_as_rgb(image)
+    except (OSError, *TOO_LARGE):
+        raise
+    except Exception as error:  # Pillow's decoders raise every kind of error for a broken file
+        if oom.describe(error).kind is not oom.Kind.OTHER:
             raise
-        except Exception as error:  # Pillow's decoders raise every kind of error for a broken file
-            if oom.describe(error).kind is not oom.Kind.OTHER:
-                raise
-            problem = f"{type(error).__name__}: {error}"
-        raise UnidentifiedImageError(problem)
+        problem = f"{type(error).__name__}: {error}"
+    raise UnidentifiedImageError(problem)
+
+
+def find_photos(place: str | Path) -> list[str]:
+    """The path of every image in a folder and the folders within, sorted folder by folder; or of a single file.
+
+    Raises:
+        DataError: there is no such file or folder, or there are no images in it.
+    """
+    top = Path(place).expanduser()
+    if not top.is_dir():
+        if not top.exists():
+            raise DataError(f"{place} is neither a file nor a folder; give a photo, or a folder of photos")
+        return [str(top)]
+    found = [name for name in _files_in(str(top), frozenset(), []) if _is_image(name)]
+    if not found:
+        raise DataError(f"{place} has no images ({' '.join(_suffixes())}); give a photo, or a folder of photos")
+    return found
 
 
 def _is_image(name: str) -> bool:
