@@ -1,7 +1,8 @@
-"""`task=predict`, `task=evaluate` and `task=export`: what a trained network is used for, on the command line."""
+"""`task=predict` and `task=evaluate`: what a trained network is used for, on the command line."""
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 from collections import Counter
@@ -12,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.config.overrides import apply_overrides, asked, typed
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.config.validate import check
+from adaptive_trainer.config.validate import RUNNING, check
+from adaptive_trainer.data.images.folders import TARGET
+from adaptive_trainer.inference.evaluate import FILE, Evaluated, evaluate, of_folder, of_settings, write
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import opened
 from adaptive_trainer.inference.predict import CSV, JSON, TOP, Files, Prediction, photos_of, predictions
@@ -21,6 +24,7 @@ from adaptive_trainer.utils.tables import table
 
 log = logging.getLogger(__name__)
 
+DIGITS = "adaptive_trainer.data.digits"  # the data where none is chosen
 ROWS = 10  # of what is listed on the screen
 
 
@@ -36,7 +40,7 @@ def run_predict(cfg: DictConfig, folder: Path) -> float:
     seen = Seen()
     count = min(TOP, len(trained.classes))
     with opened(trained, config, log.info) as passes, Files(folder, trained.path, count) as files:
-        log.info("%d photos, %d classes, %s", len(photos), len(trained.classes), passes.where)
+        log.info("photos: %d, classes: %d\n%s", len(photos), len(trained.classes), passes.where)
         for found in predictions(passes, photos, trained.classes):
             files.add(found)
             seen.add(found)
@@ -45,11 +49,58 @@ def run_predict(cfg: DictConfig, folder: Path) -> float:
     return math.nan
 
 
+def run_evaluate(cfg: DictConfig, folder: Path) -> float:
+    """Write evaluation.json for a folder of images, or for the data set of the settings; log it in short.
+
+    Raises:
+        UserError: a setting, a file or the folder cannot be used, or the network does not know a class.
+        LadderExhausted: a single image does not fit.
+    """
+    trained, config = _loaded(cfg)
+    wanted = typed(cfg)
+    # any other data set has a root of its own kind
+    is_folder = cfg.data.root and wanted.data.train.get("_target_") in (TARGET, DIGITS)
+    data, what = of_folder(trained, cfg.data.root) if is_folder else of_settings(trained, wanted)
+    with opened(trained, config, log.info) as passes:
+        log.info("images: %d of %s\n%s", len(data), what, passes.where)
+        found = evaluate(passes, data, trained.classes, what)
+    write(found, folder, trained.path)
+    log.info("%s", _evaluated(found))
+    log.info("evaluation: %s", nearby(folder / FILE))
+    return math.nan
+
+
+def _evaluated(found: Evaluated) -> str:
+    """The lines for people: the classes that fare worst, and what is taken for what."""
+    present = sorted((each for each in found.classes if each.images), key=lambda each: each.f1)
+    rows = [
+        (str(each.images), f"{each.precision:.3f}", f"{each.recall:.3f}", f"{each.f1:.3f}", each.name)
+        for each in present[:ROWS]
+    ]
+    lines = [table([("images", "precision", "recall", "F1", "class"), *rows], left=())]
+    if len(present) > ROWS:
+        lines.append(f"and {len(present) - ROWS} classes that fare better")
+    names = [each.name for each in found.classes]
+    pairs = [
+        (count, names[label], names[answer])
+        for label, row in enumerate(found.confusion)
+        for answer, count in enumerate(row)
+        if count and label != answer
+    ]
+    lines += [f"{label} taken for {answer}: {count}" for count, label, answer in heapq.nlargest(3, pairs)]
+    return "\n".join([*lines, *_broken(found.unreadable), str(found)])
+
+
+def _broken(unreadable: list[str]) -> list[str]:
+    lines = [f"cannot be read, and left out: {name}" for name in unreadable[:ROWS]]
+    return [*lines, f"and {len(unreadable) - ROWS} more that cannot be read"] if len(unreadable) > ROWS else lines
+
+
 def _loaded(cfg: DictConfig) -> tuple[Trained, Config]:
     """The trained network, and the settings of its training with what is typed on top."""
     trained = load(cfg.model.weights)
-    wanted = [text for text in asked(cfg).overrides if text.lstrip("+").partition("=")[0] not in ("task", "data")]
-    # a group (`data=imagefolder`) is left out: it would bring its defaults, those of the images too
+    # not `data=imagefolder`, which brings the defaults of its group, those of the images too
+    wanted = [text for text in asked(cfg).overrides if text.lstrip("+").partition("=")[0] in RUNNING]
     saved = OmegaConf.structured(trained.config)
     config = typed(
         apply_overrides(saved, ["trainer.eval_batch_size=null", "memory.limit=null", "device=auto", *wanted])
@@ -72,7 +123,7 @@ class Seen:
             self.unreadable.append(found.path)
             return
         self.counts[found.classes[0]] += 1
-        if len(self.first) <= ROWS:
+        if len(self.first) < ROWS:
             self.first.append(found)
 
     def text(self) -> str:
@@ -86,14 +137,11 @@ class Seen:
                 lines.append(f"and {more} more classes")
         else:
             lines = [table([("class", "sure", "photo"), *map(_row, self.first)])] if self.first else []
-        broken = [f"cannot be read, and left out: {name}" for name in self.unreadable[:ROWS]]
-        if (more := len(self.unreadable) - ROWS) > 0:
-            broken.append(f"and {more} more that cannot be read")
-        return "\n".join([*lines, *broken])
+        return "\n".join([*lines, *_broken(self.unreadable)])
 
 
 def _row(found: Prediction) -> tuple[str, str, str]:
     return found.classes[0], f"{100 * found.probabilities[0]:.1f} %", nearby(Path(found.path))
 
 
-RUN = {"predict": run_predict}
+RUN = {"predict": run_predict, "evaluate": run_evaluate}

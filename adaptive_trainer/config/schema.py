@@ -19,7 +19,7 @@ USUAL: dict[str, Any] = {
 }  # what the settings of these names in `data` are where neither the user nor a pretrained network says
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-AFTER = ("predict", "evaluate", "export")  # tasks with a trained network
+AFTER = ("predict", "evaluate")  # tasks with a trained network
 TASKS = ("train", "plan", "memory", *AFTER)
 RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
@@ -98,17 +98,18 @@ class ModelConfig:
 
     name: str = "efficientnet_b0"
     pretrained: bool = False
-    weights: str | None = None  # a checkpoint of a training: what predict, evaluate and export use
+    weights: str | None = None  # a checkpoint of a training: what predict and evaluate use
     num_classes: int | None = setting(None, _at_least(2))  # null: as many as the data set has
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class DataConfig:
-    """The data sets (`train` and `val` are nodes with a `_target_`), their transforms and how they are loaded."""
+    """The data sets (`train`, `val`, `test` are nodes with a `_target_`), their transforms and how they are loaded."""
 
     train: dict[str, Any] = field(default_factory=dict)
     val: dict[str, Any] | None = field(default_factory=dict)  # empty: val_fraction of train, split by seed
+    test: dict[str, Any] | None = field(default_factory=dict)  # evaluated once, at the end of training
     root: str | None = None
     val_fraction: float = setting(0.2, _between(0, 1))
     image_size: int = setting(224, _at_least(1))

@@ -22,7 +22,7 @@ RUNNING = (
 )  # fmt: skip
 TAKEN = {
     "predict": (*RUNNING, "data.root"),
-    "export": ("model.weights", "output_dir"),
+    "evaluate": (*RUNNING, "data.root", "data.train", "data.val", "data.test", "data.val_fraction", "seed"),
 }
 
 
@@ -46,10 +46,11 @@ def check_after(cfg: DictConfig) -> None:
     if cfg.model.weights is None:
         raise ConfigError(f"task={cfg.task} needs a trained network: model.weights=PATH/checkpoints/best.pt")
     taken = TAKEN[cfg.task]
-    foreign = [
-        text for text in asked(cfg).overrides if text.lstrip("+").partition("=")[0] not in ("task", "data", *taken)
-    ]
-    if foreign:
+    keys = {text: text.lstrip("+").partition("=")[0] for text in asked(cfg).overrides}
+    inside = tuple(f"{key}." for key in taken)
+    if foreign := [
+        text for text, key in keys.items() if key not in ("task", "data", *taken) and not key.startswith(inside)
+    ]:
         raise ConfigError(
             f"task={cfg.task} does not take {', '.join(foreign)}: the network and its images are as the checkpoint "
             f"says. It takes {', '.join(taken)}"

@@ -51,6 +51,7 @@ class DataSets:
         config: how images are transformed and what happens to broken ones.
         stored: the training and the validation set decoded, where `data.cache` keeps them.
         split: how the validation set was held out of the training set; None where it is a set of its own.
+        test: a set that is evaluated once, at the end of training; None where there is none.
         notes: what was noticed or decided on the way, in words.
     """
 
@@ -61,6 +62,7 @@ class DataSets:
     config: DataConfig
     stored: tuple[Stored, Stored] | None = None
     split: Split | None = None
+    test: MapDataset | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -108,12 +110,13 @@ def build_datasets(
         ConfigError: the configuration does not name a data set, or contradicts it.
         DataError: the data is missing, empty, of one class, or its parts do not belong together.
     """
-    data = config.data
+    data, test = config.data, None
     build_transform(data, data.image_size, training=True)  # what is wrong with its settings is found now
     if train is None:
         check_root(data)
         train = _instantiate(data.train, "train")
         val = val if val is not None or not data.val else _instantiate(data.val, "val")
+        test = _instantiate(data.test, "test") if data.test else None
     training = _map_style(train, "training")
     names, labels = _class_names(training), known_labels(training)
     if labels is None and not names and not _counted(training) and config.model.num_classes is None:
@@ -123,13 +126,17 @@ def build_datasets(
     else:
         validation = _map_style(val, "validation")
         parts, split = (_Part(training, labels), _Part(validation, known_labels(validation))), None
-        names = _common_names(training, validation)  # else labels of the two mean different classes
+        names = _common_names(training, validation, "validation")  # else labels of the two mean different classes
     check_batch_size(config, len(parts[0].data))
     count = _class_count(training, names, labels, config.model.num_classes)
     ours, theirs = (_checked(part, name, count) for part, name in zip(parts, ("training", "validation"), strict=True))
     notes = [*_of_split(split, labels, training), *_of_classes(ours, theirs, names, count)]
     classes = names or tuple(str(n) for n in range(count))
-    return DataSets(ours.data, theirs.data, count, classes, data, split=split, notes=tuple(notes))
+    if test is not None:
+        testing = _map_style(test, "test")
+        _common_names(training, testing, "test")
+        _checked(_Part(testing, known_labels(testing)), "test", count)
+    return DataSets(ours.data, theirs.data, count, classes, data, split=split, test=test, notes=tuple(notes))
 
 
 def check_batch_size(config: Config, samples: int) -> None:
@@ -145,18 +152,22 @@ def described(data: DataSets) -> tuple[str, list[str]]:
     """Describe how much there is of what; what of it is not used, and what else was noticed."""
     source = "of a set of their own" if data.split is None else "held out of the training set"
     names = shorten(", ".join(data.classes), 200, placeholder="...")
-    counts = f"{len(data.train)} training and {len(data.val)} validation images, {source}; {data.num_classes} classes"
-    parts = [_base(part) for part in (data.train, *((data.val,) if data.split is None else ()))]
+    test = "" if data.test is None else f", and {len(data.test)} test images"
+    counts = (
+        f"{len(data.train)} training and {len(data.val)} validation images, {source}{test}; {data.num_classes} classes"
+    )
+    others = [part for part in (None if data.split else data.val, data.test) if part is not None]
+    parts = [_base(part) for part in (data.train, *others)]
     return f"{counts}: {names}", [text for part in parts for text in getattr(part, "not_used", ())] + [*data.notes]
 
 
-def _common_names(training: MapDataset, validation: MapDataset) -> tuple[str, ...]:
-    ours, theirs = _class_names(training), _class_names(validation)
+def _common_names(training: MapDataset, other: MapDataset, name: str) -> tuple[str, ...]:
+    ours, theirs = _class_names(training), _class_names(other)
     if ours and theirs and ours != theirs:
         only = [sorted(set(a) - set(b)) for a, b in ((ours, theirs), (theirs, ours))]
         raise DataError(
-            f"training and validation set differ in their classes: only in training {only[0]}, only in validation "
-            f"{only[1]}; both need the same, in the same order"
+            f"training and {name} set differ in their classes: only in training {only[0]}, only in {name} {only[1]}; "
+            "both need the same, in the same order"
         )
     return ours
 

@@ -16,6 +16,7 @@ from adaptive_trainer.checkpoints.trust import LOADS, check_model
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import USUAL, Config, DataConfig, ModelConfig
 from adaptive_trainer.data.images.transforms import build_transform, to_rgb
+from adaptive_trainer.data.splitting import Split
 from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.models.zoo import build_model
@@ -32,12 +33,14 @@ class Trained:
         network: on the CPU, in evaluation mode; maps images (N, 3, S, S) to scores (N, classes).
         classes: the name of each score; its number where the checkpoint has no names.
         config: the settings of the rung that trained it.
+        split: how its validation images were held out; None where that is not known, or they were a set of their own.
     """
 
     path: Path
     network: nn.Module
     classes: tuple[str, ...]
     config: Config
+    split: Split | None = None
 
     @property
     def data(self) -> DataConfig:
@@ -46,6 +49,17 @@ class Trained:
         # stored images are resampled so, whatever the settings say
         stored = {} if data.cache == "none" else {"cache": "none", "interpolation": USUAL["interpolation"]}
         return replace(data, **stored)
+
+    def run_as(self, config: Config) -> Config:
+        """The settings of its training, on the device, with the memory, batch and data workers of others."""
+        data, batch = config.data, config.trainer.eval_batch_size
+        return replace(
+            self.config,
+            device=config.device,
+            memory=config.memory,
+            trainer=replace(self.config.trainer, eval_batch_size=batch),
+            data=replace(self.config.data, num_workers=data.num_workers, max_pixels=data.max_pixels),
+        )
 
     @property
     def transform(self) -> Callable[[Any], Tensor]:
@@ -109,7 +123,8 @@ def load(path: str | Path, model: ModelFactory | None = None) -> Trained:
         packing.make_buffers(network, weights, content.get("made_buffers", ()))
         network.load_state_dict(weights)
     config = typed(OmegaConf.merge(OmegaConf.structured(Config), content["config"]))  # type: ignore[arg-type]
-    return Trained(path, network.eval(), class_names(content), config)
+    split = content.get("split")
+    return Trained(path, network.eval(), class_names(content), config, split and Split(**split))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is damaged, or something else.
     """
     content = checkpoint.load(path)
-    return checked(content, path, [*OF_A_MODEL, *(["classes"] if "classes" in content else [])])
+    return checked(content, path, [*OF_A_MODEL, *(key for key in ("classes", "split") if key in content)])
 
 
 def class_names(content: dict[str, Any]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ OF_A_STAGE = ("seed", "ladder.rungs", "ladder.exact", "trainer.channels_last")  
 # Decided once for all rungs: what is trained on, where, and what becomes of it.
 FIXED = (
     *OF_THE_RUN, *OF_A_STAGE, "memory", "model.num_classes", "trainer.tf32", "trainer.deterministic", "data.train",
-    "data.val", "data.root", "data.cache",
+    "data.val", "data.test", "data.root", "data.cache", "model.weights",
 )  # fmt: skip
 
 TECHNIQUES = tuple(f"trainer.{each.name}" for each in fields(TrainerConfig) if "technique" in each.metadata)

@@ -18,7 +18,14 @@ from adaptive_trainer.utils.files import alone, as_json, refused_by_disk, write_
 DAY = re.compile(r"\d{4}-\d\d-\d\d")  # only Hydra's ROOT/DATE/TIME says that the folders beside are runs as well
 LAST = Path("checkpoints", "last.pt")
 SETTINGS, RESULT = "config.yaml", "result.json"
-OF_A_RUN = (LAST.parent, "attempts.jsonl", "metrics.csv", RESULT, SETTINGS)  # settings last: see set_aside
+OF_A_RUN = (
+    LAST.parent,
+    "attempts.jsonl",
+    "metrics.csv",
+    "evaluation.json",
+    RESULT,
+    SETTINGS,
+)  # settings last: see set_aside
 KILLED = "it was killed before the first one, or is still at it"
 
 

@@ -11,7 +11,7 @@ from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session
 
 # what load_model needs, and where it is from; no optimizer, which may be twice as large
-KEPT_WITH_THE_BEST = ("config", "rung", "stage", "num_classes", "classes", "best", "made_buffers")
+KEPT_WITH_THE_BEST = ("config", "rung", "stage", "num_classes", "classes", "split", "best", "made_buffers")
 
 
 @dataclass

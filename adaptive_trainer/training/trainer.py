@@ -53,6 +53,7 @@ from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.session import Parts
+from adaptive_trainer.training.uses import Uses
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
 from adaptive_trainer.utils.screen import showing
@@ -60,8 +61,8 @@ from adaptive_trainer.utils.screen import showing
 log = logging.getLogger(__name__)
 
 
-class Trainer:
-    """Trains an image classifier on whatever memory there is.
+class Trainer(Uses):
+    """Trains an image classifier on whatever memory there is; then evaluates it, or predicts by it.
 
     Args:
         cfg: settings from `compose_config`, or Hydra's own.
@@ -90,8 +91,8 @@ class Trainer:
         check_arguments(cfg, model, loss)
         self.cfg = cfg
         self._made: dict[str, str] = {}
-        self._is_own_model = model not in (None, build_model)
-        self._make_model = build_model if model in (None, build_model) else noting(model, self._made)
+        self._own_model = None if model in (None, build_model) else noting(model, self._made)
+        self._make_model = self._own_model or build_model
         self._data = (train_data, val_data)
         self._loss = None if loss is None else Criterion(loss)
         self._weights: list[float] = []  # of the classes, where trainer.class_weights=balanced
@@ -146,7 +147,7 @@ class Trainer:
         parts = self._parts(start, phases, data, capacity, saved)
         counts, not_used = described(data)
         log.info("%s", counts)
-        if not self._is_own_model:
+        if self._own_model is None:
             phases = _in_channels_last(phases, typed(start.cfg), len(data.train), capacity.device, record, saved)
         data, phases = _with_cache(data, phases, record)
         phases = [replace(phase, ladder=parts.prepare(phase.ladder)) for phase in phases]
@@ -159,7 +160,7 @@ class Trainer:
         judge = Judge(
             capacity,
             parts.num_classes,
-            self._make_model if self._is_own_model else None,
+            self._own_model,
             None if self._loss is None else self._build_loss,
             0 if data.stored is None else data.stored[0].size,
             len(data.val),
@@ -167,18 +168,19 @@ class Trainer:
         with StopSignal().listening() as stop:
             done = train(phases, Run(parts, data, record, stop, judge, accept), start.cfg, saved)
         self.model = done.stage.trial.opened.model
-        return self._result(done, record)
+        tested = {} if data.test is None else self._test(data.test, done.stage.trial.opened, record)
+        return self._result(done, record, tested)
 
     def _opened(self, phases: list[Phase], saved: dict[str, Any] | None) -> DataSets:
         for phase in phases:
-            check_names(phase.ladder, own_model=self._is_own_model)  # first: opening the data may take minutes
+            check_names(phase.ladder, own_model=self._own_model is not None)  # first: opening the data may take minutes
         requests = [typed(phase.settings) for phase in phases]
         data = build_datasets(requests[0], *self._data, split=resume.split_before(saved))
         log.debug("the data is listed")
         num_classes = requests[0].model.num_classes or data.num_classes
         for request in requests:
             check_batch_size(request, len(data.train))
-            if not self._is_own_model:
+            if self._own_model is None:
                 check_image_size(request.model, request.data.image_size, num_classes)
             self._build_loss(request, num_classes)  # another number of class weights is refused now
         if saved is not None:
@@ -206,7 +208,7 @@ class Trainer:
         if start.path is not None:
             log.info("going on from %s", start.path)
         yield from start.events
-        if self._is_own_model:
+        if self._own_model is not None:
             yield f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
         loss = None if self._loss is None else self._loss.loss
         if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
@@ -231,10 +233,10 @@ class Trainer:
         self._loss.num_classes = num_classes  # the caller's function knows nothing of it
         return self._loss
 
-    def _result(self, done: Done, record: Record) -> Result:
+    def _result(self, done: Done, record: Record, tested: dict[str, float]) -> Result:
         stage, used = done.stage, done.rung.settings
         asked, requested = typed(stage.phase.settings), stage.rungs.ladder[0].settings
-        parts, metrics = stage.run.parts, stage.keeper.metrics
+        parts, metrics = stage.run.parts, {**stage.keeper.metrics, **tested}
         result = Result(
             outcome="trained",
             rung=done.rung.name,
@@ -250,11 +252,11 @@ class Trainer:
         )
         record.result(result)
         # a line to type goes on with what settings can say: neither code of the caller's own nor stages
-        is_typed = not self._is_own_model and self._loss is None and self._data == (None, None) and not result.stages
+        is_typed = self._own_model is None and self._loss is None and self._data == (None, None) and not result.stages
         more = f"{way_on(self.output_dir)} trainer.epochs={2 * asked.trainer.epochs}" if is_typed else ""
         best = stage.trial.opened.state.best
         kept = stage.run.judge.kept_by_exact(stage.phase.settings, used)
-        log.info("%s", summary(result, best=best, way_on=more, is_own_model=self._is_own_model, kept=kept))
+        log.info("%s", summary(result, best=best, way_on=more, is_own_model=self._own_model is not None, kept=kept))
         return result
 
     def _shortage(self, error: BaseException) -> UserError | None:

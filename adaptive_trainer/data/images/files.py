@@ -185,8 +185,9 @@ def image_folder(root: str | None, split: str = "train") -> ImageFiles | None:
     """Images sorted into folders, one a class: ROOT/CLASS/image.jpg, or ROOT/train/CLASS/... and ROOT/val/CLASS/...
 
     Args:
-        split: `train` (also found as `training`) or `val` (also `valid` or `validation`), in whatever case. None comes
-            back for `val` where there is no such folder. Classes without validation images are no mistake.
+        split: `train` (also found as `training`), `val` (also `valid` or `validation`) or `test` (also `testing`), in
+            whatever case. None comes back for `val` and `test` where there is no such folder. There, classes without
+            images are no mistake.
 
     Raises:
         DataError: a folder is missing, has fewer than two classes, or a class without an image.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from adaptive_trainer.config.schema import DataConfig
 from adaptive_trainer.errors import DataError
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
-ALIKE = {**SPLITS, "train": ("train", "training")}  # in whatever case, where they have folders: a class may be a Train
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# in whatever case, where they have folders: a class may be a Train
+ALIKE = SPLITS | {"train": ("train", "training"), "test": ("test", "testing")}
 # What systems and programs leave beside photos without a dot in front: copies, thumbnails, settings, rubbish bins.
 HIDDEN = (
     "@__thumb", "@eadir", "@recently-snapshot", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
@@ -29,12 +30,12 @@ def is_hidden(name: str, is_folder: bool) -> bool:
 def check_folders(data: DataConfig) -> None:
     """Raise a DataError for folders of images that cannot be trained on, as far as a look at their classes tells."""
     check_root(data)
-    for node in (data.train, data.val or {}):
+    for node in (data.train, data.val or {}, data.test or {}):
         if node.get("_target_") == TARGET:
             with suppress(OSError):  # the data set explains what cannot be looked at
                 folder = split_folder(node.get("root"), node.get("split", "train"))
                 if folder is not None:
-                    class_folders(folder, least=1 if node.get("split") == "val" else 2)
+                    class_folders(folder, least=2 if node.get("split", "train") == "train" else 1)
 
 
 def check_root(data: DataConfig) -> None:
@@ -61,7 +62,7 @@ def _texts(node: Any) -> Iterator[str]:
 
 
 def split_folder(root: str | None, split: str) -> Path | None:
-    """The folder of a split, `train` or `val`; None for `val` where there is none. A missing root is a DataError."""
+    """The folder of a split; None for `val` and `test` where there is none. A missing root is a DataError."""
     if split not in SPLITS:
         raise DataError(f"split={split} of a folder of images is neither {' nor '.join(SPLITS)}")
     if not root:
@@ -73,6 +74,22 @@ def split_folder(root: str | None, split: str) -> Path | None:
     if split == "train":
         return train or top
     return None if train is None else _split_in(top, split)
+
+
+def evaluation_folder(root: str | Path, classes: Sequence[str]) -> Path:
+    """The folder of images to evaluate on: the one of the test split, else of validation, else the root itself.
+
+    Args:
+        classes: of the network; a folder with the name of one is no split.
+
+    Raises:
+        DataError: the root is no folder.
+    """
+    top = Path(root).expanduser()
+    if not top.is_dir():
+        raise DataError(f"{root} is no folder; give one with ROOT/CLASS/image.jpg, or ROOT/test/CLASS/image.jpg")
+    found = [folder for split in ("test", "val") if (folder := _split_in(top, split)) and folder.name not in classes]
+    return found[0] if found else top
 
 
 def _split_in(top: Path, split: str) -> Path | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("photos")
     for split, each, first in (("train", 12, 0), ("val", 4, 1000), ("test", 7, 2000)):
         fill(root / split, each, first)
+    test = root / "test"  # with labels that are wrong, so that nobody can be right on all
+    shutil.copy(test / "red" / "0.jpg", test / "blue" / "0.jpg")
+    shutil.copy(test / "red" / "1.jpg", test / "blue" / "1.jpg")
+    shutil.copy(test / "green" / "2.jpg", test / "red" / "2.jpg")
     return root
 
 
