@@ -98,7 +98,7 @@ class ModelConfig:
 
     name: str = "efficientnet_b0"
     pretrained: bool = False
-    weights: str | None = None  # a checkpoint of a training: what predict and evaluate use
+    weights: str | None = None  # a checkpoint of a training, which this one starts from, or a task uses
     num_classes: int | None = setting(None, _at_least(2))  # null: as many as the data set has
     kwargs: dict[str, Any] = field(default_factory=dict)
 

@@ -33,7 +33,7 @@ def check(config: Config) -> None:
 
 def problems_of(config: Config) -> list[str]:
     """What is wrong with each value, or combination of values, that cannot be right."""
-    rules = (_each_alone, _learning_rate, _transforms, _batch, _class_weights, _memory)
+    rules = (_each_alone, _weights, _learning_rate, _transforms, _batch, _class_weights, _memory)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -78,6 +78,11 @@ def _each_alone(config: Config) -> Iterator[str]:
         broken = [text for is_allowed, text in rules if not is_allowed(value)]
         if broken:
             yield f"{key}={value} {broken[0]}"
+
+
+def _weights(config: Config) -> Iterator[str]:
+    if config.model.weights is not None and config.model.pretrained:
+        yield f"model.weights={config.model.weights} and model.pretrained=true are two beginnings; leave one out"
 
 
 def _learning_rate(config: Config) -> Iterator[str]:

@@ -23,12 +23,14 @@ DEFAULT_BATCH = TrainerConfig.batch_size  # what optimizer.lr is for where the b
 MICRO_BATCHES = "micro-batches give the gradients of the whole batch, up to rounding"
 NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 # What no stage may set.
-OF_THE_RUN = ("task", "device", "resume", "output_dir", "trackers", "optimized_metric", "card", "phases")
+OF_THE_RUN = (
+    "task", "device", "resume", "output_dir", "trackers", "optimized_metric", "card", "phases", "model.weights",
+)  # fmt: skip
 OF_A_STAGE = ("seed", "ladder.rungs", "ladder.exact", "trainer.channels_last")  # the same for all its rungs
 # Decided once for all rungs: what is trained on, where, and what becomes of it.
 FIXED = (
     *OF_THE_RUN, *OF_A_STAGE, "memory", "model.num_classes", "trainer.tf32", "trainer.deterministic", "data.train",
-    "data.val", "data.test", "data.root", "data.cache", "model.weights",
+    "data.val", "data.test", "data.root", "data.cache",
 )  # fmt: skip
 
 TECHNIQUES = tuple(f"trainer.{each.name}" for each in fields(TrainerConfig) if "technique" in each.metadata)

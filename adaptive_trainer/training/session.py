@@ -38,6 +38,7 @@ from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.undo import TrainState, refuse_lazy
 from adaptive_trainer.step.update import Update
+from adaptive_trainer.training.own_weights import OwnWeights
 
 METERS = ("loss", "correct", "seen", "skipped")
 
@@ -53,6 +54,7 @@ class Parts:
         num_classes: width of the model's head.
         train_size: samples in the training set.
         prepare: fills in, for each rung of a ladder, how its network is given images.
+        weights: what the networks start from, where `model.weights` names it.
         made: by `model.name`, the class of the network that the caller's own `make_model` has made for it.
     """
 
@@ -63,6 +65,7 @@ class Parts:
     train_size: int
     device: torch.device
     capacity: Capacity
+    weights: OwnWeights | None = None
     made: dict[str, str] = field(default_factory=dict)
     prepare: Callable[[Sequence[Rung[Config]]], tuple[Rung[Config], ...]] = tuple
 
@@ -121,6 +124,8 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)  # the same weights at whatever rung the model begins
     model = parts.make_model(config.model, parts.num_classes)
     refuse_lazy(model)
+    if parts.weights is not None:
+        parts.weights.put_into(model, config.model)
     model = model.to(parts.device)  # before the optimizer and the average, which keep tensors of their own
     if config.trainer.channels_last:
         to_channels_last(model)

@@ -50,6 +50,7 @@ from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import summary
 from adaptive_trainer.training.arguments import check_arguments, noting
 from adaptive_trainer.training.epochs.stopping import StopSignal
+from adaptive_trainer.training.own_weights import own_weights
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.session import Parts
@@ -154,7 +155,8 @@ class Trainer(Uses):
         accept = partial(record.accept, frozen(start.cfg), start.path)
         if saved is None:  # else the checkpoint may still be refused, by the network that it is put into
             accept()
-        for text in (*not_used, *self._remarks(start, capacity.device)):
+        start_text = [] if parts.weights is None else [parts.weights.text]
+        for text in (*not_used, *self._remarks(start, capacity.device), *start_text):
             record.event(text)
         self._weigh_classes(phases, data, record)
         judge = Judge(
@@ -191,15 +193,21 @@ class Trainer(Uses):
     def _parts(
         self, start: Start, phases: list[Phase], data: DataSets, capacity: Capacity, saved: dict[str, Any] | None
     ) -> Parts:
-        before = None if saved is None else saved["config"]
+        model = phases[0].asked.model
+        num_classes, before, weights = model.num_classes or data.num_classes, None, None
+        if saved is not None:  # which has the weights
+            before = saved["config"]
+        elif weights := own_weights(model, data.classes, num_classes, self._make_model):
+            before = weights.before
         return Parts(
             make_model=self._make_model,
             make_loss=self._build_loss,
             request=frozen(start.cfg),
-            num_classes=phases[0].settings.model.num_classes or data.num_classes,
+            num_classes=num_classes,
             train_size=len(data.train),
             device=capacity.device,
             capacity=capacity,
+            weights=weights,
             made=self._made,
             prepare=partial(settled, make_model=self._make_model, saved=before),
         )

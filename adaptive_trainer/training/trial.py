@@ -209,6 +209,9 @@ class Trial:
         text = remark(session.config, self._run.parts.make_model)
         if text and text not in self._run.record.events:  # every rung with the model would say it again
             self._run.record.event(text)
+        own = self._run.parts.weights
+        if own is not None and own.model != session.config.model:
+            self._run.record.event(f"{session.config.model.name} does not start from model.weights={own.model.weights}")
         if self.saved is not None:
             self._resume(session, self.saved)
         elif self._weights is not None and self._weights.config == session.config.model:
