@@ -40,7 +40,7 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.report.earlier import begin, fail
-from adaptive_trainer.utils.screen import show_error, silence
+from adaptive_trainer.utils.screen import show_error, showing, silence
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,8 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
         cfg, overrides = _from_folder(cfg, overrides, Path(hydra_config.runtime.cwd))
     folder = Path(cfg.output_dir or hydra_config.runtime.output_dir).expanduser()
     try:
-        value = _run(cfg, overrides, folder)
+        with showing(cfg.verbosity):
+            value = _run(cfg, overrides, folder)
     except Exception as error:  # not left to Hydra: it would hold what failed, and begin no further job of a sweep
         code, said = _ended(error, folder)
         if isinstance(error, UserError):

@@ -22,6 +22,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 AFTER = ("predict", "evaluate")  # tasks with a trained network
 TASKS = ("train", "plan", "memory", *AFTER)
 RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
+VERBOSITIES = ("quiet", "normal", "debug")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
 
@@ -262,6 +263,7 @@ class Config:
     seed: int = setting(0, SEED)
     resume: str | None = None
     output_dir: str | None = None  # null: Hydra's output folder
+    verbosity: str = setting("normal", _one_of(*VERBOSITIES))  # of the screen; quiet: warnings and errors only
     trackers: dict[str, Any] = field(default_factory=dict)  # by name, nodes with a `_target_`, as those of the data
     optimized_metric: str = setting("val_accuracy", _one_of(*METRICS))
 

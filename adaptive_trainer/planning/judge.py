@@ -119,6 +119,12 @@ class Judge:
         prediction = self._predictor.recalled(self._planner.planned(config, self.capacity.room()))
         return None if prediction is None else prediction.min_capacity_bytes
 
+    def added_time(self, config: Config) -> float | None:
+        """Predicted time of an update over that without recomputation; None where nothing is recomputed."""
+        trainer = config.trainer
+        is_planned = ":" in trainer.recompute and not trainer.offload  # how fast the host's memory is, is not known
+        return self._planner.added_time(config) if is_planned else None
+
     def kept_by_exact(self, cfg: DictConfig, used: Config) -> str:
         """As `exact.kept`, of a run that trained with the settings `used`."""
         return exact.kept(cfg, used, self._planner, self.capacity.room(), lambda _, *steps: self.refusal(*steps))

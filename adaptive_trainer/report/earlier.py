@@ -14,6 +14,7 @@ from typing import Any
 
 from adaptive_trainer.errors import CheckpointError, override
 from adaptive_trainer.utils.files import alone, as_json, refused_by_disk, write_whole
+from adaptive_trainer.utils.screen import nearby
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")  # only Hydra's ROOT/DATE/TIME says that the folders beside are runs as well
 LAST = Path("checkpoints", "last.pt")
@@ -199,4 +200,4 @@ def _runs(output_dir: Path) -> list[Path]:
 def way_on(output_dir: Path) -> str:
     """The overrides with which the run in this folder goes on."""
     is_usual = DAY.fullmatch(output_dir.absolute().parent.name)
-    return "resume=auto" if is_usual else f"resume=auto {override('output_dir', output_dir)}"
+    return "resume=auto" if is_usual else f"resume=auto {override('output_dir', nearby(output_dir))}"

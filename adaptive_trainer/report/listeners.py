@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-import math
+from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.errors import ConfigError, explained
-from adaptive_trainer.ladder.descent import Attempt, Outcome
-from adaptive_trainer.utils.screen import duration
+from adaptive_trainer.ladder.descent import Attempt
+from adaptive_trainer.recipe import Recipe
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A rung that is about to be tried.
+
+    Attributes:
+        name: of the rung.
+        recipe: what it trains with.
+        before: what trained before, else what was asked for.
+        need: bytes that it is predicted to need; None where that is not known.
+        room: bytes that there are; None where no limit is known.
+        added_time: predicted time of an update over that without recomputation; None where that is not known.
+        updates: updates that are made, and are kept where the network stays.
+    """
+
+    name: str
+    recipe: Recipe
+    before: Recipe
+    need: int | None = None
+    room: int | None = None
+    added_time: float | None = None
+    updates: int = 0
 
 
 class Listener:
@@ -24,6 +43,9 @@ class Listener:
 
     def start(self, folder: Path, settings: str) -> None:
         """Hear where the record is, and the settings as YAML."""
+
+    def candidate(self, rung: Candidate) -> None:
+        """Hear of a rung that is about to be tried in a descent."""
 
     def attempt(self, entry: Attempt) -> None:
         """Hear of a rung that was tried or skipped, or that ran out of memory in training."""
@@ -64,37 +86,3 @@ def _made(name: str, node: dict[str, Any]) -> Listener:
     if not isinstance(tracker, Listener):
         raise ConfigError(f"{name} is a {type(tracker).__name__} and no Listener; name one by {name}._target_")
     return tracker
-
-
-class Lines(Listener):
-    """The lines for people."""
-
-    def attempt(self, entry: Attempt) -> None:
-        """Log a rung's outcome, and why."""
-        if entry.outcome == Outcome.FAILED:
-            return  # the error itself is on its way to the user
-        peak = f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB" if entry.peak_allocated_bytes else ""
-        where = f" in {entry.phase}" if entry.phase else ""
-        reason = brief(entry.reason) if entry.outcome == Outcome.OOM else entry.reason  # else it is ours, and short
-        why = f": {reason}" if reason else ""
-        took = f", {entry.seconds:.2f} s" if entry.outcome != Outcome.SKIPPED else ""
-        log.info("rung %s: %s%s%s%s%s", entry.rung, entry.outcome, where, peak, took, why)
-
-    def event(self, text: str) -> None:
-        """Log a decision."""
-        log.info("%s", text)
-
-    def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """Log an epoch's losses, accuracy and time."""
-        epoch, accuracy = row["epoch"], row["val_accuracy"]  # NaN where the network gives no scores by class
-        left = f", {duration(row['seconds'] * (epochs - epoch))} left" if epoch < epochs else ""
-        log.info(
-            "epoch %d/%d: loss %.3f, val loss %.3f, val accuracy %s, %s%s",
-            epoch, epochs, row["train_loss"], row["val_loss"],
-            "unknown" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %", duration(row["seconds"]), left,
-        )  # fmt: skip
-
-
-def brief(reason: str) -> str:
-    """The beginning of a reason: an allocator's runs to several lines, and the record has all of it."""
-    return shorten(reason, 90, placeholder=" ...")

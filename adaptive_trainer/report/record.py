@@ -101,7 +101,7 @@ class Record(Listener):
                 f"another run is at work in {self.folder}; wait for its end, or choose another output_dir"
             )
 
-    start, epoch, checkpoint, end = map(_passed_on, ("start", "epoch", "checkpoint", "end"))
+    start, candidate, epoch, checkpoint, end = map(_passed_on, ("start", "candidate", "epoch", "checkpoint", "end"))
 
     def begin(self, settings: str) -> None:
         """Write config.yaml, and the attempts so far."""

@@ -8,22 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_trainer.ladder.descent import Attempt
+from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.recipe import plan_in_words
-from adaptive_trainer.report.listeners import brief
+from adaptive_trainer.report.lines import brief
 from adaptive_trainer.report.record import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
 from adaptive_trainer.utils.tables import table
 
 
 def rung_table(attempts: Sequence[Attempt]) -> str:
-    """A table of the rungs tried."""
-    rows = [("rung", "outcome", "peak MiB", "reserved MiB", "seconds", "phase: reason")]
+    """A table of the rungs tried, with sizes in MiB; the reason is told where it is no prediction."""
+    rows: list[Sequence[str]] = [("rung", "outcome", "predicted", "peak", "reserved", "seconds", "reason")]
     for entry in attempts:
-        where = brief(f"{entry.phase}: {entry.reason}" if entry.phase else entry.reason)
-        peaks = (_mib(entry.peak_allocated_bytes), _mib(entry.peak_reserved_bytes))
-        rows.append((entry.rung, entry.outcome, *peaks, f"{entry.seconds:.2f}", where))
+        is_foretold = entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is not None
+        reason = "" if is_foretold else brief(": ".join(filter(None, [entry.phase, entry.reason])))
+        sizes = (entry.predicted_bytes, entry.peak_allocated_bytes, entry.peak_reserved_bytes)
+        took = "-" if entry.outcome == Outcome.SKIPPED else f"{entry.seconds:.2f}"
+        rows.append((entry.rung, entry.outcome, *map(_mib, sizes), took, reason))
     return table(rows, left=(0, 1))
 
 
@@ -31,11 +33,14 @@ def _mib(size: int | None) -> str:
     return f"{size / 2**20:.0f}" if size else "-"  # a rung that was skipped, or a CPU without a limit
 
 
-def change_text(change: Change) -> str:
-    """One setting that differs from what was asked for, and why."""
-    text = f"{change.key} {_short(change.key, change.asked)} -> {_short(change.key, change.used)}"
-    rule = re.sub(r"^learning rate \S+ -> \S+: ", "", change.why)  # which has just been said
-    return f"{text} ({rule})" if rule == change.why else f"{text}: {rule}"
+def changed_lines(changes: Sequence[Change]) -> list[str]:
+    """The settings that differ from what was asked for, those of one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for change in changes:
+        rule = re.sub(r"^learning rate \S+ -> \S+: ", "", change.why)  # which is being said
+        text = f"{change.key} {_short(change.key, change.asked)} -> {_short(change.key, change.used)}"
+        by_reason.setdefault(rule, []).append(text)
+    return [f"changed: {', '.join(texts)} ({reason})" for reason, texts in by_reason.items()]
 
 
 def _short(key: str, value: object) -> str:
@@ -59,8 +64,9 @@ def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bo
     folder = Path(result.output_dir)
     log = log_file()
     model = nearby(folder / "checkpoints" / "best.pt")
-    lines = [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
-    lines += [*(f"changed: {change_text(change)}" for change in result.changes), *filter(None, [kept])]
+    lines = [rung_table(result.attempts)] if len(result.attempts) > 1 else []
+    lines += [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
+    lines += [*changed_lines(result.changes), *filter(None, [kept])]
     lines += [f"best model: {model}", f"record: {nearby(folder / 'result.json')}"]
     if log is not None:  # the library writes none, the command line does
         lines.append(f"log: {nearby(log)}")

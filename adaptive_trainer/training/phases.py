@@ -17,7 +17,6 @@ from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import changed
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.usage import describe_users, format_bytes
-from adaptive_trainer.report.summary import rung_table
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.stage import Stage
 from adaptive_trainer.training.trial import Weights
@@ -56,6 +55,8 @@ def train(phases: Sequence[Phase], run: Run, cfg: DictConfig, saved: dict[str, A
         weights = Weights.of(stage.trial.opened) if number + 1 < len(phases) else None
         after = phase.name
         done.append({"name": phase.name, "rung": rung.name, "metrics": stage.keeper.metrics})
+        if len(phases) > 1:
+            log.info("stage %s: trained on rung %s", phase.name, rung.name)
     return Done(stage, rung, done)
 
 
@@ -69,9 +70,7 @@ def _train(stage: Stage) -> Rung[Config]:
         return LadderExhausted(f"{error}\n{stage.leak or _advice(stage, attempts[earlier:])}")
 
     with explained(advised, (LadderExhausted,)), worker_deaths_deferred(), closing(stage.trial):
-        rung = stage.train()
-    log.info("stage %s: rung %s succeeded\n%s", stage.phase.name, rung.name, rung_table(attempts[earlier:]))
-    return rung
+        return stage.train()
 
 
 def _differences(cfg: DictConfig, phase: Config) -> str:

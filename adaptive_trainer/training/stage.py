@@ -15,7 +15,8 @@ from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report.earlier import way_on
-from adaptive_trainer.report.summary import change_text
+from adaptive_trainer.report.lines import figures
+from adaptive_trainer.report.listeners import Candidate
 from adaptive_trainer.training.epochs.loop import Loop
 from adaptive_trainer.training.keeper import Keeper
 from adaptive_trainer.training.run import Phase, Run
@@ -147,27 +148,45 @@ class Stage:
         if start == len(self.rungs.ladder):
             raise LadderExhausted(exhausted_message(self.run.record.attempts))
         before = None if self.trial.session is None else self.trial.session.config
-        found = self.trial.descend(self.rungs.down_from(start), self.rungs.assess, self._attempted)
+        found = self.trial.descend(self.rungs.down_from(start), self._assess, self._attempted)
         if self.trial.opened.is_sound:  # else the loop will end the run, and the last good state stays
             self.keeper.save(self.trial.opened)
         self._announce(found, before)
         return found.rung, found.value
+
+    def _assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
+        """As `Rungs.assess`; the listeners hear of a rung that is to be tried."""
+        hopeless, need = self.rungs.assess(rung)
+        if not hopeless:
+            session, parts = self.trial.session, self.run.parts
+            before = self.rungs.ladder[0].settings if session is None else session.config
+            self.run.record.candidate(
+                Candidate(
+                    rung.name,
+                    parts.recipe(rung.settings),
+                    parts.recipe(before),
+                    need,
+                    parts.capacity.room(),
+                    self.run.judge.added_time(rung.settings),
+                    0 if session is None else session.state.updates,
+                )
+            )
+        return hopeless, need
 
     def _announce(self, found: Found[Config, int], before: Config | None) -> None:
         rung, event = found.rung, self.run.record.event
         is_carried = before is not None and before.model == rung.settings.model
         if before and is_carried and kind_of_state(before.optimizer) != kind_of_state(rung.settings.optimizer):
             event(f"the optimizer starts anew: rung {rung.name} has one whose state is of another kind")
-        changed = self.rungs.changes(rung)
-        for change in changed:
-            log.info("changed: %s", change_text(change))
+        whys = [change.why for change in self.rungs.changes(rung)]
         for note in rung.notes:
-            if note not in [change.why for change in changed] and note not in self.run.record.events:
+            if note not in whys and note not in self.run.record.events:
                 log.info("rung %s: %s", rung.name, note)
         asked = self.trial.eval_batch(rung.settings)
         if found.value < asked:
             event(f"evaluation takes batches of {found.value}: {asked} at a time do not fit; training keeps its own")
-        log.info("rung %s fits: %s", rung.name, self.run.parts.recipe(rung.settings))
+        recipe = self.run.parts.recipe(rung.settings)
+        log.info("rung %s fits: %s, %s", rung.name, recipe, figures(found.attempts[-1]))
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
         session, run = self.trial.opened, self.run

@@ -37,6 +37,7 @@ from adaptive_trainer.errors import (
 )
 from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
+from adaptive_trainer.memory.usage import describe_users
 from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
 from adaptive_trainer.models.memory_format import channels_last_pays
 from adaptive_trainer.models.zoo import build_model
@@ -45,7 +46,8 @@ from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.report.earlier import left_by_earlier, way_on
-from adaptive_trainer.report.listeners import Lines, trackers
+from adaptive_trainer.report.lines import Lines
+from adaptive_trainer.report.listeners import trackers
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.report.summary import summary
 from adaptive_trainer.training.arguments import check_arguments, noting
@@ -122,7 +124,7 @@ class Trainer(Uses):
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)  # `card=` plans for a card that is not here
         record = Record(self.output_dir, [Lines(), *trackers(typed(start.cfg).trackers)])
-        with showing(), alone_in_process(), record.held():
+        with showing(start.cfg.verbosity), alone_in_process(), record.held():
             if not left_by_earlier(self.output_dir):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg))
             try:
@@ -139,7 +141,9 @@ class Trainer(Uses):
             seed_everything(asked.seed)  # a data set of the caller's own may draw numbers when it is opened
             limit = limit_for(asked, device, is_own_data=self._data[0] is not None)
             with limited(device, limit) as capacity:
-                log.info("%s", capacity.description)
+                log.info("device: %s", capacity.description)
+                if device.type == "cuda":
+                    log.info("others: %s", describe_users(device))
                 return self._run(start, phases, capacity, record)
 
     def _run(self, start: Start, phases: list[Phase], capacity: Capacity, record: Record) -> Result:
@@ -147,7 +151,7 @@ class Trainer(Uses):
         data = self._opened(phases, saved)
         parts = self._parts(start, phases, data, capacity, saved)
         counts, not_used = described(data)
-        log.info("%s", counts)
+        log.info("data: %s", counts)
         if self._own_model is None:
             phases = _in_channels_last(phases, typed(start.cfg), len(data.train), capacity.device, record, saved)
         data, phases = _with_cache(data, phases, record)

@@ -1,4 +1,4 @@
-"""The screen: log records as plain lines, without colours, on standard output; errors on standard error.
+"""The screen: log records as plain lines on standard output, with colours on a terminal; errors on standard error.
 
 Nothing else in the package writes to the screen but bars (`progress`), above which the lines are kept, and the
 functions that print GPU memory when they are called.
@@ -22,6 +22,8 @@ PACKAGE = __name__.partition(".")[0]
 USUAL_WIDTH = 80  # columns, where there is no terminal to ask
 COMMAND = "python -m adaptive_trainer"  # what people type
 QUOTED = re.compile(r"""(?<![^\s(=\['"])(['"]).+?\1(?=[\s,.;:)\]'"]|$)""")
+LABEL = re.compile(r"[a-z][a-z ]{,20}:(?= )")  # what a line is about
+BOLD, RED, YELLOW, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
 NO_BREAK = "\0"  # stands for a space where a line must not be broken
 
 
@@ -33,20 +35,21 @@ class Screen(logging.Handler):
         is_ours = record.name.partition(".")[0] == PACKAGE
         is_error = record.levelno >= logging.ERROR
         if is_ours or (record.levelno >= logging.WARNING and not _shows_itself(record.name)):
-            show(self.format(record), sys.stderr if is_error or not is_ours else sys.stdout)
+            show(self.format(record), sys.stderr if is_error or not is_ours else sys.stdout, record.levelno)
 
 
 def _shows_itself(name: str) -> bool:
     return bool(logging.getLogger(name.partition(".")[0]).handlers)  # as huggingface_hub and torch have
 
 
-def show(text: str, stream: IO[str] | None) -> None:
-    """Write lines above the bars; on a terminal, break long ones between words."""
+def show(text: str, stream: IO[str] | None, level: int = logging.INFO) -> None:
+    """Write lines above the bars; on a terminal, break long ones between words, and colour them by their level."""
     # Nothing here is a reason to stop training: no reader that has gone, nor a letter that a terminal does not have.
     if stream is None:
         return
     if is_terminal(stream):
         text = "\n".join(_broken(line, width(stream)) for line in text.splitlines())
+        text = _coloured(text, level) if has_colours() else text
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
     bars = sys.modules.get("tqdm")  # not loaded: there are no bars
@@ -60,6 +63,20 @@ def show(text: str, stream: IO[str] | None) -> None:
         pass
 
 
+def has_colours() -> bool:
+    """Whether terminals are to have colours: https://no-color.org."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _coloured(text: str, level: int) -> str:
+    if level >= logging.WARNING:
+        return f"{RED if level >= logging.ERROR else YELLOW}{text}{PLAIN}"
+    return "\n".join(
+        LABEL.sub(lambda label: f"{BOLD}{label[0]}{PLAIN}", line, count=1) if LABEL.match(line) else line
+        for line in text.splitlines()
+    )
+
+
 def silence(descriptor: int) -> None:
     """Let what is written there, to a reader that has gone, go nowhere."""
     # Python flushes the stream once more at its end, and would print what that raises.
@@ -68,7 +85,7 @@ def silence(descriptor: int) -> None:
 
 def show_error(text: str) -> None:
     """Write what has gone wrong to standard error, and to the log files, whatever else logging is set up to do."""
-    show(text, sys.stderr)
+    show(text, sys.stderr, logging.ERROR)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
@@ -84,20 +101,42 @@ def _broken(line: str, columns: int) -> str:
 
 
 @contextmanager
-def showing() -> Iterator[None]:
-    """Show this package's log while the block runs, unless the caller has configured logging."""
+def showing(verbosity: str = "normal") -> Iterator[None]:
+    """Show this package's log while the block runs, unless the caller has configured logging.
+
+    Args:
+        verbosity: `quiet` shows warnings and errors, `normal` what happens, `debug` each step of it.
+    """
     ours = logging.getLogger(PACKAGE)
-    if ours.handlers or logging.getLogger().handlers:
-        yield
-        return
-    handler, level = Screen(), ours.level
+    added = [] if ours.handlers or logging.getLogger().handlers else [Screen()]
+    screens, level = [*added, *_screens()], ours.level
+    levels = [each.level for each in screens]
     try:
-        ours.addHandler(handler)
-        ours.setLevel(level or logging.INFO)
+        for each in screens:
+            each.setLevel(logging.WARNING if verbosity == "quiet" else logging.NOTSET)
+        if screens and verbosity == "debug":
+            ours.setLevel(logging.DEBUG)
+        elif added:
+            ours.setLevel(level or logging.INFO)
+        for each in added:
+            ours.addHandler(each)
         yield
     finally:
-        ours.removeHandler(handler)
+        for each in added:
+            ours.removeHandler(each)
+        for each, before in zip(screens, levels, strict=True):
+            each.setLevel(before)
         ours.setLevel(level)
+
+
+def is_shown(level: int) -> bool:
+    """Whether lines of this level come to a screen, or to whatever the caller's logging makes of them."""
+    return logging.getLogger(PACKAGE).isEnabledFor(level) and all(each.level <= level for each in _screens())
+
+
+def _screens() -> list[Screen]:
+    handlers = (*logging.getLogger(PACKAGE).handlers, *logging.getLogger().handlers)
+    return [each for each in handlers if isinstance(each, Screen)]
 
 
 @contextmanager

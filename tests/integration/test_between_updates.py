@@ -24,7 +24,7 @@ from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.optimizers import Schedule
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
-from adaptive_trainer.report.listeners import Lines
+from adaptive_trainer.report.lines import Lines
 from adaptive_trainer.report.record import Record, Result
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.training import trainer

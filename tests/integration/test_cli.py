@@ -230,7 +230,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     fits = record["attempts"][-1]
     assert (fits["rung"], fits["outcome"]) == (record["rung"], "fits")
     assert 0 < fits["peak_allocated_bytes"] <= fits["peak_reserved_bytes"] <= 512 * 2**20
-    assert f"rung {record['rung']} succeeded" in ended.stdout
+    assert f"trained on rung {record['rung']}: efficientnet_b0" in ended.stdout
     assert record["requested"]["batch_size"] == 24
     assert record["used"]["batch_size"] == 8
     assert record["metrics"]["val_accuracy"] > 0.3  # chance is 0.1
@@ -285,10 +285,10 @@ def test_outputs(cli: Any, tmp_path: Path) -> None:
     ]
     assert float(rows[-1]["val_accuracy"]) == record["metrics"]["val_accuracy"]
     assert "batch_size: 24" in (out / "config.yaml").read_text()
-    assert "rung batch-16 succeeded" in (out / "adaptive_trainer.log").read_text()
+    assert "trained on rung batch-16" in (out / "adaptive_trainer.log").read_text()
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["best.pt", "last.pt"]
     assert load_model(out / "checkpoints" / "best.pt")
-    assert re.search(r"(?m)^rung +outcome +peak MiB", message(ended))
+    assert re.search(r"(?m)^rung +outcome +predicted +peak +reserved", message(ended))
 
 
 def test_output_dir(cli: Any, tmp_path: Path) -> None:

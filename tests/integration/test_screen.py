@@ -34,11 +34,11 @@ result = Trainer(compose_config(sys.argv[1:]), output_dir="out").fit()
 """
 
 
-def on_terminal(columns: int, args: list[str], folder: Path) -> str:
+def on_terminal(columns: int, args: list[str], folder: Path, **variables: str) -> str:
     """What a program writes to a terminal of that width."""
     main, side = pty.openpty()
     termios.tcsetwinsize(side, (50, columns))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PWD": str(folder)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PWD": str(folder), **variables}
     process = subprocess.Popen([sys.executable, *args], cwd=folder, env=env, stdout=side, stderr=side)
     shown = b""
     while process.poll() is None or select.select([main], [], [], 0)[0]:
@@ -53,16 +53,38 @@ def on_terminal(columns: int, args: list[str], folder: Path) -> str:
 # -- the command line
 
 
-@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("columns", [60, 80, 200])
 def test_every_line_fits_the_terminal(columns: int, tmp_path: Path) -> None:
-    shown = on_terminal(columns, ["-m", "adaptive_trainer", *SMALL], tmp_path)
+    shown = on_terminal(columns, ["-m", "adaptive_trainer", *SMALL], tmp_path, NO_COLOR="1")
     assert "\x1b[3" not in shown  # no colours
-    assert re.search(r"epoch 1/2: .*\d+/24, \d\d:\d\d left", shown)
+    assert re.search(r"epoch 1/2: \d/2, \d+ s left, [\d.]+ img/s", shown)
     lines = [piece for line in shown.splitlines() for piece in line.split("\r")]
     long = [line for line in lines if len(line) > columns and " " in line.strip() and COMMAND not in line]
     assert not [line for line in long if "outputs/" not in line]  # which is a word of its own
-    assert "rung batch-16 succeeded" in shown
-    assert "reserved MiB" in shown
+    words = " ".join(shown.split())
+    assert "plan: rung requested, predicted 30 of 28 MiB" in words
+    assert "-> rung batch-16, predicted 28 of 28 MiB; given up: batch 24 -> 16; kept: mobile" in words
+    assert "trained on rung batch-16" in words
+    assert re.search(r"requested +oom +30 +\d+ +28 ", shown)
+
+
+def test_colours_are_for_terminals(tmp_path: Path) -> None:
+    shown = on_terminal(80, ["-m", "adaptive_trainer", *SMALL, "hydra.run.dir=out"], tmp_path, NO_COLOR="")
+    assert "\x1b[1mdevice:\x1b[0m a simulated card" in shown
+    assert "\x1b[33mstep down: requested" in shown
+    assert "resume=auto output_dir=out trainer.epochs=4" in shown  # from where the run was started
+    assert "\x1b" not in (tmp_path / "out" / "adaptive_trainer.log").read_text()
+
+
+@pytest.mark.parametrize("verbosity", ["quiet", "debug"])
+def test_verbosity(verbosity: str, launcher: Launcher, tmp_path: Path) -> None:
+    ended = launcher.run(*SMALL, f"verbosity={verbosity}", "hydra.run.dir=out", folder=tmp_path)
+    assert ended.code == 0, ended.text
+    if verbosity == "quiet":  # what changes the recipe is said all the same
+        assert re.fullmatch(r"step down: requested .*\n", ended.out)
+    else:
+        assert "update 1 is made" in ended.out
+    assert "epoch 2/2: loss" in (tmp_path / "out" / "adaptive_trainer.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -84,11 +106,11 @@ def test_the_end_names_what_there_is_and_what_to_type(launcher: Launcher, tmp_pa
     assert (ended.code, ended.err) == (0, "")
     *_, end = ended.out.partition("trained on rung batch-16: mobilenetv3_small_050, batch 16")
     assert "val accuracy" in end
-    assert "changed: trainer.batch_size 24 -> 16" in end
+    assert "changed: trainer.batch_size 24 -> 16 (rung batch-16 is used; " in end
     for name in ("checkpoints/best.pt", "result.json", "adaptive_trainer.log"):
         assert re.search(rf"(?m)^[\w ]+: \S*out/{re.escape(name)}$", end)
         assert (tmp_path / "out" / name).exists()
-    assert max(map(len, ended.out.splitlines())) <= 180
+    assert max(len(line) for line in ended.out.splitlines() if COMMAND not in line) <= 180
     command = re.search(r"(?m)^train on: python -m adaptive_trainer (.*)$", end)
     assert command
     again = launcher.run(*command[1].split(), folder=tmp_path)
@@ -125,7 +147,13 @@ def test_a_script_shows_what_happens(configure: str, is_shown: bool, launcher: L
     script.write_text(SCRIPT.format(configure=configure))
     ended = launcher.run(*SMALL, script=script, folder=tmp_path)
     assert ended.code == 0, ended.text
-    said = ("rung requested: ", "rung batch-16 fits", "epoch 1/2: loss", "best model: ", "trained on rung batch-16")
+    said = (
+        "step down: requested (",
+        "rung batch-16 fits",
+        "epoch 1/2: loss",
+        "best model: ",
+        "trained on rung batch-16",
+    )
     assert [text in ended.out for text in said] == [is_shown] * len(said)
     assert ended.out.count("epoch 1/2: loss") == is_shown
     assert ended.err == ""
@@ -137,7 +165,7 @@ def test_logging_is_as_before_afterwards() -> None:
     kept, root.handlers = root.handlers, []
     try:
         before = ours.level
-        with showing():
+        with showing("debug"):
             assert [type(handler) for handler in ours.handlers] == [Screen]
             with showing():  # a training within another program's
                 assert len(ours.handlers) == 1
@@ -163,7 +191,7 @@ def test_a_notebook_shows_what_happens(tmp_path: Path, monkeypatch: pytest.Monke
     assert all("IProgress" in line or "import" in line for line in red.splitlines())  # when timm is imported
     text = "".join(output["text"] for output in outputs if output["name"] == "stdout")
     assert all(said in text for said in ("rung batch-16 fits", "epoch 1/2: loss", "best model: "))
-    assert re.search(r"epoch 1/2: .*\d+/24, ", text)  # the bar
+    assert re.search(r"epoch 1/2: \d/2, ", text)  # the line that moves
 
 
 # -- the pieces
@@ -171,18 +199,30 @@ def test_a_notebook_shows_what_happens(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_line_of_progress_has_counts_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    with caplog.at_level("INFO"), Progress("epoch 1/3:", 1010, 10, clock=lambda: now) as progress:
+    figures = lambda: ("loss 2.5", "", "rung half")  # noqa: E731
+    with (
+        caplog.at_level("INFO"),
+        Progress("epoch 1/3:", 1010, 10, figures=figures, later=2020, clock=lambda: now) as progress,
+    ):
         for _ in range(1000):
             now += 1
-            progress.note("loss 2.5")
             progress.advance(1)
     lines = caplog.messages
-    assert lines[0] == "epoch 1/3: 15/1010 images, loss 2.5, 1 images/s, 17 min left"
+    assert lines[0] == "epoch 1/3: 15/1010 images, 50 min left, 1 img/s, loss 2.5, rung half"
     times = [int(re.findall(r"(\d+)/1010", line)[0]) - 10 for line in lines]
     pauses = [after - before for before, after in zip([0, *times], times, strict=False)]
     assert pauses == sorted(pauses)  # rarer and rarer
     assert (pauses[0], pauses[-1]) == (5, 60)
     assert len(lines) < 40
+
+
+def test_updates_are_counted_where_a_step_is_given(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    with caplog.at_level("INFO"), Progress("epoch 1/1:", 100, step=8, clock=lambda: now) as progress:
+        for _ in range(5):
+            now += 2
+            progress.advance(8)
+    assert caplog.messages[0].startswith("epoch 1/1: 3/13, ")
 
 
 def test_no_line_of_progress_for_what_is_quick(caplog: pytest.LogCaptureFixture) -> None:

@@ -125,14 +125,28 @@ class Loop:
         return True
 
     def _train_epoch(self) -> None:
-        position, epochs = self.session.state.position, self.session.config.trainer.epochs
+        position, trainer = self.session.state.position, self.session.config.trainer
         self.started = time.perf_counter()
         with (
-            Progress(f"epoch {position.epoch + 1}/{epochs}:", position.size, position.cursor) as progress,
+            Progress(
+                f"epoch {position.epoch + 1}/{trainer.epochs}:",
+                position.size,
+                position.cursor,
+                figures=self._figures,
+                later=(trainer.epochs - position.epoch - 1) * position.size,
+                step=trainer.batch_size,
+            ) as progress,
             closing(self.pipeline.train(position)) as batches,
         ):
             for batch in batches:
                 self._train_on(batch, position.epoch, progress)
+
+    def _figures(self) -> tuple[str, ...]:
+        """Loss, accuracy, memory (now, peak, limit) and rung for the line of progress."""
+        used, size = self.capacity.usage(), self.capacity.size
+        sizes = (used.allocated, used.peak_allocated, *(() if size is None else (size,)))
+        memory = "/".join(f"{each / 2**20:.0f}" for each in sizes) + " MiB" if used.peak_allocated else ""
+        return (*self.loss.text, memory, f"rung {self.session.rung}")
 
     def _train_on(self, batch: Batch, epoch: int, progress: Progress) -> None:
         state, trainer, update = self.session.state, self.session.config.trainer, self.session.update
@@ -147,7 +161,7 @@ class Loop:
         if self.growth.is_due(state.updates, trainer.log_every):
             self.growth.note(state.updates, self.capacity.usage().allocated)
         if self.loss.is_asked:
-            progress.note(f"loss {self.loss.answer():.3f}")
+            self.loss.answer()
         progress.advance(batch.samples)
         self.broken.name(batch)
         if state.updates % trainer.log_every == 0:
@@ -175,7 +189,7 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
-        self.loss.is_asked = False  # what follows says more
+        self.loss.is_asked, self.loss.text = False, ()  # what follows says more
         row: dict[str, Any] = {}
         # a stop takes the evaluation back too: a resumed run begins it anew and ends with the same bits
         with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).rolled_back_on_error():

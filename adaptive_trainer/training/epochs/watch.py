@@ -32,21 +32,28 @@ def finite(kind: str, loss: float, session: Session, update: int | None = None) 
 
 
 class RunningLoss:
-    """The mean training loss: asked for after one update and read after the next, so that a device need not wait."""
+    """The mean training loss: asked for after one update and read after the next, so that a device need not wait.
+
+    Attributes:
+        text: loss and share of right answers as they were last read, for people; the share is left out where none is
+            right, as of a network that gives no scores by class.
+    """
 
     def __init__(self, session: Session) -> None:
         on_cuda = session.capacity.device.type == "cuda"
         self.is_asked = False
         self._session = session
         self._asked_after = 0
-        self._sums = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)  # only pinned memory is copied to beside
+        self.text: tuple[str, ...] = ()
+        self._sums = torch.zeros(4, dtype=torch.float64, pin_memory=on_cuda)  # only pinned memory is copied to beside
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
     def ask(self) -> None:
         """Begin to copy the sums as they are now."""
         state = self._session.state
         self._asked_after = state.updates  # for the message, which is of this update and not of the next
-        meters = (state.meters["loss"], state.meters.get("weight", state.meters["seen"]))
+        seen = state.meters["seen"]
+        meters = (state.meters["loss"], state.meters.get("weight", seen), state.meters["correct"], seen)
         for there, here in zip(self._sums, meters, strict=True):
             there.copy_(here, non_blocking=True)  # the card goes on computing
         if self._copied is not None:
@@ -62,8 +69,10 @@ class RunningLoss:
         if self._copied is not None:
             self._copied.synchronize()  # for this copy alone, not for the update that is running
         self.is_asked = False
-        loss, weight = self._sums.tolist()
-        return finite("training", float(loss / (weight or 1)), self._session, self._asked_after)
+        total, weight, correct, seen = self._sums.tolist()
+        loss = finite("training", float(total / (weight or 1)), self._session, self._asked_after)
+        self.text = (f"loss {loss:.3f}", f"acc {100 * correct / seen:.0f} %" if correct else "")
+        return loss
 
 
 class Thrashing:
