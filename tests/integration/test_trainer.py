@@ -423,9 +423,9 @@ def test_two_jobs_in_one_process_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "optimizer", "said"),
     [
-        ("auto", "adamw", "0.001 -> 0.000707: sqrt rule"),
-        ("auto", "sgd", "0.001 -> 0.0005: linear rule"),
-        ("linear", "adamw", "0.001 -> 0.0005: linear rule"),
+        ("auto", "adamw", "0.001 -> 0.000707 (sqrt rule"),
+        ("auto", "sgd", "0.001 -> 0.0005 (linear rule"),
+        ("linear", "adamw", "0.001 -> 0.0005 (linear rule"),
         ("none", "adamw", "stays 0.001: trainer.lr_policy=none"),
     ],
 )
