@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptive_trainer.errors import override
 from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.recipe import plan_in_words
@@ -73,6 +74,7 @@ def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bo
     factory = ", your_factory" if is_own_model else ""  # a checkpoint holds weights, never code
     lines.append(f"use it: load_model({model!r}{factory})")
     if way_on:
+        lines.append(f"predict: {COMMAND} task=predict data.root=FOLDER {override('model.weights', model)}")
         lines.append(f"train on: {COMMAND} {way_on}")
     return "\n".join(lines)
 
