@@ -1,4 +1,4 @@
-"""`task=predict` and `task=evaluate`: what a trained network is used for, on the command line."""
+"""`task=predict`, `task=evaluate` and `task=export`: what a trained network is used for, on the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import RUNNING, check
 from adaptive_trainer.data.images.folders import TARGET
 from adaptive_trainer.inference.evaluate import FILE, Evaluated, evaluate, of_folder, of_settings, write
+from adaptive_trainer.inference.export import ABOUT, export, missing
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import opened
 from adaptive_trainer.inference.predict import CSV, JSON, TOP, Files, Prediction, photos_of, predictions
@@ -40,7 +41,7 @@ def run_predict(cfg: DictConfig, folder: Path) -> float:
     seen = Seen()
     count = min(TOP, len(trained.classes))
     with opened(trained, config, log.info) as passes, Files(folder, trained.path, count) as files:
-        log.info("photos: %d, classes: %d\n%s", len(photos), len(trained.classes), passes.where)
+        log.info("photos: %d, classes: %d\ndevice: %s", len(photos), len(trained.classes), passes.where)
         for found in predictions(passes, photos, trained.classes):
             files.add(found)
             seen.add(found)
@@ -62,11 +63,27 @@ def run_evaluate(cfg: DictConfig, folder: Path) -> float:
     is_folder = cfg.data.root and wanted.data.train.get("_target_") in (TARGET, DIGITS)
     data, what = of_folder(trained, cfg.data.root) if is_folder else of_settings(trained, wanted)
     with opened(trained, config, log.info) as passes:
-        log.info("images: %d of %s\n%s", len(data), what, passes.where)
+        log.info("images: %d of %s\ndevice: %s", len(data), what, passes.where)
         found = evaluate(passes, data, trained.classes, what)
     write(found, folder, trained.path)
     log.info("%s", _evaluated(found))
     log.info("evaluation: %s", nearby(folder / FILE))
+    return math.nan
+
+
+def run_export(cfg: DictConfig, folder: Path) -> float:
+    """Write the network as a torch.export program, and as ONNX where that can be, with all that its use needs.
+
+    Raises:
+        UserError: the checkpoint or the folder cannot be used, or the network cannot be exported.
+    """
+    trained = load(cfg.model.weights)
+    found = export(trained, folder)
+    for name, difference in found.items():
+        log.info("%s: its scores are the network's; largest difference %.2g", nearby(folder / name), difference)
+    if lacking := missing():
+        log.info("no ONNX, for want of %s; pip install 'adaptive-trainer[onnx]'", ", ".join(lacking))
+    log.info("%s: classes and preprocessing", nearby(folder / ABOUT))
     return math.nan
 
 
@@ -144,4 +161,4 @@ def _row(found: Prediction) -> tuple[str, str, str]:
     return found.classes[0], f"{100 * found.probabilities[0]:.1f} %", nearby(Path(found.path))
 
 
-RUN = {"predict": run_predict, "evaluate": run_evaluate}
+RUN = {"predict": run_predict, "evaluate": run_evaluate, "export": run_export}

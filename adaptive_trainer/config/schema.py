@@ -19,7 +19,7 @@ USUAL: dict[str, Any] = {
 }  # what the settings of these names in `data` are where neither the user nor a pretrained network says
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-AFTER = ("predict", "evaluate")  # tasks with a trained network
+AFTER = ("predict", "evaluate", "export")  # tasks with a trained network
 TASKS = ("train", "plan", "memory", *AFTER)
 RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
 VERBOSITIES = ("quiet", "normal", "debug")

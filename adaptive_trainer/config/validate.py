@@ -23,6 +23,7 @@ RUNNING = (
 TAKEN = {
     "predict": (*RUNNING, "data.root"),
     "evaluate": (*RUNNING, "data.root", "data.train", "data.val", "data.test", "data.val_fraction", "seed"),
+    "export": ("model.weights", "output_dir"),
 }
 
 
@@ -49,7 +50,9 @@ def check_after(cfg: DictConfig) -> None:
     keys = {text: text.lstrip("+").partition("=")[0] for text in asked(cfg).overrides}
     inside = tuple(f"{key}." for key in taken)
     if foreign := [
-        text for text, key in keys.items() if key not in ("task", "data", *taken) and not key.startswith(inside)
+        text
+        for text, key in keys.items()
+        if key not in ("task", "data", "verbosity", *taken) and not key.startswith(inside)
     ]:
         raise ConfigError(
             f"task={cfg.task} does not take {', '.join(foreign)}: the network and its images are as the checkpoint "

@@ -1,1 +1,1 @@
-"""What a trained network is good for: predictions, evaluation."""
+"""What a trained network is good for: predictions, evaluation, export."""

@@ -80,7 +80,7 @@ class Uses:
     @contextmanager
     def _best(self) -> Iterator[tuple[Trained, Passes]]:
         trained = self._loaded()
-        with showing(), opened(trained, trained.run_as(typed(self.cfg)), log.info) as passes:
+        with showing(self.cfg.verbosity), opened(trained, trained.run_as(typed(self.cfg)), log.info) as passes:
             yield trained, passes
 
     def _test(self, data: MapDataset, session: Session, record: Record) -> dict[str, float]:

@@ -44,7 +44,7 @@ def narrow(ended: Ended) -> list[str]:
 
 def test_predict(cli: Any, trained: Path) -> None:
     (trained / "photos" / "broken.jpg").write_text("no picture")
-    lines = narrow(cli("task=predict", "data.root=photos", "memory.limit=none"))
+    lines = narrow(cli("task=predict", "data.root=photos", "memory.limit=none", "verbosity=normal"))
     assert "cannot be read, and left out: photos/broken.jpg" in lines
     assert lines[-1] == "predictions: out/predictions.csv, and predictions.json beside it"
     with (trained / "out" / "predictions.csv").open(newline="") as file:
@@ -68,6 +68,13 @@ def test_evaluate(cli: Any, trained: Path) -> None:
     result = json.loads((trained / "run" / "result.json").read_text())
     assert found["accuracy"] == result["metrics"]["test_accuracy"]
     assert f"accuracy {100 * found['accuracy']:.2f} %, F1 {found['f1']:.3f} (macro), 15 images" in lines
+
+
+def test_export(cli: Any, trained: Path) -> None:
+    lines = narrow(cli("task=export"))
+    assert lines[0].startswith("out/model.pt2: its scores are the network's; largest difference ")
+    assert lines[-1] == "out/model.json: classes and preprocessing"
+    assert json.loads((trained / "out" / "model.json").read_text())["classes"] == ["blue", "green", "red"]
 
 
 def test_evaluate_the_data_of_settings(launcher: Launcher, tmp_path: Path) -> None:
@@ -99,6 +106,7 @@ def test_evaluate_the_data_of_settings(launcher: Launcher, tmp_path: Path) -> No
         (("task=evaluate", "data.root=photos", "trainer.epochs=3"), "task=evaluate does not take trainer.epochs=3"),
         (("task=evaluate",), "the data set adaptive_trainer.data.digits has classes that the network does not know: 0"),
         (("task=evaluate", "data.root=gone"), "gone is no folder; give one with ROOT/CLASS/image.jpg"),
+        (("task=export", "data.root=photos"), "task=export does not take data.root=photos"),
         (("task=predict", "data.root=photos", "trainer.precision=fp8"), "trainer.precision=fp8 is none of fp32"),
     ],
 )
