@@ -53,6 +53,7 @@ class CachingAllocator:
 
     Attributes (bytes now, and the most since the start or `reset_peaks`): `requested` as asked for, `allocated` in
     blocks handed out, `reserved` in segments; `peak_requested`, `peak_allocated`, `peak_reserved`.
+    `small_reserved` and `peak_small_reserved` are those of segments for blocks of up to 1 MiB.
     `num_retries` counts requests for which the cached segments had to be given back.
     """
 
@@ -60,6 +61,7 @@ class CachingAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.requested = 0
         self.peak_allocated = self.peak_reserved = self.peak_requested = 0
+        self.small_reserved = self.peak_small_reserved = 0
         self.num_retries = 0
         self._small: list[int] = []
         self._large: list[int] = []
@@ -130,6 +132,7 @@ class CachingAllocator:
                 if block.previous is None and block.next is None:  # it is the whole segment
                     del self._free[key]
                     self.reserved -= block.size
+                    self.small_reserved -= block.size if pool is self._small else 0
                 else:
                     kept.append(key)
             pool[:] = kept
@@ -161,6 +164,9 @@ class CachingAllocator:
                 raise AllocatorFull(nbytes, segment, self.allocated, self.reserved, capacity)
         self.reserved += segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+        if pool is self._small:
+            self.small_reserved += segment
+            self.peak_small_reserved = max(self.peak_small_reserved, self.small_reserved)
         block = _Block(self._next_address, segment, pool)
         self._next_address += segment
         return block

@@ -59,7 +59,7 @@ def _place(
     if len(rest) < len(storages):
         with suppress(torch.OutOfMemoryError):  # then more than is needed stays
             kept[:] = _reserved([size for _, size in rest], device)
-            torch.accelerator.empty_cache()
+        torch.accelerator.empty_cache()  # or what is left of either would be taken for a gap
     kept.clear()  # only now: meanwhile another process could have taken its memory
     for storage, size in rest:
         storage.resize_(size)

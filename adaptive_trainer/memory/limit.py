@@ -36,6 +36,7 @@ class Capacity:
         simulated: the simulated device, where there is one.
         total: bytes of the whole device; None where that is not known.
         foreign: bytes that the caller's own tensors held on a CUDA device before.
+        same_kernels: lack of memory may not change which kernels operators take, see `memory.kernels`.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class Capacity:
     simulated: SimulatedDevice | None = None
     total: int | None = None
     foreign: int = 0
+    same_kernels: bool = False
 
     @property
     def size(self) -> int | None:

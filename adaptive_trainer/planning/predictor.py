@@ -164,6 +164,7 @@ class Predictor:
             undo=cuda,  # a simulated card does not count the copies
             cuda=cuda,
             stored_size=used.stored_size,
+            same_kernels=cuda and config.trainer.deterministic,
             key=repr((*(key[name] for name in ("model", "optimizer", "label_smoothing")), savers, loss.kind)),
         )
 

@@ -90,7 +90,7 @@ def predict(
         free.run()
         free.evaluate()  # counts in the peaks, and not below: an evaluation that does not fit is halved
         peaks = free.allocator
-        least = _min_capacity(trace, workspaces, peaks.peak_reserved, retried=spec.undo)
+        least = _min_capacity(trace, workspaces, peaks.peak_reserved, spec)
     sizes = peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, least
     moved = trace.moved(len(spec.micro_batches))
     return Prediction(*sizes, time.perf_counter() - start, offloaded_bytes=moved)
@@ -113,12 +113,13 @@ def verdict(prediction: Prediction, capacity_bytes: int | None) -> Verdict:
     return Verdict.HOPELESS if is_hopeless else Verdict.UNSURE
 
 
-def _min_capacity(trace: Trace, workspaces: Workspaces, at_most: int, *, retried: bool) -> int:
+def _min_capacity(trace: Trace, workspaces: Workspaces, at_most: int, spec: TraceSpec) -> int:
     low, high = 0, -(-at_most // CAPACITY_STEP)  # what is reserved with no limit is enough
     while low < high:
         middle = (low + high) // 2
         try:
-            Replay(trace, workspaces, middle * CAPACITY_STEP, retried=retried).run()
+            capacity = middle * CAPACITY_STEP
+            Replay(trace, workspaces, capacity, retried=spec.undo, same_kernels=spec.same_kernels).run()
         except AllocatorFull:
             low = middle + 1
         else:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from adaptive_trainer.memory.allocator import AllocatorFull, CachingAllocator
+from adaptive_trainer.memory.one_piece import piece, small_blocks
 from adaptive_trainer.prediction.recorder import Kind
 from adaptive_trainer.prediction.tracer import Trace
 from adaptive_trainer.prediction.workspaces import Workspaces
@@ -19,6 +20,7 @@ from adaptive_trainer.prediction.workspaces import Workspaces
 # As in a dry run: the first makes the optimizer's state, the second meets the full peak and shows whether a step
 # allocates. Only then are copies made beside the weights, and these stay: two more updates.
 UPDATES = COPYING_UPDATES = 2
+LATER_UPDATES = 6
 SPLIT_LIMIT = {Kind.SPLIT: 5, Kind.SPLIT_HALF: 10}  # of the operands' bytes: more than 5 times their elements
 
 
@@ -28,15 +30,24 @@ class Replay:
     Args:
         retried: an update that does not fit is rolled back and tried once more with an empty cache, as
             `adaptive_trainer.step.update` does.
+        same_kernels: a convolution that finds no workspace does not fit. The memory is in one piece then, no update
+            is tried twice, and more of them are made, as each leaves the piece divided in another way.
     """
 
     def __init__(
-        self, trace: Trace, workspaces: Workspaces, capacity: int | None = None, *, retried: bool = False
+        self,
+        trace: Trace,
+        workspaces: Workspaces,
+        capacity: int | None = None,
+        *,
+        retried: bool = False,
+        same_kernels: bool = False,
     ) -> None:
         self.trace = trace
         self.workspaces = workspaces
         self.allocator = CachingAllocator(capacity)
-        self.retried = retried
+        self.retried = retried and not same_kernels
+        self.same_kernels = same_kernels
         self._copies = self._left_out = frozenset(range(*trace.copies))
         self._handles: dict[int, int] = {}  # of allocations that are alive, by number
         self._kept: dict[int, int] = {}  # handles of the workspaces that threads keep
@@ -48,15 +59,40 @@ class Replay:
             AllocatorFull: the capacity is too small.
         """
         self._play(0, self.trace.update_start)
+        made = set(self._handles)
+        self._small = small_blocks(self.trace.sizes[number] for number in made)
+        self._join()
         for _ in range(UPDATES):
             self._update()
         self._left_out = frozenset()
         for _ in range(COPYING_UPDATES if self._copies else 0):
             self._update()
+        if self.same_kernels:
+            self._roll_back(made)  # the dry run ends, and training begins
+            self._join()
+            self._train()
 
     def evaluate(self) -> None:
         """Run one evaluation batch."""
         self._play(self.trace.evaluation_start, len(self.trace.kinds))
+
+    def _join(self) -> None:
+        """As `memory.one_piece.join`."""
+        allocator = self.allocator
+        if not self.same_kernels or allocator.capacity is None:
+            return
+        small = max(self._small, allocator.peak_small_reserved)
+        unreserved = allocator.capacity - allocator.reserved
+        allocator.free(allocator.allocate(piece(unreserved, small, allocator.small_reserved)))
+
+    def _train(self) -> None:
+        """Make updates until one leaves the memory as the one before, or some more."""
+        left, before = self.allocator.free_blocks(), None
+        for _ in range(LATER_UPDATES):
+            if left == before:
+                break
+            self._update()
+            before, left = left, self.allocator.free_blocks()
 
     def _update(self) -> None:
         before = set(self._handles)
@@ -108,7 +144,9 @@ class Replay:
         try:
             self.allocator.free(self.allocator.allocate(nbytes))
         except AllocatorFull:
-            return  # cuDNN takes a kernel without a workspace, so that alone never makes an update fail
+            if self.same_kernels:
+                raise
+            # Else cuDNN takes a kernel without a workspace, so that alone never makes an update fail.
 
     def _multiply(self, kind: int) -> None:
         workspaces, allocator = self.workspaces, self.allocator

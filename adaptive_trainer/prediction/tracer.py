@@ -68,6 +68,7 @@ class TraceSpec:
     # Height and width of stored images (`data.cache`). The whole batch is then on the card, and the next one waits
     # there as bytes; 0: the parts of a batch come one by one.
     stored_size: int = 0
+    same_kernels: bool = False  # no operator may take another kernel because there is no memory for its usual one
     key: Hashable = None  # names both makers and the loss: traces of equal keys serve each other; None: no other
 
     @property

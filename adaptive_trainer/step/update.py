@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from adaptive_trainer import oom
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
+from adaptive_trainer.memory.one_piece import join, small_blocks
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
@@ -36,6 +38,7 @@ class Update:
 
     Attributes:
         program: what an update does.
+        kernels: whether they are the same with little memory.
         step_memory: what is known of the memory that a step takes.
 
     Args:
@@ -52,6 +55,7 @@ class Update:
         self.state = state
         self.program = Program(state, loss, recipe, device)
         self.capacity = capacity
+        self.kernels = Kernels(device, is_strict=capacity.same_kernels)
         self._device = device
         self._held: int | None = None  # bytes, before the updates of a dry run
         self._is_dry_run = False
@@ -59,6 +63,9 @@ class Update:
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self._undo.end()
+        self._small = small_blocks(parameter.nbytes for parameter in self._undo.parameters)
+        self._is_split = self._wants_one_piece
+        self._has_joined = False
         self.step_memory = StepMemory(state.optimizer, self._undo.parameters, device)
 
     @property
@@ -99,7 +106,13 @@ class Update:
             OutOfMemory: it failed twice; what it changed is as before, and what it held is freed.
         """
         kind = self._kind(images, labels, evaluated=model)
-        return self._transact("evaluation", kind, lambda: self.program.evaluate(model.eval(), images, labels))
+
+        def work() -> tuple[float, float, float]:
+            found = self.program.evaluate(model.eval(), images, labels)
+            self.kernels.check()
+            return found
+
+        return self._transact("evaluation", kind, work)
 
     def accepts(self, samples: int) -> bool:
         """Whether an update on so many samples makes sense: BatchNorm cannot train on one."""
@@ -140,6 +153,7 @@ class Update:
             yield
         finally:
             self._held, self._is_dry_run = None, False
+            self._is_split = self._wants_one_piece
             self.step_memory.forget()
             self._undo.forget_tensors()
 
@@ -159,8 +173,18 @@ class Update:
             self._undo.roll_back()
             self._undo.end()
 
+    @property
+    def _wants_one_piece(self) -> bool:
+        # A whole card is not taken before it is known that less does not do.
+        return self.kernels.is_watched and self.capacity.bytes is not None
+
+    def _join(self) -> None:
+        join(self.capacity, self._small)
+        self._is_split, self._has_joined = False, True
+
     def _guard(self, change: Change) -> None:
         """Change the weights, once what is needed to undo that is kept."""
+        self.kernels.check()
         if self._undo.can_move:
             self.program.follow_layouts()  # before the step, in which no memory may be needed that was not seen
         memory = self.step_memory
@@ -180,8 +204,12 @@ class Update:
             OutOfMemory: it failed twice; what it held is freed.
         """
         try:
+            if self._is_split:
+                self._join()
             done = self._attempt(phase, kind, work)
             if isinstance(done, oom.Failure) and not done.exact:
+                if self.kernels.is_watched and not self._has_joined:  # else in pieces, where a small block is wanted
+                    self._join()
                 log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, done.text)
                 done = self._attempt(phase, kind, work)
         finally:
@@ -193,6 +221,7 @@ class Update:
     def _attempt(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T | oom.Failure:
         """What the work returns, or the reason why it was rolled back."""
         self.program.phase = phase
+        self.kernels.begin()
         try:
             self._undo.begin()
             with self.capacity.device_work(kind):
@@ -216,6 +245,8 @@ class Update:
         if not oom.probe(self._device):
             raise DeviceUnusable(f"{self._device} answers nothing any more after: {failure.text}")
         oom.release(self._device, self._held)
+        self._is_split = self._has_joined  # from the next work on again
+        self.kernels.restore()
 
     def _kind(self, images: Tensor, labels: Tensor, evaluated: nn.Module | None = None) -> Hashable:
         """What a simulated card need not count again: the same shapes, once the optimizer has made its state."""

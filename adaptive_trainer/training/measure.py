@@ -32,6 +32,7 @@ def measure(config: Config, num_classes: int) -> tuple[int, int] | None:
         torch.cuda.device(device),
         limited(device, config.memory.limit) as capacity,
     ):
+        capacity.same_kernels = config.trainer.deterministic
         with suppress(OutOfMemory):
             peaks = _peaks(config, num_classes, capacity)  # a call, whose frame and session are gone at its end
         oom.release(device)  # for the next measurement of a table

@@ -141,6 +141,7 @@ class Trainer(Uses):
             seed_everything(asked.seed)  # a data set of the caller's own may draw numbers when it is opened
             limit = limit_for(asked, device, is_own_data=self._data[0] is not None)
             with limited(device, limit) as capacity:
+                capacity.same_kernels = asked.trainer.deterministic
                 log.info("device: %s", capacity.description)
                 if device.type == "cuda":
                     log.info("others: %s", describe_users(device))

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer import oom
 from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, explained
 from adaptive_trainer.memory.compaction import compact
+from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.recomputing.following import host_memory_of
 from adaptive_trainer.step.backends.host_state import HostState
@@ -88,6 +89,7 @@ class Graph:
         if failed is not None:
             vars(self).clear()  # the graph, and with it its memory
             oom.release(program.device)
+            update.kernels.restore()
             raise failed
         self._held = self._pool.held()
         if images.is_pinned():
@@ -103,7 +105,7 @@ class Graph:
             self.images, self.labels = (torch.zeros_like(each, device=device) for each in batch)
             size = int(in_one * _make_room(capacity, update.tensors))
             with update.rolled_back(), _unchanged_host(program):
-                self._record(program, accumulate, size)
+                self._record(program, accumulate, size, update.kernels)
         except GraphRefused as error:
             return GraphRefused(str(error))
         except DeviceUnusable:
@@ -157,7 +159,7 @@ class Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
-    def _record(self, program: Program, accumulate: Accumulate, size: int) -> None:
+    def _record(self, program: Program, accumulate: Accumulate, size: int, kernels: Kernels) -> None:
         self.rates = [torch.tensor(float(group["lr"]), device=program.device) for group in self.groups]
         for group, rate in zip(self.groups, self.rates, strict=True):  # whoever records puts the groups back
             group.update({"lr": rate} | ({"capturable": True} if "capturable" in group else {}))
@@ -169,10 +171,16 @@ class Graph:
             program.follow_layouts()  # as any update does; what has moved is a reason then, and no operator's error
             change()
 
-        if self.with_step:
-            self._pool.capture(self._graph, lambda: program.run(self.images, self.labels, accumulate, step), size)
-        else:
-            self._pool.capture(self._graph, lambda: accumulate(self.images, self.labels), size)
+        def work() -> None:
+            kernels.begin()
+            if self.with_step:
+                program.run(self.images, self.labels, accumulate, step)
+            else:
+                accumulate(self.images, self.labels)
+            kernels.check()
+
+        self._pool.capture(self._graph, work, size)
+        if not self.with_step:
             self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
         self._host_memory = host_memory_of(program.state.model)  # which replays copy to and from
 

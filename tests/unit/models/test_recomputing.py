@@ -439,11 +439,11 @@ def test_nothing_lives_longer_than_the_backward_pass(plan: str) -> None:
         gc.enable()
 
 
-class Failing(TorchDispatchMode):
+class Failing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails at one of the operators, and knows the memory of the results of those before it."""
 
     def __init__(self, number: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.left = number
         self.alive: list[Any] = []
 

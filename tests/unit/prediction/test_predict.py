@@ -154,6 +154,13 @@ def test_a_convolution_goes_without_a_workspace_that_does_not_fit() -> None:
     assert (live, reserved, least) == (70 * MiB, 70 * MiB, 20 * MiB)
 
 
+def test_where_kernels_are_to_stay_the_same_a_convolution_needs_its_workspace() -> None:
+    """Beside it there is room for small blocks, and memory comes in one piece."""
+    canned = Canned([(BORN, 0), (Kind.CONV, 1), (DIED, 0)], [20 * MiB, 50 * MiB])
+    found = predict(replace(SPEC, same_kernels=True, undo=True), tracer=canned)
+    assert found.min_capacity_bytes == 70 * MiB
+
+
 def test_weight_gradients_are_split_over_the_samples_unless_that_is_out_of_proportion() -> None:
     split, *_ = replayed([(Kind.SPLIT, 0), (Kind.CONV, 1)], [40 * MiB, 8 * MiB])
     not_split, *_ = replayed([(Kind.SPLIT, 0), (Kind.CONV, 1)], [41 * MiB, 8 * MiB])

@@ -1,0 +1,78 @@
+"""Whether convolutions took the kernels that they take where memory is no matter: others give other last bits.
+
+cuDNN's best kernel may want a workspace. Where there is no memory for it, torch says nothing, takes the next kernel,
+and keeps to that choice for as long as the process runs. `trainer.deterministic` promises the same bits on a smaller
+card.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch.nn import functional
+
+from adaptive_trainer.utils.modes import unseen
+
+LIMIT = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"  # choices that each thread keeps; read by torch at its first convolution
+CHOICES = 1000  # in place of 10,000, which would take half a minute to displace
+
+
+class Kernels:
+    """Watches one device.
+
+    Args:
+        device: where convolutions run.
+        is_strict: they are to take the same kernels always.
+
+    Attributes:
+        is_watched: there is something to be watched.
+    """
+
+    def __init__(self, device: torch.device, *, is_strict: bool) -> None:
+        self._device = device
+        self.is_watched = is_strict and device.type == "cuda"
+        self._before = 0
+        self._has_refused = False
+        if self.is_watched:
+            os.environ.setdefault(LIMIT, str(CHOICES))
+
+    def begin(self) -> None:
+        """Work begins."""
+        self._before, self._has_refused = self._failures(), False
+
+    def check(self) -> None:
+        """See whether all operators of the work had memory for their kernels.
+
+        Raises:
+            torch.OutOfMemoryError: one had not, and took another kernel.
+        """
+        if self._failures() > self._before:
+            self._has_refused = True
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory for the workspace of an operator, which took another kernel; "
+                "trainer.deterministic=true keeps to the same kernels"
+            )
+
+    def restore(self) -> None:
+        """After work that has failed for lack of memory: have torch choose anew what was chosen meanwhile."""
+        silent = self._failures() - self._before - (not self._has_refused)  # but for the one that was raised
+        if silent > 0:
+            _displace(self._device)
+
+    def _failures(self) -> int:
+        """Allocations that have failed so far, also those that nobody was told of."""
+        if not self.is_watched:
+            return 0
+        return int(torch.cuda.memory_stats(self._device).get("num_ooms", 0))
+
+
+@unseen
+def _displace(device: torch.device) -> None:
+    """Displace the choices of kernels that this thread and the one of backward passes keep."""
+    kept = max(CHOICES, int(os.environ.get(LIMIT) or 0))
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        weight = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+        for width in range(1, kept + 1):
+            images = torch.zeros(1, 1, 1, width, device=device, requires_grad=True)
+            functional.conv2d(images, weight).sum().backward()  # type: ignore[no-untyped-call]
