@@ -84,7 +84,7 @@ def settings(name: str, batch: int, size: int, precision: str) -> Config:
             [
                 "card=h200", f"model.name={name}", f"model.num_classes={CLASSES}", f"trainer.batch_size={batch}",
                 f"data.image_size={size}", f"trainer.precision={precision}", "trainer.channels_last=false",
-                "trainer.recompute=auto",
+                "trainer.recompute=auto", "trainer.deterministic=true",
             ]
         )
     )  # fmt: skip
@@ -113,6 +113,7 @@ def engine_of(config: Config, limit: int | None, *, deterministic: bool) -> Iter
     """What trains a recipe by a graph, under a limit in bytes."""
     size = "none" if limit is None else f"{limit // MiB}MiB"
     with private_process_state(deterministic=deterministic, tf32=None), limited(CUDA, size) as capacity:
+        capacity.same_kernels = deterministic
         torch.manual_seed(0)
         batch = config.trainer.batch_size
         session = enter(config, Parts(build_model, build_loss, "", CLASSES, batch, CUDA, capacity))
