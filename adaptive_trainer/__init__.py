@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adaptive_trainer.models.savers.recompute import recompute
     from adaptive_trainer.oom import is_out_of_memory
     from adaptive_trainer.planning.api import predict
-    from adaptive_trainer.report.record import Result
+    from adaptive_trainer.report.result import Result
     from adaptive_trainer.step.transaction import Transaction
     from adaptive_trainer.training.trainer import Trainer
 
@@ -60,7 +60,7 @@ _NAMES = {
     "models.savers.recompute": ("recompute",),
     "oom": ("is_out_of_memory",),
     "planning.api": ("predict",),
-    "report.record": ("Result",),
+    "report.result": ("Result",),
     "step.transaction": ("Transaction",),
     "training.trainer": ("Trainer",),
 }  # fmt: skip

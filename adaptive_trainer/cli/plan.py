@@ -208,10 +208,8 @@ def run_memory(cfg: DictConfig, output_dir: str | Path, measure: Measure | None 
     if any(cell.verdict in MARKS for cell in cells):
         text += "\n! does not fit, ? too near the limit to say"
     log.info("%s", text)
-    files: dict[str, str | bytes] = {"memory.txt": text + "\n", "memory.csv": as_csv([asdict(cell) for cell in cells])}
-    if picture := _drawn(cells, head):
-        files["memory.png"] = picture
-    _write(output_dir, files)
+    table_file = as_csv([asdict(cell) for cell in cells])
+    _write(output_dir, {"memory.txt": text + "\n", "memory.csv": table_file, "memory.png": _drawn(cells, head)})
     return cells
 
 
@@ -258,13 +256,10 @@ def _shown(cell: Cell) -> str:
     return f"{_mib(cell.allocated_bytes)}{measured}{MARKS.get(cell.verdict, '')}"
 
 
-def _drawn(cells: Sequence[Cell], title: str) -> bytes | None:
-    """A PNG with a line for each image size over the batch size; None and a message where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("matplotlib is not installed, so there is no picture (pip install matplotlib)")
-        return None
+def _drawn(cells: Sequence[Cell], title: str) -> bytes:
+    """A PNG with a line for each image size over the batch size."""
+    from matplotlib.figure import Figure  # most of a second, which a plan does without
+
     # Without pyplot, which would look for a screen.
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

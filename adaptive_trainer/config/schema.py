@@ -264,6 +264,7 @@ class Config:
     resume: str | None = None
     output_dir: str | None = None  # null: Hydra's output folder
     verbosity: str = setting("normal", _one_of(*VERBOSITIES))  # of the screen; quiet: warnings and errors only
+    report: bool = True  # report.html and plots/, at the end of a training
     trackers: dict[str, Any] = field(default_factory=dict)  # by name, nodes with a `_target_`, as those of the data
     optimized_metric: str = setting("val_accuracy", _one_of(*METRICS))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,9 @@ from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.predictor import LossFactory, Predictor, other_allocator
 from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.prediction.estimator import Verdict, verdict
+from adaptive_trainer.prediction.timeline import timeline
+from adaptive_trainer.prediction.tracer import TraceError
+from adaptive_trainer.report.listeners import Timeline
 from adaptive_trainer.utils.device import capability_of, precision_refusal
 from adaptive_trainer.utils.files import default_folder
 
@@ -118,6 +122,12 @@ class Judge:
         """The least bytes that these settings are predicted to fit in, where that was predicted."""
         prediction = self._predictor.recalled(self._planner.planned(config, self.capacity.room()))
         return None if prediction is None else prediction.min_capacity_bytes
+
+    def timeline(self, config: Config) -> Timeline | None:
+        """Trace the memory of an update under these settings; None where that is not possible."""
+        with suppress(TraceError):
+            return timeline(self._predictor.spec_of(config))
+        return None
 
     def added_time(self, config: Config) -> float | None:
         """Predicted time of an update over that without recomputation; None where nothing is recomputed."""

@@ -23,6 +23,8 @@ OF_A_RUN = (
     LAST.parent,
     "attempts.jsonl",
     "metrics.csv",
+    "report.html",
+    "plots",
     "evaluation.json",
     RESULT,
     SETTINGS,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptive_trainer.errors import ConfigError, explained
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from adaptive_trainer.report.result import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,104 @@ class Candidate:
     room: int | None = None
     added_time: float | None = None
     updates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is seen between two updates.
+
+    Attributes:
+        updates, images: made, and trained on, since the first epoch of the phase.
+        allocated, reserved: bytes of the device now; 0 where nothing counts them.
+        loss: mean training loss of the epoch so far, as last read; None where it was not read yet.
+    """
+
+    updates: int
+    images: int
+    allocated: int
+    reserved: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """An image of the validation set that was given another class than its own, and with which probability."""
+
+    index: int
+    label: int
+    predicted: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a network has answered in an evaluation.
+
+    Attributes:
+        counts: images by (label, predicted class).
+        mistakes: the most confident ones, the worst first.
+    """
+
+    counts: Mapping[tuple[int, int], int]
+    mistakes: Sequence[Wrong]
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A further option of a recipe.
+
+    Attributes:
+        typed: overrides to type.
+        need: bytes that the recipe would then be predicted to need.
+        saves: bytes that it would need less than now; below 0, more.
+        fits: whether that is within what there is.
+        effect: what it gives up or restores, in words.
+    """
+
+    typed: str
+    need: int
+    saves: int
+    fits: bool
+    effect: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The memory of one update by a trace: bytes that tensors ask for, after each operator.
+
+    Attributes:
+        live: bytes, one for each operator or for several.
+        operators: how many there are.
+        backward, step: the operators with which the backward pass and the optimizer's step begin.
+        peak: bytes at the peak, by what holds them, the most first.
+        at: the operator at the peak, in words.
+    """
+
+    live: Sequence[int]
+    operators: int
+    backward: int
+    step: int
+    peak: Sequence[tuple[str, int]]
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that has trained, and what can be asked about it; nothing is worked out before it is asked for.
+
+    Attributes:
+        classes: their names.
+        image: opens an image of the validation set by its index.
+        name: what that image is called.
+        timeline: traces an update; None where that is not possible.
+        advice: predicts further options.
+    """
+
+    classes: Sequence[str]
+    image: Callable[[int], Image]
+    name: Callable[[int], str]
+    timeline: Callable[[], Timeline | None]
+    advice: Callable[[], Sequence[Advice]]
 
 
 class Listener:
@@ -61,8 +165,17 @@ class Listener:
             epochs: how many there will be.
         """
 
+    def sample(self, sample: Sample) -> None:
+        """Hear, up to twenty times a second, how training goes."""
+
+    def answers(self, answers: Answers) -> None:
+        """Hear of an evaluation of a network that gives scores by class."""
+
     def checkpoint(self, path: Path) -> None:
         """Hear of a file that was written."""
+
+    def trained(self, result: Result, finished: Finished) -> None:
+        """Hear what a run that has trained came to, once result.json is written."""
 
     def end(self, outcome: str) -> None:
         """Hear how the run ended, as in result.json."""

@@ -6,50 +6,19 @@ import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt
-from adaptive_trainer.ladder.rung import Change
-from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import failure, is_within, set_aside
-from adaptive_trainer.report.listeners import Listener
+from adaptive_trainer.report.listeners import Finished, Listener
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
 WRITTEN_WHOLE = ("checkpoints/*.pt", "config.yaml", "metrics.csv", "result.json")
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a run came to: plain data.
-
-    Attributes:
-        outcome: `trained`.
-        rung: the rung that fits at the end.
-        requested, used: what was asked for and what trained.
-        changes: every setting that differs, and why.
-        events: what else was decided on the way, in words, in order.
-        images: how they were normalised, cropped and resampled: `mean`, `std`, ... of the settings of `data`.
-        metrics: of the last evaluation, plus the best one.
-        attempts: every rung tried, in order.
-        stages: for staged training, name, rung and metrics of each stage.
-        output_dir: where the record and the checkpoints are.
-    """
-
-    outcome: str
-    rung: str
-    requested: Recipe
-    used: Recipe
-    changes: list[Change]
-    events: list[str]
-    metrics: dict[str, float]
-    attempts: list[Attempt]
-    output_dir: str
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    images: dict[str, Any] = field(default_factory=dict)
 
 
 def _passed_on(name: str) -> Callable[..., None]:
@@ -101,7 +70,8 @@ class Record(Listener):
                 f"another run is at work in {self.folder}; wait for its end, or choose another output_dir"
             )
 
-    start, candidate, epoch, checkpoint, end = map(_passed_on, ("start", "candidate", "epoch", "checkpoint", "end"))
+    start, candidate, epoch, sample = map(_passed_on, ("start", "candidate", "epoch", "sample"))
+    answers, checkpoint, trained, end = map(_passed_on, ("answers", "checkpoint", "trained", "end"))
 
     def begin(self, settings: str) -> None:
         """Write config.yaml, and the attempts so far."""
@@ -151,11 +121,12 @@ class Record(Listener):
         ]
         self._write(path.name, as_csv(kept) if kept else "")
 
-    def result(self, result: Result) -> None:
+    def result(self, result: Result, finished: Finished) -> None:
         """Write result.json."""
         recipes = {"requested": result.requested.reported(), "used": result.used.reported()}
         content = {**asdict(result), **recipes, "accumulation": result.used.accumulation}
         self._write("result.json", as_json(content, indent=2) + "\n")
+        self.trained(result, finished)
         self.end(result.outcome)
 
     def failure(self, outcome: str, message: str) -> None:

@@ -13,7 +13,7 @@ from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.recipe import plan_in_words
 from adaptive_trainer.report.lines import brief
-from adaptive_trainer.report.record import Result
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
 from adaptive_trainer.utils.tables import table
 
@@ -76,6 +76,8 @@ def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bo
     if way_on:
         lines.append(f"predict: {COMMAND} task=predict data.root=FOLDER {override('model.weights', model)}")
         lines.append(f"train on: {COMMAND} {way_on}")
+    if (folder / "report.html").exists():
+        lines.append(f"report: {nearby(folder / 'report.html')}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from adaptive_trainer.step.backends.choose import BACKENDS
+from adaptive_trainer.step.program import See
 from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
@@ -57,9 +58,11 @@ class Engine:
         """End what was begun for later updates."""
         self.backend.close()
 
-    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    def evaluate(
+        self, model: nn.Module, images: Tensor, labels: Tensor, see: See | None = None
+    ) -> tuple[float, float, float]:
         """Evaluate one batch, as `Update.evaluate`."""
-        return self.backend.beside(lambda: self.update.evaluate(model, images, labels), stays=False)
+        return self.backend.beside(lambda: self.update.evaluate(model, images, labels, see), stays=False)
 
     def beside(self, work: Callable[[], T], *, stays: bool = True) -> T:
         """Return what the work returns; where memory runs out beside a graph, once more without it.

@@ -25,6 +25,7 @@ from adaptive_trainer.utils.device import AUTOCAST
 Forward = Callable[[Tensor], Any]  # a network, of images
 Accumulate = Callable[[Tensor, Tensor], None]  # gradients, of images and labels
 Change = Callable[..., None]  # `Program.change`
+See = Callable[[Tensor, Tensor], None]  # scores, of an evaluation batch, and labels
 
 
 class Program:
@@ -183,7 +184,9 @@ class Program:
                     averaged[name] = value.detach().clone()
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    def evaluate(
+        self, model: nn.Module, images: Tensor, labels: Tensor, see: See | None = None
+    ) -> tuple[float, float, float]:
         """As `Update.evaluate`."""
         torch.clear_autocast_cache()
         y = labels.to(self.device, non_blocking=True)
@@ -191,7 +194,10 @@ class Program:
             output = model(self._to_device(images))
         with self.criterion.evaluating():
             loss, weight = self._terms(output, y).sums()
-        right = float((output.argmax(1) == y).sum()) if is_classification(output, y) else math.nan
+        is_scored = is_classification(output, y)
+        right = float((output.argmax(1) == y).sum()) if is_scored else math.nan
+        if see is not None and is_scored:
+            see(output, y)
         return loss, weight, right
 
 

@@ -25,7 +25,7 @@ from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.copies import layout
-from adaptive_trainer.step.program import Accumulate, Change, Program
+from adaptive_trainer.step.program import Accumulate, Change, Program, See
 from adaptive_trainer.step.undo import Progress, TrainState, Undo
 
 log = logging.getLogger(__name__)
@@ -97,10 +97,16 @@ class Update:
         self.state.position = position
         self.state.updates += 1
 
-    def evaluate(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    def evaluate(
+        self, model: nn.Module, images: Tensor, labels: Tensor, see: See | None = None
+    ) -> tuple[float, float, float]:
         """Sum of the loss, its denominator and number of right answers of one evaluation batch.
 
         The last is NaN where the output is no scores.
+
+        Args:
+            see: is given scores (N, classes) and labels (N,) on the device, where there are scores; twice, where the
+                batch is evaluated once more.
 
         Raises:
             OutOfMemory: it failed twice; what it changed is as before, and what it held is freed.
@@ -108,7 +114,7 @@ class Update:
         kind = self._kind(images, labels, evaluated=model)
 
         def work() -> tuple[float, float, float]:
-            found = self.program.evaluate(model.eval(), images, labels)
+            found = self.program.evaluate(model.eval(), images, labels, see)
             self.kernels.check()
             return found
 

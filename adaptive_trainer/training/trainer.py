@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from PIL.Image import Image
 from torch import nn
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from adaptive_trainer import oom
 from adaptive_trainer.checkpoints import resume
@@ -25,7 +27,15 @@ from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import BALANCED, USUAL, Config
 from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
-from adaptive_trainer.data.datasets import DataSets, build_datasets, check_batch_size, described, labels_of
+from adaptive_trainer.data.datasets import (
+    DataSets,
+    MapDataset,
+    build_datasets,
+    check_batch_size,
+    described,
+    labels_of,
+    sample_name,
+)
 from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
 from adaptive_trainer.errors import (
@@ -45,17 +55,22 @@ from adaptive_trainer.planning.image_size import check_image_size
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
+from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import left_by_earlier, way_on
 from adaptive_trainer.report.lines import Lines
-from adaptive_trainer.report.listeners import trackers
-from adaptive_trainer.report.record import Record, Result
+from adaptive_trainer.report.listeners import Finished, trackers
+from adaptive_trainer.report.page import Report
+from adaptive_trainer.report.record import Record
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.report.summary import summary
+from adaptive_trainer.training.advice import advice
 from adaptive_trainer.training.arguments import check_arguments, noting
 from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.own_weights import own_weights
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.session import Parts
+from adaptive_trainer.training.stage import Stage
 from adaptive_trainer.training.uses import Uses
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
@@ -123,7 +138,8 @@ class Trainer(Uses):
         device = device_of(start.cfg.device)
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)  # `card=` plans for a card that is not here
-        record = Record(self.output_dir, [Lines(), *trackers(typed(start.cfg).trackers)])
+        reports = [Report(self.output_dir)] if start.cfg.report else []
+        record = Record(self.output_dir, [Lines(), *reports, *trackers(typed(start.cfg).trackers)])
         with showing(start.cfg.verbosity), alone_in_process(), record.held():
             if not left_by_earlier(self.output_dir):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg))
@@ -263,7 +279,7 @@ class Trainer(Uses):
             output_dir=str(self.output_dir),
             stages=done.phases if len(done.phases) > 1 else [],
         )
-        record.result(result)
+        record.result(result, _finished(stage, used, result.requested))
         # a line to type goes on with what settings can say: neither code of the caller's own nor stages
         is_typed = self._own_model is None and self._loss is None and self._data == (None, None) and not result.stages
         more = f"{way_on(self.output_dir)} trainer.epochs={2 * asked.trainer.epochs}" if is_typed else ""
@@ -281,6 +297,22 @@ class Trainer(Uses):
             f"out of memory beside training ({failure.type_name}: {failure.text}). Close other programs or lower "
             f"data.num_workers; a run that has left a checkpoint goes on with {way_on(self.output_dir)}"
         )
+
+
+def _finished(stage: Stage, used: Config, asked: Recipe) -> Finished:
+    judge, data = stage.run.judge, stage.run.data
+    return Finished(
+        data.classes,
+        partial(_picture, data.val),
+        partial(sample_name, data.val),
+        partial(judge.timeline, used),
+        partial(advice, asked, used, judge),
+    )
+
+
+def _picture(data: MapDataset, index: int) -> Image:
+    image = data[index][0]
+    return image if isinstance(image, Image) else to_pil_image(image)
 
 
 def _in_channels_last(

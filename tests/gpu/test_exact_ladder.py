@@ -10,7 +10,7 @@ import torch
 
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.report.record import Result
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.step.update import Update
 from tests.gpu.test_gpu import everything
 

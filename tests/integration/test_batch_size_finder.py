@@ -30,7 +30,7 @@ from adaptive_trainer.planning.api import predict
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.report.record import Result
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.session import Parts, enter
 from tests.integration.test_resume import differing

@@ -25,7 +25,8 @@ from adaptive_trainer.models.optimizers import Schedule
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
 from adaptive_trainer.report.lines import Lines
-from adaptive_trainer.report.record import Record, Result
+from adaptive_trainer.report.record import Record
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.training import trainer
 from adaptive_trainer.training.epochs.evaluation import Evaluation

@@ -23,7 +23,7 @@ from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.prediction.estimator import Prediction
-from adaptive_trainer.report.record import Result
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.step.update import Update
 
 MiB = 2**20

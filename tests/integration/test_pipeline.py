@@ -25,7 +25,7 @@ from adaptive_trainer.config.schema import RungConfig
 from adaptive_trainer.data.cached import prefetch
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import Interrupted, LadderExhausted
-from adaptive_trainer.report.record import Result
+from adaptive_trainer.report.result import Result
 
 # Python 3.12 warns of every fork in a process with threads, and torch always has some
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

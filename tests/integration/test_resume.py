@@ -30,7 +30,8 @@ from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError,
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
-from adaptive_trainer.report.record import Record, Result
+from adaptive_trainer.report.record import Record
+from adaptive_trainer.report.result import Result
 from tests.support import runs
 from tests.support.faults import Fault
 from tests.support.forking import ROOT, Launcher, Started

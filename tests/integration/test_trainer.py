@@ -34,7 +34,7 @@ from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedDevice
 from adaptive_trainer.planning.cache import Measurement
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.report.record import Result
+from adaptive_trainer.report.result import Result
 from adaptive_trainer.step.dry_run import DRY_RUN_UPDATES, dry_run
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.training import trial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -14,14 +15,23 @@ _compose = hydra.compose
 _known: dict[tuple[str, ...], bytes] = {}
 
 
+def without_report(overrides: Sequence[str]) -> list[str]:
+    is_asked = any(text.startswith("report=") for text in overrides)
+    return [*overrides, *(() if is_asked else ("report=false",))]
+
+
 def compose(
     config_name: str | None = None,
     overrides: list[str] | None = None,
     return_hydra_config: bool = False,
     strict: bool | None = None,
 ) -> DictConfig:
-    """`hydra.compose`, which remembers what it made of the package's own files; others may have changed since."""
-    key = (str(config_name), *(overrides or ()))
+    """`hydra.compose`, which remembers what it made of the package's own files; others may have changed since.
+
+    Without a report, which takes longer than a small training, where a test does not ask for one.
+    """
+    overrides = without_report(overrides or ()) if config_name == "config" else list(overrides or ())
+    key = (str(config_name), *overrides)
     folders = [source.path for source in GlobalHydra.instance().config_loader().get_search_path().get_path()]
     own = folders == ["pkg://hydra.conf", config_dir(), "structured://"]
     if return_hydra_config or not own or any("searchpath" in text for text in key):

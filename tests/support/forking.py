@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.composing import without_report
+
 ROOT = Path(__file__).parents[2]
 WARM = ("adaptive_trainer.training.trainer", "timm", "torchvision", "sklearn.datasets")
 LONGEST = 150  # seconds, then the process is ended by SIGALRM
@@ -80,14 +82,14 @@ class Launcher:
         env: dict[str, str] | None = None,
         largest_file: int | None = None,
     ) -> Started:
-        """Start `python -m adaptive_trainer *args` or `python script *args`.
+        """Start `python -m adaptive_trainer *args`, without a report where none is asked for, or `python script *args`.
 
         Args:
             largest_file: bytes; writing more into a file fails, as it does on a full disk.
         """
         folder.mkdir(parents=True, exist_ok=True)
         request = {
-            "args": args,
+            "args": args if script is not None else without_report(args),
             "folder": str(folder),
             "script": None if script is None else str(script),
             "env": env or {},

@@ -11,6 +11,7 @@ from adaptive_trainer.data.pipeline import Pipeline
 from adaptive_trainer.errors import DataError, Interrupted, OutOfMemory
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
+from adaptive_trainer.training.epochs.answers import Gathered
 from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.epochs.watch import BrokenImages
 from adaptive_trainer.utils.progress import Progress
@@ -35,6 +36,7 @@ class Evaluation:
     _done: int = field(init=False, default=0)
     _seen: int = field(init=False, default=0)
     _sums: tuple[float, float, float] = field(init=False, default=(0.0, 0.0, 0.0))
+    _gathered: Gathered = field(init=False, default_factory=Gathered)
 
     def run(self, model: nn.Module) -> tuple[float, float]:
         """Mean loss and share of right answers; the share is NaN where the output is no row of scores for each image.
@@ -45,6 +47,7 @@ class Evaluation:
             Interrupted: a signal came; nothing is saved.
         """
         self._done, self._seen, self._sums = 0, 0, (0.0, 0.0, 0.0)
+        self._gathered = Gathered()
         with Progress("evaluation:", self.total) as progress:
             while self._done < self.total:
                 try:
@@ -60,6 +63,8 @@ class Evaluation:
             raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
         if not weight:  # class weights of 0, or labels that the loss ignores
             raise DataError("the loss counts no label of the validation set: all have the weight 0")
+        if (answers := self._gathered.answers()) is not None:
+            self.record.answers(answers)
         return loss / weight, correct / self._seen
 
     def _go_on(self, model: nn.Module, progress: Progress) -> None:
@@ -69,7 +74,8 @@ class Evaluation:
             for batch in batches:
                 self.broken.name(batch)
                 if len(batch.labels):  # else all of its images are broken
-                    more = self.engine.evaluate(model, batch.images, batch.labels)
+                    more = self.engine.evaluate(model, batch.images, batch.labels, self._gathered.see)
+                    self._gathered.keep(batch, self._done)
                     self._sums = tuple(a + b for a, b in zip(self._sums, more, strict=True))  # type: ignore[assignment]
                 self._done += batch.samples  # only now: a batch that fails is evaluated again, in smaller ones
                 self._seen += len(batch.labels)

@@ -21,7 +21,7 @@ from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.undo import Undo
 from adaptive_trainer.training.epochs.evaluation import Evaluation
 from adaptive_trainer.training.epochs.stopping import StopSignal
-from adaptive_trainer.training.epochs.watch import BrokenImages, RunningLoss, Thrashing, finite
+from adaptive_trainer.training.epochs.watch import BrokenImages, RunningLoss, Sampling, Thrashing, finite
 from adaptive_trainer.training.keeper import Keeper
 from adaptive_trainer.training.session import Session
 from adaptive_trainer.utils.progress import Progress
@@ -60,6 +60,7 @@ class Loop:
         self._failures = 0  # beside updates, since one passed with all that belongs to it
         self.growth = Growth(self.device)  # of this rung: another one holds other tensors
         self.loss = RunningLoss(self.session)
+        self.sampling = Sampling(self.session, self.record)
         self.broken = BrokenImages(self.record)
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
         trainer = config.trainer
@@ -162,6 +163,7 @@ class Loop:
             self.growth.note(state.updates, self.capacity.usage().allocated)
         if self.loss.is_asked:
             self.loss.answer()
+        self.sampling.look(self.loss.last)
         progress.advance(batch.samples)
         self.broken.name(batch)
         if state.updates % trainer.log_every == 0:
@@ -189,7 +191,7 @@ class Loop:
 
     def _finish_epoch(self) -> None:
         """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
-        self.loss.is_asked, self.loss.text = False, ()  # what follows says more
+        self.loss.is_asked, self.loss.last, self.loss.text = False, None, ()  # what follows says more
         row: dict[str, Any] = {}
         # a stop takes the evaluation back too: a resumed run begins it anew and ends with the same bits
         with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).rolled_back_on_error():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 
 from adaptive_trainer.data.loader import Batch
 from adaptive_trainer.errors import DivergedError, OutOfMemory
-from adaptive_trainer.report.listeners import Listener
+from adaptive_trainer.report.listeners import Listener, Sample
 from adaptive_trainer.training.session import Session
 
+SAMPLED_EVERY = 0.05  # seconds
 UPDATES_PER_FLUSH = 5  # a cache that is flushed this often or more is thrashing
 
 
@@ -35,6 +37,7 @@ class RunningLoss:
     """The mean training loss: asked for after one update and read after the next, so that a device need not wait.
 
     Attributes:
+        last: the mean as it was last read; None where it was not.
         text: loss and share of right answers as they were last read, for people; the share is left out where none is
             right, as of a network that gives no scores by class.
     """
@@ -44,6 +47,7 @@ class RunningLoss:
         self.is_asked = False
         self._session = session
         self._asked_after = 0
+        self.last: float | None = None
         self.text: tuple[str, ...] = ()
         self._sums = torch.zeros(4, dtype=torch.float64, pin_memory=on_cuda)  # only pinned memory is copied to beside
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
@@ -70,9 +74,25 @@ class RunningLoss:
             self._copied.synchronize()  # for this copy alone, not for the update that is running
         self.is_asked = False
         total, weight, correct, seen = self._sums.tolist()
-        loss = finite("training", float(total / (weight or 1)), self._session, self._asked_after)
+        self.last = loss = finite("training", float(total / (weight or 1)), self._session, self._asked_after)
         self.text = (f"loss {loss:.3f}", f"acc {100 * correct / seen:.0f} %" if correct else "")
         return loss
+
+
+class Sampling:
+    """Tells the listeners, at most so often, how training goes."""
+
+    def __init__(self, session: Session, record: Listener) -> None:
+        self._session, self._record, self._at = session, record, 0.0
+
+    def look(self, loss: float | None) -> None:
+        """After an update: tell memory, counts and the loss as it was last read."""
+        if (now := time.perf_counter()) < self._at:
+            return
+        self._at = now + SAMPLED_EVERY
+        state, used = self._session.state, self._session.capacity.usage()
+        images = state.position.epoch * state.position.size + state.position.cursor
+        self._record.sample(Sample(state.updates, images, used.allocated, used.reserved, loss))
 
 
 class Thrashing:

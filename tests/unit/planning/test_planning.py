@@ -7,7 +7,6 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,15 +288,6 @@ def test_run_memory(tmp_path: Path) -> None:
 def test_run_memory_refuses_a_network_that_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"unknown model\.name=mobilenetv9"):
         run_memory(settings(*SMALL, "model.name=mobilenetv9"), tmp_path)
-
-
-def test_run_memory_without_matplotlib(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run_memory(settings(*SMALL, "memory.limit=6GiB", "batch=[4]", "size=[64]"), tmp_path)
-    assert "pip install matplotlib" in caplog.text
-    assert sorted(path.name for path in tmp_path.glob("memory.*")) == ["memory.csv", "memory.txt"]
 
 
 @pytest.mark.parametrize("batch", ["[]", "[0]", "[4,-1]"])

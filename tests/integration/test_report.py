@@ -1,0 +1,155 @@
+"""report.html: complete, self-contained, and no reason for a training to fail."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
+
+from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer.report.history import MOST_SAMPLES, History
+from adaptive_trainer.report.listeners import Answers, Listener, Sample
+from adaptive_trainer.report.page import by_class, confusion
+
+SMALL = (
+    "data=fakedata", "data.train.size=24", "data.val.size=8", "data.image_size=32", "data.num_workers=0", "report=true",
+    "model.name=mobilenetv3_small_050", "trainer.batch_size=24", "memory.limit=28MiB", "trainer.epochs=2",
+)  # fmt: skip
+PLOTS = {"ladder", "memory", "update", "peak", "loss", "accuracy", "throughput", "confusion"}
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FRAME = """<iframe id="page" src="report.html" style="width:{width}px;height:4000px;border:0"></iframe>
+<script>
+const errors = [];
+onload = () => {{
+  const page = document.getElementById("page").contentWindow, root = page.document.documentElement;
+  page.onerror = text => errors.push(text);
+  const pictures = [...page.document.querySelectorAll(".plots img")].map(each => {{
+    const box = each.getBoundingClientRect();
+    return [each.id, each.naturalWidth, box.left, box.right, box.height];
+  }});
+  const found = {{errors, scroll: root.scrollWidth, pictures}};
+  document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
+}};
+</script>"""
+
+
+class Blocks(Listener):
+    """Puts a file where the plots are to go."""
+
+    def start(self, folder: Path, settings: str) -> None:
+        (folder / "plots").write_text("")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    Trainer(compose_config(list(SMALL)), output_dir=folder).fit()
+    return folder
+
+
+def is_drawn(content: bytes) -> bool:
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
+    return bool(pixels.min() < 200 and pixels.std() > 5)
+
+
+def test_every_plot_is_in_the_page_and_beside_it(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    found = {
+        name: base64.b64decode(picture)
+        for picture, name in re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="(\w+)"', page)
+    }
+    assert found.keys() == PLOTS
+    for name, picture in found.items():
+        assert is_drawn(picture), name
+        assert (folder / "plots" / f"{name}.png").read_bytes() == picture
+
+
+def test_the_page_asks_for_nothing_outside(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')>\s]+)""", page)
+    assert sources
+    assert all(source.startswith("data:image/") for source in sources)
+
+
+def test_the_page_says_what_was_asked_used_and_advised(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"<td>batch_size</td><td>24</td>\s*<td><b>16</b></td>", page)
+    assert "changed: trainer.batch_size 24 -&gt; 16" in page
+    needs = re.findall(r'<code>([^<]+)</code></td><td class="n">(\d+)</td>\s*<td class="n">(-?\d+)</td>', page)
+    assert needs[0][0] == "trainer.batch_size=24 trainer.micro_batch_size=16"
+    assert all(28 - int(need) == int(saved) for _, need, saved in needs)  # what rung batch-16 needs
+    assert page.count("data:image/jpeg;base64,") == page.count("<figcaption>") > 0
+    assert "out of memory" in (folder / "result.json").read_text(encoding="utf-8")
+
+
+def test_a_report_that_fails_fails_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = compose_config([*SMALL, f"+trackers.mine._target_={__name__}.Blocks"])
+    assert Trainer(settings, output_dir=tmp_path / "run").fit().outcome == "trained"
+    assert "there is no report: FileExistsError" in caplog.text
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_no_report_where_none_is_wanted(tmp_path: Path) -> None:
+    Trainer(compose_config([*SMALL, "report=false"]), output_dir=tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "plots").exists()
+
+
+def test_a_network_without_limit_has_a_report_too(tmp_path: Path) -> None:
+    Trainer(compose_config([*SMALL, "memory.limit=none"]), output_dir=tmp_path / "run").fit()
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert set(re.findall(r'alt="(\w+)" id=', page)) == PLOTS - {"ladder", "memory"}
+    assert "Nothing counts memory on this device" in page
+
+
+def test_what_is_heard_is_bounded() -> None:
+    now = 0.0
+    history = History(clock=lambda: now)
+    for number in range(20 * MOST_SAMPLES):
+        now += 1
+        history.sample(Sample(number, number, 1, 2))
+    assert MOST_SAMPLES / 4 <= len(history.samples) < MOST_SAMPLES
+    times = np.diff([at for at, _ in history.samples])
+    assert times.min() > 0
+    assert history.samples[-1][1].updates > 19 * MOST_SAMPLES
+
+
+def test_shares_by_class_are_those_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    labels, answers = random.integers(0, 5, 200), random.integers(1, 6, 200)
+    counts: dict[tuple[int, int], int] = {}
+    for pair in zip(labels.tolist(), answers.tolist(), strict=True):
+        counts[pair] = counts.get(pair, 0) + 1
+    rows = by_class(confusion(Answers(counts, []), 7), list("abcdefg"))
+    expected = precision_recall_fscore_support(labels, answers, labels=range(7), zero_division=0)
+    found = ([getattr(row, name) for row in rows] for name in ("precision", "recall", "f1", "images"))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [375, 1440])
+def test_the_page_fits_a_browser(width: int, folder: Path) -> None:
+    (folder / "frame.html").write_text(FRAME.format(width=width))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    command = [str(BROWSER), *flags, f"--window-size={max(width + 50, 600)},4200", f"file://{folder}/frame.html"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found: dict[str, Any] = json.loads(re.findall(r"<pre>(.*?)</pre>", ended.stdout, re.DOTALL)[0])
+    assert found["errors"] == []
+    assert found["scroll"] <= width
+    assert {name for name, *_ in found["pictures"]} == PLOTS
+    for name, pixels, left, right, height in found["pictures"]:
+        assert pixels > 0, name
+        assert left >= 0, name
+        assert right <= width, name
+        assert height > 100, name
