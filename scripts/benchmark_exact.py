@@ -1,12 +1,16 @@
 """The asked recipe in less memory: what recomputation gives, bit for bit, on one CUDA card.
 
-Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--updates N] [--seconds N]
+Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--caps NUMBER ...]
+       [--updates N] [--seconds N]
 
-`caps`: recipes under limits that are far too small for them. `networks`: twenty networks, each under the plan of the
-least memory whose predicted added time is no more than ADDED. "bits": sha256 of weights, buffers and optimizer after
-the updates and an evaluation, with deterministic kernels, against the same without limit and recomputation. "x": the
-time of an update as one CUDA graph over the time of the same without recomputation and limit, medians of blocks. The
-smallest limits on the card are found by dry runs, to 2 %. Plans are made before, on the CPU, for the card by its name.
+`caps`: recipes under limits that are far too small for them, trained by ladder=exact for 5 epochs of 10 updates, with
+their evaluations. "bits": weights, buffers and optimizer in the last checkpoint, with deterministic kernels, against
+the same training without limit and ladder. "tries": rungs and plans that were tried on the card. "x": the time of an
+update as one CUDA graph over the time of the same without recomputation and limit, medians of blocks.
+
+`networks`: twenty networks, each under the plan of the least memory whose predicted added time is no more than ADDED.
+"bits": sha256 of weights, buffers and optimizer after the updates and an evaluation. The smallest limits on the card
+are found by dry runs, to 2 %. Plans are made before, on the CPU, for the card by its name.
 
 `ladders`: 24@224 on 2,400 photos under 1300 MiB, by ladder=default and ladder=exact: what each keeps, how fast it
 trains, and what it has learned after the same epochs.
@@ -22,7 +26,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,10 +35,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from adaptive_trainer import Trainer, compose_config, oom
+from adaptive_trainer import Result, Trainer, compose_config, oom
+from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
+from adaptive_trainer.errors import LadderExhausted
+from adaptive_trainer.ladder.descent import Outcome
 from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.losses import build_loss
@@ -90,20 +98,18 @@ def settings(name: str, batch: int, size: int, precision: str) -> Config:
     )  # fmt: skip
 
 
-def planned(case: tuple[str, int, int, str, int | None]) -> Planned:
-    """Plan a recipe for a limit in MiB, or for the least memory in little time."""
-    name, batch, size, precision, cap = case
-    config = settings(name, batch, size, precision)
+def planned(case: tuple[str, int, int, str]) -> Planned:
+    """Plan a recipe for the least memory in little time."""
+    config = settings(*case)
     predictor = Predictor(spec_of(config), num_classes=CLASSES)
     planner = Planner(predictor)
     started = time.perf_counter()
     plain = predictor.limit(with_plan(config, NONE)) or 0
-    rooms = [share * plain for share in SHARES] if cap is None else [cap * MiB]
-    for room in rooms:
+    for room in (share * plain for share in SHARES):
         found = planner.planned(config, int(room))
         seconds, started = time.perf_counter() - started, time.perf_counter()
         least, added = predictor.limit(found) or 0, planner.added_time(found) or 0.0
-        if cap is not None or (MARGIN * least <= room and added <= ADDED):
+        if MARGIN * least <= room and added <= ADDED:
             break
     return Planned(found, plain, least, added, seconds)
 
@@ -173,6 +179,48 @@ def smallest(config: Config, guess: int) -> int:
     return high
 
 
+def caps(cases: Iterable[tuple[str, int, int, str, int]]) -> None:
+    """What ladder=exact makes of recipes under limits."""
+    names = "recipe", "limit, MiB", "rung", "tries", "seconds to fit", "bits", "ms, plain", "x", "x predicted"
+    print(heading("caps, 50 updates"), "", *table(*names), sep="\n")
+    for name, batch, size, precision, cap in cases:
+        recipe = f"{name} {batch}@{size} {precision}"
+        config = settings(name, batch, size, precision)
+        planner = Planner(Predictor(spec_of(config), num_classes=CLASSES))
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                trained(config, Path(folder) / "whole", "ladder=none")
+                found = trained(config, Path(folder) / "exact", "ladder=exact", f"memory.limit={cap}MiB")
+            except LadderExhausted as error:
+                print(row(recipe, cap, str(error).splitlines()[-1]), flush=True)
+                continue
+            ends = [everything(Path(folder) / each) for each in ("whole", "exact")]
+        plan = next((change.used for change in found.changes if change.key == "trainer.recompute"), NONE)
+        used, tries = with_plan(config, plan), [a for a in found.attempts if a.outcome != Outcome.SKIPPED]
+        (usual, _), (slow, is_graph) = timed(with_plan(config, NONE), None), timed(used, cap * MiB)
+        is_equal = all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+        bits, engine = "equal" if is_equal else "DIFFER", "" if is_graph else " eager"
+        fit, added = sum(attempt.seconds for attempt in tries), planner.added_time(used) or 0.0
+        times = f"{usual * 1e3:.2f}", f"{slow / usual:.3f}{engine}", f"{added:.3f}"
+        print(row(recipe, cap, found.rung, len(tries), f"{fit:.1f}", bits, *times), flush=True)
+
+
+def trained(config: Config, folder: Path, *overrides: str) -> Result:
+    """The recipe trained on made-up photos."""
+    data = ["data=fakedata", "data.train.size=240", "data.val.size=48", "data.num_workers=4", "trainer.epochs=5"]
+    sizes = [f"trainer.batch_size={config.trainer.batch_size}", f"data.image_size={config.data.image_size}"]
+    sizes += [f"model.name={config.model.name}", f"trainer.precision={config.trainer.precision}", "device=cuda"]
+    how = ["trainer.deterministic=true", "trainer.channels_last=false", "verbosity=quiet", "report=false"]
+    return Trainer(compose_config([*data, *sizes, *how, *overrides]), output_dir=folder).fit()
+
+
+def everything(folder: Path) -> list[Tensor]:
+    """All that the last checkpoint of a training says of its state."""
+    content = checkpoint.load(folder / "checkpoints" / "last.pt")
+    kept = [content[key] for key in ("model", "ema", "optimizer", "scaler", "position", "updates")]
+    return [torch.as_tensor(leaf) for leaf in tree_leaves(kept) if isinstance(leaf, Tensor | int | float)]
+
+
 def ladders(epochs: int) -> None:
     """What each ladder makes of a recipe that does not fit."""
     print(*table("ladder", "rung", "images/s, median epoch", "validation accuracy", "seconds in all"), sep="\n")
@@ -192,41 +240,29 @@ def ladders(epochs: int) -> None:
             print(row(ladder, result.rung, f"{2160 / epoch:.0f}", f"{accuracy:.3f}", f"{seconds:.1f}"), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("caps", "networks", "ladders", "all"), default="all")
-    parser.add_argument("--updates", type=int, default=50, help="before bits are compared")
-    parser.add_argument("--seconds", type=float, default=3600, help="after which no further row is begun")
-    arguments = parser.parse_args()
-    need_cuda()
-    logging.disable(logging.WARNING)
-    if arguments.part in ("ladders", "all"):
-        print(heading("ladders under 1300 MiB, 5 epochs"), "", sep="\n")
-        ladders(epochs=5)
-    if arguments.part == "ladders":
-        return
-    cases: list[tuple[str, int, int, str, int | None]] = [*(CAPS if arguments.part != "networks" else ())]
-    cases += [(name, 24, 224, "fp32", None) for name in (NETWORKS if arguments.part != "caps" else ())]
+def networks(updates: int, at_most: float) -> None:
+    """How much smaller the smallest limit of each network is in little time."""
+    cases = [(name, 24, 224, "fp32") for name in NETWORKS]
     began = time.perf_counter()
     workers = max(1, min(len(cases), (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         plans = list(pool.map(planned, cases))
-    print(heading(f"exact, {arguments.updates} updates"), f"(plans: {time.perf_counter() - began:.0f} s)", "", sep="\n")
+    print(heading(f"exact, {updates} updates"), f"(plans: {time.perf_counter() - began:.0f} s)", "", sep="\n")
     names = "recipe", "limit, MiB", "plan in, s", "smallest limit: plain", "planned", "predicted", "smaller", "bits"
     print(*table(*names, "ms, plain", "x", "x predicted"), sep="\n")
     smaller, slower = [], []
     for case, plan in zip(cases, plans, strict=True):
-        if time.perf_counter() - began > arguments.seconds:
+        if time.perf_counter() - began > at_most:
             print(f"(no time for {case[0]})")
             continue
         plain = with_plan(plan.config, NONE)
         try:
             free, small = smallest(plain, plan.plain), smallest(plan.config, plan.least)
-            limit = case[-1] * MiB if case[-1] else int(1.03 * small)
-            before, after = digest(plain, None, arguments.updates), digest(plan.config, limit, arguments.updates)
+            limit = int(1.03 * small)
+            before, after = digest(plain, None, updates), digest(plan.config, limit, updates)
             (usual, _), (slow, is_graph) = timed(plain, None), timed(plan.config, limit)
         except Exception as error:  # the other rows are worth having
-            print(row(f"{case[0]} {case[1]}@{case[2]} {case[3]}", case[-1] or "", repr(error)[:150]), flush=True)
+            print(row(f"{case[0]} {case[1]}@{case[2]} {case[3]}", repr(error)[:150]), flush=True)
             oom.release(CUDA)
             continue
         smaller.append(free / small)
@@ -242,6 +278,24 @@ def main() -> None:
         )  # fmt: skip
     if smaller:
         print(f"median: {statistics.median(smaller):.2f} times smaller at {statistics.median(slower):.3f} of the time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("caps", "networks", "ladders", "all"), default="all")
+    parser.add_argument("--updates", type=int, default=50, help="before bits are compared")
+    parser.add_argument("--caps", type=int, nargs="*", default=range(len(CAPS)), help="numbers, from 0")
+    parser.add_argument("--seconds", type=float, default=3600, help="after which no further row is begun")
+    arguments = parser.parse_args()
+    need_cuda()
+    logging.disable(logging.WARNING)
+    if arguments.part in ("ladders", "all"):
+        print(heading("ladders under 1300 MiB, 5 epochs"), "", sep="\n")
+        ladders(epochs=5)
+    if arguments.part in ("caps", "all"):
+        caps(CAPS[number] for number in arguments.caps)
+    if arguments.part in ("networks", "all"):
+        networks(arguments.updates, arguments.seconds)
 
 
 if __name__ == "__main__":
