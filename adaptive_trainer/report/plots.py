@@ -90,10 +90,11 @@ def loss(rows: Sequence[Row], samples: Sequence[tuple[float, Sample]]) -> Figure
     if not rows:
         return None
     figure, axes = _axes()
-    within = [(each.updates, each.loss) for _, each in samples if each.loss is not None]
+    within = [each for _, each in samples if each.loss is not None]
     if within:
-        axes.plot(*zip(*within, strict=True), color=BLUE, alpha=0.35, label="training, within an epoch")
-    updates = [float(row["updates"]) for row in rows]
+        losses = [each.loss for each in within]
+        axes.plot(_on([each.updates for each in within]), losses, color=BLUE, alpha=0.35, label="within an epoch")
+    updates = _on([int(row["updates"]) for row in rows])
     for name, label, colour in (("train_loss", "training", BLUE), ("val_loss", "validation", ORANGE)):
         axes.plot(updates, [float(row[name]) for row in rows], "o-", color=colour, label=label)
     axes.set(xlabel="updates", title="Loss")
@@ -108,7 +109,7 @@ def accuracy(rows: Sequence[Row]) -> Figure | None:
     if not scored:
         return None
     figure, axes = _axes()
-    updates = [float(row["updates"]) for row in scored]
+    updates = _on([int(row["updates"]) for row in scored])
     for name, label, colour in zip(shares, ("training", "validation"), (BLUE, ORANGE), strict=True):
         axes.plot(updates, [100 * float(row[name]) for row in scored], "o-", color=colour, label=label)
     axes.set(xlabel="updates", ylabel="%", title="Accuracy")
@@ -148,6 +149,15 @@ def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     some = "" if len(chosen) == len(classes) else f", the {len(chosen)} most confused classes"
     axes.set(xlabel="answer", ylabel="class", title=f"Confusion matrix{some}")
     return figure
+
+
+def _on(updates: Sequence[int]) -> list[int]:
+    """Counts that go on where a phase, or another network, begins at 0 again."""
+    before, found = 0, list[int]()
+    for last, now in itertools.pairwise([0, *updates]):
+        before += last if now < last else 0
+        found.append(before + now)
+    return found
 
 
 def drawn(figures: Mapping[str, Callable[[], Figure | None]]) -> dict[str, Figure]:

@@ -20,6 +20,7 @@ from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.report.history import MOST_SAMPLES, History
 from adaptive_trainer.report.listeners import Answers, Listener, Sample
 from adaptive_trainer.report.page import by_class, confusion
+from adaptive_trainer.report.plots import _on
 
 SMALL = (
     "data=fakedata", "data.train.size=24", "data.val.size=8", "data.image_size=32", "data.num_workers=0", "report=true",
@@ -110,6 +111,10 @@ def test_a_network_without_limit_has_a_report_too(tmp_path: Path) -> None:
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert set(re.findall(r'alt="(\w+)" id=', page)) == PLOTS - {"ladder", "memory"}
     assert "Nothing counts memory on this device" in page
+
+
+def test_a_new_phase_goes_on_in_the_plots() -> None:
+    assert _on([2, 4, 3, 6, 1]) == [2, 4, 7, 10, 11]
 
 
 def test_what_is_heard_is_bounded() -> None:

@@ -12,12 +12,17 @@ import select
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_trainer.ladder.descent import Attempt, Outcome
+from adaptive_trainer.recipe import Recipe, Technique
+from adaptive_trainer.report.lines import step_down
+from adaptive_trainer.report.listeners import Candidate
 from adaptive_trainer.utils import screen
 from adaptive_trainer.utils.progress import Progress
 from adaptive_trainer.utils.screen import COMMAND, Screen, _broken, duration, nearby, show, showing
@@ -229,6 +234,23 @@ def test_no_line_of_progress_for_what_is_quick(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("INFO"), Progress("evaluation:", 3, clock=lambda: 1.0) as progress:
         progress.advance(3)
     assert caplog.messages == []
+
+
+def test_a_step_down_says_what_was_given_up_and_kept() -> None:
+    before = Recipe(
+        model="net", batch_size=24, micro_batch_size=24, techniques=(Technique("recompute", "none", "", ""),)
+    )
+    after = replace(before, batch_size=8, micro_batch_size=4, precision="fp16")
+    failed = [
+        Attempt("requested", Outcome.SKIPPED, predicted_bytes=900 * 2**20),
+        Attempt("half", Outcome.OOM, "backward", peak_allocated_bytes=500 * 2**20),
+    ]
+    rung = Candidate("amp", after, before, 400 * 2**20, 512 * 2**20, 1.25, updates=7)
+    assert step_down(failed, rung) == (
+        "half (out of memory in backward, peak 500 MiB), requested (predicted 900 MiB) -> rung amp, predicted 400 of "
+        "512 MiB, 1.25 x the time; given up: batch 24 -> 8, fp32 -> fp16, micro-batches of 24 -> 4; kept: net, "
+        "image 224, all 7 updates"
+    )
 
 
 CELL = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=12)
