@@ -38,7 +38,7 @@ STAGES = {
     "data": "the data is listed",
     "plan": "rung .* is entered",
     "network and weights": "the network is built",
-    "dry run": "rung .*: fits",
+    "dry run": r"rung .+:? fits",
     "first update": "update 1 is made",
 }
 LAST = re.compile(r"update \d+ is made")
