@@ -19,13 +19,15 @@ from adaptive_trainer.planning.concrete import largest_batch
 from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.predictor import LossFactory, Predictor, other_allocator
-from adaptive_trainer.planning.recomputation import Planner
+from adaptive_trainer.planning.recomputation import MARGIN, Planner
 from adaptive_trainer.prediction.estimator import Verdict, verdict
 from adaptive_trainer.prediction.timeline import timeline
 from adaptive_trainer.prediction.tracer import TraceError
 from adaptive_trainer.report.listeners import Timeline
 from adaptive_trainer.utils.device import capability_of, precision_refusal
 from adaptive_trainer.utils.files import default_folder
+
+LESS = 0.97  # times the predicted need of a plan that has failed: what the next one may need
 
 
 class Judge:
@@ -67,7 +69,8 @@ class Judge:
         """The rung with a plan of recomputation for the room that there is now, where its settings ask for one."""
         room = self.capacity.room()
         if room is not None:  # what has failed does not fit, whatever was predicted of it
-            room = min([room, *(need - 1 for model, need, _ in self._failed if model == rung.settings.model)])
+            failed = [need for model, need, _ in self._failed if model == rung.settings.model]
+            room = min([room, *(int(MARGIN * LESS * need) for need in failed)])  # the planner takes the margin off
         settings = self._planner.planned(rung.settings, room)
         if settings is rung.settings:
             return rung
