@@ -38,13 +38,49 @@ def piece(unreserved: int, small: int, small_reserved: int) -> int:
     return max(0, unreserved - max(0, small - small_reserved)) // LARGE_ROUNDING * LARGE_ROUNDING
 
 
-def join(capacity: Capacity, small: int) -> None:
-    """Have the allocator of a CUDA device hold what training may still use in one piece, but for small blocks."""
-    torch.accelerator.empty_cache()
-    stats = torch.cuda.memory_stats(capacity.device)
-    small = max(small, stats["reserved_bytes.small_pool.peak"])
-    size = piece(capacity.unreserved(), small, stats["reserved_bytes.small_pool.current"])
-    if 2 * size < (capacity.size or 0):  # a graph holds the most, and leaves little to be joined
-        return
-    with suppress(torch.OutOfMemoryError):  # another process was faster: then piece by piece
-        torch.UntypedStorage(size, device=capacity.device)  # type: ignore[no-untyped-call]  # it is free at once
+class OnePiece:
+    """Puts the free memory of a CUDA device together before the work of one training.
+
+    Args:
+        capacity: the memory that it may use.
+        weights: bytes of each weight.
+        is_wanted: else nothing is done.
+    """
+
+    def __init__(self, capacity: Capacity, weights: Iterable[int], *, is_wanted: bool) -> None:
+        self._capacity = capacity
+        self._small = small_blocks(weights)
+        self._is_wanted = is_wanted
+        self._has_joined = False
+        self.begin()
+
+    def begin(self) -> None:
+        """A dry run or a training begins."""
+        # A whole card is not taken before it is known that less does not do.
+        self._is_due = self._is_wanted and self._capacity.bytes is not None
+
+    def before_work(self) -> None:
+        """Put it together, where it is in pieces."""
+        if self._is_due:
+            self._join()
+
+    def released(self) -> None:
+        """The allocator has given back what was free, after work that has failed."""
+        self._is_due = self._has_joined
+
+    def before_retry(self) -> None:
+        """Have the same work find its memory the other way: in pieces too, a small block may have been wanted."""
+        if self._is_wanted and not self._has_joined:
+            self._join()
+
+    def _join(self) -> None:
+        self._is_due, self._has_joined = False, True
+        capacity = self._capacity
+        torch.accelerator.empty_cache()
+        stats = torch.cuda.memory_stats(capacity.device)
+        small = max(self._small, stats["reserved_bytes.small_pool.peak"])
+        size = piece(capacity.unreserved(), small, stats["reserved_bytes.small_pool.current"])
+        if 2 * size < (capacity.size or 0):  # a graph holds the most, and leaves little to be joined
+            return
+        with suppress(torch.OutOfMemoryError):  # another process was faster: then piece by piece
+            torch.UntypedStorage(size, device=capacity.device)  # type: ignore[no-untyped-call]  # free at once

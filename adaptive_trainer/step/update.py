@@ -20,7 +20,7 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.memory.one_piece import join, small_blocks
+from adaptive_trainer.memory.one_piece import OnePiece
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
@@ -63,9 +63,8 @@ class Update:
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self._undo.end()
-        self._small = small_blocks(parameter.nbytes for parameter in self._undo.parameters)
-        self._is_split = self._wants_one_piece
-        self._has_joined = False
+        weights = (parameter.nbytes for parameter in self._undo.parameters)
+        self._free_memory = OnePiece(capacity, weights, is_wanted=self.kernels.is_watched)
         self.step_memory = StepMemory(state.optimizer, self._undo.parameters, device)
 
     @property
@@ -159,7 +158,7 @@ class Update:
             yield
         finally:
             self._held, self._is_dry_run = None, False
-            self._is_split = self._wants_one_piece
+            self._free_memory.begin()
             self.step_memory.forget()
             self._undo.forget_tensors()
 
@@ -178,15 +177,6 @@ class Update:
         finally:
             self._undo.roll_back()
             self._undo.end()
-
-    @property
-    def _wants_one_piece(self) -> bool:
-        # A whole card is not taken before it is known that less does not do.
-        return self.kernels.is_watched and self.capacity.bytes is not None
-
-    def _join(self) -> None:
-        join(self.capacity, self._small)
-        self._is_split, self._has_joined = False, True
 
     def _guard(self, change: Change) -> None:
         """Change the weights, once what is needed to undo that is kept."""
@@ -210,12 +200,10 @@ class Update:
             OutOfMemory: it failed twice; what it held is freed.
         """
         try:
-            if self._is_split:
-                self._join()
+            self._free_memory.before_work()
             done = self._attempt(phase, kind, work)
             if isinstance(done, oom.Failure) and not done.exact:
-                if self.kernels.is_watched and not self._has_joined:  # else in pieces, where a small block is wanted
-                    self._join()
+                self._free_memory.before_retry()
                 log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, done.text)
                 done = self._attempt(phase, kind, work)
         finally:
@@ -251,7 +239,7 @@ class Update:
         if not oom.probe(self._device):
             raise DeviceUnusable(f"{self._device} answers nothing any more after: {failure.text}")
         oom.release(self._device, self._held)
-        self._is_split = self._has_joined  # from the next work on again
+        self._free_memory.released()
         self.kernels.restore()
 
     def _kind(self, images: Tensor, labels: Tensor, evaluated: nn.Module | None = None) -> Hashable:
