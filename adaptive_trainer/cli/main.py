@@ -23,7 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from adaptive_trainer import __version__
 from adaptive_trainer.checkpoints.trust import frozen
+from adaptive_trainer.cli.help import help_text
 from adaptive_trainer.config.mistakes import explain, options_first
 from adaptive_trainer.config.overrides import at_home, config_dir, register, typed, with_asked
 from adaptive_trainer.config.schema import AFTER, TASKS
@@ -57,6 +59,9 @@ def main() -> None:
         return _job(cfg, codes, whole_traceback)
 
     try:
+        if page := _page(sys.argv[1:]):
+            print(page, flush=True)
+            return
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
         sys.argv[1:] = options_first([as_list(at_home(text), is_sweep) for text in sys.argv[1:]])
         hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
@@ -72,6 +77,13 @@ def main() -> None:
         codes.append(1 if ours is None else ours.exit_code)
     if any(codes):
         sys.exit(max(codes))
+
+
+def _page(arguments: Sequence[str]) -> str | None:
+    """What is printed in place of a run; None: Hydra answers."""
+    if "-h" in arguments:
+        return help_text()
+    return f"adaptive_trainer {__version__}" if "--version" in arguments else None
 
 
 class OutputFolder(Callback):

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adaptive_trainer import load_model
+from adaptive_trainer import __version__, load_model
 from adaptive_trainer.cli.main import _uncollected
 from tests.support.forking import ROOT, Ended, Launcher
 
@@ -121,6 +121,10 @@ def python_m(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[s
     ("args", "code", "said"),
     [
         (["--help"], 0, "trainer"),
+        (["-h"], 0, "task=predict data.root=FOLDER"),
+        (["data=imagefolder", "-h"], 0, "digits"),
+        (["--version"], 0, f"adaptive_trainer {__version__}"),
+        (["--hydra-help"], 0, "--multirun"),
         (["--cfg", "job"], 0, "batch_size: 24"),
         (["trainer.batchsize=3"], 2, "there is no setting trainer.batchsize; did you mean trainer.batch_size"),
         (["+trainer.batchsize=3"], 2, "there is no setting trainer.batchsize; did you mean trainer.batch_size"),

@@ -26,6 +26,7 @@ WITHOUT_TORCH = (
     "__init__",
     "__main__",
     "cli.main",
+    "cli.help",
     "config.limit",
     "config.validate",
     "config.schema",
