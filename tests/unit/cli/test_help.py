@@ -13,7 +13,7 @@ from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.utils.screen import COMMAND
 
 
-@pytest.mark.parametrize("settings", [settings for _, settings in COMMANDS])
+@pytest.mark.parametrize("settings", [settings for _, settings in page.COMMANDS])
 def test_each_command_is_taken(settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("photos/cat", "photos/dog"):
         (tmp_path / name).mkdir(parents=True)
