@@ -123,6 +123,10 @@ class Interrupted(AdaptiveTrainerError):
 
     exit_code = 75
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback: what happened, and how to go on."""
+        return str(self).split("; ", 1)
+
 
 @contextmanager
 def explained(

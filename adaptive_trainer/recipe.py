@@ -24,6 +24,11 @@ def plan_in_words(value: str) -> str:
     return ", ".join([*said, *(f"the rest ({level})" for level, path in parts if path == "rest")])
 
 
+def in_words(key: str, value: Any) -> Any:
+    """The value of a setting for people: of a plan of recomputation, which may name many modules, how many."""
+    return plan_in_words(value) if key == "trainer.recompute" else value
+
+
 @dataclass(frozen=True, slots=True)
 class Technique:
     """A technique that saves memory."""

@@ -20,8 +20,8 @@ from adaptive_trainer.data.splitting import RANDOM, Split
 from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.ladder.resolve import WHOLE
 from adaptive_trainer.models.optimizers import kind_of_state
+from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report import earlier
-from adaptive_trainer.report.summary import in_words
 from adaptive_trainer.step.undo import TrainState
 
 

@@ -153,17 +153,8 @@ def plan_table(made: Plan) -> str:
     room = "" if spec.capacity is None else f"; {format_bytes(spec.capacity)} for tensors"
     outside = f", {format_bytes(spec.context)} for the CUDA context" if spec.context else ""
     title = f"for {spec.description}{room}{outside} (sizes in MiB)"
-    parts = (*textwrap.wrap(title, width()), table(lines, left=(0, 1)), _landing(made), made.exact)
+    parts = (*textwrap.wrap(title, width()), table(lines, left=(0, 1)), made.landing, made.exact)
     return "\n".join(filter(None, parts))
-
-
-def _landing(made: Plan) -> str:
-    perhaps = f"; {', '.join(made.perhaps)} may fit and will be tried first" if made.perhaps else ""
-    if made.lands_on is not None:
-        return f"lands on rung {made.lands_on}{perhaps}"
-    if made.spec.capacity is None:
-        return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung fits"
-    return f"no rung is sure to fit{perhaps}"
 
 
 def _mib(size: int | None) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from typing import Any
 
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
+from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.planning.concrete import is_enough, predicted
 from adaptive_trainer.planning.device_spec import DeviceSpec
@@ -16,6 +18,7 @@ from adaptive_trainer.planning.recomputation import Planner
 from adaptive_trainer.planning.refusals import image_refusal, no_step
 from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
 from adaptive_trainer.recipe import plan_in_words
+from adaptive_trainer.utils.tables import html
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,26 @@ class Plan:
     lands_on: str | None  # name of the first rung that fits; None where none is known to
     perhaps: tuple[str, ...]  # names of the rungs above it that may fit as well
     exact: str = ""  # what `ladder=exact` would keep of what is given up there, in words
+
+    @property
+    def landing(self) -> str:
+        """Where a descent lands, in words."""
+        perhaps = f"; {', '.join(self.perhaps)} may fit and will be tried first" if self.perhaps else ""
+        if self.lands_on is not None:
+            return f"lands on rung {self.lands_on}{perhaps}"
+        if self.spec.capacity is None:
+            return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung fits"
+        return f"no rung is sure to fit{perhaps}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the rung to land on, and what each needs."""
+        rows: list[Sequence[object]] = [("rung", "verdict", "allocated", "smallest limit", "smallest card", "recipe")]
+        for row in self.rows:
+            sizes = (row.allocated_bytes, row.min_capacity_bytes, row.min_card_bytes)
+            shown = (None if size is None else format_bytes(size) for size in sizes)
+            rows.append((row.rung, row.verdict, *shown, f"{row.recipe} {row.reason}"))
+        head = escape(f"for {self.spec.description}: {self.landing}")
+        return f"<p><b>{head}</b></p>{html(rows)}"
 
 
 def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = False) -> Plan:

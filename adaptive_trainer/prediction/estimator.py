@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from html import escape
 
 import torch
 
 from adaptive_trainer.memory.allocator import LARGE_SEGMENT, SMALL_SEGMENT, AllocatorFull
+from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.prediction.derivation import Tracer
 from adaptive_trainer.prediction.replay import Replay
 from adaptive_trainer.prediction.tracer import Trace, TraceError, TraceSpec, no_collection
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS, Workspaces
+from adaptive_trainer.utils.tables import html
 
 CAPACITY_STEP = 2 * 2**20  # segments are multiples of it, so nothing changes in between
 # Shares of the smallest capacity. Predictions were 4.3 % too low and 2.0 % too high at the worst on the card they were
@@ -59,6 +62,13 @@ class Prediction:
     offloaded_bytes: int = 0
     plan: str = ""
     added_time: float | None = None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sizes, or why they are not known."""
+        if self.reason:
+            return f"<p>not known: {escape(self.reason)}</p>"
+        sizes = (self.live_bytes, self.allocated_bytes, self.reserved_bytes, self.min_capacity_bytes)
+        return html([("live", "allocated", "reserved", "smallest limit"), [format_bytes(size) for size in sizes]])
 
 
 def predict(

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.listeners import Answers, Finished, Timeline, Wrong
 from adaptive_trainer.report.result import Result
-from adaptive_trainer.report.summary import changed_lines, in_words
+from adaptive_trainer.report.summary import changed_lines
 from adaptive_trainer.utils.files import write_whole
 
 if TYPE_CHECKING:

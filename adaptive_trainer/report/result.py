@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.rung import Change
-from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.recipe import Recipe, in_words
+from adaptive_trainer.utils.tables import html
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +42,18 @@ class Result:
     output_dir: str
     stages: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, Any] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: rung and metrics, the rungs tried, what changed and why."""
+        shown = {name: value for name, value in self.metrics.items() if name.startswith(("val_", "test_"))}
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        attempts: list[Sequence[object]] = [("rung", "outcome", "predicted", "peak")]
+        for entry in self.attempts:
+            sizes = (entry.predicted_bytes, entry.peak_allocated_bytes)
+            attempts.append((entry.rung, entry.outcome, *(format_bytes(size) if size else None for size in sizes)))
+        changes: list[Sequence[object]] = [("setting", "asked", "used", "why")]
+        for change in self.changes:
+            values = (in_words(change.key, value) for value in (change.asked, change.used))
+            changes.append((change.key, *values, change.why))
+        head = f"<b>{self.outcome} on rung {escape(self.rung)}</b>: {escape(f'{self.used}; {metrics}')}"
+        return f"<p>{head}</p>{html(attempts)}{html(changes) if self.changes else ''}"

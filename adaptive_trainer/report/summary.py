@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from adaptive_trainer.errors import override
 from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.rung import Change
-from adaptive_trainer.recipe import plan_in_words
+from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report.lines import brief
 from adaptive_trainer.report.result import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
@@ -46,11 +45,6 @@ def changed_lines(changes: Sequence[Change]) -> list[str]:
 
 def _short(key: str, value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(in_words(key, value))
-
-
-def in_words(key: str, value: Any) -> Any:
-    """The value of a setting for people: of a plan of recomputation, which may name many modules, how many."""
-    return plan_in_words(value) if key == "trainer.recompute" else value
 
 
 def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bool, kept: str = "") -> str:

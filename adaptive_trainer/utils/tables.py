@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from textwrap import wrap
 
 from adaptive_trainer.utils.screen import width
@@ -29,6 +30,16 @@ def table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), columns:
     lines[-1] = _with_text(lines[-1], rows[0][-1], room)
     lines += [_with_text(_aligned(row[:-1], widths, left), row[-1], room) for row in rows[1:]]
     return "\n".join(lines)
+
+
+def html(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a table for notebooks; the first row is the head, and None an empty cell."""
+    kinds = ["th", *(["td"] * (len(rows) - 1))]
+    lines = (
+        "".join(f"<{kind}>{'' if cell is None else escape(str(cell))}</{kind}>" for cell in row)
+        for kind, row in zip(kinds, rows, strict=True)
+    )
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:

@@ -1,17 +1,22 @@
-"""A real Jupyter kernel runs out of memory in one cell, is cleared in the next, and trains in the third."""
+"""Notebooks in a real Jupyter kernel: the quick start of the docs, an out-of-memory that is cleared, an interrupt."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support.forking import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
-ROOT = Path(__file__).parents[2]
+QUICK_START = ROOT / "docs" / "quickstart.ipynb"
 
 CELLS = [
     # 0: a loop of one's own on a card of 64 MiB
@@ -44,12 +49,22 @@ model.zero_grad()
 ]
 
 
-def output(cell: dict[str, list[dict[str, str]]]) -> str:
+def output(cell: Any) -> str:
     return "".join(out.get("text", "") for out in cell["outputs"])
 
 
-def test_out_of_memory_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = tmp_path / "kernels" / "here"
+def shown(cell: Any, kind: str) -> list[str]:
+    """What a cell shows, of one kind, such as text/html."""
+    return [out["data"][kind] for out in cell["outputs"] if kind in out.get("data", {})]
+
+
+Execute = Callable[[Any], Any]
+
+
+@pytest.fixture
+def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Execute:
+    """Runs a notebook in a kernel of its own, whose folder is tmp_path; returns the cells of code."""
+    spec = tmp_path / "kernels" / "python3"
     spec.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec.joinpath("kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
@@ -57,10 +72,24 @@ def test_out_of_memory_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    notebook.cells[1].metadata["tags"] = ["raises-exception"]
-    nbclient.NotebookClient(notebook, kernel_name="here", timeout=60).execute()
-    cells = notebook.cells
+
+    def run(notebook: Any) -> Any:
+        resources = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120, resources=resources).execute()
+        return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+    return run
+
+
+def notebook_of(*sources: str, fails: int) -> Any:
+    """A notebook, one of whose cells is to end with an error."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    notebook.cells[fails].metadata["tags"] = ["raises-exception"]
+    return notebook
+
+
+def test_out_of_memory_in_a_cell(execute: Execute) -> None:
+    cells = execute(notebook_of(*CELLS, fails=1))
 
     (error,) = cells[1]["outputs"]
     assert error["ename"] == "SimulatedOutOfMemory"
@@ -71,3 +100,65 @@ def test_out_of_memory_in_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert cleared[1] == "0 2097152"
     assert cleared[2].startswith("simulated card: total 64 MiB, allocated 1")
     assert output(cells[4]) == "trained True\n"
+
+
+INTERRUPTED = [
+    """
+import os, signal, threading, time
+from pathlib import Path
+from adaptive_trainer import Trainer, compose_config
+
+def interrupt():  # as Jupyter does, once an epoch is over
+    while not Path("out/metrics.csv").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+small = ["data=fakedata", "data.train.size=24", "data.val.size=8", "data.image_size=32", "data.num_workers=0"]
+small += ["model.name=mobilenetv3_small_050", "trainer.epochs=1000", "report=false"]
+Trainer(compose_config(small), output_dir="out").fit()
+""",
+    """
+done = len(Path("out/metrics.csv").read_text().splitlines()) - 1
+go_on = ["resume=auto", "output_dir=out", f"trainer.epochs={done + 1}"]
+print(Trainer(compose_config(go_on)).fit().metrics["epoch"] - done)
+""",
+]
+
+
+def test_an_interrupt_gives_two_lines(execute: Execute) -> None:
+    stopped, went_on = execute(notebook_of(*INTERRUPTED, fails=0))
+    error = next(out for out in stopped["outputs"] if out["output_type"] == "error")
+    said = "\n".join(error["traceback"])
+    assert re.fullmatch(
+        r"stopped by SIGINT after update \d+, state saved\ngo on with resume=auto output_dir=\S+out", said
+    )
+    assert output(went_on).endswith("\n1\n")
+
+
+def test_the_quick_start_is_kept_without_outputs() -> None:
+    notebook = nbformat.read(QUICK_START, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count]
+
+
+@pytest.mark.slow
+def test_the_quick_start(execute: Execute) -> None:
+    plan, prediction, training, plots, fails, clears, own, uses = execute(nbformat.read(QUICK_START, as_version=4))
+    assert "RTX 2060, 6144 MiB: lands on rung batch-16; requested may fit" in shown(plan, "text/html")[0]
+    assert re.search(r"<td>\d+ MiB</td>", shown(prediction, "text/html")[0])
+    assert re.search(r"epoch 1/2: \d+/90, ", output(training))  # progress
+    (result,) = shown(training, "text/html")
+    assert "<b>trained on rung batch-16</b>: mobilenetv3_small_050, batch 16, image 64" in result
+    assert "<td>trainer.batch_size</td><td>64</td><td>16</td>" in result
+    assert len(shown(plots, "image/png")) == 4
+    assert fails["outputs"][-1]["ename"] == "SimulatedOutOfMemory"
+    before, freed, step = output(clears).splitlines()
+    assert before.startswith("simulated card: total 64 MiB, allocated 49 MiB")
+    assert freed.startswith("freed 48 MiB; ")
+    assert step.startswith("a smaller step: before 1028 KiB, peak 10 MiB")
+    assert "<b>trained on rung requested</b>: Sequential" in shown(own, "text/html")[0]
+    assert re.search(r"val accuracy (9\d|100)\.\d\d %", output(own))  # it can be learned
+    assert "Prediction(path='runs/zero.png', classes=('0', " in output(uses)
+    assert "('0', '1', '2', '3'," in output(uses)
