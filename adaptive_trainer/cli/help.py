@@ -24,6 +24,7 @@ COMMANDS = (
     ("fit by recomputation, which costs time alone", "ladder=exact"),
     ("go on after a stop, a kill or a crash", "resume=auto"),
     ("see what will fit, also on a card that is not here", "task=plan card=rtx2060"),
+    ("see what on this machine stands in the way", "task=doctor"),
     ("predict new photos", "task=predict data.root=FOLDER model.weights=best.pt"),
     ("count how often it is right", "task=evaluate data.root=test model.weights=best.pt"),
     ("hand the network to other programs", "task=export model.weights=best.pt"),

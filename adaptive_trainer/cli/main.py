@@ -207,6 +207,11 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         # What is measured here says nothing about a card that is named.
         can_measure = cfg.card.name is None and torch.cuda.is_available() and device_of(cfg.device).type == "cuda"
         run_memory(cfg, folder, measure if can_measure else None)
+    elif cfg.task == "doctor":
+        with _uncollected():
+            from adaptive_trainer.cli.doctor import run_doctor
+
+        run_doctor(cfg, folder)
     elif cfg.task in AFTER:
         with _uncollected():
             from adaptive_trainer.cli.trained import RUN
@@ -254,6 +259,7 @@ def _check(cfg: DictConfig) -> None:
         asked = stages(cfg)
         for _, settings in asked:
             resolve(settings)  # for its errors: both resolve once more, with the networks to ask
-    if cfg.task == "train":
+    if cfg.task in ("train", "doctor"):
         check_no_card(typed(cfg).card)
+    if cfg.task == "train":
         check_folders(typed(asked[0][1]).data)

@@ -20,7 +20,7 @@ USUAL: dict[str, Any] = {
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 AFTER = ("predict", "evaluate", "export")  # tasks with a trained network
-TASKS = ("train", "plan", "memory", *AFTER)
+TASKS = ("train", "plan", "memory", "doctor", *AFTER)
 RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
 VERBOSITIES = ("quiet", "normal", "debug")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")

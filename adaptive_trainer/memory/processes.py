@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,13 +36,22 @@ def processes_on(device: torch.device) -> list[GpuProcess] | str:
         # torch.cuda.list_gpu_processes knows neither MIG nor names, and fails where the driver does not say how much.
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        users = [GpuProcess(process.pid, _name(process.pid), process.usedGpuMemory) for process in running]
+        # Desktops and browsers draw, and do not compute; what does both is in both lists.
+        running = {each.pid: each for each in [*_drawing(handle), *pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]}
+        users = [GpuProcess(pid, _name(pid), process.usedGpuMemory) for pid, process in running.items()]
     except (pynvml.NVMLError, RuntimeError, AssertionError) as error:  # torch: no such device, no driver
         return f"NVML: {error}"
     finally:
         pynvml.nvmlShutdown()  # another library's NVML goes on: it counts who has opened it
     return sorted(users, key=lambda user: -(user.bytes or 0))
+
+
+def _drawing(handle: Any) -> list[Any]:
+    import pynvml
+
+    with suppress(pynvml.NVMLError):  # a card, or a slice of one, that does not draw
+        return list(pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle))
+    return []
 
 
 def _name(pid: int) -> str:

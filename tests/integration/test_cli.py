@@ -102,6 +102,16 @@ def message(ended: Ended) -> str:
     return re.sub(r"(?m)^\[[\d: ,-]+\]\[[\w.]+\]\[\w+\] - ", "", ended.text)
 
 
+def test_the_doctor(cli: Any, tmp_path: Path) -> None:
+    ended = cli("task=doctor", "device=cpu", "hydra.run.dir=out")
+    assert (ended.code, "result: nothing prevents training here" in message(ended)) == (0, True)
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["adaptive_trainer.log"]
+    stopped = cli("task=doctor", "device=cuda:99", "verbosity=quiet", "hydra.run.dir=out")
+    assert stopped.code == 2
+    assert message(stopped).startswith("problem: ")
+    assert "error: problems: 1; what to do is said above" in message(stopped)
+
+
 # -- as the user starts it
 
 

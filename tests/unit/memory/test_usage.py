@@ -150,6 +150,11 @@ def test_what_nvml_says_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Unknown("lost")
         return [SimpleNamespace(pid=pid, usedGpuMemory=pid or None) for pid in (0, 1, 2, os.getpid())]
 
+    def drawing(handle: str) -> list[SimpleNamespace]:
+        if handle == "GPU-slice":
+            raise Unknown("not supported")
+        return [SimpleNamespace(pid=pid, usedGpuMemory=pid) for pid in (1, 2**30)]
+
     opened: list[int] = []
     nvml = SimpleNamespace(
         NVMLError=Unknown,
@@ -157,21 +162,24 @@ def test_what_nvml_says_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlShutdown=opened.pop,
         nvmlDeviceGetHandleByUUID=str,
         nvmlDeviceGetComputeRunningProcesses=running,
+        nvmlDeviceGetGraphicsRunningProcesses=drawing,
         nvmlSystemGetProcessName=named,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    uuids = iter(["whole", "broken"])
+    uuids = iter(["whole", "slice", "broken"])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(uuids)))
     device = torch.device("cuda", 0)
     users = processes_on(device)
     comm = Path("/proc/self/comm")
     mine = comm.read_text().strip() if comm.exists() else "unknown program"
     assert users == [
+        GpuProcess(2**30, "unknown program", 2**30),
         GpuProcess(os.getpid(), mine, os.getpid()),
         GpuProcess(2, "tw\N{REPLACEMENT CHARACTER}", 2),
         GpuProcess(1, "one", 1),
         GpuProcess(0, "unknown program", None),
     ]
+    assert {user.pid for user in processes_on(device) if isinstance(user, GpuProcess)} == {0, 1, 2, os.getpid()}
     assert processes_on(device) == "NVML: lost"
     assert opened == []
 
