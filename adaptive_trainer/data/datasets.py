@@ -130,8 +130,9 @@ def build_datasets(
     check_batch_size(config, len(parts[0].data))
     count = _class_count(training, names, labels, config.model.num_classes)
     ours, theirs = (_checked(part, name, count) for part, name in zip(parts, ("training", "validation"), strict=True))
-    notes = [*_of_split(split, labels, training), *_of_classes(ours, theirs, names, count)]
-    classes = names or tuple(str(n) for n in range(count))
+    classes = (*names, *map(str, range(len(names), count)))  # a network may have more outputs than there are names
+    known = classes if names else ()
+    notes = [*_of_split(split, labels, training), *_of_classes(ours, theirs, known, count)]
     if test is not None:
         testing = _map_style(test, "test")
         _common_names(training, testing, "test")

@@ -64,15 +64,13 @@ class OwnWeights:
             network.load_state_dict(self.tensors | {name: own[name] for name in self.head & own.keys()})
 
 
-def own_weights(
-    config: ModelConfig, classes: Sequence[str], num_classes: int, make: ModelFactory = build_model
-) -> OwnWeights | None:
+def own_weights(config: ModelConfig, classes: Sequence[str], make: ModelFactory = build_model) -> OwnWeights | None:
     """Read the checkpoint that `model.weights` names; None where it names none.
 
     Its head is taken over where the classes are the same, in the same order; else it starts anew.
 
     Args:
-        classes: of the data; `num_classes` may be more.
+        classes: of the data, one for each output.
         make: makes the networks.
 
     Raises:
@@ -89,8 +87,7 @@ def own_weights(
             f"model.weights={path} is of {name}, and model.name={config.name}; type {override('model.name', name)} too"
         )
     tensors = content["ema"] or content["model"]
-    padded = (*classes, *map(str, range(len(classes), num_classes)))
-    is_same = before == padded
+    is_same = before == tuple(classes)
     head = frozenset() if is_same else _head(config, tensors, content["num_classes"], make)
     kept = "its classes are the same" if is_same else "the classes are others, so its last layer starts anew"
     text = f"the network starts from the weights of {path}, and images are prepared as there; {kept}"

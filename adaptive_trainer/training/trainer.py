@@ -218,7 +218,7 @@ class Trainer(Uses):
         num_classes, before, weights = model.num_classes or data.num_classes, None, None
         if saved is not None:  # which has the weights
             before = saved["config"]
-        elif weights := own_weights(model, data.classes, num_classes, self._make_model):
+        elif weights := own_weights(model, data.classes, self._make_model):
             before = weights.before
         return Parts(
             make_model=self._make_model,

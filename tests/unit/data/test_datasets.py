@@ -208,6 +208,12 @@ def test_given_data_sets() -> None:
     assert build_datasets(settings("model.num_classes=7"), train, val).num_classes == 7
 
 
+def test_outputs_without_a_name_go_by_their_number() -> None:
+    data = build_datasets(settings("model.num_classes=12"))
+    assert data.classes == (*"0123456789", "10", "11")
+    assert "classes without training images: 10, 11; the network cannot learn them" in data.notes
+
+
 class Counted(Endless):
     """Says how long it is, and has no index."""
 

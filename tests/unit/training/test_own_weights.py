@@ -173,7 +173,7 @@ def test_no_stage_may_set_them(best: Path, tmp_path: Path) -> None:
 def test_nothing_is_drawn_for_it(best: Path) -> None:
     """The numbers that a training draws are the same with and without."""
     before = torch.get_rng_state()
-    found = own_weights(ModelConfig(name="test_resnet", weights=str(best)), ("cat", "dog"), 2)
+    found = own_weights(ModelConfig(name="test_resnet", weights=str(best)), ("cat", "dog"))
     assert found is not None
     assert found.head == {"fc.weight", "fc.bias"}
     assert torch.equal(torch.get_rng_state(), before)
