@@ -55,7 +55,7 @@ class Report(History):
         """Write the report; one that fails is said in a line and fails no training."""
         try:
             self._write(result, finished)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:  # what has trained stays so
             log.warning("there is no report: %s: %s", type(error).__name__, str(error).partition("\n")[0])
 
     def _write(self, result: Result, finished: Finished) -> None:
@@ -83,7 +83,7 @@ class Report(History):
             mistakes=[_mistake(each, finished) for each in (self.last.mistakes if self.last else ())],
             mib=lambda size: "" if size is None else f"{size / 2**20:.0f}",
         )
-        write_whole(self.folder / PAGE, text)
+        write_whole(self.folder / PAGE, text.encode(errors="replace"))  # names of files may hold bytes that are no text
 
     def _pictures(self, line: Timeline | None, matrix: Any, classes: Sequence[str]) -> dict[str, bytes]:
         from adaptive_trainer.report import plots  # matplotlib takes most of a second to import
@@ -126,7 +126,9 @@ def by_class(matrix: Any, classes: Sequence[str]) -> list[OfClass]:
 
 
 def _rows(path: Path) -> list[Mapping[str, str]]:
-    """The epochs, those before a resumption included."""
+    """The epochs, those before a resumption included; none where none was left to train."""
+    if not path.exists():
+        return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -141,7 +143,7 @@ def _missing(pictures: Mapping[str, bytes]) -> list[str]:
     said = {
         "memory": "Nothing counts memory on this device, so that there is no plot of it (memory.limit=2GiB does).",
         "update": "The update could not be traced, so that there is no plot of it.",
-        "confusion": "The network gives no scores by class, so that there is no confusion matrix.",
+        "confusion": "Nothing was evaluated by class, so that there is no confusion matrix.",
     }
     return [text for name, text in said.items() if name not in pictures]
 

@@ -141,8 +141,9 @@ def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
     shares = shown / np.maximum(shown.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [classes[number][:14] for number in chosen]
-    axes.set_xticks(range(len(chosen)), names, rotation=90, fontsize="small")
-    axes.set_yticks(range(len(chosen)), names, fontsize="small")
+    as_it_is: dict[str, Any] = {"fontsize": "small", "parse_math": False}  # a name may have dollars
+    axes.set_xticks(range(len(chosen)), names, rotation=90, **as_it_is)
+    axes.set_yticks(range(len(chosen)), names, **as_it_is)
     for row, column in np.argwhere(shown > 0) if len(chosen) <= 15 else ():
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(shown[row, column]), ha="center", va="center", fontsize="small", color=colour)

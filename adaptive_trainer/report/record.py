@@ -17,7 +17,9 @@ from adaptive_trainer.report.listeners import Finished, Listener
 from adaptive_trainer.report.result import Result
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
 
-WRITTEN_WHOLE = ("checkpoints/*.pt", "config.yaml", "metrics.csv", "result.json")
+WRITTEN_WHOLE = (
+    "checkpoints/*.pt", "config.yaml", "metrics.csv", "result.json", "evaluation.json", "report.html", "plots/*.png",
+)  # fmt: skip
 WAIT_SECONDS = 15.0  # torch's data workers look every five seconds whether their run is still there
 
 

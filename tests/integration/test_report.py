@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 from PIL import Image
 from sklearn.metrics import precision_recall_fscore_support
 
-from adaptive_trainer import Trainer, compose_config
+from adaptive_trainer import Result, Trainer, compose_config
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.report.history import MOST_SAMPLES, History
-from adaptive_trainer.report.listeners import Answers, Listener, Sample
-from adaptive_trainer.report.page import by_class, confusion
+from adaptive_trainer.report.listeners import Answers, Finished, Listener, Sample
+from adaptive_trainer.report.page import Report, by_class, confusion
 from adaptive_trainer.report.plots import _on
 
 SMALL = (
@@ -98,6 +101,39 @@ def test_a_report_that_fails_fails_no_training(tmp_path: Path, caplog: pytest.Lo
     assert Trainer(settings, output_dir=tmp_path / "run").fit().outcome == "trained"
     assert "there is no report: FileExistsError" in caplog.text
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_with_nothing_left_to_train_has_a_report_too(folder: Path, tmp_path: Path) -> None:
+    settings = [*SMALL, f"resume={folder / 'checkpoints' / 'last.pt'}"]
+    Trainer(compose_config(settings), output_dir=tmp_path / "run").fit()
+    assert "there is no confusion matrix" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def ended(folder: Path, *classes: str, timeline: Any = lambda: None, event: str = "") -> None:
+    """Report a run that has taken the first class for the second."""
+    report = Report(folder)
+    report.answers(Answers({(0, 1): 3}, []))
+    used = recipe(typed(compose_config([f"model.num_classes={len(classes)}"])))
+    result = Result("trained", "requested", used, used, [], [event], {}, [], str(folder))
+    report.trained(result, Finished(classes, lambda _: Image.new("RGB", (8, 8)), str, timeline, list))
+
+
+def test_names_of_all_kinds_are_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    event = f"1 broken image is left out: {os.fsdecode(bytes([255]))}.jpg"  # bytes that are no text
+    ended(tmp_path, "$x^$", "<b>", event=event)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>$x^$</td>" in page
+    assert "<td>&lt;b&gt;</td>" in page
+    assert "left out: ?.jpg" in page
+    assert caplog.text == ""
+
+
+def test_a_report_that_is_stopped_stops_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    ended(tmp_path, "cat", "dog", timeline=stop)
+    assert "there is no report: KeyboardInterrupt" in caplog.text
 
 
 def test_no_report_where_none_is_wanted(tmp_path: Path) -> None:

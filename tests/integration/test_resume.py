@@ -490,10 +490,10 @@ def test_a_run_that_was_moved_is_gone_on_with_when_the_new_one_has_learned_nothi
 
 
 def test_half_a_checkpoint_of_a_killed_run_goes(tmp_path: Path) -> None:
-    mine, theirs = tmp_path / "checkpoints" / "last.pt.123.part", tmp_path / "film.mkv.part"
-    mine.parent.mkdir()
-    for part in (mine, theirs):
-        part.write_text("half a")
+    theirs = tmp_path / "film.mkv.part"
+    for name in ("checkpoints/last.pt.123.part", "report.html.123.part", "plots/loss.png.123.part", theirs.name):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half a")
     fit(tmp_path)
     assert list(tmp_path.rglob("*.part")) == [theirs]
 
