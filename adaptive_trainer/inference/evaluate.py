@@ -19,22 +19,12 @@ from adaptive_trainer.data.images.folders import class_folders, evaluation_folde
 from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.inference.model import Trained
 from adaptive_trainer.inference.passes import Passes
+from adaptive_trainer.report.result import OfClass
 from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
 
 TOP = 5
 MISTAKES = 20  # that are listed
 FILE = "evaluation.json"
-
-
-@dataclass(frozen=True, slots=True)
-class OfClass:
-    """How the images of one class fare; 0 where a share is not defined."""
-
-    name: str
-    images: int
-    precision: float
-    recall: float
-    f1: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.listeners import Answers, Finished, Timeline, Wrong
-from adaptive_trainer.report.result import Result
+from adaptive_trainer.report.result import OfClass, Result
 from adaptive_trainer.report.summary import changed_lines
 from adaptive_trainer.utils.files import write_whole
 
@@ -31,17 +30,6 @@ PAGE, PLOTS = "report.html", "plots"
 MOST_CLASSES = 200  # of the table by class; of more, those with the least F1
 THUMBNAIL = 128  # pixels
 SHOWN = ("val_accuracy", "val_loss", "test_accuracy", "test_f1")
-
-
-@dataclass(frozen=True, slots=True)
-class OfClass:
-    """How the images of one class fare; 0 where a share is not defined."""
-
-    name: str
-    images: int
-    precision: float
-    recall: float
-    f1: float
 
 
 class Report(History):

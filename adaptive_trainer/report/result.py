@@ -57,3 +57,14 @@ class Result:
             changes.append((change.key, *values, change.why))
         head = f"<b>{self.outcome} on rung {escape(self.rung)}</b>: {escape(f'{self.used}; {metrics}')}"
         return f"<p>{head}</p>{html(attempts)}{html(changes) if self.changes else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class OfClass:
+    """How the images of one class fare; 0 where a share is not defined."""
+
+    name: str
+    images: int
+    precision: float
+    recall: float
+    f1: float
