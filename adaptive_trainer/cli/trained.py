@@ -97,13 +97,7 @@ def _evaluated(found: Evaluated) -> str:
     lines = [table([("images", "precision", "recall", "F1", "class"), *rows], left=())]
     if len(present) > ROWS:
         lines.append(f"and {len(present) - ROWS} classes that fare better")
-    names = [each.name for each in found.classes]
-    pairs = [
-        (count, names[label], names[answer])
-        for label, row in enumerate(found.confusion)
-        for answer, count in enumerate(row)
-        if count and label != answer
-    ]
+    pairs = [(count, label, answer) for label, answer, count in found.confusion if label != answer]
     lines += [f"{label} taken for {answer}: {count}" for count, label, answer in heapq.nlargest(3, pairs)]
     return "\n".join([*lines, *_broken(found.unreadable), str(found)])
 
