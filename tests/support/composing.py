@@ -16,8 +16,8 @@ _known: dict[tuple[str, ...], bytes] = {}
 
 
 def without_report(overrides: Sequence[str]) -> list[str]:
-    is_asked = any(text.startswith("report=") for text in overrides)
-    return [*overrides, *(() if is_asked else ("report=false",))]
+    is_left = any(text.startswith(("report=", "task=")) for text in overrides)  # other tasks write none, or refuse it
+    return [*overrides, *(() if is_left else ("report=false",))]
 
 
 def compose(
