@@ -33,7 +33,7 @@ def advice(asked: Recipe, used: Config, judge: Judge) -> list[Advice]:
     room, (_, need) = judge.capacity.room(), judge.assess(used)
     if room is None or need is None:
         return []
-    until = time.perf_counter() + SECONDS
+    until, stepped = time.perf_counter() + SECONDS, _stepped_down(asked, recipe(used))
     found: list[tuple[bool, Advice]] = []
     for restores, changes, effect in (*_restoring(asked, recipe(used)), *_saving(used)):
         settings = _with(used, changes)
@@ -41,9 +41,21 @@ def advice(asked: Recipe, used: Config, judge: Judge) -> list[Advice]:
             continue
         then = judge.assess(settings)[1]
         if then is not None and (restores or then < need):
-            typed = " ".join(override(key, value) for key, value in changes.items())
+            typed = " ".join(override(key, value) for key, value in {**stepped, **changes}.items())
             found.append((restores and then <= room, Advice(typed, then, need - then, then <= room, effect)))
     return [each for _, each in sorted(found, key=lambda pair: (not pair[0], -pair[1].saves))]
+
+
+def _stepped_down(asked: Recipe, now: Recipe) -> dict[str, Any]:
+    """What has to be typed beside what was asked for, so that the same recipe is trained again."""
+    found: dict[str, Any] = {}
+    if asked.batch_size != now.batch_size:
+        found["trainer.batch_size"] = now.batch_size
+    if asked.image_size != now.image_size:
+        found["data.image_size"] = now.image_size
+    if asked.precision != now.precision:
+        found["trainer.precision"] = now.precision
+    return found
 
 
 def _restoring(asked: Recipe, now: Recipe) -> Iterator[tuple[bool, Mapping[str, Any], str]]:
