@@ -132,8 +132,9 @@ def _unreadable(text: str) -> str:
         return f'{text} cannot be read; between brackets, quotes go around each text that is no plain word: ["a.b=1"]'
     if has_value:
         return f"{text} cannot be read; if the value is meant as it stands, quote it: {override(key, value)}"
-    near = _near(key)
-    return f"{text} has no value; write {near[0] if near else key}=VALUE"
+    if near := _near(key):
+        return f"{text} has no value; write {near[0]}=VALUE"
+    return f"{text} has no value; write {key}=VALUE, and quotes around a value with a blank: 'data.root=\"my photos\"'"
 
 
 def _of_omegaconf(error: OmegaConfBaseException) -> str:

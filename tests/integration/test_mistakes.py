@@ -52,6 +52,7 @@ TYPED = [
     ("--config-dir", ["--config-dir", "expected one argument"]),
     ("--config-dir nowhere", ["nowhere", "not found"]),
     ("epochs", ["epochs has no value; write trainer.epochs=VALUE"]),
+    ("photos", ["photos has no value; write photos=VALUE, and quotes around a value with a blank"]),
     ("trainer.epochs", ["trainer.epochs has no value; write trainer.epochs=VALUE"]),
     ("=3", ["=3 names no setting"]),
     ("~trainer", ["~trainer would remove a setting"]),
