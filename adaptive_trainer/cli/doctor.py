@@ -140,7 +140,7 @@ def driver_and_build(machine: Machine, config: Config) -> Iterator[Finding]:
         )
     else:
         hidden = machine.environment.get(HIDES)
-        show = "" if hidden is None else f"{HIDES}={hidden} hides cards: {_unset(machine, HIDES)}. "
+        show = "" if hidden is None else f"{HIDES}={hidden} may hide it: {_unset(machine, HIDES)}. "
         yield Finding(
             f"torch takes no card: {machine.refused}",
             why,

@@ -175,12 +175,12 @@ def _limit(name: str) -> int | None:
 
 def place(path: Path) -> Place:
     """What can be said of a folder to write to; it is not made."""
-    path = path.expanduser().absolute()
-    nearest = next(each for each in (path, *path.parents) if each.exists())
-    problem = ""
+    path, free = path.expanduser().absolute(), 0
     try:
+        nearest = next((each for each in (path, *path.parents) if each.exists()), Path(path.anchor))
+        free = shutil.disk_usage(nearest).free
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        problem = error.strerror or str(error)
-    return Place(path, shutil.disk_usage(nearest).free, problem)
+        return Place(path, free, error.strerror or str(error))
+    return Place(path, free)

@@ -71,7 +71,7 @@ CASES = {
         replace(HEALTHY, card=None, refused="No CUDA GPUs are available", environment={"CUDA_VISIBLE_DEVICES": ""}),
         [],
         True,
-        ["CUDA_VISIBLE_DEVICES= hides cards"],
+        ["CUDA_VISIBLE_DEVICES= may hide it: 'unset CUDA_VISIBLE_DEVICES'"],
     ),
     "GTX 1080 Ti": (card(name="GTX 1080 Ti", capability=(6, 1)), [], True, ["no kernels for", "(6.1)", "whl/cu126"]),
     "RTX 5090, older wheel": (
@@ -282,6 +282,7 @@ def test_places(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert place(tmp_path / "a" / "b").problem == ""
     assert place(tmp_path / "file" / "b").problem == "Not a directory"
+    assert place(tmp_path / ("a" * 300)).problem == "File name too long"
     assert place(Path("/proc/out")).problem  # where not even root makes a file
 
 
