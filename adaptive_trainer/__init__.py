@@ -6,6 +6,7 @@ Names are imported when they are first used: `import adaptive_trainer` alone doe
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from adaptive_trainer.training.trainer import Trainer
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
+
+# How many choices of kernels torch keeps, which it reads at its first convolution (`memory.kernels` displaces them).
+os.environ.setdefault("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "1000")
 
 # The names are written three times: above for type checkers and editors, which run no code, here for `import *`, and
 # below for `__getattr__`.

@@ -96,9 +96,11 @@ def _difference(trained: Trained, run: Run, batches: list[Tensor], name: str) ->
     most = 0.0
     for images in batches:
         wanted, got = trained.network(images), run(images)
+        if got.shape != wanted.shape:
+            raise ModelError(f"{name} gives scores of shape {tuple(got.shape)}, and the network {tuple(wanted.shape)}")
         difference = (got - wanted).abs()
         allowed = TOLERANCE["absolute"] + TOLERANCE["relative"] * wanted.abs()
-        if got.shape != wanted.shape or not bool((difference <= allowed).all()):
+        if not bool((difference <= allowed).all()):
             raise ModelError(
                 f"{name} gives other scores than the network: they differ by {float(difference.max()):.3g}, and "
                 f"{TOLERANCE['absolute']:g} + {TOLERANCE['relative']:g} * |score| is allowed"

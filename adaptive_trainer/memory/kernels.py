@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from adaptive_trainer.utils.modes import unseen
 
-LIMIT = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"  # choices that each thread keeps; read by torch at its first convolution
-CHOICES = 1000  # in place of 10,000, which would take half a minute to displace
+LIMIT = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"  # choices that each thread keeps; the package asks for 1000
 
 
 class Kernels:
@@ -34,8 +33,6 @@ class Kernels:
         self.is_watched = is_strict and device.type == "cuda"
         self._before = 0
         self._has_refused = False
-        if self.is_watched:
-            os.environ.setdefault(LIMIT, str(CHOICES))
 
     def begin(self) -> None:
         """Work begins."""
@@ -70,7 +67,7 @@ class Kernels:
 @unseen
 def _displace(device: torch.device) -> None:
     """Displace the choices of kernels that this thread and the one of backward passes keep."""
-    kept = max(CHOICES, int(os.environ.get(LIMIT) or 0))
+    kept = int(os.environ[LIMIT])  # below 1: torch keeps none, or all, and nothing can be displaced
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         weight = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
         for width in range(1, kept + 1):

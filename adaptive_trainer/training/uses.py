@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.data.datasets import MapDataset
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
-from adaptive_trainer.errors import AdaptiveTrainerError, CheckpointError
+from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.inference.evaluate import Evaluated, evaluate, of_folder, of_settings, write
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import Passes, opened
@@ -92,8 +92,8 @@ class Uses:
             with worker_deaths_deferred():
                 found = evaluate(passes, data, trained.classes, "the test set")
             write(found, self.output_dir, trained.path)
-        except AdaptiveTrainerError as error:  # the training has succeeded all the same
-            problem = str(error)
+        except Exception as error:  # the training has succeeded all the same, whatever a test set of one's own raises
+            problem = str(error) or type(error).__name__
         else:
             log.info("test images: %s", found)
             return found.metrics
