@@ -17,7 +17,7 @@ _known: dict[tuple[str, ...], bytes] = {}
 
 def without_report(overrides: Sequence[str]) -> list[str]:
     is_left = any(text.startswith(("report=", "task=")) for text in overrides)  # other tasks write none, or refuse it
-    return [*overrides, *(() if is_left else ("report=false",))]
+    return [*(() if is_left else ("report=false",)), *overrides]
 
 
 def compose(
