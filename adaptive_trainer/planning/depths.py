@@ -16,7 +16,7 @@ import numpy as np
 from adaptive_trainer.models.recomputing.plan import Level
 from adaptive_trainer.prediction.stretches import Profile, Stretch
 
-STEPS = 4000  # of the room: of ways that keep as much but for one, the fastest is followed
+STEPS = 2000  # of the room: of ways that keep as much but for one, the fastest is followed
 PRECISE = 1e-3  # share of the least memory to which that is found
 
 Chosen = tuple[Sequence[int], Level]  # the depth of each block, in the order of `Depths.paths`, and what is between
@@ -31,6 +31,7 @@ class Depths:
         having: for each depth, the blocks that can have it.
 
     Attributes:
+        names: the block that each stretch of the forward pass is; empty between two.
         paths: the blocks, in the order of the forward pass.
 
     Raises:
@@ -38,10 +39,10 @@ class Depths:
     """
 
     def __init__(self, profiles: Sequence[Profile], having: Sequence[Collection[str]]) -> None:
-        self._names = [stretch.part for stretch in profiles[0].stretches]
-        if any([stretch.part for stretch in each.stretches] != self._names for each in profiles):
+        self.names = [stretch.part for stretch in profiles[0].stretches]
+        if any([stretch.part for stretch in each.stretches] != self.names for each in profiles):
             raise ValueError("the parts of the network run in another order from one pass to the next")
-        self.paths = list(dict.fromkeys(filter(None, self._names)))
+        self.paths = list(dict.fromkeys(filter(None, self.names)))
         self._kept, self._work, self._seconds = (  # by depth and stretch
             np.array([[getattr(stretch, figure) for stretch in each.stretches] for each in profiles])
             for figure in ("kept", "work", "seconds")
@@ -71,35 +72,35 @@ class Depths:
 
     def peak(self, chosen: Chosen) -> float:
         """Bytes that the stretch meets that meets most."""
-        depths = self._by_stretch(chosen)
+        depths = self.by_stretch(chosen)
         kept, work = (table[depths, range(len(depths))] for table in (self._kept, self._work))
         return float((np.cumsum(kept) - kept + work).max() + self._anyway)
 
     def seconds(self, chosen: Chosen) -> float:
         """Seconds of an update."""
-        depths = self._by_stretch(chosen)
+        depths = self.by_stretch(chosen)
         return float(self._seconds[depths, range(len(depths))].sum())
 
-    def faster(self, chosen: Chosen) -> list[Chosen]:
-        """Choices that differ in one block and take less time, those first that save most."""
+    def neighbours(self, chosen: Chosen) -> list[Chosen]:
+        """All choices that differ in one block, the fastest first."""
         depths, between = chosen
         changed = (
             ([*depths[:place], other, *depths[place + 1 :]], between)
             for place, path in enumerate(self.paths)
             for other in self._allowed[path]
+            if other != depths[place]
         )
-        limit = self.seconds(chosen)
-        found = [(seconds, each) for each in changed if (seconds := self.seconds(each)) < limit]
-        return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+        return sorted(changed, key=self.seconds)
 
-    def _by_stretch(self, chosen: Chosen) -> list[int]:
+    def by_stretch(self, chosen: Chosen) -> list[int]:
+        """The depth of each stretch."""
         depths, between = chosen
         of = dict(zip(self.paths, depths, strict=True)) | {BETWEEN: int(between == Level.CHEAP)}
-        return [of[name] for name in self._names]
+        return [of[name] for name in self.names]
 
     def _alike(self) -> Iterator[dict[str, int]]:
         """The depths of what runs more than once, which the walk below has no choice about."""
-        often = [name for name, count in Counter(self._names).items() if count > 1 and name]
+        often = [name for name, count in Counter(self.names).items() if count > 1 and name]
         for between, depth in itertools.product(self._allowed[BETWEEN], range(len(self._kept)) if often else [0]):
             if all(depth in self._allowed[name] for name in often):
                 yield dict.fromkeys(often, depth) | {BETWEEN: between}
@@ -107,7 +108,7 @@ class Depths:
     def _fastest(self, room: float, alike: Mapping[str, int]) -> Chosen | None:
         kept, seconds = np.array([float(self._anyway)]), np.zeros(1)  # of all ways to where the walk is
         steps: list[tuple[Any, Any]] = []  # of each way: which one it goes on from, and by which depth
-        for stretch, name in enumerate(self._names):
+        for stretch, name in enumerate(self.names):
             depths = [alike[name]] if name in alike else self._allowed[name]
             fit = [np.flatnonzero(kept + self._work[depth, stretch] <= room) for depth in depths]
             before, depth = np.concatenate(fit), np.repeat(depths, [len(each) for each in fit])
@@ -119,7 +120,7 @@ class Depths:
         if not len(kept):
             return None
         way, chosen = int(seconds.argmin()), dict[str, int]()
-        for name, (before, depth) in zip(reversed(self._names), reversed(steps), strict=True):
+        for name, (before, depth) in zip(reversed(self.names), reversed(steps), strict=True):
             chosen[name] = int(depth[way])
             way = before[way]
         return [chosen[path] for path in self.paths], Level.CHEAP if alike[BETWEEN] else Level.KEEP

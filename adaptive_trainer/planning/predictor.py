@@ -19,8 +19,9 @@ from adaptive_trainer.planning.cache import Key, PlanCache, versions
 from adaptive_trainer.planning.device_spec import DeviceSpec
 from adaptive_trainer.planning.networks import ModelFactory, Networks
 from adaptive_trainer.prediction.derivation import Tracer
-from adaptive_trainer.prediction.estimator import Prediction, predict
+from adaptive_trainer.prediction.estimator import Prediction, predict, workspaces_of
 from adaptive_trainer.prediction.tracer import TraceSpec
+from adaptive_trainer.prediction.workspaces import Workspaces
 from adaptive_trainer.recipe import Recipe
 
 # Variables that change how memory is taken, so that they are part of each key.
@@ -87,6 +88,11 @@ class Predictor:
     def limit(self, config: Config) -> int | None:
         """The smallest limit of these settings in bytes, not remembered; None where it is not known."""
         return self._predict(config, Tracer()).min_capacity_bytes
+
+    @property
+    def workspaces(self) -> Workspaces:
+        """What kernels take on the device."""
+        return workspaces_of(self.spec.capability, self.spec.multiprocessors)
 
     def _predict(self, config: Config, tracer: Tracer) -> Prediction:
         device = self.spec

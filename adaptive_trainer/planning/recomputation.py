@@ -2,16 +2,19 @@
 
 A trace of the update under each depth, used for all blocks alike, says what each block keeps, takes while it runs, and
 costs. Dynamic programming (`depths`) chooses a depth for each block: the least time under which no block meets more
-bytes than there are. What it chooses is traced and replayed, which gives the smallest limit itself, until one fits.
+bytes than there are. That is done for many rooms, since what is lost where memory is divided depends on the plan: it is
+estimated from a replay of a trace that is put together (`estimates`). What seems best is traced, until one fits.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
@@ -20,18 +23,21 @@ from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.models.recomputing.plan import CONTAINERS, NONE, Level, Plan, blocks_of
 from adaptive_trainer.models.savers.recompute import AUTO, BLOCKS, PLANNED
 from adaptive_trainer.planning.depths import Chosen, Depths
+from adaptive_trainer.planning.estimates import Estimates
 from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.prediction.costs import Rates
+from adaptive_trainer.prediction.estimator import CAPACITY_STEP
 from adaptive_trainer.prediction.stretches import Profile, profile
 from adaptive_trainer.prediction.tracer import TraceError, TraceSpec
+from adaptive_trainer.prediction.workspaces import Workspaces
 
 MARGIN = 1.04  # of the smallest limit: predictions are not exact
-SHARES = (1.25, 1.18, 1.12, 1.06, 1.0, 0.94, 0.88, 0.8)  # of the memory there is, for which depths are sought
-TIGHT = (1.001, 1.03, 1.07, 1.12, 1.2, 1.3)  # times the least that can be alive
-NEIGHBOURS = 8  # plans that differ in one block from one that fits, and are tried for less time
-# Operators that a search may trace, about five seconds: large networks have fewer plans tried than small ones.
-WORK, LEAST_TRIES = 22_000, 3
-FEWEST = 2  # choices of a network without blocks
+NEAR = 1.01  # times the least limit that is found: what is taken for it, where it saves time
+SHARES = (1.05, 1.01, 0.98, 0.95, 0.92)  # of the memory there is, that an estimate is to keep to: it is not exact
+ROOMS = 48  # from the least that can be alive up to what is alive without recomputation, for which depths are sought
+MOST_TRACES = 6  # after which none is begun with: a trace takes up to a second
+CHECKED = 3  # choices that seem to need the least memory, and are traced to see whether they do
+WORK = 200_000  # events that are replayed for choices that differ in one block from a good one
 MOST_PARTS = 4  # kinds of parts of a block that are tried by themselves
 
 SpecOf = Callable[[str], TraceSpec]  # of a plan, as text
@@ -62,7 +68,9 @@ class Search:
         TraceError: the network cannot be traced.
     """
 
-    def __init__(self, outline: nn.Module, spec_of: SpecOf, limit_of: LimitOf, rates: Rates) -> None:
+    def __init__(
+        self, outline: nn.Module, spec_of: SpecOf, limit_of: LimitOf, rates: Rates, workspaces: Workspaces
+    ) -> None:
         self._spec_of = spec_of
         self._limit_of = limit_of
         self._rates = rates
@@ -74,17 +82,20 @@ class Search:
         alike = ((dict.fromkeys(self.blocks, depth), _between(depth)) for depth in range(len(self.choices)))
         self._profiles = [self._profile(self._written(*each)) for each in alike]
         self._model = Depths(self._profiles, self._having)
-        traces = WORK // self._profiles[0].operators - len(self._profiles)
-        self._tries = max(LEAST_TRIES, traces // 2)  # of each of the two kinds below
+        self._estimates = Estimates(self._model, self._profiles, workspaces, spec_of(NONE))
+        self._tries = WORK // len(self._profiles[0].sections.trace.kinds)
+        cheap = self._alike(1)
+        alone = self._estimates.limit(cheap)
+        self._estimates.further = (self.limit(self._plan(cheap)) or alone) - alone
 
     def fitting(self, room: int) -> str:
         """The plan of the least time that is predicted to fit `room` bytes; the one of least memory where none does."""
-        target = room / MARGIN
-        return self._plan(self._faster(self._solved(target) or self._tight(target), target))
+        return self._plan(self._fastest(room / MARGIN) or self._smallest)
 
     def least(self) -> str:
-        """The plan that is predicted to need the least memory."""
-        return self._plan(self._tight(0.0))
+        """A plan that is predicted to need about the least memory, and of these, the one of the least time."""
+        limit = self.limit(self._plan(self._smallest))
+        return self._plan((self._fastest(limit * NEAR) if limit else None) or self._smallest)
 
     def seconds(self, plan: str) -> float:
         """The time of an update under a plan."""
@@ -96,71 +107,68 @@ class Search:
             self._limits[plan] = self._limit_of(plan)
         return self._limits[plan]
 
-    def _solved(self, target: float) -> Chosen | None:
-        """The first of the fastest choices that fits, from more memory than there is downward; None where none does.
+    @cached_property
+    def _candidates(self) -> list[Chosen]:
+        """The fastest choices in several rooms, and those that are alike in all blocks, the fastest first."""
+        model, alike = self._model, [self._alike(depth) for depth in range(1, len(self.choices))]
+        lowest, highest = model.peak(model.least()), model.peak(self._alike(0))
+        solved = [model.solve(lowest * (highest / lowest) ** (step / ROOMS)) for step in range(ROOMS)]
+        found = {self._plan(each): each for each in (*alike, model.least(), *filter(None, solved))}
+        return sorted(found.values(), key=model.seconds)
 
-        By how much a limit is above what is alive depends on the plan: it is lost where memory is divided.
-        """
-        lost = self._over(self._alike(len(self.choices) - 1))
-        found, first, last = None, 0, len(SHARES)
-        while first < last:  # what fits in more memory takes less time: the first is sought by halves
-            middle = (first + last) // 2
-            chosen = self._model.solve(target * SHARES[middle] - lost)
-            if chosen is None or self._fits(chosen, target):
-                found, last = chosen or found, middle
-            else:
-                first = middle + 1
-        return found
+    def _fastest(self, target: float) -> Chosen | None:
+        """The fastest choice that is found to fit, from those that seem to need a little more on."""
+        found, most = list[Chosen](), len(self._limits) + MOST_TRACES
+        for share in SHARES:
+            ways = self._seeming(target * share) if len(self._limits) < most else []
+            if ways and self._fits(ways[-1], target):
+                found.append(ways[-1])
+                break
+            if ways and self._fits(ways[0], target):
+                # The last that fits, by halves, as if each took more memory than the one before.
+                found.append(ways[bisect_left(ways, True, 1, key=lambda each: not self._fits(each, target)) - 1])
+        return min(found, key=self._model.seconds, default=None)
 
-    def _tight(self, target: float) -> Chosen:
-        """The choice of the least time, among some of little memory, that fits; that of least memory where none does.
-
-        How memory is divided decides here, which no sum of what is alive shows.
-        """
-        lowest = self._model.peak(self._model.least())
-        solved = (self._model.solve(lowest * share) for share in TIGHT)
-        tried = [chosen for chosen in solved if chosen is not None]
-        tried += [self._alike(depth) for depth in range(1, len(self.choices))]
-        tried += self._all_but_largest()
-        tried = sorted(tried, key=self._model.peak)[: self._tries]
-        fitting = [chosen for chosen in tried if self._fits(chosen, target)]
-        if fitting:
-            return min(fitting, key=self._model.seconds)
-        return min(tried, key=lambda chosen: self.limit(self._plan(chosen)) or math.inf)
-
-    def _all_but_largest(self) -> Iterator[Chosen]:
-        """The depth before the last, in which those blocks that take most have the last one."""
-        if len(self.choices) > FEWEST:
-            deepest = len(self.choices) - 1
-            work = {each.part: each.work for each in self._profiles[-2].stretches if each.part}
-            by_work = sorted(work, key=lambda block: -work[block])
-            for count in (1, 2, 4):
-                largest = by_work[:count]
-                yield [deepest - (path not in largest) for path in self._model.paths], Level.CHEAP
-
-    def _faster(self, chosen: Chosen, target: float) -> Chosen:
-        """The choice with single blocks changed so that it still fits and takes less time, as far as a few tries go."""
-        tries = min(NEIGHBOURS, self._tries)
-        while tries and self._fits(chosen, target):
-            # With less than half of what is lost now, one that meets more than this would be luck.
-            most = target - self._over(chosen) / 2
-            likely = (other for other in self._model.faster(chosen) if self._model.peak(other) <= most)
-            for neighbour in itertools.islice(likely, tries):
+    def _seeming(self, target: float) -> list[Chosen]:
+        """Choices that seem to fit: the first of the candidates that does, and with blocks changed one by one."""
+        estimates = self._estimates
+        ways = [next((each for each in self._candidates if estimates.fits(each, target)), None)]
+        tries = self._tries
+        while tries > 0 and ways[-1] is not None:
+            for other in itertools.islice(self._likely(ways[-1], target), tries):
                 tries -= 1
-                if self._fits(neighbour, target):
-                    chosen = neighbour
+                if estimates.fits(other, target):
+                    ways.append(other)
                     break
             else:
                 break
-        return chosen
+        return [each for each in ways if each is not None]
+
+    def _likely(self, chosen: Chosen, target: float) -> Iterator[Chosen]:
+        """Choices that differ in one block, take less time and may fit, the fastest first."""
+        model, limit = self._model, self._model.seconds(chosen)
+        # With less than half of what is lost now, one that meets more than this would be luck.
+        most = target - (self._estimates.limit(chosen) - model.peak(chosen)) / 2
+        faster = itertools.takewhile(lambda each: model.seconds(each) < limit, model.neighbours(chosen))
+        return (each for each in faster if model.peak(each) <= most)
+
+    @cached_property
+    def _smallest(self) -> Chosen:
+        """The choice of the least memory that is found."""
+        estimates, tight = self._estimates, sorted(self._candidates, key=self._model.peak)
+        found = [tight[0]]
+
+        def improve(others: Sequence[Chosen]) -> None:
+            for other in others:
+                if estimates.fits(other, estimates.limit(found[-1]) - CAPACITY_STEP):
+                    found.append(other)
+
+        improve(tight[1:])
+        improve(self._model.neighbours(found[-1])[: self._tries])
+        return min(found[-CHECKED:], key=lambda chosen: self.limit(self._plan(chosen)) or math.inf)
 
     def _fits(self, chosen: Chosen, target: float) -> bool:
         return (self.limit(self._plan(chosen)) or math.inf) <= target
-
-    def _over(self, chosen: Chosen) -> float:
-        """What the smallest limit is above the sum of what is alive."""
-        limit = self.limit(self._plan(chosen))
-        return 0.0 if limit is None else limit - self._model.peak(chosen)
 
     def _profile(self, plan: str) -> Profile:
         if plan not in self._known:
@@ -286,5 +294,5 @@ class Planner:
 
         with suppress(TraceError, ValueError):
             outline = predictor.networks.outline_or_network(plain)
-            return Search(outline, spec_of, limit_of, predictor.spec.rates(plain.trainer.tf32))
+            return Search(outline, spec_of, limit_of, predictor.spec.rates(plain.trainer.tf32), predictor.workspaces)
         return None

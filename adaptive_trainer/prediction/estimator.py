@@ -93,14 +93,13 @@ def predict(
         trace = (tracer or Tracer()).trace(spec)
     except TraceError as error:
         return Prediction(seconds=time.perf_counter() - start, reason=str(error))
-    major, minor = version.split(".")[:2]
-    workspaces = Workspaces.of(capability, multiprocessors, (int(major), int(minor)))
+    workspaces = workspaces_of(capability, multiprocessors, version)
     with no_collection():
         free = Replay(trace, workspaces)
         free.run()
         free.evaluate()  # counts in the peaks, and not below: an evaluation that does not fit is halved
         peaks = free.allocator
-        least = _min_capacity(trace, workspaces, peaks.peak_reserved, spec)
+        least = smallest_limit(trace, workspaces, peaks.peak_reserved, spec)
     sizes = peaks.peak_requested, peaks.peak_allocated, peaks.peak_reserved, least
     moved = trace.moved(len(spec.micro_batches))
     return Prediction(*sizes, time.perf_counter() - start, offloaded_bytes=moved)
@@ -123,15 +122,33 @@ def verdict(prediction: Prediction, capacity_bytes: int | None) -> Verdict:
     return Verdict.HOPELESS if is_hopeless else Verdict.UNSURE
 
 
-def _min_capacity(trace: Trace, workspaces: Workspaces, at_most: int, spec: TraceSpec) -> int:
-    low, high = 0, -(-at_most // CAPACITY_STEP)  # what is reserved with no limit is enough
+def workspaces_of(capability: tuple[int, int], multiprocessors: int, version: str = torch.__version__) -> Workspaces:
+    """What kernels take on a card, under a version of torch such as "2.14.1"."""
+    major, minor = version.split(".")[:2]
+    return Workspaces.of(capability, multiprocessors, (int(major), int(minor)))
+
+
+def smallest_limit(trace: Trace, workspaces: Workspaces, at_most: int, spec: TraceSpec) -> int:
+    """The smallest limit, in bytes, under which the updates of a trace run.
+
+    Args:
+        at_most: bytes that are enough, such as what is reserved with no limit.
+        spec: how the update is made.
+    """
+    low, high = 0, -(-at_most // CAPACITY_STEP)
     while low < high:
         middle = (low + high) // 2
-        try:
-            capacity = middle * CAPACITY_STEP
-            Replay(trace, workspaces, capacity, retried=spec.undo, same_kernels=spec.same_kernels).run()
-        except AllocatorFull:
-            low = middle + 1
-        else:
+        if runs(trace, workspaces, middle * CAPACITY_STEP, spec):
             high = middle
+        else:
+            low = middle + 1
     return high * CAPACITY_STEP
+
+
+def runs(trace: Trace, workspaces: Workspaces, limit: int, spec: TraceSpec) -> bool:
+    """Whether the updates of a trace run under a limit in bytes."""
+    try:
+        Replay(trace, workspaces, limit, retried=spec.undo, same_kernels=spec.same_kernels).run()
+    except AllocatorFull:
+        return False
+    return True

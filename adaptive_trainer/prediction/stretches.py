@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer.prediction.costs import Costs, Rates
 from adaptive_trainer.prediction.recorder import Kind, Recorder
+from adaptive_trainer.prediction.splicing import Sections
 from adaptive_trainer.prediction.tracer import Trace, TraceSpec, trace
 
 
@@ -43,12 +44,14 @@ class Profile:
         seconds: of the whole update.
         peak: most bytes that are alive.
         operators: that have run.
+        sections: the trace, by stretch.
     """
 
     stretches: tuple[Stretch, ...]
     seconds: float
     peak: int
     operators: int
+    sections: Sections
 
 
 def profile(spec: TraceSpec, parts: Sequence[str], rates: Rates) -> Profile:
@@ -129,7 +132,8 @@ def _divided(made: Trace, marks: _Marks) -> Profile:
     np.add.at(seconds, running[np.minimum(marks.costs.marks, count - 1)], marks.costs.seconds)
     found = zip(names, kept.tolist(), work, seconds.tolist(), strict=True)
     stretched = tuple(Stretch(*each) for each in found)
-    return Profile(stretched, sum(marks.costs.seconds), int(live.max()), len(marks.costs.seconds))
+    sections = Sections(made, running.tolist(), marks.forward_end, len(names))
+    return Profile(stretched, sum(marks.costs.seconds), int(live.max()), len(marks.costs.seconds), sections)
 
 
 def _lives(made: Trace, running: Any, stretches: int, forward_end: int) -> tuple[Any, Any]:
