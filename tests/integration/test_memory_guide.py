@@ -43,7 +43,6 @@ TRAININGS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "a smaller model": lambda result: result["used"]["model"] == "mobilenetv3_small_100",
     "go through a checklist": lambda result: result["rung"] == "batch-16" and len(result["changes"]) == 2,
     "presets": lambda result: (result["used"]["batch_size"], result["used"]["image_size"]) == (8, 192),
-    "leave room for desktop and browser": lambda result: 0 < result["attempts"][-1]["peak_allocated_bytes"] < 5 * 2**30,
     "train in stages": lambda result: [each["name"] for each in result["stages"]] == ["smoke-test", "balanced", "full"],
 }
 OPEN = {"fewer workers": "data.num_workers", "presets": "data.image_size"}  # what the row itself decides
@@ -60,7 +59,7 @@ CALLS = {
 
 
 def test_every_row_is_tried() -> None:
-    assert {*TRAININGS, *CALLS, "a table of what fits"} == ROWS.keys()
+    assert {*TRAININGS, *CALLS, "a table of what fits", "close desktop and browser"} == ROWS.keys()
 
 
 def run(row: str, small: dict[str, str], launcher: Launcher, folder: Path) -> str:
@@ -87,6 +86,12 @@ def test_a_table_of_what_fits(launcher: Launcher, tmp_path: Path) -> None:
     assert re.search(r"(?m)^batch +160 px +192 px\n8 +\d+ +\d+\n16 +\d+ +\d+$", shown), shown
     assert (tmp_path / "out" / "memory.csv").exists()
     assert (tmp_path / "out" / "memory.png").exists()
+
+
+def test_close_desktop_and_browser(launcher: Launcher, tmp_path: Path) -> None:
+    shown = run("close desktop and browser", {"device": "cpu"}, launcher, tmp_path)
+    assert shown.startswith("machine: ")
+    assert "\nresult: " in shown
 
 
 @pytest.mark.parametrize("row", CALLS)
