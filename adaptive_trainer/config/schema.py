@@ -241,6 +241,9 @@ class CardConfig:
     bandwidth_gbs: float | None = None
     tflops: float | None = None  # fp32, without tensor cores
     tensor_tflops: float | None = None  # fp16 with sums in fp32
+    # The link to the host's memory; where one is null, generation 3 and 16 lanes are assumed
+    pcie_generation: int | None = None
+    pcie_lanes: int | None = None
 
 
 @dataclass

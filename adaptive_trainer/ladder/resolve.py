@@ -174,6 +174,11 @@ def with_plan(config: Config, plan: str) -> Config:
     return replace(config, trainer=replace(config.trainer, recompute=plan))
 
 
+def without_savers(config: Config) -> Config:
+    """The same settings with all activations kept on the device."""
+    return replace(config, trainer=replace(config.trainer, recompute="none", offload=False))
+
+
 def _following(rung: Rung[Config], asked: Config) -> Rung[Config]:
     """The rung with the learning rate of its batch size."""
     lr, why = scaled_lr(asked, rung.settings.trainer.batch_size)

@@ -22,9 +22,8 @@ def predicted(planner: Planner, config: Config, room: int | None) -> tuple[Confi
     used = planner.planned(config, room)
     found = planner.predictor.predict(used)
     plan = used.trainer.recompute
-    added = None
-    if not found.reason and not used.trainer.offload:  # how fast the host's memory is reached is not known
-        added = 1.0 if plan == NONE else planner.added_time(used)
+    keeps_all = plan == NONE and not used.trainer.offload
+    added = None if found.reason else 1.0 if keeps_all else planner.added_time(used)
     seconds = time.perf_counter() - start
     return used, replace(found, seconds=seconds, plan=plan, added_time=added)
 

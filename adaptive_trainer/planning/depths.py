@@ -15,6 +15,7 @@ import numpy as np
 
 from adaptive_trainer.models.recomputing.plan import Level
 from adaptive_trainer.prediction.stretches import Profile, Stretch
+from adaptive_trainer.prediction.transfer import update_seconds
 
 STEPS = 2000  # of the room: of ways that keep as much but for one, the fastest is followed
 PRECISE = 1e-3  # share of the least memory to which that is found
@@ -29,6 +30,7 @@ class Depths:
     Args:
         profiles: of each depth, used for all blocks alike; the first keeps everything, the second what is dear.
         having: for each depth, the blocks that can have it.
+        link: bytes a second at which activations are offloaded, in one direction.
 
     Attributes:
         names: the block that each stretch of the forward pass is; empty between two.
@@ -38,15 +40,18 @@ class Depths:
         ValueError: the blocks run in another order from one profile to the next.
     """
 
-    def __init__(self, profiles: Sequence[Profile], having: Sequence[Collection[str]]) -> None:
+    def __init__(self, profiles: Sequence[Profile], having: Sequence[Collection[str]], link: float) -> None:
         self.names = [stretch.part for stretch in profiles[0].stretches]
         if any([stretch.part for stretch in each.stretches] != self.names for each in profiles):
             raise ValueError("the parts of the network run in another order from one pass to the next")
         self.paths = list(dict.fromkeys(filter(None, self.names)))
-        self._kept, self._work, self._seconds = (  # by depth and stretch
+        self._kept, self._work, self._compute, self._moved = (  # by depth and stretch
             np.array([[getattr(stretch, figure) for stretch in each.stretches] for each in profiles])
-            for figure in ("kept", "work", "seconds")
+            for figure in ("kept", "work", "seconds", "moved")
         )
+        self._link = link
+        # Each way: beside how much of the computation that is, only the sum shows.
+        self._seconds = self._compute + 2 * self._moved / link
         self._anyway = profiles[0].peak - max(_met(profiles[0].stretches))
         self._allowed = {
             path: [depth for depth, those in enumerate(having) if path in those] for path in self.paths
@@ -79,7 +84,8 @@ class Depths:
     def seconds(self, chosen: Chosen) -> float:
         """Seconds of an update."""
         depths = self.by_stretch(chosen)
-        return float(self._seconds[depths, range(len(depths))].sum())
+        compute, moved = (table[depths, range(len(depths))].sum() for table in (self._compute, self._moved))
+        return update_seconds(float(compute), int(moved), self._link)
 
     def neighbours(self, chosen: Chosen) -> list[Chosen]:
         """All choices that differ in one block, the fastest first."""

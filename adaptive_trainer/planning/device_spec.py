@@ -15,6 +15,7 @@ from adaptive_trainer.memory.limit import DEFAULT_SIMULATED
 from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.planning.cache import PlanCache
 from adaptive_trainer.prediction.costs import CLOCK, Rates, Speed
+from adaptive_trainer.prediction.transfer import USUAL_LINK, Link
 from adaptive_trainer.prediction.workspaces import MULTIPROCESSORS
 from adaptive_trainer.utils.device import device_of
 
@@ -36,6 +37,7 @@ class DeviceSpec:
     context: int = 0  # what a CUDA process takes outside the allocator, which no limit of it counts
     multiprocessors: int = MULTIPROCESSORS
     speed: Speed | None = None  # None: estimated
+    link: Link = USUAL_LINK
 
     def rates(self, tf32: bool | None) -> Rates:
         """What kernels take by, under `trainer.tf32`."""
@@ -43,7 +45,7 @@ class DeviceSpec:
             self.capability if self.cuda else ASSUMED_CAPABILITY
         )  # a simulated card's figures would be no one's
         speed = self.speed or Speed.of(capability, self.multiprocessors, CLOCK, None)
-        return speed.rates(capability, tf32)
+        return replace(speed.rates(capability, tf32), link=self.link.rate)
 
 
 def spec_of(config: Config, cache: PlanCache | None = None) -> DeviceSpec:
@@ -97,7 +99,12 @@ def card_of(card: CardConfig) -> DeviceSpec | None:
         raise ConfigError(
             f"card={name}: CUDA itself takes {format_bytes(context)}, and the card has {card.memory_mib} MiB"
         )
-    return _card(name, card.memory_mib * MiB, capability, context, count, _speed(card))
+    spec = _card(name, card.memory_mib * MiB, capability, context, count, _speed(card))
+    if card.pcie_generation is None or card.pcie_lanes is None:
+        return spec
+    if card.pcie_generation < 1 or not 1 <= card.pcie_lanes <= 16:
+        raise ConfigError(f"card={name}: pcie_generation is 1 or more, and pcie_lanes is from 1 to 16")
+    return replace(spec, link=Link(card.pcie_generation, card.pcie_lanes, is_known=True))
 
 
 def _speed(card: CardConfig) -> Speed | None:

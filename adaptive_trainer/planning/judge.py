@@ -133,10 +133,9 @@ class Judge:
         return None
 
     def added_time(self, config: Config) -> float | None:
-        """Predicted time of an update over that without recomputation; None where nothing is recomputed."""
-        trainer = config.trainer
-        is_planned = ":" in trainer.recompute and not trainer.offload  # how fast the host's memory is, is not known
-        return self._planner.added_time(config) if is_planned else None
+        """Predicted time of an update over that with all activations kept on the device; None where they are."""
+        is_longer = ":" in config.trainer.recompute or config.trainer.offload
+        return self._planner.added_time(config) if is_longer else None
 
     def kept_by_exact(self, cfg: DictConfig, used: Config) -> str:
         """As `exact.kept`, of a run that trained with the settings `used`."""

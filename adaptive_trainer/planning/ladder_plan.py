@@ -89,7 +89,7 @@ def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
     if passed_over := rung.passed_over or no_step(planner, above.settings, rung.settings):
         return Row(**named, verdict=Verdict.SKIPPED, reason=passed_over)
     config, found = predicted(planner, rung.settings, spec.capacity)
-    named["recipe"] = _in_words(config, found)
+    named["recipe"] = _in_words(config, found, spec)
     # A network that refuses the size cannot be traced either, and says less clearly why.
     if refused := image_refusal(config, networks.classes(config)) if found.reason else "":
         return Row(**named, verdict=Verdict.SKIPPED, seconds=found.seconds, reason=refused)
@@ -100,8 +100,10 @@ def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
     return Row(**named, verdict=verdict(found, capacity), min_card_bytes=with_context, **asdict(found))
 
 
-def _in_words(config: Config, found: Prediction) -> str:
+def _in_words(config: Config, found: Prediction, spec: DeviceSpec) -> str:
     """The recipe, and what is recomputed in it."""
     said = [plan_in_words(found.plan)] if found.plan != NONE else []
-    said += [f"{found.added_time:.2f} times the time"] if said and found.added_time is not None else []
+    if found.added_time is not None and (said or found.offloaded_bytes):
+        link = f" over {spec.link}" if found.offloaded_bytes else ""
+        said.append(f"{found.added_time:.2f} times the time{link}")
     return f"{recipe(config)} ({'; '.join(said)})" if said else str(recipe(config))

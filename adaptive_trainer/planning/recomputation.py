@@ -19,7 +19,7 @@ from functools import cached_property
 from torch import nn
 
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.ladder.resolve import with_plan
+from adaptive_trainer.ladder.resolve import with_plan, without_savers
 from adaptive_trainer.models.recomputing.plan import CONTAINERS, NONE, Level, Plan, blocks_of
 from adaptive_trainer.models.savers.recompute import AUTO, BLOCKS, PLANNED
 from adaptive_trainer.planning.depths import Chosen, Depths
@@ -29,6 +29,7 @@ from adaptive_trainer.prediction.costs import Rates
 from adaptive_trainer.prediction.estimator import CAPACITY_STEP
 from adaptive_trainer.prediction.stretches import Profile, profile
 from adaptive_trainer.prediction.tracer import TraceError, TraceSpec
+from adaptive_trainer.prediction.transfer import update_seconds
 from adaptive_trainer.prediction.workspaces import Workspaces
 
 MARGIN = 1.04  # of the smallest limit: predictions are not exact
@@ -81,7 +82,7 @@ class Search:
         self._having = [_having(outline, self.blocks, choice) for choice in self.choices]
         alike = ((dict.fromkeys(self.blocks, depth), _between(depth)) for depth in range(len(self.choices)))
         self._profiles = [self._profile(self._written(*each)) for each in alike]
-        self._model = Depths(self._profiles, self._having)
+        self._model = Depths(self._profiles, self._having, rates.link)
         self._estimates = Estimates(self._model, self._profiles, workspaces, spec_of(NONE))
         self._tries = WORK // len(self._profiles[0].sections.trace.kinds)
         cheap = self._alike(1)
@@ -99,7 +100,7 @@ class Search:
 
     def seconds(self, plan: str) -> float:
         """The time of an update under a plan."""
-        return self._profile(plan).seconds
+        return _seconds(self._profile(plan), self._rates)
 
     def limit(self, plan: str) -> int | None:
         """The smallest limit under a plan."""
@@ -110,7 +111,7 @@ class Search:
     @cached_property
     def _candidates(self) -> list[Chosen]:
         """The fastest choices in several rooms, and those that are alike in all blocks, the fastest first."""
-        model, alike = self._model, [self._alike(depth) for depth in range(1, len(self.choices))]
+        model, alike = self._model, [self._alike(depth) for depth in range(len(self.choices))]
         lowest, highest = model.peak(model.least()), model.peak(self._alike(0))
         solved = [model.solve(lowest * (highest / lowest) ** (step / ROOMS)) for step in range(ROOMS)]
         found = {self._plan(each): each for each in (*alike, model.least(), *filter(None, solved))}
@@ -189,6 +190,10 @@ class Search:
         return _text(chosen, between)
 
 
+def _seconds(found: Profile, rates: Rates) -> float:
+    return update_seconds(found.seconds, found.moved, rates.link)
+
+
 def _between(depth: int) -> Level:
     """The level of what is between blocks where all have a depth: it is cheap, unless nothing is recomputed."""
     return Level.CHEAP if depth else Level.KEEP
@@ -244,6 +249,7 @@ class Planner:
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self._searches: dict[str, Search | None] = {}
+        self._times: dict[str, float] = {}
 
     def planned(self, config: Config, room: int | None) -> Config:
         """The same settings with a plan that is known.
@@ -256,7 +262,8 @@ class Planner:
         if asked not in PLANNED:
             return config
         plain = with_plan(config, NONE)
-        if asked == AUTO and (room is None or self._fits(plain, room)):
+        # Where what is kept is offloaded, to keep as much as fits takes most time rather than least.
+        if asked == AUTO and (room is None or (self._fits(plain, room) and not plain.trainer.offload)):
             return plain
         search = self._search(plain)
         if search is None:
@@ -264,13 +271,17 @@ class Planner:
         return with_plan(config, search.fitting(room) if asked == AUTO and room is not None else search.least())
 
     def added_time(self, config: Config) -> float | None:
-        """The predicted time of an update under a plan that is known, over the time without one."""
-        search = self._search(with_plan(config, NONE))
-        if search is None:
-            return None
+        """The predicted time of an update under a known plan, over that with all activations kept on the device."""
         with suppress(TraceError):
-            return search.seconds(config.trainer.recompute) / search.seconds(NONE)
+            return self._seconds(config) / self._seconds(without_savers(config))
         return None
+
+    def _seconds(self, config: Config) -> float:
+        key = repr(self.predictor.key(config))
+        if key not in self._times:
+            rates = self.predictor.spec.rates(config.trainer.tf32)
+            self._times[key] = _seconds(profile(self._spec_of(config), (), rates), rates)
+        return self._times[key]
 
     def _fits(self, config: Config, room: int) -> bool:
         least = self.predictor.predict(config).min_capacity_bytes
@@ -282,12 +293,16 @@ class Planner:
             self._searches[key] = self._begun(plain)
         return self._searches[key]
 
+    def _spec_of(self, config: Config) -> TraceSpec:
+        """The update of a single micro-batch."""
+        spec = self.predictor.spec_of(config)
+        return replace(spec, micro_batches=spec.micro_batches[:1], eval_batch_size=None, stored_size=0, key=None)
+
     def _begun(self, plain: Config) -> Search | None:
         predictor = self.predictor
 
         def spec_of(plan: str) -> TraceSpec:
-            spec = predictor.spec_of(with_plan(plain, plan))
-            return replace(spec, micro_batches=spec.micro_batches[:1], eval_batch_size=None, stored_size=0, key=None)
+            return self._spec_of(with_plan(plain, plan))
 
         def limit_of(plan: str) -> int | None:
             return predictor.limit(with_plan(plain, plan))

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from adaptive_trainer.models.recomputing.trees import tensors
+from adaptive_trainer.prediction.transfer import USUAL_LINK
 
 aten = torch.ops.aten
 CONVOLUTIONS = {aten.convolution, aten.convolution_backward}
@@ -66,6 +67,7 @@ class Rates:
     convolution: float  # in fp32, by TF32 where that is allowed
     product: float  # matrix product in fp32, likewise
     half: float  # convolution and product in fp16 and bf16
+    link: float = USUAL_LINK.rate  # to the host's memory, and from it
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class Prediction:
         offloaded_bytes: what an update sends to the host, and fetches back.
         plan: what is recomputed of the activations, as `trainer.recompute` and `recompute` take it; empty where nobody
             asked.
-        added_time: predicted time of an update over that without recomputation, such as 1.18; None where not known.
+        added_time: predicted time of an update, such as 1.18, over that with all activations kept on the device; None
+            where it is not known.
     """
 
     live_bytes: int | None = None

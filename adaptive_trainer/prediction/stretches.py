@@ -27,12 +27,14 @@ class Stretch:
         kept: bytes that it keeps for the backward pass.
         work: most bytes that are alive while it runs, forward or backward, beside what those before it keep.
         seconds: of its forward and backward pass.
+        moved: bytes that it offloads to the host.
     """
 
     part: str
     kept: int
     work: int
     seconds: float
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Profile:
 
     Attributes:
         stretches: in the order of the forward pass.
-        seconds: of the whole update.
+        seconds: of the whole update, without what offloading adds.
         peak: most bytes that are alive.
         operators: that have run.
         sections: the trace, by stretch.
@@ -52,6 +54,11 @@ class Profile:
     peak: int
     operators: int
     sections: Sections
+
+    @property
+    def moved(self) -> int:
+        """Bytes that the update offloads to the host."""
+        return sum(stretch.moved for stretch in self.stretches)
 
 
 def profile(spec: TraceSpec, parts: Sequence[str], rates: Rates) -> Profile:
@@ -130,7 +137,10 @@ def _divided(made: Trace, marks: _Marks) -> Profile:
     work = [int(above[running[made.update_start :] == i].max(initial=0)) for i in range(len(names))]
     seconds = np.zeros(len(names))
     np.add.at(seconds, running[np.minimum(marks.costs.marks, count - 1)], marks.costs.seconds)
-    found = zip(names, kept.tolist(), work, seconds.tolist(), strict=True)
+    moved = np.zeros(len(names), np.int64)
+    marks_of_moves = [event for event, kind in enumerate(made.kinds[:count]) if kind == Kind.MOVED]
+    np.add.at(moved, running[marks_of_moves], [made.sizes[made.numbers[event]] for event in marks_of_moves])
+    found = zip(names, kept.tolist(), work, seconds.tolist(), moved.tolist(), strict=True)
     stretched = tuple(Stretch(*each) for each in found)
     sections = Sections(made, running.tolist(), marks.forward_end, len(names))
     return Profile(stretched, sum(marks.costs.seconds), int(live.max()), len(marks.costs.seconds), sections)

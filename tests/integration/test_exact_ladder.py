@@ -345,7 +345,8 @@ def test_a_plan_says_what_is_recomputed_and_what_would_be_kept(tmp_path: Path) -
     row = next(row for row in exact.rows if row.rung == "recompute")
     assert row.plan not in ("auto", "none", "")
     assert row.added_time is not None
-    assert exact.rows[-1].added_time is None  # `offload`: how fast the host is reached is not known
+    assert exact.rows[-1].added_time is not None  # `offload`
+    assert exact.rows[-1].added_time > 1
     assert f"{row.added_time:.2f} times the time" in " ".join(plan_table(exact).split())
     assert json.loads((tmp_path / "exact" / "plan.json").read_text())["rungs"][1]["plan"] == row.plan
     usual = run_plan(compose_config([*small, limit]), tmp_path / "usual")

@@ -14,6 +14,7 @@ from adaptive_trainer.prediction.stretches import Profile, Stretch
 from adaptive_trainer.prediction.tracer import Trace
 
 DEPTHS = 3
+LINK = 1e9
 NO_SECTIONS = Sections(Trace(b"", (), (), b"", (), 1, 0, 0), [], 0, 0)
 
 
@@ -21,12 +22,13 @@ def depths(names: list[str], draw: random.Random) -> Depths:
     """Made-up profiles of stretches of these names."""
 
     def made(depth: int) -> Profile:
-        stretches = (Stretch(name, draw.randint(1, 100), draw.randint(1, 200), draw.randint(1, 50)) for name in names)
+        drawn = ((draw.randint(1, 100), draw.randint(1, 200), draw.randint(1, 50)) for _ in names)
+        stretches = (Stretch(name, *figures) for name, figures in zip(names, drawn, strict=True))
         return Profile(tuple(stretches), 1.0, 1000 + depth, 1, NO_SECTIONS)
 
     blocks = sorted({*names} - {""})
     lacking = set(blocks[:1])  # of the depth in the middle
-    return Depths([made(depth) for depth in range(DEPTHS)], [blocks, set(blocks) - lacking, blocks])
+    return Depths([made(depth) for depth in range(DEPTHS)], [blocks, set(blocks) - lacking, blocks], LINK)
 
 
 def all_choices(model: Depths) -> list[Chosen]:
@@ -71,4 +73,4 @@ def differs(one: Chosen, other: Chosen) -> int:
 def test_blocks_in_another_order_are_refused() -> None:
     one, other = (Profile((Stretch(a, 1, 1, 1), Stretch(b, 1, 1, 1)), 1.0, 2, 1, NO_SECTIONS) for a, b in ("ab", "ba"))
     with pytest.raises(ValueError, match="another order"):
-        Depths([one, other], ["ab", "ab"])
+        Depths([one, other], ["ab", "ab"], LINK)

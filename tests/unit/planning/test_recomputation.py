@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from adaptive_trainer.config.overrides import compose_config, typed
 from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.resolve import with_plan
 from adaptive_trainer.models.recomputing.plan import NONE, Level, Plan
+from adaptive_trainer.planning.concrete import predicted
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.planning.recomputation import MARGIN, NEAR, Planner, Search
@@ -162,6 +164,38 @@ def test_few_plans_of_all_are_better() -> None:
             over.append(search.seconds(chosen) / best)
     assert median(over) < 1.001
     assert max(over) < 1.25
+
+
+def test_what_is_kept_is_offloaded_in_as_little_time_as_fits(efficientnet: tuple[Config, Planner, Predictor]) -> None:
+    config, found, predictor = efficientnet
+    offloading = replace(config, trainer=replace(config.trainer, offload=True))
+    plans = NONE, found.planned(with_plan(config, "most"), None).trainer.recompute
+    all_kept, most = (with_plan(offloading, plan) for plan in plans)
+    times, limits = zip(*((found.added_time(each), predictor.limit(each)) for each in (all_kept, most)), strict=True)
+    assert all(times)
+    assert all(limits)
+    room = int(1.2 * MARGIN * max(limits))
+    planned = found.planned(offloading, room)
+    added = found.added_time(planned)
+    assert planned.trainer.offload
+    assert MARGIN * (predictor.limit(planned) or room) <= room
+    assert added is not None
+    assert 1.0 < added <= min(times)  # both fit too
+
+
+def test_the_link_to_the_host_decides_what_offloading_takes() -> None:
+    config = settings("trainer.recompute=cheap", "trainer.offload=true", "model.name=resnet18")
+    times = []
+    for lanes in (16, 4):
+        narrow = replace(config, card=replace(config.card, pcie_generation=3, pcie_lanes=lanes))
+        found = predicted(planner(narrow)[0], narrow, None)[1]
+        assert found.offloaded_bytes
+        times.append(found.added_time or 0.0)
+    assert times[1] > times[0] > 1
+    link = spec_of(replace(config, card=replace(config.card, pcie_lanes=8))).link
+    assert str(link) == "PCIe 3 x16 (assumed)"
+    with pytest.raises(ConfigError, match="pcie_lanes"):
+        spec_of(replace(config, card=replace(config.card, pcie_generation=3, pcie_lanes=0)))
 
 
 def test_a_network_that_cannot_be_traced_has_its_blocks_recomputed() -> None:
