@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -37,7 +37,7 @@ NEAR = 1.01  # times the least limit that is found: what is taken for it, where 
 SHARES = (1.05, 1.01, 0.98, 0.95, 0.92)  # of the memory there is, that an estimate is to keep to: it is not exact
 ROOMS = 48  # from the least that can be alive up to what is alive without recomputation, for which depths are sought
 MOST_TRACES = 6  # after which none is begun with: a trace takes up to a second
-CHECKED = 3  # choices that seem to need the least memory, and are traced to see whether they do
+CHECKED = 2  # choices that seem to need the least memory, and are traced to see whether they do
 WORK = 200_000  # events that are replayed for choices that differ in one block from a good one
 MOST_PARTS = 4  # kinds of parts of a block that are tried by themselves
 
@@ -95,8 +95,10 @@ class Search:
 
     def least(self) -> str:
         """A plan that is predicted to need about the least memory, and of these, the one of the least time."""
-        limit = self.limit(self._plan(self._smallest))
-        return self._plan((self._fastest(limit * NEAR) if limit else None) or self._smallest)
+        least, limit = self._smallest, self.limit(self._plan(self._smallest))
+        if limit is None:
+            return self._plan(least)
+        return self._plan(self._last(self._ways(least, self._estimates.limit(least) * NEAR), limit * NEAR))
 
     def seconds(self, plan: str) -> float:
         """The time of an update under a plan."""
@@ -121,29 +123,34 @@ class Search:
         """The fastest choice that is found to fit, from those that seem to need a little more on."""
         found, most = list[Chosen](), len(self._limits) + MOST_TRACES
         for share in SHARES:
-            ways = self._seeming(target * share) if len(self._limits) < most else []
-            if ways and self._fits(ways[-1], target):
+            seems = partial(self._estimates.fits, limit=target * share)
+            first = next(filter(seems, self._candidates), None)
+            if first is None or len(self._limits) >= most:
+                break
+            ways = self._ways(first, target * share)
+            if self._fits(ways[-1], target):
                 found.append(ways[-1])
                 break
-            if ways and self._fits(ways[0], target):
-                # The last that fits, by halves, as if each took more memory than the one before.
-                found.append(ways[bisect_left(ways, True, 1, key=lambda each: not self._fits(each, target)) - 1])
+            if self._fits(first, target):
+                found.append(self._last(ways, target))
         return min(found, key=self._model.seconds, default=None)
 
-    def _seeming(self, target: float) -> list[Chosen]:
-        """Choices that seem to fit: the first of the candidates that does, and with blocks changed one by one."""
-        estimates = self._estimates
-        ways = [next((each for each in self._candidates if estimates.fits(each, target)), None)]
-        tries = self._tries
-        while tries > 0 and ways[-1] is not None:
+    def _ways(self, chosen: Chosen, target: float) -> list[Chosen]:
+        """A choice, and others that seem to fit and take less time, with blocks changed one by one."""
+        ways, tries = [chosen], self._tries
+        while tries > 0:
             for other in itertools.islice(self._likely(ways[-1], target), tries):
                 tries -= 1
-                if estimates.fits(other, target):
+                if self._estimates.fits(other, target):
                     ways.append(other)
                     break
             else:
                 break
-        return [each for each in ways if each is not None]
+        return ways
+
+    def _last(self, ways: Sequence[Chosen], target: float) -> Chosen:
+        """The last that fits, where the first does: by halves, as if each took more memory than the one before."""
+        return ways[bisect_left(ways, True, 1, key=lambda each: not self._fits(each, target)) - 1]
 
     def _likely(self, chosen: Chosen, target: float) -> Iterator[Chosen]:
         """Choices that differ in one block, take less time and may fit, the fastest first."""
