@@ -90,15 +90,16 @@ class Search:
         self._estimates.further = (self.limit(self._plan(cheap)) or alone) - alone
 
     def fitting(self, room: int) -> str:
-        """The plan of the least time that is predicted to fit `room` bytes; the one of least memory where none does."""
-        return self._plan(self._fastest(room / MARGIN) or self._smallest)
+        """The plan of the least time that is predicted to fit `room` bytes; where none does, as `least`."""
+        target = room / MARGIN
+        found = self._fastest(target)
+        if found is None and self._fits(self._smallest, target):
+            found = self._smallest
+        return self.least() if found is None else self._plan(found)
 
     def least(self) -> str:
         """A plan that is predicted to need about the least memory, and of these, the one of the least time."""
-        least, limit = self._smallest, self.limit(self._plan(self._smallest))
-        if limit is None:
-            return self._plan(least)
-        return self._plan(self._last(self._ways(least, self._estimates.limit(least) * NEAR), limit * NEAR))
+        return self._plan(self._least)
 
     def seconds(self, plan: str) -> float:
         """The time of an update under a plan."""
@@ -159,6 +160,13 @@ class Search:
         most = target - (self._estimates.limit(chosen) - model.peak(chosen)) / 2
         faster = itertools.takewhile(lambda each: model.seconds(each) < limit, model.neighbours(chosen))
         return (each for each in faster if model.peak(each) <= most)
+
+    @cached_property
+    def _least(self) -> Chosen:
+        least, limit = self._smallest, self.limit(self._plan(self._smallest))
+        if limit is None:
+            return least
+        return self._last(self._ways(least, self._estimates.limit(least) * NEAR), limit * NEAR)
 
     @cached_property
     def _smallest(self) -> Chosen:
