@@ -27,15 +27,15 @@ def small_blocks(weights: Iterable[int]) -> int:
     return KEPT * sum(nbytes for nbytes in weights if nbytes <= SMALL_LIMIT) + REST
 
 
-def piece(unreserved: int, small: int, small_reserved: int) -> int:
+def piece(unreserved: int, small: int, small_peak: int, small_reserved: int) -> int:
     """Bytes of the piece.
 
     Args:
         unreserved: what the allocator may still take.
-        small: what its segments for small blocks will take.
-        small_reserved: what they have taken.
+        small: what its segments for small blocks will take, about.
+        small_peak, small_reserved: what they have taken at the most, and take now.
     """
-    return max(0, unreserved - max(0, small - small_reserved)) // LARGE_ROUNDING * LARGE_ROUNDING
+    return max(0, unreserved - (max(small, small_peak) - small_reserved)) // LARGE_ROUNDING * LARGE_ROUNDING
 
 
 class OnePiece:
@@ -78,8 +78,8 @@ class OnePiece:
         capacity = self._capacity
         torch.accelerator.empty_cache()
         stats = torch.cuda.memory_stats(capacity.device)
-        small = max(self._small, stats["reserved_bytes.small_pool.peak"])
-        size = piece(capacity.unreserved(), small, stats["reserved_bytes.small_pool.current"])
+        small_peak, small_now = (stats[f"reserved_bytes.small_pool.{when}"] for when in ("peak", "current"))
+        size = piece(capacity.unreserved(), self._small, small_peak, small_now)
         if 2 * size < (capacity.size or 0):  # a graph holds the most, and leaves little to be joined
             return
         with suppress(torch.OutOfMemoryError):  # another process was faster: then piece by piece

@@ -77,13 +77,13 @@ class Replay:
         self._play(self.trace.evaluation_start, len(self.trace.kinds))
 
     def _join(self) -> None:
-        """As `memory.one_piece.join`."""
+        """As `memory.one_piece.OnePiece` does before the work of a dry run or a training."""
         allocator = self.allocator
         if not self.same_kernels or allocator.capacity is None:
             return
-        small = max(self._small, allocator.peak_small_reserved)
         unreserved = allocator.capacity - allocator.reserved
-        allocator.free(allocator.allocate(piece(unreserved, small, allocator.small_reserved)))
+        size = piece(unreserved, self._small, allocator.peak_small_reserved, allocator.small_reserved)
+        allocator.free(allocator.allocate(size))
 
     def _train(self) -> None:
         """Make updates until one leaves the memory as the one before, or some more."""

@@ -14,14 +14,16 @@ from adaptive_trainer.memory.one_piece import KEPT, REST, piece, small_blocks
 BYTES = st.integers(0, 10_000 * MiB)
 
 
-@given(BYTES, BYTES, BYTES)
-def test_a_piece_leaves_room_for_the_small_blocks(unreserved: int, small: int, small_reserved: int) -> None:
-    size = piece(unreserved, small, small_reserved)
+@given(BYTES, BYTES, BYTES, BYTES)
+def test_a_piece_leaves_room_for_the_small_blocks(unreserved: int, small: int, small_reserved: int, back: int) -> None:
+    small_peak = small_reserved + back  # of what was given back since
+    size = piece(unreserved, small, small_peak, small_reserved)
     assert size % LARGE_ROUNDING == 0
     assert 0 <= size <= unreserved
     left = unreserved - size
     assert left >= min(unreserved, small - small_reserved)
-    assert left < max(0, small - small_reserved) + LARGE_ROUNDING or size == 0
+    assert left >= min(unreserved, back)
+    assert left < max(0, small - small_reserved, back) + LARGE_ROUNDING or size == 0
 
 
 @given(st.lists(st.integers(1, 3 * MiB), max_size=20))
