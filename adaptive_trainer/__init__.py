@@ -6,8 +6,9 @@ Names are imported when they are first used: `import adaptive_trainer` alone doe
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
+
+from adaptive_trainer.utils import kernel_choices
 
 if TYPE_CHECKING:
     from adaptive_trainer.config.overrides import compose_config
@@ -38,8 +39,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
-# How many choices of kernels torch keeps, which it reads at its first convolution (`memory.kernels` displaces them).
-os.environ.setdefault("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "1000")
+kernel_choices.keep_few()  # now: torch asks once, at its first convolution
 
 # The names are written three times: above for type checkers and editors, which run no code, here for `import *`, and
 # below for `__getattr__`.

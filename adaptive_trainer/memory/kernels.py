@@ -7,14 +7,15 @@ card.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch.nn import functional
 
+from adaptive_trainer import oom
+from adaptive_trainer.memory.usage import is_short
+from adaptive_trainer.utils.kernel_choices import kept
 from adaptive_trainer.utils.modes import unseen
 
-LIMIT = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"  # choices that each thread keeps; the package asks for 1000
+_stale: set[torch.device] = set()  # devices with choices to displace, which outlive the work that has failed
 
 
 class Kernels:
@@ -35,7 +36,16 @@ class Kernels:
         self._has_refused = False
 
     def begin(self) -> None:
-        """Work begins."""
+        """Work begins.
+
+        Raises:
+            torch.OutOfMemoryError: choices that failed work has left are still kept, and there is no memory to displace
+                them.
+        """
+        if self.is_watched and self._device in _stale and (failure := self._displace()) is not None:
+            raise torch.OutOfMemoryError(
+                f"CUDA out of memory where kernels that were chosen for lack of memory are displaced: {failure.text}"
+            )
         self._before, self._has_refused = self._failures(), False
 
     def check(self) -> None:
@@ -52,10 +62,21 @@ class Kernels:
             )
 
     def restore(self) -> None:
-        """After work that has failed for lack of memory: have torch choose anew what was chosen meanwhile."""
+        """After work that has failed for lack of memory: have torch choose anew what was chosen meanwhile.
+
+        Where even that lacks memory, it is made up for when work begins.
+        """
         silent = self._failures() - self._before - (not self._has_refused)  # but for the one that was raised
         if silent > 0:
-            _displace(self._device)
+            _stale.add(self._device)
+            self._displace()
+
+    def _displace(self) -> oom.Failure | None:
+        device = self._device
+        failure = oom.retry(lambda: _displace(device), device, pressure=lambda: is_short(device))
+        if failure is None:
+            _stale.discard(device)
+        return failure
 
     def _failures(self) -> int:
         """Allocations that have failed so far, also those that nobody was told of."""
@@ -67,9 +88,8 @@ class Kernels:
 @unseen
 def _displace(device: torch.device) -> None:
     """Displace the choices of kernels that this thread and the one of backward passes keep."""
-    kept = int(os.environ[LIMIT])  # below 1: torch keeps none, or all, and nothing can be displaced
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         weight = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
-        for width in range(1, kept + 1):
+        for width in range(1, kept() + 1):  # below 1: torch keeps none, or all, and nothing can be displaced
             images = torch.zeros(1, 1, 1, width, device=device, requires_grad=True)
             functional.conv2d(images, weight).sum().backward()  # type: ignore[no-untyped-call]

@@ -215,8 +215,8 @@ class Update:
     def _attempt(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T | oom.Failure:
         """What the work returns, or the reason why it was rolled back."""
         self.program.phase = phase
-        self.kernels.begin()
         try:
+            self.kernels.begin()
             self._undo.begin()
             with self.capacity.device_work(kind):
                 return work()

@@ -35,6 +35,7 @@ WITHOUT_TORCH = (
     "errors",
     "recipe",
     "utils.files",
+    "utils.kernel_choices",
     "data.images.folders",
     "ladder.resolve",
     "ladder.rung",
