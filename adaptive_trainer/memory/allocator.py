@@ -20,6 +20,15 @@ LARGE_ROUNDING = 2 * MiB
 ADDRESS_BITS = 60  # a free block's sort key is its size and then its address, packed into one integer
 
 
+def segment_for(size: int) -> int:
+    """Bytes of the segment that is taken for a block of `size` bytes, where no free block is large enough."""
+    if size <= SMALL_LIMIT:
+        return SMALL_SEGMENT
+    if size < LARGE_SEGMENT_LIMIT:
+        return LARGE_SEGMENT
+    return (size + LARGE_ROUNDING - 1) & -LARGE_ROUNDING
+
+
 class AllocatorFull(Exception):
     """The capacity does not allow a request, even after every cached segment was given back.
 
@@ -148,12 +157,7 @@ class CachingAllocator:
         self.peak_requested = self.requested
 
     def _new_segment(self, size: int, pool: list[int], nbytes: int) -> _Block:
-        if size <= SMALL_LIMIT:
-            segment = SMALL_SEGMENT
-        elif size < LARGE_SEGMENT_LIMIT:
-            segment = LARGE_SEGMENT
-        else:
-            segment = (size + LARGE_ROUNDING - 1) & -LARGE_ROUNDING
+        segment = segment_for(size)
         capacity = self.capacity
         if capacity is not None and self.reserved + segment > capacity:
             # An earlier step of the allocator, giving back only blocks that are large enough, acts only where

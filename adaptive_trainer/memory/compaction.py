@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable
-from adaptive_trainer.memory.allocator import MIN_BLOCK, SMALL_LIMIT
+from adaptive_trainer.memory.allocator import MIN_BLOCK, SMALL_LIMIT, SMALL_SEGMENT, segment_for
 
 
 def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -93,11 +93,16 @@ def _fills(gaps: dict[bool, list[int]], size: int) -> bool:
 
 def _reserved(sizes: list[int], device: torch.device) -> list[torch.UntypedStorage]:
     """Memory in which blocks of these sizes have room."""
+    return [_storage(piece, device) for piece in _pieces(sizes)]
+
+
+def _pieces(sizes: list[int]) -> list[int]:
+    """Bytes of blocks that take whole segments: what a segment has left would be a gap, and what fills it holds all."""
     blocks = list(map(_rounded, sizes))
     large = sum(block for block in blocks if block > SMALL_LIMIT)
     small = sum(block for block in blocks if block <= SMALL_LIMIT)
-    pieces = [large] * (large > 0) + [SMALL_LIMIT] * -(-small // SMALL_LIMIT)
-    return [_storage(piece, device) for piece in pieces]
+    halves = [SMALL_LIMIT] * (SMALL_SEGMENT // SMALL_LIMIT)  # a larger piece would not lie among the small blocks
+    return [segment_for(large)] * (large > 0) + halves * -(-small // SMALL_SEGMENT)
 
 
 def _rounded(size: int) -> int:

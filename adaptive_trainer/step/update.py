@@ -104,8 +104,8 @@ class Update:
         The last is NaN where the output is no scores.
 
         Args:
-            see: is given scores (N, classes) and labels (N,) on the device, where there are scores; twice, where the
-                batch is evaluated once more.
+            see: is given scores (N, classes) and labels (N,) on the device, where there are scores; it keeps nothing
+                that lies there. Twice, where the batch is evaluated once more.
 
         Raises:
             OutOfMemory: it failed twice; what it changed is as before, and what it held is freed.

@@ -103,7 +103,7 @@ class Graph:
         device, capacity = program.device, update.capacity
         try:
             self.images, self.labels = (torch.zeros_like(each, device=device) for each in batch)
-            size = int(in_one * _make_room(capacity, update.tensors))
+            size = int(in_one * _make_room(capacity, lambda: (*update.tensors(), self.images, self.labels)))
             with update.rolled_back(), _unchanged_host(program):
                 self._record(program, accumulate, size, update.kernels)
         except GraphRefused as error:

@@ -23,15 +23,14 @@ class Gathered:
 
     def see(self, scores: Tensor, labels: Tensor) -> None:
         """Take a batch's scores (N, classes) and labels (N,); of a batch that comes again, those of the last time."""
-        self._last = scores, labels
+        self._last = scores.detach().cpu(), labels.cpu()  # what stays on the device may lie in a graph's memory
 
     def keep(self, batch: Batch, first: int) -> None:
         """Count the batch that was seen; `first` is the place of its first sample in the data set."""
         seen, self._last = self._last, None
         if seen is None:
             return
-        # on the host, where it takes no memory of the device
-        scores, labels = (each.detach().cpu() for each in seen)
+        scores, labels = seen
         sure, answers = scores.float().softmax(1).max(1)
         rows = list(zip(labels.tolist(), answers.tolist(), strict=True))
         self._counts.update(row for row in rows if 0 <= row[0] < scores.shape[1])  # else the loss ignores it

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adaptive_trainer.errors import OutOfMemory
-from adaptive_trainer.memory.compaction import _fills, compact
+from adaptive_trainer.memory.allocator import SMALL_SEGMENT, CachingAllocator
+from adaptive_trainer.memory.compaction import _fills, _pieces, compact
 from adaptive_trainer.memory.limit import Capacity
 from tests.support import runs
 from tests.support.faults import differences, dump
@@ -32,6 +35,19 @@ def test_gaps_are_filled_from_the_smallest_that_is_large_enough() -> None:
     assert [_fills(gaps, size) for size in sizes] == [True, True, True, True, False, True, True, False]
     assert sorted(gaps[True]) == [0, 6 * mib - 512]
     assert gaps[False] == [0]
+
+
+@given(st.lists(st.integers(0, 30 << 20), max_size=30))
+def test_what_is_held_meanwhile_leaves_no_gap_and_has_room_for_all(sizes: list[int]) -> None:
+    allocator = CachingAllocator()
+    kept = [allocator.allocate(piece) for piece in _pieces(sizes)]
+    assert allocator.free_blocks() == ((), ())
+    for handle in kept:
+        allocator.free(handle)
+    before = allocator.reserved
+    for size in sorted(sizes, reverse=True):
+        allocator.allocate(size)
+    assert allocator.reserved <= before + SMALL_SEGMENT  # halves of segments for small blocks
 
 
 def test_no_memory_for_a_second_place_leaves_all_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
