@@ -53,6 +53,7 @@ class Passes:
         config: how: `trainer.eval_batch_size`, `trainer.precision`, `data.num_workers`, `data.max_pixels`.
         capacity: the device, and the memory that may be used.
         event: hears of what is decided, in words.
+        poll: is called before each batch, and may raise.
 
     Raises:
         LadderExhausted: the weights alone do not fit.
@@ -61,8 +62,16 @@ class Passes:
         batch_size: images at a time; it is halved where they do not fit.
     """
 
-    def __init__(self, trained: Trained, config: Config, capacity: Capacity, event: Event) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        config: Config,
+        capacity: Capacity,
+        event: Event,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
         self._trained, self._config, self._capacity, self._event = trained, config, capacity, event
+        self._poll = poll
         self._device = capacity.device
         self.batch_size = config.trainer.eval_batch_size or BATCH
         self._precision = config.trainer.precision
@@ -102,6 +111,7 @@ class Passes:
                 # a generator: closed, it takes no more batches of the size that did not fit
                 with closing(pipeline.evaluate(self.batch_size, done)) as batches:
                     for batch in batches:
+                        self._poll()
                         scores = self._scores(batch.images)
                         if isinstance(scores, oom.Failure):
                             failure = scores

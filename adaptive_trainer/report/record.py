@@ -6,7 +6,7 @@ import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Record(Listener):
         self.attempts: list[Attempt] = []
         self.events: list[str] = []
         self.has_begun = False
+        self._written: Result | None = None
         with self._writing():  # now: a folder that cannot be written is found before the data are opened
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -123,18 +124,26 @@ class Record(Listener):
         ]
         self._write(path.name, as_csv(kept) if kept else "")
 
-    def result(self, result: Result, finished: Finished) -> None:
-        """Write result.json."""
+    def result(self, result: Result) -> None:
+        """Write result.json, again where more is known."""
         recipes = {"requested": result.requested.reported(), "used": result.used.reported()}
         content = {**asdict(result), **recipes, "accumulation": result.used.accumulation}
         self._write("result.json", as_json(content, indent=2) + "\n")
+        self._written = result
+
+    def finish(self, result: Result, finished: Finished) -> None:
+        """Pass on the end of a run that has trained."""
         self.trained(result, finished)
         self.end(result.outcome)
 
     def failure(self, outcome: str, message: str) -> None:
-        """Write result.json for a run that did not end well, if it has begun."""
+        """Write result.json for a run that did not end well, if it has begun; what has trained stays so."""
         with suppress(Exception):  # disk or memory may be full, and the first error is the one to show
-            if self.has_begun:
+            if self._written is not None:
+                said = f"{outcome} after training: {message}".rstrip(": ")  # a KeyboardInterrupt has no text
+                outcome = self._written.outcome
+                self.result(replace(self._written, events=[*self.events, said]))
+            elif self.has_begun:
                 self._write("result.json", failure(outcome, message, [asdict(a) for a in self.attempts], self.events))
         with suppress(Exception):  # of its own: the trackers hear of the end though the disk is full
             self.end(outcome)

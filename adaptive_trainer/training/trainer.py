@@ -190,9 +190,15 @@ class Trainer(Uses):
         )
         with StopSignal().listening() as stop:
             done = train(phases, Run(parts, data, record, stop, judge, accept), start.cfg, saved)
-        self.model = done.stage.trial.opened.model
-        tested = {} if data.test is None else self._test(data.test, done.stage.trial.opened, record)
-        return self._result(done, record, tested)
+            self.model = done.stage.trial.opened.model
+            result = self._result(done, record)
+            record.result(result)  # now: the test may be stopped, or killed for its memory
+            if data.test is not None:
+                tested = self._test(data.test, done.stage.trial.opened, record, stop)
+                result = replace(result, metrics={**result.metrics, **tested})
+                record.result(result)
+        self._end(done, record, result)
+        return result
 
     def _opened(self, phases: list[Phase], saved: dict[str, Any] | None) -> DataSets:
         for phase in phases:
@@ -262,11 +268,11 @@ class Trainer(Uses):
         self._loss.num_classes = num_classes  # the caller's function knows nothing of it
         return self._loss
 
-    def _result(self, done: Done, record: Record, tested: dict[str, float]) -> Result:
+    def _result(self, done: Done, record: Record) -> Result:
         stage, used = done.stage, done.rung.settings
         asked, requested = typed(stage.phase.settings), stage.rungs.ladder[0].settings
-        parts, metrics = stage.run.parts, {**stage.keeper.metrics, **tested}
-        result = Result(
+        parts = stage.run.parts
+        return Result(
             outcome="trained",
             rung=done.rung.name,
             requested=parts.recipe(requested),
@@ -274,19 +280,22 @@ class Trainer(Uses):
             changes=stage.rungs.changes(done.rung, replace(asked, data=requested.data)),
             events=record.events,
             images={key: getattr(used.data, key) for key in USUAL},
-            metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+            metrics={key: value for key, value in stage.keeper.metrics.items() if isinstance(value, int | float)},
             attempts=record.attempts,
             output_dir=str(self.output_dir),
             stages=done.phases if len(done.phases) > 1 else [],
         )
-        record.result(result, _finished(stage, used, result.requested))
+
+    def _end(self, done: Done, record: Record, result: Result) -> None:
+        stage, used = done.stage, done.rung.settings
+        record.finish(result, _finished(stage, used, result.requested))
         # a line to type goes on with what settings can say: neither code of the caller's own nor stages
         is_typed = self._own_model is None and self._loss is None and self._data == (None, None) and not result.stages
-        more = f"{way_on(self.output_dir)} trainer.epochs={2 * asked.trainer.epochs}" if is_typed else ""
+        epochs = 2 * stage.phase.settings.trainer.epochs
+        more = f"{way_on(self.output_dir)} trainer.epochs={epochs}" if is_typed else ""
         best = stage.trial.opened.state.best
         kept = stage.run.judge.kept_by_exact(stage.phase.settings, used)
         log.info("%s", summary(result, best=best, way_on=more, is_own_model=self._own_model is not None, kept=kept))
-        return result
 
     def _shortage(self, error: BaseException) -> UserError | None:
         """What to say of memory that ran out where no rung can answer it; None for other errors."""

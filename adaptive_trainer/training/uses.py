@@ -14,13 +14,15 @@ from torch.utils.data import Dataset
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.data.datasets import MapDataset
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
-from adaptive_trainer.errors import CheckpointError
+from adaptive_trainer.errors import CheckpointError, Interrupted
 from adaptive_trainer.inference.evaluate import Evaluated, evaluate, of_folder, of_settings, write
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import Passes, opened
 from adaptive_trainer.inference.predict import Prediction, photos_of, predictions
 from adaptive_trainer.planning.networks import ModelFactory
+from adaptive_trainer.report.earlier import way_on
 from adaptive_trainer.report.record import Record
+from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.session import Session
 from adaptive_trainer.utils.screen import showing
 
@@ -83,15 +85,29 @@ class Uses:
         with showing(self.cfg.verbosity), opened(trained, trained.run_as(typed(self.cfg)), log.info) as passes:
             yield trained, passes
 
-    def _test(self, data: MapDataset, session: Session, record: Record) -> dict[str, float]:
-        """Evaluate the best model on the test set, into evaluation.json; the figures, where it can be done."""
+    def _test(self, data: MapDataset, session: Session, record: Record, stop: StopSignal) -> dict[str, float]:
+        """Evaluate the best model on the test set, into evaluation.json; the figures, where it can be done.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+
+        def poll() -> None:
+            if stop.name:
+                raise Interrupted(
+                    f"stopped by {stop.name} while the test images were evaluated, training is finished and saved; "
+                    f"evaluate them with {way_on(self.output_dir)}"
+                )
+
         session.update.free_copies()  # of the last session, which makes no more updates
         try:
             trained = self._loaded()
-            passes = Passes(trained, trained.run_as(session.config), session.capacity, record.event)
+            passes = Passes(trained, trained.run_as(session.config), session.capacity, record.event, poll)
             with worker_deaths_deferred():
                 found = evaluate(passes, data, trained.classes, "the test set")
             write(found, self.output_dir, trained.path)
+        except Interrupted:
+            raise
         except Exception as error:  # the training has succeeded all the same, whatever a test set of one's own raises
             problem = str(error) or type(error).__name__
         else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn import metrics
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from adaptive_trainer import CheckpointError, DataError, Trainer, compose_config, load_model
+from adaptive_trainer import CheckpointError, DataError, Interrupted, Trainer, compose_config, load_model
 from adaptive_trainer.inference.evaluate import Evaluated, evaluate, of_folder
 from adaptive_trainer.inference.model import load
 from adaptive_trainer.inference.passes import opened
@@ -195,6 +197,39 @@ def test_a_test_set_that_cannot_be_evaluated_does_not_cost_the_run(photos: Path,
     result = Trainer(cfg, output_dir=tmp_path / "out").fit()
     assert result.outcome == "trained"
     assert "the test images are not evaluated: no image of the test set can be read" in result.events[-1]
+
+
+class StoppedInTest(nn.Module):
+    """Ctrl-C is pressed so often where it answers once result.json is written: the run tests."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+        self.folder, self.times = folder, times
+
+    def forward(self, images: Tensor) -> Any:
+        if (self.folder / "result.json").exists():
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return self.head(images.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("times", "kind"), [(1, Interrupted), (2, KeyboardInterrupt)])
+def test_an_interrupt_in_the_test_keeps_the_result_of_training(
+    times: int, kind: type[BaseException], photos: Path, tmp_path: Path
+) -> None:
+    small = [*SETTINGS, f"data.root={photos}", "trainer.epochs=1", "report=false", "trainer.eval_batch_size=4"]
+    make: Any = lambda _, classes: StoppedInTest(tmp_path, times)  # noqa: E731
+    with pytest.raises(kind, match=r"stopped by SIGINT while the test images .*; evaluate them with resume=auto|^$"):
+        Trainer(compose_config(small), model=make, output_dir=tmp_path).fit()
+    stopped = json.loads((tmp_path / "result.json").read_text())
+    assert stopped["outcome"] == "trained"
+    assert stopped["events"][-1].startswith("interrupted after training")
+    assert set(stopped["metrics"]) & {"val_accuracy", "test_accuracy"} == {"val_accuracy"}
+    make = lambda _, classes: StoppedInTest(tmp_path, 0)  # noqa: E731
+    trainer = Trainer(compose_config([*small, "resume=auto"]), model=make, output_dir=tmp_path)
+    result = trainer.fit()
+    assert result.metrics == stopped["metrics"] | trainer.evaluate().metrics
 
 
 def test_a_trainer_of_another_process_evaluates_and_predicts(best: Path, photos: Path, tmp_path: Path) -> None:
