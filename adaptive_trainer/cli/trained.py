@@ -16,7 +16,7 @@ from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import RUNNING, check
 from adaptive_trainer.data.images.folders import TARGET
 from adaptive_trainer.inference.evaluate import FILE, Evaluated, evaluate, of_folder, of_settings, write
-from adaptive_trainer.inference.export import ABOUT, export, missing
+from adaptive_trainer.inference.export import ABOUT, ONNX, export
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import opened
 from adaptive_trainer.inference.predict import CSV, JSON, TOP, Files, Prediction, photos_of, predictions
@@ -79,10 +79,10 @@ def run_export(cfg: DictConfig, folder: Path) -> float:
     """
     trained = load(cfg.model.weights)
     found = export(trained, folder)
-    for name, difference in found.items():
+    for name, difference in found.differences.items():
         log.info("%s: its scores are the network's; largest difference %.2g", nearby(folder / name), difference)
-    if lacking := missing():
-        log.info("no ONNX, for want of %s; pip install 'adaptive-trainer[onnx]'", ", ".join(lacking))
+    if found.no_onnx:
+        log.warning("no %s: %s", ONNX, found.no_onnx)
     log.info("%s: classes and preprocessing", nearby(folder / ABOUT))
     return math.nan
 

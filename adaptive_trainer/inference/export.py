@@ -4,57 +4,91 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from adaptive_trainer.config.schema import with_usual
-from adaptive_trainer.errors import ConfigError, ModelError, explained
+from adaptive_trainer.errors import ConfigError, ModelError, UserError, explained
 from adaptive_trainer.inference.model import Trained
-from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
+from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.utils.files import as_json, refused_by_disk, replacing
 
 PROGRAM, ONNX, ABOUT = "model.pt2", "model.onnx", "model.json"
 NEEDED = ("onnx", "onnxscript", "onnxruntime")  # the extra `onnx`
 INPUT, OUTPUT = "images", "scores"
 TOLERANCE = {"absolute": 1e-4, "relative": 1e-4}  # of each score: absolute + relative * |score|
+LARGEST = 2**31  # bytes of weights: protobuf, which ONNX is written by, holds less
 SIZES = (2, 1, 5)  # images in the batches that are compared, the first of which is traced
 
 Run = Callable[[Tensor], Tensor]
 
 
-def export(trained: Trained, folder: Path) -> dict[str, float]:
-    """Write model.pt2, model.json and, where the packages of the extra `onnx` are installed, model.onnx.
+class Exported(NamedTuple):
+    """What an export has come to.
+
+    Attributes:
+        differences: by the name of each file, the largest difference of a score.
+        no_onnx: why there is no ONNX, in words; empty where there is.
+    """
+
+    differences: dict[str, float]
+    no_onnx: str
+
+
+def export(trained: Trained, folder: Path) -> Exported:
+    """Write model.pt2, model.json and, where the packages of the extra `onnx` are installed and can do it, model.onnx.
 
     Each is run on the CPU, on batches of several sizes, before it is written: its scores must be the network's, within
-    `TOLERANCE`.
-
-    Returns:
-        By the name of each file, the largest difference of a score.
+    `TOLERANCE`. They take the place of an earlier export all at once; where there is an error it stays as it was.
 
     Raises:
         ModelError: the network cannot be exported, or what was exported gives other scores.
         ConfigError: the folder cannot be written.
     """
+
+    def said(error: UserError) -> UserError | None:
+        left = [name for name in (PROGRAM, ONNX) if (folder / name).exists()]
+        return type(error)(f"{error}. {' and '.join(left)} in {folder} stay from an earlier export") if left else None
+
+    with explained(said, (UserError,)):
+        return _export(trained, folder)
+
+
+def _export(trained: Trained, folder: Path) -> Exported:
     size = trained.data.image_size
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(count, 3, size, size, generator=generator) for count in SIZES]
-    program = _exported(trained, batches[0])
-    files = {PROGRAM: _as_bytes(program)}
-    loaded = torch.export.load(io.BytesIO(files[PROGRAM])).module()
+    with explained(lambda error: _refused(trained, error)), torch.no_grad():  # which fails with every kind of error
+        program = torch.export.export(trained.network, (batches[0],), dynamic_shapes=({0: Dim("batch")},))
+        files = {PROGRAM: _as_bytes(program)}
+        loaded = torch.export.load(io.BytesIO(files[PROGRAM])).module()
     found = {PROGRAM: _difference(trained, loaded, batches, PROGRAM)}
-    if not missing():
-        files[ONNX] = _as_onnx(program)
-        found[ONNX] = _difference(trained, _onnx_session(files[ONNX]), batches, ONNX)
+    try:
+        content = _as_onnx(program)
+        found[ONNX] = _difference(trained, _onnx_session(content), batches, ONNX)
+        files[ONNX], no_onnx = content, ""
+    except ModelError as error:  # the program is as good
+        no_onnx = str(error)
     files[ABOUT] = (as_json(_about(trained, found), indent=2) + "\n").encode()
-    with refused_by_disk(ConfigError, f"cannot write the export in {folder}"):
+    _write(files, folder)
+    return Exported(found, no_onnx)
+
+
+def _write(files: dict[str, bytes], folder: Path) -> None:
+    with refused_by_disk(ConfigError, f"cannot write the export in {folder}"), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write_whole(folder / name, content)
-    return found
+            file = stack.enter_context(replacing(folder / name))
+            file.write(content)
+            file.flush()
+        if ONNX not in files:
+            (folder / ONNX).unlink(missing_ok=True)  # of another network, which model.json does not describe
 
 
 def missing() -> list[str]:
@@ -62,12 +96,11 @@ def missing() -> list[str]:
     return [name for name in NEEDED if find_spec(name) is None]
 
 
-def _exported(trained: Trained, images: Tensor) -> ExportedProgram:
-    def refused(error: Exception) -> ModelError:
-        return ModelError(f"{trained.config.model.name} cannot be exported by torch.export: {_first_line(error)}")
-
-    with explained(refused), torch.no_grad():  # which fails with every kind of error
-        return torch.export.export(trained.network, (images,), dynamic_shapes=({0: Dim("batch")},))
+def _refused(trained: Trained, error: Exception) -> ModelError:
+    return ModelError(
+        f"{trained.config.model.name} cannot be exported by torch.export: {_first_line(error)}. In Python, load_model "
+        "gives the network as it is"
+    )
 
 
 def _as_bytes(program: ExportedProgram) -> bytes:
@@ -77,17 +110,34 @@ def _as_bytes(program: ExportedProgram) -> bytes:
 
 
 def _as_onnx(program: ExportedProgram) -> bytes:
-    with explained(lambda error: ModelError(f"torch.onnx cannot export the network: {_first_line(error)}")):
+    if lacking := missing():
+        raise ModelError(f"it needs {', '.join(lacking)}; pip install 'adaptive-trainer[onnx]'")
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size >= LARGEST:
+        raise ModelError(f"the weights take {format_bytes(size)}, and a file of ONNX holds less than 2 GiB")
+    with _of_onnx("torch.onnx cannot export the network"):
         made = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
-    content: bytes = made.model_proto.SerializeToString()  # type: ignore[union-attr]
+        content: bytes = made.model_proto.SerializeToString()  # type: ignore[union-attr]
     return content
 
 
 def _onnx_session(content: bytes) -> Run:
-    import onnxruntime
+    with _of_onnx("onnxruntime does not load it"):
+        import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        with _of_onnx("onnxruntime does not run it"):
+            return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+    return run
+
+
+def _of_onnx(what: str) -> AbstractContextManager[None]:
+    """Say of any error that this was not possible, and what may help."""
+    newer = "newer versions may: pip install --upgrade 'adaptive-trainer[onnx]'"
+    return explained(lambda error: ModelError(f"{what}: {_first_line(error)}; {newer}"))
 
 
 @torch.no_grad()

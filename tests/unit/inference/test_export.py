@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from adaptive_trainer import ModelError
-from adaptive_trainer.inference import export as exporting
+from adaptive_trainer import ConfigError, ModelError
 from adaptive_trainer.inference.export import ABOUT, ONNX, PROGRAM, export
 from adaptive_trainer.inference.model import Trained, load
 
@@ -25,7 +26,9 @@ from adaptive_trainer.inference.model import Trained, load
 @pytest.fixture(scope="module")
 def exported(best: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float], Trained]:
     folder, trained = tmp_path_factory.mktemp("export"), load(best)
-    return folder, export(trained, folder), trained
+    found = export(trained, folder)
+    assert found.no_onnx == ""
+    return folder, found.differences, trained
 
 
 def scores_of(folder: Path, name: str, images: Tensor) -> Tensor:
@@ -98,16 +101,67 @@ class Draws(nn.Module):
 
 @pytest.mark.parametrize(
     ("network", "said"),
-    [(Looks(), "cannot be exported by torch.export: "), (Draws(), "model.pt2 gives other scores than the network")],
+    [
+        (Looks(), "cannot be exported by torch.export: .* In Python, load_model gives"),
+        (Draws(), "model.pt2 gives other scores than the network"),
+    ],
 )
-def test_what_cannot_be_exported_leaves_nothing(network: nn.Module, said: str, best: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=said):
-        export(replace(load(best), network=network), tmp_path)
+def test_what_cannot_be_exported_leaves_the_folder_as_it_was(
+    network: nn.Module, said: str, best: Path, tmp_path: Path
+) -> None:
+    trained = replace(load(best), network=network)
+    with pytest.raises(ModelError, match=f"{said}(?!.*earlier)"):
+        export(trained, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / PROGRAM).write_text("old")
+    with pytest.raises(ModelError, match=f"{said}.*model.pt2 in .* stay from an earlier export"):
+        export(trained, tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(PROGRAM, "old")]
 
 
-def test_without_the_packages_of_onnx(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "NEEDED", ("onnx", "no_such_package"))
-    assert exporting.missing() == ["no_such_package"]
-    assert list(export(load(best), tmp_path)) == [PROGRAM]
+def test_a_full_disk_leaves_an_earlier_export_whole(
+    best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (PROGRAM, ONNX, ABOUT):
+        (tmp_path / name).write_text("old")
+    (tmp_path / f"{ABOUT}.{os.getpid()}.{threading.get_native_id()}.part").mkdir()  # the last one cannot be written
+    with pytest.raises(ConfigError, match=r"cannot write the export in .*model.pt2 and model.onnx in .* stay from"):
+        export(load(best), tmp_path)
+    assert {path.read_text() for path in tmp_path.iterdir() if path.is_file()} == {"old"}
+
+
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("[ONNXRuntimeError] : 6\nand more")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (f"{export.__module__}.NEEDED", ("onnx", "no_such_package"), "it needs no_such_package; pip install"),
+        (f"{export.__module__}.LARGEST", 1000, "the weights take 1465 KiB, and a file of ONNX holds less than 2 GiB"),
+        (
+            "torch.onnx.export",
+            broken,
+            "torch.onnx cannot export the network: RuntimeError: [ONNXRuntimeError] : 6; newer",
+        ),
+        (
+            "onnxruntime.InferenceSession",
+            broken,
+            "onnxruntime does not load it: RuntimeError: [ONNXRuntimeError] : 6; ",
+        ),
+        (
+            "onnxruntime.InferenceSession.run",
+            broken,
+            "onnxruntime does not run it: RuntimeError: [ONNXRuntimeError] : 6",
+        ),
+    ],
+)
+def test_where_onnx_cannot_be_made_the_program_is(
+    place: str, value: Any, said: str, best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ONNX).write_text("of another network")
+    monkeypatch.setattr(place, value)
+    found = export(load(best), tmp_path)
+    assert found.no_onnx.startswith(said)
+    assert list(found.differences) == [PROGRAM]
     assert sorted(path.name for path in tmp_path.iterdir()) == [ABOUT, PROGRAM]
