@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
         storage.resize_(0)
     oom.release(device)  # the segments that they lay in
     try:
+        if _hold_more(kept, device):  # they were cut from what is to be given back
+            kept.clear()
+            torch.accelerator.empty_cache()
+            kept += _reserved(sizes, device)
         _place(storages, sizes, kept, device)
     except torch.OutOfMemoryError as error:
         raise DeviceUnusable(
@@ -68,15 +73,27 @@ def _place(
 def _gaps(device: torch.device) -> dict[bool, list[int]]:
     """Bytes of free blocks beside others, by whether they are large."""
     gaps: dict[bool, list[int]] = {True: [], False: []}
+    for segment in _segments(device):
+        free = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
+        gaps[segment["segment_type"] == "large"] += free
+    return gaps
+
+
+def _hold_more(kept: list[torch.UntypedStorage], device: torch.device) -> bool:
+    """Whether something else, or a gap, lies in a segment of theirs."""
+    places = {storage.data_ptr() for storage in kept}
+    theirs = (s for s in _segments(device) if any(block["address"] in places for block in s["blocks"]))
+    return sum(int(segment["total_size"]) for segment in theirs) > sum(storage.nbytes() for storage in kept)
+
+
+def _segments(device: torch.device) -> list[dict[str, Any]]:
+    """What the allocator holds on a card for the current stream, outside of graphs."""
     if device.type != "cuda":
-        return gaps
+        return []
     index = torch.cuda.current_device() if device.index is None else device.index
     here = index, torch.cuda.current_stream(device).cuda_stream, (0, 0)
-    for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call]
-        if (segment["device"], segment["stream"], tuple(segment["segment_pool_id"])) == here:
-            free = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
-            gaps[segment["segment_type"] == "large"] += free
-    return gaps
+    every = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return [s for s in every if (s["device"], s["stream"], tuple(s["segment_pool_id"])) == here]
 
 
 def _fills(gaps: dict[bool, list[int]], size: int) -> bool:

@@ -6,12 +6,14 @@ does not fit any of them. Near a limit an update then lacks memory that is there
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 from adaptive_trainer.memory.allocator import LARGE_ROUNDING, SMALL_LIMIT, MiB
+from adaptive_trainer.memory.compaction import compact
 from adaptive_trainer.memory.limit import Capacity
 
 KEPT = 4  # times a small weight: itself, its gradient, and two tensors of the optimizer
@@ -44,12 +46,25 @@ class OnePiece:
     Args:
         capacity: the memory that it may use.
         weights: bytes of each weight.
+        staying: gives the tensors that lie on the device from one update to the next.
         is_wanted: else nothing is done.
+
+    Attributes:
+        may_move: those tensors, to other places; not while a graph finds them where they lie.
     """
 
-    def __init__(self, capacity: Capacity, weights: Iterable[int], *, is_wanted: bool) -> None:
+    def __init__(
+        self,
+        capacity: Capacity,
+        weights: Iterable[int],
+        staying: Callable[[], Iterable[Tensor]],
+        *,
+        is_wanted: bool,
+    ) -> None:
+        self.may_move = True
         self._capacity = capacity
         self._small = small_blocks(weights)
+        self._staying = staying
         self._is_wanted = is_wanted
         self._has_joined = False
         self.begin()
@@ -69,9 +84,19 @@ class OnePiece:
         self._is_due = self._has_joined
 
     def before_retry(self) -> None:
-        """Have the same work find its memory the other way: in pieces too, a small block may have been wanted."""
-        if self._is_wanted and not self._has_joined:
+        """Have the same work find its memory the other way: a large block may have lacked the one piece, or a small one
+        what the piece has taken, as in a last batch of few samples.
+
+        Raises:
+            DeviceUnusable: as `compact`.
+        """
+        if not self._is_wanted:
+            return
+        if not self._has_joined:
             self._join()
+        elif self.may_move:
+            with suppress(torch.OutOfMemoryError):  # then it stays, with what was put into it
+                compact(self._staying(), self._capacity.device)
 
     def _join(self) -> None:
         self._is_due, self._has_joined = False, True

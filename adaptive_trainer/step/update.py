@@ -39,6 +39,7 @@ class Update:
     Attributes:
         program: what an update does.
         kernels: whether they are the same with little memory.
+        free_memory: in one piece or in several.
         step_memory: what is known of the memory that a step takes.
 
     Args:
@@ -64,7 +65,7 @@ class Update:
         self._undo.begin()  # its copies are made now, so that no update has to
         self._undo.end()
         weights = (parameter.nbytes for parameter in self._undo.parameters)
-        self._free_memory = OnePiece(capacity, weights, is_wanted=self.kernels.is_watched)
+        self.free_memory = OnePiece(capacity, weights, self.tensors, is_wanted=self.kernels.is_watched)
         self.step_memory = StepMemory(state.optimizer, self._undo.parameters, device)
 
     @property
@@ -158,7 +159,7 @@ class Update:
             yield
         finally:
             self._held, self._is_dry_run = None, False
-            self._free_memory.begin()
+            self.free_memory.begin()
             self.step_memory.forget()
             self._undo.forget_tensors()
 
@@ -200,10 +201,10 @@ class Update:
             OutOfMemory: it failed twice; what it held is freed.
         """
         try:
-            self._free_memory.before_work()
+            self.free_memory.before_work()
             done = self._attempt(phase, kind, work)
             if isinstance(done, oom.Failure) and not done.exact:
-                self._free_memory.before_retry()
+                self.free_memory.before_retry()
                 log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, done.text)
                 done = self._attempt(phase, kind, work)
         finally:
@@ -239,7 +240,7 @@ class Update:
         if not oom.probe(self._device):
             raise DeviceUnusable(f"{self._device} answers nothing any more after: {failure.text}")
         oom.release(self._device, self._held)
-        self._free_memory.released()
+        self.free_memory.released()
         self.kernels.restore()
 
     def _kind(self, images: Tensor, labels: Tensor, evaluated: nn.Module | None = None) -> Hashable:

@@ -70,6 +70,7 @@ class Recorded(Eager):
             made = self._recorded(images, labels)
             if isinstance(made, Graph):
                 self.graph, self._replays = made, 0
+                self.update.free_memory.may_move = False
                 return ""
             if not self._is_of_the_step(made):
                 return made
@@ -157,6 +158,7 @@ class Recorded(Eager):
         """Give back the graph's memory."""
         if self.graph is not None:
             self.graph = None
+            self.update.free_memory.may_move = True
             oom.release(self.program.device)
 
     def _recorded(self, images: Tensor, labels: Tensor) -> Graph | str:
