@@ -138,6 +138,13 @@ def driver_and_build(machine: Machine, config: Config) -> Iterator[Finding]:
             _install("cu128"),
             stops=True,
         )
+    elif "out of memory" in machine.refused:
+        yield Finding(
+            f"the card is full: not even CUDA starts on it ({machine.refused})",
+            why,
+            "Look with 'nvidia-smi' who holds its memory, and end that",
+            stops=True,
+        )
     else:
         hidden = machine.environment.get(HIDES)
         show = "" if hidden is None else f"{HIDES}={hidden} may hide it: {_unset(machine, HIDES)}. "

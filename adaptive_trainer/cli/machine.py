@@ -131,9 +131,9 @@ def _card(index: int) -> tuple[Card | None, str]:
     try:
         with warnings.catch_warnings(action="ignore"):  # of a card without kernels, for which there is a check
             device = torch.device("cuda", index)
+            users = processes_on(device)  # before this process is one of them, in a container under another pid
             free, total = torch.cuda.mem_get_info(device)
             name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-            users = processes_on(device)
             others = users if isinstance(users, str) else [each for each in users if each.pid != os.getpid()]
             return Card(name, capability, total, free, others, fp16_error(device)), ""
     except (RuntimeError, AssertionError) as error:

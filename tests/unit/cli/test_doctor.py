@@ -73,6 +73,12 @@ CASES = {
         True,
         ["CUDA_VISIBLE_DEVICES= may hide it: 'unset CUDA_VISIBLE_DEVICES'"],
     ),
+    "no memory for CUDA itself": (
+        replace(HEALTHY, card=None, refused="CUDA error: out of memory"),
+        [],
+        True,
+        ["the card is full: not even CUDA starts on it (CUDA error: out of memory)", "nvidia-smi"],
+    ),
     "GTX 1080 Ti": (card(name="GTX 1080 Ti", capability=(6, 1)), [], True, ["no kernels for", "(6.1)", "whl/cu126"]),
     "RTX 5090, older wheel": (
         replace(card(name="RTX 5090", capability=(12, 0)), architectures=("sm_80", "sm_90")),
