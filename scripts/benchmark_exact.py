@@ -7,6 +7,7 @@ Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--c
 their evaluations. "bits": weights, buffers and optimizer in the last checkpoint, with deterministic kernels, against
 the same training without limit and ladder. "tries": rungs and plans that were tried on the card. "x": the time of an
 update as one CUDA graph over the time of the same without recomputation and limit, medians of blocks.
+What is not timed runs side by side.
 
 `networks`: twenty networks, each under the plan of the least memory whose predicted added time is no more than ADDED.
 "bits": sha256 of weights, buffers and optimizer after the updates and an evaluation. The smallest limits on the card
@@ -26,12 +27,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +61,9 @@ from adaptive_trainer.utils.global_state import private_process_state
 from scripts.benchmark_data import make_photos
 from scripts.timing import CUDA, heading, need_cuda, per_update, row, table
 
+S = TypeVar("S")
+T = TypeVar("T")
+Cap = tuple[str, int, int, str, int]
 MiB, CLASSES = 1 << 20, 10
 ADDED = 1.24  # of the twenty networks
 SHARES = (0.3, 0.33, 0.36, 0.39, 0.42, 0.45, 0.5, 0.6, 0.7)  # of the plain limit, from the smallest on
@@ -179,30 +185,61 @@ def smallest(config: Config, guess: int) -> int:
     return high
 
 
-def caps(cases: Iterable[tuple[str, int, int, str, int]]) -> None:
+def caps(cases: Sequence[Cap]) -> None:
     """What ladder=exact makes of recipes under limits."""
-    names = "recipe", "limit, MiB", "rung", "tries", "seconds to fit", "bits", "ms, plain", "x", "x predicted"
+    names = "recipe", "limit, MiB", "rung", "tries", "bits", "ms, plain", "x", "x predicted"
     print(heading("caps, 50 updates"), "", *table(*names), sep="\n")
-    for name, batch, size, precision, cap in cases:
+    found: list[Descended | str] = side_by_side(under_a_cap, cases)
+    for case, made in zip(cases, found, strict=True):
+        name, batch, size, precision, cap = case
         recipe = f"{name} {batch}@{size} {precision}"
+        if isinstance(made, str):
+            print(row(recipe, cap, made), flush=True)
+            continue
         config = settings(name, batch, size, precision)
-        planner = Planner(Predictor(spec_of(config), num_classes=CLASSES))
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                trained(config, Path(folder) / "whole", "ladder=none")
-                found = trained(config, Path(folder) / "exact", "ladder=exact", f"memory.limit={cap}MiB")
-            except LadderExhausted as error:
-                print(row(recipe, cap, str(error).splitlines()[-1]), flush=True)
-                continue
-            ends = [everything(Path(folder) / each) for each in ("whole", "exact")]
-        plan = next((change.used for change in found.changes if change.key == "trainer.recompute"), NONE)
-        used, tries = with_plan(config, plan), [a for a in found.attempts if a.outcome != Outcome.SKIPPED]
+        used, planner = with_plan(config, made.plan), Planner(Predictor(spec_of(config), num_classes=CLASSES))
         (usual, _), (slow, is_graph) = timed(with_plan(config, NONE), None), timed(used, cap * MiB)
-        is_equal = all(torch.equal(*pair) for pair in zip(*ends, strict=True))
-        bits, engine = "equal" if is_equal else "DIFFER", "" if is_graph else " eager"
-        fit, added = sum(attempt.seconds for attempt in tries), planner.added_time(used) or 0.0
+        engine, added = "" if is_graph else " eager", planner.added_time(used) or 0.0
         times = f"{usual * 1e3:.2f}", f"{slow / usual:.3f}{engine}", f"{added:.3f}"
-        print(row(recipe, cap, found.rung, len(tries), f"{fit:.1f}", bits, *times), flush=True)
+        print(row(recipe, cap, made.rung, made.tries, bits(made.is_equal), *times), flush=True)
+
+
+@dataclass(frozen=True)
+class Descended:
+    """What ladder=exact has found, and whether that has the bits of the training without it."""
+
+    rung: str
+    plan: str
+    tries: int
+    is_equal: bool
+
+
+def under_a_cap(case: Cap) -> Descended | str:
+    """Train a recipe without and with a limit; why that failed, if it did."""
+    name, batch, size, precision, cap = case
+    config = settings(name, batch, size, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, exact = Path(folder) / "whole", Path(folder) / "exact"
+        try:
+            trained(config, whole, "ladder=none")
+            found = trained(config, exact, "ladder=exact", f"memory.limit={cap}MiB")
+        except LadderExhausted as error:
+            return str(error).splitlines()[-1]
+        is_equal = all(torch.equal(*pair) for pair in zip(everything(whole), everything(exact), strict=True))
+    plan = next((change.used for change in found.changes if change.key == "trainer.recompute"), NONE)
+    tries = sum(attempt.outcome != Outcome.SKIPPED for attempt in found.attempts)
+    return Descended(found.rung, plan, tries, is_equal)
+
+
+def side_by_side(work: Callable[[S], T], cases: Sequence[S]) -> list[T]:
+    """What each case gives, several at a time in processes of their own: nothing in it may be timed on the card."""
+    workers = max(1, min(len(cases), (os.cpu_count() or 1) - 2))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(work, cases))
+
+
+def bits(are_equal: bool) -> str:
+    return "equal" if are_equal else "DIFFER"
 
 
 def trained(config: Config, folder: Path, *overrides: str) -> Result:
@@ -244,40 +281,62 @@ def networks(updates: int, at_most: float) -> None:
     """How much smaller the smallest limit of each network is in little time."""
     cases = [(name, 24, 224, "fp32") for name in NETWORKS]
     began = time.perf_counter()
-    workers = max(1, min(len(cases), (os.cpu_count() or 1) - 2))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        plans = list(pool.map(planned, cases))
+    plans = side_by_side(planned, cases)
     print(heading(f"exact, {updates} updates"), f"(plans: {time.perf_counter() - began:.0f} s)", "", sep="\n")
     names = "recipe", "limit, MiB", "plan in, s", "smallest limit: plain", "planned", "predicted", "smaller", "bits"
     print(*table(*names, "ms, plain", "x", "x predicted"), sep="\n")
-    smaller, slower = [], []
-    for case, plan in zip(cases, plans, strict=True):
-        if time.perf_counter() - began > at_most:
-            print(f"(no time for {case[0]})")
+    found: list[Least | str] = side_by_side(partial(limits, updates), plans)
+    smaller, slower = list[float](), list[float]()
+    for case, plan, least in zip(cases, plans, found, strict=True):
+        recipe = f"{case[0]} {case[1]}@{case[2]} {case[3]}"
+        if isinstance(least, str) or time.perf_counter() - began > at_most:
+            print(row(recipe, least if isinstance(least, str) else "(no time)"), flush=True)
             continue
-        plain = with_plan(plan.config, NONE)
+        limit = least.room
         try:
-            free, small = smallest(plain, plan.plain), smallest(plan.config, plan.least)
-            limit = int(1.03 * small)
-            before, after = digest(plain, None, updates), digest(plan.config, limit, updates)
-            (usual, _), (slow, is_graph) = timed(plain, None), timed(plan.config, limit)
+            (usual, _), (slow, is_graph) = timed(with_plan(plan.config, NONE), None), timed(plan.config, limit)
         except Exception as error:  # the other rows are worth having
-            print(row(f"{case[0]} {case[1]}@{case[2]} {case[3]}", repr(error)[:150]), flush=True)
+            print(row(recipe, repr(error)[:150]), flush=True)
             oom.release(CUDA)
             continue
-        smaller.append(free / small)
+        smaller.append(least.plain / least.planned)
         slower.append(slow / usual)
         print(
             row(
-                f"{case[0]} {case[1]}@{case[2]} {case[3]}", limit // MiB, f"{plan.seconds:.1f}", free // MiB,
-                small // MiB, f"{plan.least // MiB} ({plan.least / small - 1:+.1%})", f"{free / small:.2f}",
-                "equal" if before == after else "DIFFER", f"{usual * 1e3:.2f}",
-                f"{slow / usual:.3f}" + ("" if is_graph else " eager"), f"{plan.added:.3f}",
+                recipe, limit // MiB, f"{plan.seconds:.1f}", least.plain // MiB, least.planned // MiB,
+                f"{plan.least // MiB} ({plan.least / least.planned - 1:+.1%})", f"{smaller[-1]:.2f}",
+                bits(least.is_equal), f"{usual * 1e3:.2f}",
+                f"{slower[-1]:.3f}" + ("" if is_graph else " eager"), f"{plan.added:.3f}",
             ),
             flush=True,
         )  # fmt: skip
     if smaller:
         print(f"median: {statistics.median(smaller):.2f} times smaller at {statistics.median(slower):.3f} of the time")
+
+
+@dataclass(frozen=True)
+class Least:
+    """The smallest limits of a recipe without and with its plan, and whether both have the same bits; bytes."""
+
+    plain: int
+    planned: int
+    is_equal: bool
+
+    @property
+    def room(self) -> int:
+        """A limit in which the plan has a little room."""
+        return int(1.03 * self.planned)
+
+
+def limits(updates: int, plan: Planned) -> Least | str:
+    """The smallest limits on the card, and the bits after some updates; why that failed, if it did."""
+    plain = with_plan(plan.config, NONE)
+    try:
+        least = Least(smallest(plain, plan.plain), smallest(plan.config, plan.least), is_equal=True)
+        is_equal = digest(plain, None, updates) == digest(plan.config, least.room, updates)
+    except Exception as error:  # the other rows are worth having
+        return repr(error)[:150]
+    return replace(least, is_equal=is_equal)
 
 
 def main() -> None:
@@ -293,7 +352,7 @@ def main() -> None:
         print(heading("ladders under 1300 MiB, 5 epochs"), "", sep="\n")
         ladders(epochs=5)
     if arguments.part in ("caps", "all"):
-        caps(CAPS[number] for number in arguments.caps)
+        caps([CAPS[number] for number in arguments.caps])
     if arguments.part in ("networks", "all"):
         networks(arguments.updates, arguments.seconds)
 
