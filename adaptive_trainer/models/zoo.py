@@ -50,6 +50,13 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
+def has_pretrained_weights(name: str) -> bool:
+    """Whether there are pretrained weights of a network by this name, to be loaded."""
+    import timm
+
+    return name.startswith(TORCHVISION) or bool(timm.is_model_pretrained(name))
+
+
 def _from_timm(config: ModelConfig, num_classes: int) -> nn.Module:
     import timm
 

@@ -111,15 +111,13 @@ def _line(made: Trace, watched: _Watched) -> Timeline:
     highest = np.zeros(len(watched.starts), np.int64)
     np.maximum.at(highest, np.maximum(operators, 0), live)
     name, layer = watched.names[max(0, int(operators[peak]))]
-    largest = held.most_common(MOST_LAYERS)
-    if rest := held.total() - sum(size for _, size in largest):
-        largest.append((f"{len(held) - MOST_LAYERS} others", rest))
     return Timeline(
         _thinned(_filled(highest)),
         len(watched.starts),
         watched.backward,
         watched.step,
-        largest,
+        held.most_common(MOST_LAYERS),
+        len(held),
         f"{name} of {layer or REST}",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.report.listeners import Answers, Candidate, Listener, Sample
@@ -14,16 +15,18 @@ MOST_SAMPLES = 1000  # every other one is dropped above it, and half as many are
 
 @dataclass
 class History(Listener):
-    """Keeps samples of memory, loss and speed, moments out of memory, and the last evaluation.
+    """Keeps samples of memory, loss and speed, epochs, moments out of memory, and the last evaluation.
 
     Attributes:
         samples: with the seconds since the run began, in order.
+        epochs: their rows, of this process alone.
         out_of_memory: seconds, and peak of reserved bytes.
         room: bytes that training may use; None where that is not known.
     """
 
     clock: Callable[[], float] = time.perf_counter
     samples: list[tuple[float, Sample]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     out_of_memory: list[tuple[float, int]] = field(default_factory=list)
     room: int | None = None
@@ -43,6 +46,10 @@ class History(Listener):
         self.attempts.append(entry)
         if entry.outcome == Outcome.OOM:
             self.out_of_memory.append((self.clock() - self._began, entry.peak_reserved_bytes or 0))
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """Keep an epoch's figures."""
+        self.epochs.append(row)
 
     def sample(self, sample: Sample) -> None:
         """Keep a sample, or one of several where there are many."""

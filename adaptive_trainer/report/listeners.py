@@ -107,7 +107,8 @@ class Timeline:
         live: bytes, one for each operator or for several.
         operators: how many there are.
         backward, step: the operators with which the backward pass and the optimizer's step begin.
-        peak: bytes at the peak, by what holds them, the most first.
+        peak: bytes at the peak, by what holds them, the most first: of those that hold the most.
+        holders: how many hold bytes then, in all.
         at: the operator at the peak, in words.
     """
 
@@ -116,6 +117,7 @@ class Timeline:
     backward: int
     step: int
     peak: Sequence[tuple[str, int]]
+    holders: int
     at: str
 
 
@@ -129,6 +131,11 @@ class Finished:
         name: what that image is called.
         timeline: traces an update; None where that is not possible.
         advice: predicts further options.
+        source: where the images are from: a folder, or what the data set is called.
+        counts: how many images there are of what, in words.
+        trained_on: training images of each class; empty where no list of labels is known.
+        hints: what to try where the network has not learned, each in a line.
+        is_own_model: whether the network was made by the caller, who has to make it again.
     """
 
     classes: Sequence[str]
@@ -136,6 +143,11 @@ class Finished:
     name: Callable[[int], str]
     timeline: Callable[[], Timeline | None]
     advice: Callable[[], Sequence[Advice]]
+    source: str = ""
+    counts: str = ""
+    trained_on: Sequence[int] = ()
+    hints: Sequence[str] = ()
+    is_own_model: bool = False
 
 
 class Listener:

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from adaptive_trainer.ladder.descent import Attempt
+from adaptive_trainer.report.fonts import writable
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.listeners import Sample, Timeline
 
 MiB = 2**20
 SIZE = (5.2, 3.3)  # inches: on a narrow screen, which shows it at two thirds, letters can still be read
 BLUE, ORANGE, RED, GREY = "#2b6cb0", "#dd6b20", "#c53030", "#a0aec0"
-MOST_CLASSES = 40  # of a confusion matrix that can be looked at
+MOST_NUMBERS = 15  # classes of a confusion matrix with room for its counts
 BINS = 100  # of throughput
+RUN_TIME = "seconds since the run began"
 
 Row = Mapping[str, Any]
 
@@ -36,7 +39,9 @@ def ladder(attempts: Sequence[Attempt], room: int | None) -> Figure | None:
         axes.barh(places + offset, sizes, 0.38, label=label, color=colour)
     if room is not None:
         axes.axvline(room / MiB, color=RED, linestyle="--", label="limit")
-    axes.set_yticks(places, [f"{entry.rung} ({entry.outcome})" for entry in known])
+    names, fonts = writable([entry.rung for entry in known])
+    said = [f"{name} ({entry.outcome})" for name, entry in zip(names, known, strict=True)]
+    axes.set_yticks(places, said, fontfamily=fonts, parse_math=False)  # a name may have dollars
     axes.set(xlabel="MiB, reserved by the allocator", title="The ladder")
     return _with_legend(figure)
 
@@ -48,15 +53,14 @@ def memory(history: History) -> Figure | None:
         return None
     figure, axes = _axes()
     times = [at for at, _ in seen]
-    dots = "." if len(seen) < 30 else ""
-    axes.plot(times, [each.reserved / MiB for _, each in seen], label="reserved", color=BLUE, marker=dots)
-    axes.plot(times, [each.allocated / MiB for _, each in seen], label="in tensors", color=ORANGE, marker=dots)
+    axes.plot(times, [each.reserved / MiB for _, each in seen], label="reserved", color=BLUE, marker=_dots(seen))
+    axes.plot(times, [each.allocated / MiB for _, each in seen], label="in tensors", color=ORANGE, marker=_dots(seen))
     if history.out_of_memory:
         at, peak = zip(*history.out_of_memory, strict=True)
         axes.plot(at, np.array(peak) / MiB, "x", color=RED, markersize=9, label="out of memory")
     if history.room is not None:
         axes.axhline(history.room / MiB, color=RED, linestyle="--", label="limit")
-    axes.set(xlabel="seconds", ylabel="MiB", title="Memory between updates", ylim=(0, None))
+    axes.set(xlabel=RUN_TIME, ylabel="MiB", title="Memory between updates", xlim=(0, None), ylim=(0, None))
     return _with_legend(figure)
 
 
@@ -77,11 +81,13 @@ def update(line: Timeline) -> Figure:
 
 
 def peak(line: Timeline) -> Figure:
-    """What makes the peak, by layers."""
+    """What makes the peak, by layers; what small layers hold together is said in words."""
     figure, axes = _axes(height=max(2.2, 0.9 + 0.28 * len(line.peak)))
     names = [name if len(name) <= 38 else f"...{name[-35:]}" for name, _ in line.peak][::-1]
     axes.barh(names, [size / MiB for _, size in line.peak][::-1], color=BLUE)
-    axes.set(xlabel="MiB at the peak, predicted", title="What makes the peak")
+    rest = (max(line.live) - sum(size for _, size in line.peak)) / MiB
+    others = f"\n{line.holders - len(line.peak)} others hold {rest:.0f} MiB" if line.holders > len(line.peak) else ""
+    axes.set(xlabel=f"MiB at the peak, predicted{others}", title="What makes the peak")
     return figure
 
 
@@ -93,12 +99,13 @@ def loss(rows: Sequence[Row], samples: Sequence[tuple[float, Sample]]) -> Figure
     within = [each for _, each in samples if each.loss is not None]
     if within:
         losses = [each.loss for each in within]
-        axes.plot(_on([each.updates for each in within]), losses, color=BLUE, alpha=0.35, label="within an epoch")
+        at = _on([each.updates for each in within])
+        axes.plot(at, losses, color=BLUE, alpha=0.35, marker=_dots(within), label="within an epoch")
     updates = _on([int(row["updates"]) for row in rows])
     for name, label, colour in (("train_loss", "training", BLUE), ("val_loss", "validation", ORANGE)):
         axes.plot(updates, [float(row[name]) for row in rows], "o-", color=colour, label=label)
     axes.set(xlabel="updates", title="Loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _count_from_zero(axes)
     return _with_legend(figure)
 
 
@@ -112,8 +119,8 @@ def accuracy(rows: Sequence[Row]) -> Figure | None:
     updates = _on([int(row["updates"]) for row in scored])
     for name, label, colour in zip(shares, ("training", "validation"), (BLUE, ORANGE), strict=True):
         axes.plot(updates, [100 * float(row[name]) for row in scored], "o-", color=colour, label=label)
-    axes.set(xlabel="updates", ylabel="%", title="Accuracy")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="updates", ylabel="%", title="Accuracy", ylim=(0, None))
+    _count_from_zero(axes)
     return _with_legend(figure)
 
 
@@ -127,29 +134,37 @@ def throughput(samples: Sequence[tuple[float, Sample]]) -> Figure | None:
     if not rates:
         return None
     figure, axes = _axes()
-    axes.plot(*zip(*rates, strict=True), color=BLUE, marker="." if len(rates) < 30 else "")
-    axes.set(xlabel="seconds", ylabel="images a second", title="Throughput, evaluation included", ylim=(0, None))
+    axes.plot(*zip(*rates, strict=True), color=BLUE, marker=_dots(rates))
+    axes.set(xlabel=RUN_TIME, ylabel="images a second", title="Throughput, evaluation included")
+    axes.set(xlim=(0, None), ylim=(0, None))
     return figure
 
 
-def confusion(matrix: Any, classes: Sequence[str]) -> Figure:
-    """Counts (classes, classes) of labels, down, and answers, across: of the classes that are confused the most."""
-    wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
-    chosen = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CLASSES])
-    shown = matrix[np.ix_(chosen, chosen)]
+def confusion(counts: Any, classes: Sequence[str]) -> Figure:
+    """Counts of images (classes, classes): labels down, answers across; the darker, the larger the share of a label."""
     figure, axes = _axes(height=4.6)
-    shares = shown / np.maximum(shown.sum(1, keepdims=True), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [classes[number][:14] for number in chosen]
-    as_it_is: dict[str, Any] = {"fontsize": "small", "parse_math": False}  # a name may have dollars
-    axes.set_xticks(range(len(chosen)), names, rotation=90, **as_it_is)
-    axes.set_yticks(range(len(chosen)), names, **as_it_is)
-    for row, column in np.argwhere(shown > 0) if len(chosen) <= 15 else ():
-        colour = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(shown[row, column]), ha="center", va="center", fontsize="small", color=colour)
-    some = "" if len(chosen) == len(classes) else f", the {len(chosen)} most confused classes"
-    axes.set(xlabel="answer", ylabel="class", title=f"Confusion matrix{some}")
+    names, fonts = writable([name[:14] for name in classes])
+    as_it_is: dict[str, Any] = {
+        "fontsize": "small",
+        "fontfamily": fonts,
+        "parse_math": False,
+    }  # a name may have dollars
+    axes.set_xticks(range(len(names)), names, rotation=90, **as_it_is)
+    axes.set_yticks(range(len(names)), names, **as_it_is)
+    if len(names) <= MOST_NUMBERS:
+        for label, answer in np.argwhere(counts):
+            colour = "white" if shares[label, answer] > 0.5 else "black"
+            place = {"ha": "center", "va": "center", "fontsize": "small"}
+            axes.text(answer, label, str(counts[label, answer]), color=colour, **place)
+    axes.set(xlabel="answer", ylabel="class", title="Confusion matrix")
     return figure
+
+
+def in_matrix(classes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the confusion matrix calls the classes, and the fonts for it."""
+    return writable([name[:14] for name in classes])
 
 
 def _on(updates: Sequence[int]) -> list[int]:
@@ -159,6 +174,16 @@ def _on(updates: Sequence[int]) -> list[int]:
         before += last if now < last else 0
         found.append(before + now)
     return found
+
+
+def _dots(points: Sequence[Any]) -> str:
+    """A marker at each of a few points: a single one would make no line."""
+    return "." if len(points) < 30 else ""
+
+
+def _count_from_zero(axes: Any) -> None:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def drawn(figures: Mapping[str, Callable[[], Figure | None]]) -> dict[str, Figure]:

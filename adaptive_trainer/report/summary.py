@@ -12,9 +12,12 @@ from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.rung import Change
 from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report.lines import brief
+from adaptive_trainer.report.listeners import Finished
 from adaptive_trainer.report.result import Result
 from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
 from adaptive_trainer.utils.tables import table
+
+BEST = Path("checkpoints", "best.pt")  # in the folder of a run
 
 
 def rung_table(attempts: Sequence[Attempt]) -> str:
@@ -47,31 +50,37 @@ def _short(key: str, value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(in_words(key, value))
 
 
-def summary(result: Result, *, best: float | None, way_on: str, is_own_model: bool, kept: str = "") -> str:
+def uses(model: str, *, is_own_model: bool) -> list[tuple[str, str]]:
+    """What to type to use the trained model at this path: a few words, and the line."""
+    if is_own_model:  # a checkpoint holds weights, never code
+        return [("use it", f"load_model({model!r}, your_factory)")]
+    predict = f"{COMMAND} task=predict data.root=FOLDER {override('model.weights', model)}"
+    return [("use it", f"load_model({model!r})"), ("predict", predict)]
+
+
+def summary(result: Result, finished: Finished, *, best: float | None, way_on: str, kept: str = "") -> str:
     """The end of a run that has trained.
 
     Args:
         best: validation accuracy of the best epoch; less the loss where accuracy is not known.
         way_on: overrides with which the command line trains on; empty where it cannot.
-        is_own_model: whether the network was made by the caller, who has to make it again.
         kept: what `ladder=exact` would have kept, in words; empty where it is not known.
     """
     folder = Path(result.output_dir)
     log = log_file()
-    model = nearby(folder / "checkpoints" / "best.pt")
+    model = nearby(folder / BEST)
     lines = [rung_table(result.attempts)] if len(result.attempts) > 1 else []
     lines += [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
     lines += [*changed_lines(result.changes), *filter(None, [kept])]
     lines += [f"best model: {model}", f"record: {nearby(folder / 'result.json')}"]
     if log is not None:  # the library writes none, the command line does
         lines.append(f"log: {nearby(log)}")
-    factory = ", your_factory" if is_own_model else ""  # a checkpoint holds weights, never code
-    lines.append(f"use it: load_model({model!r}{factory})")
+    lines += [f"{what}: {typed}" for what, typed in uses(model, is_own_model=finished.is_own_model)]
     if way_on:
-        lines.append(f"predict: {COMMAND} task=predict data.root=FOLDER {override('model.weights', model)}")
         lines.append(f"train on: {COMMAND} {way_on}")
     if (folder / "report.html").exists():
         lines.append(f"report: {nearby(folder / 'report.html')}")
+    lines += [f"advice: {hint}" for hint in finished.hints]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL.Image import Image
@@ -38,6 +39,7 @@ from adaptive_trainer.data.datasets import (
 )
 from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
+from adaptive_trainer.data.splitting import known_labels, source
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     Interrupted,
@@ -57,6 +59,7 @@ from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import left_by_earlier, way_on
+from adaptive_trainer.report.history import History
 from adaptive_trainer.report.lines import Lines
 from adaptive_trainer.report.listeners import Finished, trackers
 from adaptive_trainer.report.page import Report
@@ -66,6 +69,7 @@ from adaptive_trainer.report.summary import summary
 from adaptive_trainer.training.advice import advice
 from adaptive_trainer.training.arguments import check_arguments, noting
 from adaptive_trainer.training.epochs.stopping import StopSignal
+from adaptive_trainer.training.hints import hints
 from adaptive_trainer.training.own_weights import own_weights
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
@@ -138,8 +142,8 @@ class Trainer(Uses):
         device = device_of(start.cfg.device)
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)  # `card=` plans for a card that is not here
-        reports = [Report(self.output_dir)] if start.cfg.report else []
-        record = Record(self.output_dir, [Lines(), *reports, *trackers(typed(start.cfg).trackers)])
+        self._history = Report(self.output_dir) if start.cfg.report else History()
+        record = Record(self.output_dir, [Lines(), self._history, *trackers(typed(start.cfg).trackers)])
         with showing(start.cfg.verbosity), alone_in_process(), record.held():
             if not left_by_earlier(self.output_dir):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg))
@@ -287,15 +291,16 @@ class Trainer(Uses):
         )
 
     def _end(self, done: Done, record: Record, result: Result) -> None:
-        stage, used = done.stage, done.rung.settings
-        record.finish(result, _finished(stage, used, result.requested))
+        stage, is_own = done.stage, self._own_model is not None
+        finished = _finished(stage, done.rung.settings, result.requested, self._history, is_own_model=is_own)
+        record.finish(result, finished)
         # a line to type goes on with what settings can say: neither code of the caller's own nor stages
-        is_typed = self._own_model is None and self._loss is None and self._data == (None, None) and not result.stages
+        is_typed = not is_own and self._loss is None and self._data == (None, None) and not result.stages
         epochs = 2 * stage.phase.settings.trainer.epochs
         more = f"{way_on(self.output_dir)} trainer.epochs={epochs}" if is_typed else ""
         best = stage.trial.opened.state.best
-        kept = stage.run.judge.kept_by_exact(stage.phase.settings, used)
-        log.info("%s", summary(result, best=best, way_on=more, is_own_model=self._own_model is not None, kept=kept))
+        kept = stage.run.judge.kept_by_exact(stage.phase.settings, done.rung.settings)
+        log.info("%s", summary(result, finished, best=best, way_on=more, kept=kept))
 
     def _shortage(self, error: BaseException) -> UserError | None:
         """What to say of memory that ran out where no rung can answer it; None for other errors."""
@@ -308,15 +313,30 @@ class Trainer(Uses):
         )
 
 
-def _finished(stage: Stage, used: Config, asked: Recipe) -> Finished:
+def _finished(stage: Stage, used: Config, asked: Recipe, history: History, *, is_own_model: bool) -> Finished:
     judge, data = stage.run.judge, stage.run.data
+    trained_on = _by_class(data)
     return Finished(
-        data.classes,
-        partial(_picture, data.val),
-        partial(sample_name, data.val),
-        partial(judge.timeline, used),
-        partial(advice, asked, used, judge),
+        classes=data.classes,
+        image=partial(_picture, data.val),
+        name=partial(sample_name, data.val),
+        timeline=partial(judge.timeline, used),
+        advice=partial(advice, asked, used, judge),
+        source=used.data.root or source(data.train)[0].__class__.__name__,
+        counts=described(data)[0],
+        trained_on=trained_on,
+        hints=hints(history, trained_on, used, is_own_model=is_own_model),
+        is_own_model=is_own_model,
     )
+
+
+def _by_class(data: DataSets) -> list[int]:
+    """Training images of each class; none where there is no list of labels, or one of something else."""
+    labels = known_labels(data.train)
+    if labels is None or labels.min() < 0 or labels.max() >= data.num_classes:
+        return []
+    counts: list[int] = np.bincount(labels, minlength=data.num_classes).tolist()
+    return counts
 
 
 def _picture(data: MapDataset, index: int) -> Image:

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import precision_recall_fscore_support
 
 from adaptive_trainer import Result, Trainer, compose_config
 from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.errors import override
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.report.history import MOST_SAMPLES, History
 from adaptive_trainer.report.listeners import Answers, Finished, Listener, Sample
-from adaptive_trainer.report.page import Report, by_class, confusion
+from adaptive_trainer.report.page import Report
 from adaptive_trainer.report.plots import _on
 
 SMALL = (
@@ -103,6 +103,71 @@ def test_a_report_that_fails_fails_no_training(tmp_path: Path, caplog: pytest.Lo
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+def test_the_report_of_an_earlier_attempt_does_not_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise ValueError("no trace")
+
+    ended(tmp_path, "cat", "dog")
+    assert (tmp_path / "report.html").exists()
+    ended(tmp_path, "cat", "dog", timeline=fail)
+    assert not (tmp_path / "report.html").exists()
+    assert not [*(tmp_path / "plots").iterdir()]
+    assert [record.getMessage() for record in caplog.records] == ["there is no report: ValueError: no trace"]
+
+
+@pytest.fixture(scope="module")
+def run_on_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on photos that are all the same, so that nothing can be learned; they lie in `photos` beside it."""
+    root = tmp_path_factory.mktemp("photos")
+    for name, count in (("cat", 8), ("dog", 4)):
+        (root / "photos" / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (40, 40), "red").save(root / "photos" / name / f"{number}.png")
+    settings = ["data=imagefolder", override("data.root", root / "photos"), "data.image_size=32", "data.num_workers=0"]
+    settings += ["model.name=mobilenetv3_small_050", "trainer.batch_size=4", "data.val_fraction=0.25", "report=true"]
+    Trainer(compose_config(settings), output_dir=root / "run").fit()
+    return root / "run"
+
+
+def test_the_page_says_what_was_trained_and_how_to_use_it(run_on_photos: Path) -> None:
+    page = (run_on_photos / "report.html").read_text(encoding="utf-8")
+    assert f"<td>{run_on_photos.parent / 'photos'}</td>" in page
+    assert "9 training and 3 validation images, held out of the training set; 2 classes: cat, dog" in page
+    assert "<th>epochs</th><td>1</td>" in page
+    assert re.search(r"<th>ended</th><td>\d{4}-\d\d-\d\d \d\d:\d\d, after \d+ s</td>", page)
+    best = run_on_photos / "checkpoints" / "best.pt"
+    assert f"task=predict data.root=FOLDER model.weights={best}</code>" in page
+    assert re.search(r'<td>cat</td><td class="n">6</td>\s*<td class="n">2</td>', page)
+    assert re.search(r"<br>(cat|dog)/\d.png</figcaption>", page)
+
+
+def test_advice_is_in_the_page(run_on_photos: Path) -> None:
+    page = (run_on_photos / "report.html").read_text(encoding="utf-8")
+    assert re.search(
+        r"<li>val accuracy \d\d.\d % is no more than the share of the most frequent class, 66.7 %: nothing useful", page
+    )
+
+
+def test_nothing_is_shown_for_memory_that_nothing_counts(run_on_photos: Path) -> None:
+    page = (run_on_photos / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"<td>requested</td><td>fits</td>\s*(<td class=\"n\"></td>\s*){3}<td class=\"n\">\d", page)
+
+
+def test_many_classes_have_a_table_of_confusions(tmp_path: Path) -> None:
+    ended(tmp_path, *(f"class {number}" for number in range(41)))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The largest confusions" in page
+    assert re.search(r"<td>class 0</td><td>class 1</td><td class=\"n\">3</td>\s*<td class=\"n\">1.000</td>", page)
+    assert not (tmp_path / "plots" / "confusion.png").exists()
+
+
+def test_names_that_no_font_can_write_are_numbers_in_the_plot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ended(tmp_path, "cat", "\U000e0fff")
+    assert "1 cat, 2 \U000e0fff." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "plots" / "confusion.png").exists()
+    assert caplog.text == ""
+
+
 def test_a_run_with_nothing_left_to_train_has_a_report_too(folder: Path, tmp_path: Path) -> None:
     settings = [*SMALL, f"resume={folder / 'checkpoints' / 'last.pt'}"]
     Trainer(compose_config(settings), output_dir=tmp_path / "run").fit()
@@ -163,19 +228,6 @@ def test_what_is_heard_is_bounded() -> None:
     times = np.diff([at for at, _ in history.samples])
     assert times.min() > 0
     assert history.samples[-1][1].updates > 19 * MOST_SAMPLES
-
-
-def test_shares_by_class_are_those_of_scikit_learn() -> None:
-    random = np.random.default_rng(0)
-    labels, answers = random.integers(0, 5, 200), random.integers(1, 6, 200)
-    counts: dict[tuple[int, int], int] = {}
-    for pair in zip(labels.tolist(), answers.tolist(), strict=True):
-        counts[pair] = counts.get(pair, 0) + 1
-    rows = by_class(confusion(Answers(counts, []), 7), list("abcdefg"))
-    expected = precision_recall_fscore_support(labels, answers, labels=range(7), zero_division=0)
-    found = ([getattr(row, name) for row in rows] for name in ("precision", "recall", "f1", "images"))
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")

@@ -1,0 +1,86 @@
+"""What is said of a network that has not learned, and that nothing is said of one that has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adaptive_trainer import compose_config
+from adaptive_trainer.config.overrides import typed
+from adaptive_trainer.report.history import History
+from adaptive_trainer.report.listeners import Answers
+from adaptive_trainer.training.hints import hints
+
+EVEN = {(label, 0): 50 for label in range(4)}  # 200 images of four classes
+
+
+def row(epoch: int, train: float = 0.8, val: float = 0.75, loss: float = 1.0, updates: int = 1000) -> dict[str, Any]:
+    figures = {"train_accuracy": train, "val_accuracy": val, "train_loss": loss, "val_loss": 1.0}
+    return {"stage": 0, "model": "resnet18", "epoch": epoch, "updates": updates * epoch, **figures}
+
+
+def said(*rows: dict[str, Any], overrides: tuple[str, ...] = (), images: int = 500, own: bool = False) -> list[str]:
+    history = History()
+    for each in rows:
+        history.epoch(each, len(rows))
+    history.answers(Answers(EVEN, []))
+    config = typed(compose_config(["model.name=resnet18", f"trainer.epochs={len(rows)}", *overrides]))
+    return hints(history, [images] * 4, config, is_own_model=own)
+
+
+def test_a_network_that_learns_gets_no_advice() -> None:
+    assert said(row(1, loss=1.0), row(2, loss=0.8), images=10) == []
+
+
+def test_no_more_than_the_most_frequent_class() -> None:
+    (text,) = said(row(1, train=0.25, val=0.25))
+    assert text == (
+        "val accuracy 25.0 % is no more than the share of the most frequent class, 25.0 %: nothing useful is "
+        "learned yet. Try model.pretrained=true trainer.epochs=10"
+    )
+    assert said(row(1, train=0.3, val=0.25), row(2, train=0.3, val=0.30, loss=0.9)) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [(("model.pretrained=true",), False), (("model.weights=best.pt",), False), (("model.name=test_none",), True)],
+)
+def test_pretrained_weights_are_named_where_there_are_some(overrides: tuple[str, ...], own: bool) -> None:
+    (text,) = said(row(1, train=0.3, val=0.25), overrides=overrides, own=own)
+    assert "pretrained" not in text
+
+
+def test_a_loss_that_does_not_fall() -> None:
+    (text,) = said(row(1, loss=1.2), row(2, loss=1.3))
+    assert text == (
+        "the training loss has not fallen: 1.200 in epoch 1, 1.300 in epoch 2. Try a lower learning rate, "
+        "optimizer.lr=0.0001 (now 0.001)"
+    )
+
+
+def test_the_losses_of_two_networks_are_not_compared() -> None:
+    assert said(row(1, loss=0.5), {**row(1, loss=1.3), "model": "resnet10t"}) == []
+
+
+def test_images_that_are_learned_by_heart() -> None:
+    (text,) = said(row(1, train=0.99, val=0.6))
+    assert text == (
+        "training accuracy 99.0 % is far above val accuracy 60.0 %: the network learns the images by heart. Try more "
+        "images, or model.pretrained=true data.auto_augment=ta_wide"
+    )
+    assert said(row(1, train=0.99, val=0.6), overrides=("trainer.ema_decay=0.99",)) == []
+    assert said(row(1, train=0.99, val=0.6, updates=20)) == []
+    assert said(row(1, train=0.8, val=0.55)) == []  # 200 images say it to 7 % only
+
+
+def test_few_images_are_named_where_the_network_fares_badly() -> None:
+    *_, text = said(row(1, train=0.3, val=0.25), images=12)
+    assert text == (
+        "half of the classes have 12 training images or fewer, the smallest has 12: more images help the most, then "
+        "model.pretrained=true"
+    )
+
+
+def test_nothing_is_said_of_a_run_that_trained_nothing() -> None:
+    assert hints(History(), [], typed(compose_config([])), is_own_model=False) == []
