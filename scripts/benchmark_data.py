@@ -62,7 +62,11 @@ def make_photos(folder: Path, count: int) -> None:
         sides = (int(rng.integers(440, 560)), int(rng.integers(330, 420)))
         pixels = rng.normal(0, 6, (sides[1], sides[0], 3))
         for octave in (3, 9, 27):
-            small = Image.fromarray(rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8))
+            colours = rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8)
+            if octave == 3:  # half of it is the class, which can be learned
+                of_class = np.random.default_rng(number % CLASSES).integers(0, 256, colours.shape, dtype=np.uint8)
+                colours = colours // 2 + of_class // 2
+            small = Image.fromarray(colours)
             pixels += np.asarray(small.resize(sides, Image.Resampling.BICUBIC), dtype=np.float64) / 3
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 

@@ -6,8 +6,8 @@ Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--c
 `caps`: recipes under limits that are far too small for them, trained by ladder=exact for 5 epochs of 10 updates, with
 their evaluations. "bits": weights, buffers and optimizer in the last checkpoint, with deterministic kernels, against
 the same training without limit and ladder. "tries": rungs and plans that were tried on the card. "x": the time of an
-update as one CUDA graph over the time of the same without recomputation and limit, medians of blocks.
-What is not timed runs side by side.
+update as one CUDA graph, with these kernels too, over the time of the same without recomputation and limit, medians of
+blocks. What is not timed runs side by side.
 
 `networks`: twenty networks, each under the plan of the least memory whose predicted added time is no more than ADDED.
 "bits": sha256 of weights, buffers and optimizer after the updates and an evaluation. The smallest limits on the card
@@ -121,11 +121,11 @@ def planned(case: tuple[str, int, int, str]) -> Planned:
 
 
 @contextmanager
-def engine_of(config: Config, limit: int | None, *, deterministic: bool) -> Iterator[Engine]:
-    """What trains a recipe by a graph, under a limit in bytes."""
+def engine_of(config: Config, limit: int | None) -> Iterator[Engine]:
+    """What trains a recipe by a graph, with deterministic kernels, under a limit in bytes."""
     size = "none" if limit is None else f"{limit // MiB}MiB"
-    with private_process_state(deterministic=deterministic, tf32=None), limited(CUDA, size) as capacity:
-        capacity.same_kernels = deterministic
+    with private_process_state(deterministic=True, tf32=None), limited(CUDA, size) as capacity:
+        capacity.same_kernels = True
         torch.manual_seed(0)
         batch = config.trainer.batch_size
         session = enter(config, Parts(build_model, build_loss, "", CLASSES, batch, CUDA, capacity))
@@ -147,7 +147,7 @@ def batches(config: Config) -> list[tuple[Tensor, Tensor]]:
 
 def digest(config: Config, limit: int | None, updates: int) -> str:
     """What training and an evaluation leave, with deterministic kernels."""
-    with engine_of(config, limit, deterministic=True) as engine:
+    with engine_of(config, limit) as engine:
         data, state = batches(config), engine.update.state
         for number in range(updates):
             images, labels = data[number % len(data)]
@@ -162,8 +162,8 @@ def digest(config: Config, limit: int | None, updates: int) -> str:
 
 
 def timed(config: Config, limit: int | None) -> tuple[float, bool]:
-    """Seconds of an update, and whether it is a graph."""
-    with engine_of(config, limit, deterministic=False) as engine:
+    """Seconds of an update with deterministic kernels, and whether it is a graph."""
+    with engine_of(config, limit) as engine:
         images, labels = batches(config)[0]
 
         def update() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from importlib.util import find_spec
@@ -67,7 +68,9 @@ def _export(trained: Trained, folder: Path) -> Exported:
     with explained(lambda error: _refused(trained, error)), torch.no_grad():  # which fails with every kind of error
         program = torch.export.export(trained.network, (batches[0],), dynamic_shapes=({0: Dim("batch")},))
         files = {PROGRAM: _as_bytes(program)}
-        loaded = torch.export.load(io.BytesIO(files[PROGRAM])).module()
+        with warnings.catch_warnings():  # torch's own, of the bytes that it reads
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            loaded = torch.export.load(io.BytesIO(files[PROGRAM])).module()
     found = {PROGRAM: _difference(trained, loaded, batches, PROGRAM)}
     try:
         content = _as_onnx(program)

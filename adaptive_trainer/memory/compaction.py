@@ -23,13 +23,19 @@ def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Move what the tensors hold on the device close together. Each stays the object that it is, with the same values.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for a second place beside the first; nothing was moved.
+        torch.OutOfMemoryError: there is no room for a second place beside the first; what was not moved yet stays.
         DeviceUnusable: the values have no place any more.
     """
     here = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == device.type]
     found = {storage._cdata: storage for storage in here}
     # The largest first: the gaps that are left at the ends of segments are small.
     storages = sorted((s for s in found.values() if s.resizable()), key=lambda s: s.nbytes(), reverse=True)
+    # Segments of the large may take all the memory there is, and are given back before the small ones want any.
+    _move([storage for storage in storages if _rounded(storage.nbytes()) > SMALL_LIMIT], device)
+    _move([storage for storage in storages if _rounded(storage.nbytes()) <= SMALL_LIMIT], device)
+
+
+def _move(storages: list[torch.UntypedStorage], device: torch.device) -> None:
     sizes = [storage.nbytes() for storage in storages]
     kept = _reserved(sizes, device)
     copies = [_storage(size, torch.device("cpu")).copy_(storage) for storage, size in zip(storages, sizes, strict=True)]

@@ -167,6 +167,7 @@ def test_task_evaluate(launcher: Launcher, trained: Path) -> None:
     assert found["accuracy"] == result["metrics"]["test_accuracy"]
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch's own, of what it reads
 def test_task_export(launcher: Launcher, trained: Path) -> None:
     """What was trained on a card is exported for any device; the program runs on the card too."""
     typed(launcher, trained, "task=export")

@@ -8,6 +8,7 @@ which every allocation is of the pool.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -48,7 +49,9 @@ class Pool:
                             torch.UntypedStorage(size, device=self.device)  # type: ignore[no-untyped-call]
                     work()
                 finally:
-                    graph.capture_end()
+                    with warnings.catch_warnings():  # that it is empty: its work has failed at once
+                        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+                        graph.capture_end()
                     has_ended = True
         finally:
             if not has_ended:
