@@ -184,7 +184,7 @@ def record(
 def test_every_operator(
     number: int, every: int, capacity: Capacity, record_property: Callable[[str, object], None]
 ) -> None:
-    """An optimizer's three precisions begin at another operator each, so a third of each makes up the whole."""
+    """Each case begins at another operator, so that they do not leave out the same ones."""
     started, case = time.perf_counter(), covering()[number]
     tally = inject(case, capacity, number % every, every)
     record(case, tally, time.perf_counter() - started, record_property, f" (1 of {every})", least=100 // every)

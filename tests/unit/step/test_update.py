@@ -561,7 +561,7 @@ def test_a_proof_goes_on_after_one_failure_in_its_first_step(
     first = [at for at, phase in enumerate(whole.phases) if phase == f"optimizer step {update.state.updates}"]
     learned = update.step_memory.may_allocate
     assert first
-    for at in first[:: 1 + len(first) // 40]:
+    for at in first[:: 1 + len(first) // 12]:
         run = start(case, capacity)
         before, update = dump(run.state), run.update()
         with Fault(at) as fault:
