@@ -74,7 +74,13 @@ def test_a_photo_prepared_as_the_json_says(exported: Any, photos: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "test_mambaout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        *(pytest.param(f"test_{kind}", marks=pytest.mark.slow) for kind in ("efficientnet", "convnext", "mambaout")),
+    ],
+)
 def test_networks_of_other_kinds(name: str, best: Path, tmp_path: Path) -> None:
     size = 160
     trained = load(best)

@@ -251,7 +251,11 @@ def deaths_sorted(found: Trace) -> Trace:
 
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050", "resnet18", "test_vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_efficientnet", "test_vit"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenetv3_small_050", "resnet18")],
+)
 def test_a_trace_is_the_same_without(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def traced() -> Any:
         spec = TraceSpec(

@@ -108,16 +108,16 @@ class Case:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("mobilenetv3_small_100", 4, 4),
+        pytest.param(Case("mobilenetv3_small_100", 4, 4), marks=pytest.mark.slow),
         Case("mobilenetv3_small_100", 8, 4, precision="bf16", optimizer="sgd"),
         Case("mobilenetv3_small_100", 2, 2, precision="fp16"),
         Case("resnet18", 4, 4, optimizer="lion", checkpoint=True),
         Case("resnet18", 5, 2, ema=0.9),
-        Case("efficientnet_b0", 5, 2, 128, offloads=True),
+        pytest.param(Case("efficientnet_b0", 5, 2, 128, offloads=True), marks=pytest.mark.slow),
         Case("mobilenetv3_small_100", 8, 4, 128, precision="bf16", checkpoint=True, offloads=True),
         Case("vit_tiny_patch16_224", 2, 2, 224, offloads=True),
-        Case("torchvision/squeezenet1_1", 6, 2, optimizer="sgd"),
-        Case("vit_tiny_patch16_224", 2, 2, 224),
+        pytest.param(Case("torchvision/squeezenet1_1", 6, 2, optimizer="sgd"), marks=pytest.mark.slow),
+        pytest.param(Case("vit_tiny_patch16_224", 2, 2, 224), marks=pytest.mark.slow),
     ],
     ids=lambda case: f"{case.name}-{case.precision}-{case.optimizer}{'-offload' * case.offloads}",
 )
