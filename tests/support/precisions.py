@@ -1,4 +1,7 @@
-"""What a run leaves of the host's choice of TF32, each host in a process: `python -m tests.support.precisions`."""
+"""What a run leaves of the host's choice of TF32, each host in a process: `python -m tests.support.precisions [N]`.
+
+One pair of choices in N is made.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import gc
 import itertools
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -100,7 +104,8 @@ def main() -> None:
     """Print a line for every problem, and how many runs there were."""
     alone: list[tuple[str, ...]] = [(), *((name,) for name in HOSTS)]
     runs = [*itertools.product(alone, ("true", "false", "null"))]
-    runs += itertools.product(itertools.combinations(HOSTS, 2), ("true", "false"))
+    pairs = [*itertools.product(itertools.combinations(HOSTS, 2), ("true", "false"))]
+    runs += pairs[:: int(sys.argv[1]) if len(sys.argv) > 1 else 1]
     torch.use_deterministic_algorithms(False)  # imports the compiler, once for all
     warnings.simplefilter("error")
     logging.basicConfig(level=logging.ERROR)  # else each run says on the screen how it goes
