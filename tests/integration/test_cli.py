@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adaptive_trainer import __version__, load_model
+from adaptive_trainer import Interrupted, __version__, load_model
 from adaptive_trainer.cli.main import _uncollected
 from tests.support.forking import ROOT, Ended, Launcher
 
@@ -90,11 +90,13 @@ def images(folder: Path, classes: str = "ab", count: int = 6) -> Path:
     return folder
 
 
-def wait_for(path: Path) -> None:
+def wait_for(folder: Path, pattern: str) -> Path:
+    """The file, once it has come."""
     until = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} has not come"
+    while not (found := list(folder.glob(pattern))):
+        assert time.monotonic() < until, f"{pattern} has not come"
         time.sleep(0.05)
+    return found[0]
 
 
 def message(ended: Ended) -> str:
@@ -232,23 +234,47 @@ def test_a_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 def test_the_main_job(tmp_path: Path) -> None:
-    """Nothing asked for: the ladder is descended on the simulated card, and the digits are learned."""
+    """Nothing asked for: the ladder is descended on the simulated card, and training begins."""
+    command = [sys.executable, "-m", "adaptive_trainer"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=said, stderr=said)
+    attempts = wait_for(tmp_path, "outputs/*/*/attempts.jsonl")
+    until = time.monotonic() + 60
+    while '"fits"' not in attempts.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == Interrupted.exit_code
+    text, record = (tmp_path / "said").read_text(), result(attempts.parent)
+    assert_descended(record["attempts"], text)
+    assert record["outcome"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_the_main_job_to_its_end(tmp_path: Path) -> None:
+    """The digits are learned."""
     ended = python_m("-m", "adaptive_trainer", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "a simulated card of 512 MiB (no CUDA here" in ended.stdout.splitlines()[0]
     [folder] = tmp_path.glob("outputs/*/*")
     record = result(folder)
-    given_up = [entry for entry in record["attempts"] if entry["outcome"] in GIVEN_UP]
-    assert [entry["rung"] for entry in given_up] == [entry["rung"] for entry in record["attempts"][: len(given_up)]]
-    assert len(given_up) >= 4
-    fits = record["attempts"][-1]
-    assert (fits["rung"], fits["outcome"]) == (record["rung"], "fits")
-    assert 0 < fits["peak_allocated_bytes"] <= fits["peak_reserved_bytes"] <= 512 * 2**20
+    assert_descended(record["attempts"], ended.stdout)
     assert f"trained on rung {record['rung']}: efficientnet_b0" in ended.stdout
     assert record["requested"]["batch_size"] == 24
     assert record["used"]["batch_size"] == 8
     assert record["metrics"]["val_accuracy"] > 0.3  # chance is 0.1
     assert "%|" not in ended.stderr
+
+
+def assert_descended(attempts: list[dict[str, Any]], text: str) -> None:
+    """Rungs were given up one after the other, and the last one fits."""
+    assert "a simulated card of 512 MiB (no CUDA here" in text.splitlines()[0]
+    assert [entry["outcome"] in GIVEN_UP for entry in attempts] == [True] * (len(attempts) - 1) + [False]
+    assert len(attempts) > 4
+    fits = attempts[-1]
+    assert fits["outcome"] == "fits"
+    assert f"rung {fits['rung']} fits: efficientnet_b0, batch 8" in text
+    assert 0 < fits["peak_allocated_bytes"] <= fits["peak_reserved_bytes"] <= 512 * 2**20
 
 
 def test_a_bar_on_a_terminal_only(tmp_path: Path) -> None:
@@ -556,7 +582,7 @@ def test_an_unusable_device(cli: Any, tmp_path: Path) -> None:
 
 def test_a_signal_saves_and_asks_to_be_run_again(launcher: Launcher, tmp_path: Path) -> None:
     process = launcher.start(*NO_LADDER, "trainer.epochs=500", "data.train.size=240", folder=tmp_path)
-    wait_for(tmp_path / "out" / "metrics.csv")
+    wait_for(tmp_path, "out/metrics.csv")
     os.kill(process.pid, signal.SIGTERM)
     ended = process.wait()
     assert ended.code == 75
@@ -692,7 +718,7 @@ def test_a_sweep_with_an_output_dir_for_each_job(cli: Any, tmp_path: Path) -> No
 def test_a_signal_ends_a_sweep(launcher: Launcher, tmp_path: Path) -> None:
     sweep = ("hydra.sweep.dir=sweep", "optimizer.lr=1e-3,1e-4", "trainer.epochs=500", "data.train.size=240")
     process = launcher.start("-m", *NO_LADDER, *sweep, folder=tmp_path)
-    wait_for(tmp_path / "sweep" / "0" / "metrics.csv")
+    wait_for(tmp_path, "sweep/0/metrics.csv")
     os.kill(process.pid, signal.SIGTERM)
     ended = process.wait()
     assert ended.code == 75, ended.text
