@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adaptive_trainer.utils import kernel_choices
 
 if TYPE_CHECKING:
+    from adaptive_trainer.cli.plan import run_plan
     from adaptive_trainer.config.overrides import compose_config
     from adaptive_trainer.errors import (
         AdaptiveTrainerError,
@@ -48,9 +49,11 @@ __all__ = [
     "DivergedError", "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "Result", "Rung", "Trainer",
     "Transaction", "UserError", "__version__", "clear_gpu_memory", "compose_config", "descend", "is_out_of_memory",
     "limit_memory", "load_model", "make_ladder", "monitor_gpu_memory", "predict", "print_gpu_memory", "recompute",
+    "run_plan",
 ]  # fmt: skip
 
 _NAMES = {
+    "cli.plan": ("run_plan",),
     "config.overrides": ("compose_config",),
     "errors": (
         "AdaptiveTrainerError", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable", "DivergedError",

@@ -47,8 +47,12 @@ LARGEST_PLANNED = 2**20  # samples: a plan does not open the data, which bounds 
 Measure = Callable[[Config, int], tuple[int, int] | None]
 
 
-def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
+def run_plan(cfg: DictConfig, output_dir: str | Path | None = None) -> Plan:
     """Plan the ladder of the settings, log the table, and write `plan.json`; with phases, that of each stage.
+
+    Args:
+        cfg: the settings.
+        output_dir: where `plan.json` goes; None writes none.
 
     Returns:
         The plan, of the last stage where there are several.
@@ -70,7 +74,8 @@ def run_plan(cfg: DictConfig, output_dir: str | Path) -> Plan:
         log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
     contents = [{"stage": name, **_content(each)} for name, each in made.items()]
     content = contents[0] if len(contents) == 1 else {"stages": contents}
-    _write(output_dir, {"plan.json": json.dumps(content, indent=2) + "\n"})
+    if output_dir is not None:
+        _write(output_dir, {"plan.json": json.dumps(content, indent=2) + "\n"})
     return each
 
 

@@ -17,7 +17,7 @@ from tests.support.forking import ROOT
 PUBLIC = {
     "Attempt", "Result", "Rung", "Trainer", "Transaction", "clear_gpu_memory", "compose_config", "descend",
     "is_out_of_memory", "limit_memory", "load_model", "make_ladder", "monitor_gpu_memory", "predict",
-    "print_gpu_memory", "recompute",
+    "print_gpu_memory", "recompute", "run_plan",
 }  # fmt: skip
 ERRORS = {
     "AdaptiveTrainerError", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable", "DivergedError",
