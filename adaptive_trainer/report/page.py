@@ -175,7 +175,7 @@ def _mistake(wrong: Wrong, finished: Finished) -> dict[str, Any]:
 
 def _within(folder: str, name: str) -> str:
     """The path of a file below the folder of the data, with the folder of its class."""
-    path = Path(name)
+    path = Path(name).expanduser().absolute()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else name
 
 

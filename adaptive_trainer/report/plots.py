@@ -151,7 +151,7 @@ def confusion(counts: Any, classes: Sequence[str]) -> Figure:
         "fontfamily": fonts,
         "parse_math": False,
     }  # a name may have dollars
-    axes.set_xticks(range(len(names)), names, rotation=90, **as_it_is)
+    axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, **as_it_is)
     axes.set_yticks(range(len(names)), names, **as_it_is)
     if len(names) <= MOST_NUMBERS:
         for label, answer in np.argwhere(counts):

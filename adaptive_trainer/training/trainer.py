@@ -314,7 +314,7 @@ class Trainer(Uses):
 
 
 def _finished(stage: Stage, used: Config, asked: Recipe, history: History, *, is_own_model: bool) -> Finished:
-    judge, data = stage.run.judge, stage.run.data
+    judge, data, root = stage.run.judge, stage.run.data, used.data.root
     trained_on = _by_class(data)
     return Finished(
         classes=data.classes,
@@ -322,7 +322,7 @@ def _finished(stage: Stage, used: Config, asked: Recipe, history: History, *, is
         name=partial(sample_name, data.val),
         timeline=partial(judge.timeline, used),
         advice=partial(advice, asked, used, judge),
-        source=used.data.root or source(data.train)[0].__class__.__name__,
+        source=str(Path(root).expanduser().absolute()) if root else type(source(data.train)[0]).__name__,
         counts=described(data)[0],
         trained_on=trained_on,
         hints=hints(history, trained_on, used, is_own_model=is_own_model),

@@ -10,13 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 from torch import Tensor, nn
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.cli.main import as_list
-from scripts import benchmark, benchmark_start, benchmark_where
+from scripts import benchmark, benchmark_start, benchmark_where, pictures
 from scripts import benchmark_finders as finders
 from tests.support.forking import ROOT, Launcher
 
@@ -257,3 +259,24 @@ def test_traffic_counts_what_operators_read_and_write() -> None:
 
 def test_covered_time_counts_overlaps_once() -> None:
     assert benchmark_where.covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5
+
+
+def test_every_picture_of_the_documentation_is_there_and_small() -> None:
+    named = {
+        (page.parent / link).resolve()
+        for page in PAGES
+        for link in re.findall(r"""[("]([\w/.-]+\.png)[)"]""", page.read_text(encoding="utf-8"))
+    }
+    made = {*(ROOT / "docs" / "pictures").glob("*.png")}
+    assert made <= named
+    assert all(picture.stat().st_size < 300_000 for picture in named)
+
+
+def test_a_picture_of_a_terminal(tmp_path: Path) -> None:
+    pytest.importorskip("pyte")
+    (tmp_path / "hello.py").write_text(r"print('one'); print('\x1b[33mtwo\x1b[0m')")
+    at_one, at_end = pictures.in_terminal("python hello.py", tmp_path, "one")
+    assert "".join(character.data for character in at_one[1]).rstrip() == "one"
+    assert {character.fg for character in at_end[2][:3]} == {"brown"}
+    colours = np.unique(np.asarray(pictures.draw(at_end).convert("RGB")).reshape(-1, 3), axis=0).tolist()
+    assert [*ImageColor.getrgb(pictures.COLOURS["brown"])] in colours
