@@ -1,17 +1,13 @@
-"""`python -m adaptive_trainer`, which Ctrl-C and SIGTERM end with one line, from the first import on."""
+"""`python -m adaptive_trainer`, which Ctrl-C and SIGTERM end with two lines, from the first import on."""
 
 import logging
 import signal
 import sys
 from types import FrameType
 
+from adaptive_trainer.errors import Stopped, Terminated
+
 __all__ = ["main"]
-
-STOPPED, TERMINATED = 130, 143  # as shells say it: 128 and the number of the signal
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came; whatever cleans up after Ctrl-C does so after this."""
 
 
 def main() -> None:
@@ -24,9 +20,9 @@ def main() -> None:
         run()
     except KeyboardInterrupt as error:
         logging.disable()  # torch, imported by half, says at the end of the process how its caches did
-        is_term = isinstance(error, Terminated)
-        print(f"stopped by {'SIGTERM' if is_term else 'Ctrl-C'}", file=sys.stderr)
-        sys.exit(TERMINATED if is_term else STOPPED)
+        stopped = Stopped("nothing is saved", is_term=isinstance(error, Terminated))
+        print(stopped.shown, file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

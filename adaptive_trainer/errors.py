@@ -11,6 +11,7 @@
     |- LadderExhausted                       exit 3   no rung fits
     |- DeviceUnusable                        exit 4   the device answers nothing any more
     `- Interrupted                           exit 75  stopped by a signal, state saved, can be resumed
+       `- Stopped                            exit 130 stopped at once: nothing was to be saved
 
 Messages say what came, what is allowed and what to do. No error keeps another exception, a traceback or a tensor:
 whatever a failed step held must be free to go.
@@ -22,10 +23,10 @@ import errno
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
-E = TypeVar("E", bound=Exception)
+E = TypeVar("E", bound=BaseException)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BARE = re.compile(r"[A-Za-z0-9_./:+%@-]+")  # what neither Hydra nor a shell takes for more than it is
 FORBIDDEN = (errno.EACCES, errno.EPERM)
@@ -124,8 +125,32 @@ class Interrupted(AdaptiveTrainerError):
     exit_code = 75
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows instead of a traceback: what happened, and how to go on."""
+        """What is shown instead of a traceback, also in a notebook: what happened, and how to go on."""
         return str(self).split("; ", 1)
+
+    @property
+    def shown(self) -> str:
+        """Two lines for people."""
+        return "\n".join(self._render_traceback_())
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; whatever cleans up after Ctrl-C does so after this."""
+
+
+class Stopped(Interrupted):
+    """A signal ended the work at once; 128 and the number of the signal, as shells say it."""
+
+    exit_code = 130
+
+    def __init__(self, text: str, *, is_term: bool) -> None:
+        super().__init__(f"stopped by {'SIGTERM' if is_term else 'Ctrl-C'}; {text}")
+        self.exit_code = 143 if is_term else 130
+
+
+def when_stopped(say: Callable[[], str]) -> AbstractContextManager[None]:
+    """Raise `Stopped`, with what is to be said of what there is, in place of a KeyboardInterrupt."""
+    return explained(lambda error: Stopped(say(), is_term=isinstance(error, Terminated)), (KeyboardInterrupt,))
 
 
 @contextmanager

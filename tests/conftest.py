@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two threads each wait for each other
 os.environ["ADAPTIVE_TRAINER_CACHE"] = ""  # what earlier runs have learned is no part of a test
+os.environ.pop("COLUMNS", None)  # lines are as wide as a test says
 
 import gc
 from collections.abc import Iterator

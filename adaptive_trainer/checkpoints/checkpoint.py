@@ -13,7 +13,7 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import CheckpointError, explained, override, remedy
-from adaptive_trainer.utils.files import replacing
+from adaptive_trainer.utils.files import existing_checkpoint, replacing
 
 T = TypeVar("T")
 FORMAT = "adaptive_trainer checkpoint"
@@ -72,24 +72,25 @@ def _not_written(path: Path, problem: str, advice: str) -> CheckpointError:
     return CheckpointError(f"cannot write checkpoint {path}: {problem}; {kept}. {advice}")
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, to_resume: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU.
+
+    Args:
+        to_resume: a run is to go on from it, for which a model alone does not do.
 
     Raises:
         CheckpointError: there is none, or it is damaged, or something else.
     """
-    if not path.is_file():
-        raise CheckpointError(
-            f"there is no checkpoint {path}; give the path of a .pt file, or resume=auto for a run's own"
-        )
+    existing_checkpoint(path, ", or resume=auto for a run's own" if to_resume else "")
 
     def unreadable(error: Exception) -> CheckpointError:
-        return CheckpointError(f"cannot read checkpoint {path}: {_damage(error)}; {_sound_beside(path)}")
+        beside = _sound_beside(path, to_resume=to_resume)
+        return CheckpointError(f"cannot read checkpoint {path}: {_damage(error)}; {beside}")
 
     with explained(beside_memory(unreadable)):
         content = _read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of adaptive_trainer; give resume one of its .pt files")
+        raise CheckpointError(f"{path} is not a checkpoint of adaptive_trainer; give one of its .pt files")
     if content.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {content.get('version')}, this program reads {VERSION}")
     return content
@@ -111,7 +112,7 @@ def _damage(error: Exception) -> str:
     return f"it holds something that is not plain data ({type(error).__name__})"  # the unpickler's own type is private
 
 
-def _sound_beside(path: Path) -> str:
+def _sound_beside(path: Path, *, to_resume: bool) -> str:
     found = []
     for other in sorted(set(path.parent.glob("*.pt")) - {path}):
         content = None
@@ -119,5 +120,6 @@ def _sound_beside(path: Path) -> str:
             content = _read(other)
         if isinstance(content, dict) and content.get("format") == FORMAT:
             is_whole = "optimizer" in content  # best.pt has no more than the network
-            found.append(override("resume", other) if is_whole else f"load_model reads {other}, which is sound")
+            resumed = override("resume", other) if is_whole else f"load_model reads {other}, which is sound"
+            found.append(resumed if to_resume else f"use {other}, which is sound")
     return "; ".join(found) or "use another one"

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer.checkpoints import checkpoint, packing
 from adaptive_trainer.checkpoints.contents import OF_A_RUN, checked
 from adaptive_trainer.checkpoints.trust import trusted
-from adaptive_trainer.config.overrides import asked, stage_names, with_asked
+from adaptive_trainer.config.overrides import asked, names_data, stage_names, with_asked
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.splitting import RANDOM, Split
@@ -42,14 +42,19 @@ class Start:
     events: list[str] = field(default_factory=list)
 
 
-def start(cfg: DictConfig, output_dir: Path) -> Start:
+def start(cfg: DictConfig, output_dir: Path, *, has_data: bool = False) -> Start:
     """Find the run that `resume` means, and put what was typed for this one on top of its settings.
 
+    Args:
+        has_data: the data is the caller's, and not what the settings name.
+
     Raises:
-        CheckpointError: the checkpoint, or the settings that were saved, cannot be used.
+        CheckpointError: the checkpoint, or the settings that were saved, cannot be used; there is no run to go on with,
+            and nothing says what a new one would train on.
         ConfigError: what was typed does not suit the saved settings.
     """
-    found, wanted = earlier.find(cfg.resume, output_dir), asked(cfg)
+    found = earlier.find(cfg.resume, output_dir, may_begin=has_data or names_data(cfg))
+    wanted = asked(cfg)
     saved = None if found.checkpoint is None else load(found.checkpoint)
     if saved is not None and found.checkpoint is not None:
         made = trusted(saved["request"], found.checkpoint, cfg)  # not config.yaml: the request travels with its state
@@ -76,7 +81,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is damaged, foreign, or holds only a model.
     """
-    content = checkpoint.load(path)
+    content = checkpoint.load(path, to_resume=True)
     if "optimizer" not in content and "random" not in content:  # one of the two missing is damage, said below
         raise CheckpointError(f"{path} holds a model only and cannot be trained on; resume from last.pt beside it")
     return checked(content, path, OF_A_RUN)

@@ -12,7 +12,8 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,10 +28,10 @@ from adaptive_trainer import __version__
 from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.cli.help import help_text
 from adaptive_trainer.config.mistakes import explain, options_first
-from adaptive_trainer.config.overrides import at_home, config_dir, register, typed, with_asked
+from adaptive_trainer.config.overrides import PATHS, config_dir, names_data, readable, register, typed, with_asked
 from adaptive_trainer.config.schema import AFTER, TASKS
 from adaptive_trainer.config.validate import check, check_after, check_no_card
-from adaptive_trainer.data.images.folders import check_folders
+from adaptive_trainer.data.images.folders import check_folders, evaluates_folder, evaluation_folder, photo_or_folder
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     ConfigError,
@@ -39,10 +40,12 @@ from adaptive_trainer.errors import (
     UserError,
     quoted,
     remedy,
+    when_stopped,
 )
 from adaptive_trainer.ladder.resolve import resolve, stages
-from adaptive_trainer.report.earlier import begin, fail
-from adaptive_trainer.utils.screen import show_error, showing, silence
+from adaptive_trainer.report.earlier import begin, fail, find
+from adaptive_trainer.utils.files import existing_checkpoint
+from adaptive_trainer.utils.screen import show, show_error, showing, silence
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +66,9 @@ def main() -> None:
             print(page, flush=True)
             return
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
-        sys.argv[1:] = options_first([as_list(at_home(text), is_sweep) for text in sys.argv[1:]])
-        hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
+        sys.argv[1:] = options_first([as_list(readable(text), is_sweep) for text in sys.argv[1:]])
+        with _wrapped() if "--help" in sys.argv else nullcontext():
+            hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except SystemExit:
         if not codes:  # Hydra's own: that of a job ends a sweep, and the exit code is the largest of all jobs
             raise
@@ -77,6 +81,14 @@ def main() -> None:
         codes.append(1 if ours is None else ours.exit_code)
     if any(codes):
         sys.exit(max(codes))
+
+
+@contextmanager
+def _wrapped() -> Iterator[None]:
+    """Show what Hydra prints in lines that fit the screen."""
+    with redirect_stdout(StringIO()) as printed:
+        yield
+    show(printed.getvalue().rstrip(), sys.stdout)
 
 
 def _page(arguments: Sequence[str]) -> str | None:
@@ -145,12 +157,12 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
         if isinstance(error, UserError):
             fail(folder, "failed", str(error))
         show_error(traceback.format_exc() if whole_traceback else said)
-    else:
-        code = 0
-    codes.append(code)
-    if code == Interrupted.exit_code:
-        sys.exit(code)  # not one job only: a sweep ends too
-    return value if code == 0 else float("nan")  # the other jobs of a sweep go on; the exit code says it
+        codes.append(code)
+        if isinstance(error, Interrupted):
+            sys.exit(code)  # not one job only: a sweep ends too
+        return float("nan")  # the other jobs of a sweep go on; the exit code says it
+    codes.append(0)
+    return value
 
 
 def _ended(error: Exception, folder: Path) -> tuple[int, str]:
@@ -158,7 +170,7 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
     if isinstance(error, OmegaConfBaseException):  # a value that does not resolve
         error = explain(error) or error
     if isinstance(error, AdaptiveTrainerError):
-        return error.exit_code, str(error) if isinstance(error, Interrupted) else f"error: {error}"
+        return error.exit_code, error.shown if isinstance(error, Interrupted) else f"error: {error}"
     from adaptive_trainer import oom  # which brings torch: a mistake is said without it
 
     found = oom.describe(error)
@@ -172,7 +184,7 @@ def _ended(error: Exception, folder: Path) -> tuple[int, str]:
 def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tuple[DictConfig, list[str]]:
     """Settings, and the overrides typed for them, with paths from where the program started: Hydra has left it."""
     cfg, typed_again = cfg.copy(), list(overrides)
-    for key in ("data.root", "model.weights", "output_dir", "resume"):
+    for key in PATHS:
         value = OmegaConf.select(cfg, key)
         if value and value != "auto":
             path = str(start / Path(value).expanduser())
@@ -191,6 +203,8 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     cfg = with_asked(cfg, overrides)  # Hydra forgets the difference between what was typed and what a file says
     if cfg.resume is None or cfg.task in AFTER:  # else the settings are those of the resumed run
         _check(cfg)
+    elif cfg.task == "train":
+        find(cfg.resume, folder, may_begin=names_data(cfg))  # for its errors: training looks once more
     if cfg.task == "plan":
         with _uncollected():
             from adaptive_trainer.cli.plan import run_plan
@@ -216,7 +230,8 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         with _uncollected():
             from adaptive_trainer.cli.trained import RUN
 
-        return RUN[cfg.task](cfg, folder)
+        with when_stopped(lambda: f"task={cfg.task} is not finished, and has to begin again"):
+            return RUN[cfg.task](cfg, folder)
     else:
         if cfg.resume is None:  # the import of torch takes seconds, in which the run may be stopped
             begin(folder, frozen(cfg))
@@ -255,11 +270,17 @@ def _check(cfg: DictConfig) -> None:
         check(typed(cfg))
     if cfg.task in AFTER:
         check_after(cfg)
+    if cfg.model.weights is not None and cfg.task in ("train", *AFTER):
+        existing_checkpoint(cfg.model.weights)
+    if cfg.task == "predict":
+        photo_or_folder(cfg.data.root)
+    if cfg.task == "evaluate" and evaluates_folder(typed(cfg).data):
+        evaluation_folder(cfg.data.root, ())
     if cfg.task in ("train", "plan"):
         asked = stages(cfg)
         for _, settings in asked:
             resolve(settings)  # for its errors: both resolve once more, with the networks to ask
     if cfg.task in ("train", "doctor"):
         check_no_card(typed(cfg).card)
-    if cfg.task == "train":
+    if cfg.task == "train" or (cfg.task == "plan" and cfg.data.root):
         check_folders(typed(asked[0][1]).data)

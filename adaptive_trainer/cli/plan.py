@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import logging
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,8 @@ from omegaconf import DictConfig
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config
 from adaptive_trainer.config.validate import check
+from adaptive_trainer.data.datasets import DataSets, build_datasets, described
+from adaptive_trainer.data.images.folders import TARGET
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
 from adaptive_trainer.ladder.rung import Rung
@@ -37,13 +38,13 @@ from adaptive_trainer.planning.refusals import check_names, image_refusal, no_st
 from adaptive_trainer.prediction.estimator import Verdict, verdict
 from adaptive_trainer.utils.device import device_of
 from adaptive_trainer.utils.files import as_csv, default_folder, refused_by_disk, write_whole
-from adaptive_trainer.utils.screen import nearby, width
+from adaptive_trainer.utils.screen import nearby
 from adaptive_trainer.utils.tables import table
 
 log = logging.getLogger(__name__)
 
 MiB = 2**20
-LARGEST_PLANNED = 2**20  # samples: a plan does not open the data, which bounds a batch
+LARGEST_PLANNED = 2**20  # samples: a batch is bound by the data, of which a plan opens folders alone
 Measure = Callable[[Config, int], tuple[int, int] | None]
 
 
@@ -64,13 +65,17 @@ def run_plan(cfg: DictConfig, output_dir: str | Path | None = None) -> Plan:
     config = typed(cfg)
     note = _as_in_training(config, device_of(config.device))
     asked = stages(cfg)
-    planner = _planner(config, stored_size(typed(settings) for _, settings in asked))
-    made = {name: _plan(settings, planner) for name, settings in asked}
+    data = _in_folder(typed(asked[0][1]))
+    planner = _planner(config, stored_size(typed(settings) for _, settings in asked), data)
+    most = LARGEST_PLANNED if data is None else len(data.train)
+    made = {name: _plan(settings, planner, most) for name, settings in asked}
     for name, each in made.items():  # only now: a mistake in a later stage is said without the plans above it
         log.info("%s%s", f"stage {name}, " if len(made) > 1 else "", plan_table(each))
     if note:
         log.info("%s", note)
-    if cfg.model.num_classes is None:
+    if data is not None:
+        log.info("data: %s", described(data)[0])
+    elif cfg.model.num_classes is None:
         log.info("%d classes are assumed; model.num_classes=N for another number", ASSUMED_CLASSES)
     contents = [{"stage": name, **_content(each)} for name, each in made.items()]
     content = contents[0] if len(contents) == 1 else {"stages": contents}
@@ -97,18 +102,26 @@ def _as_in_training(config: Config, device: torch.device) -> str:
     return f"there is no CUDA here: {text}"
 
 
-def _planner(config: Config, stored: int | None = None) -> Planner:
+def _in_folder(config: Config) -> DataSets | None:
+    """The folder of images that would be trained on; None where no folder is named."""
+    is_folder = config.data.root is not None and config.data.train.get("_target_") == TARGET
+    return build_datasets(config) if is_folder else None
+
+
+def _planner(config: Config, stored: int | None = None, data: DataSets | None = None) -> Planner:
     cache = PlanCache(default_folder())
-    return Planner(Predictor(spec_of(config, cache), cache=cache, stored_size=stored))
+    classes, val_size = (None, None) if data is None else (data.num_classes, len(data.val))
+    spec = spec_of(config, cache)
+    return Planner(Predictor(spec, num_classes=classes, cache=cache, stored_size=stored, val_size=val_size))
 
 
-def _plan(cfg: DictConfig, planner: Planner) -> Plan:
+def _plan(cfg: DictConfig, planner: Planner, most: int) -> Plan:
     def refuse(_: str, above: Config, settings: Config) -> str:
         return refusal(planner.predictor.networks, above, settings) or no_step(planner, above, settings)
 
     ladder = resolve(cfg)  # with no network asked: mistakes in names come before seconds of predictions
     check_names(ladder)
-    size, why = _largest(ladder[0], planner) if cfg.trainer.batch_size == LARGEST else (None, "")
+    size, why = _largest(ladder[0], planner, most) if cfg.trainer.batch_size == LARGEST else (None, "")
     ladder = resolve(cfg, refuse=refuse) if size is None else resolve(cfg, size or 1, why, refuse)
     if size is not None:
         log.info("%s", "; ".join(ladder[0].notes))
@@ -119,12 +132,12 @@ def _plan(cfg: DictConfig, planner: Planner) -> Plan:
     return replace(made, exact=exact.kept(cfg, landed, planner, made.spec.capacity, refuse))
 
 
-def _largest(asked: Rung[Config], planner: Planner) -> tuple[int, str]:
+def _largest(asked: Rung[Config], planner: Planner, most: int) -> tuple[int, str]:
     """The largest batch size that is predicted to fit, 0 where none is, and why it is this one."""
     capacity, key = planner.predictor.spec.capacity, f"trainer.batch_size={LARGEST}"
     if capacity is None:
         raise ConfigError(f"{key} needs a card (card=rtx2060) or a limit (memory.limit=6GiB), and there is neither")
-    size, reason = largest_batch(planner, asked.settings, capacity, LARGEST_PLANNED)
+    size, reason = largest_batch(planner, asked.settings, capacity, most)
     if size is None:
         raise ConfigError(f"{key} cannot be planned, because the update cannot be predicted: {reason}")
     room = format_bytes(capacity)
@@ -150,15 +163,15 @@ def plan_table(made: Plan) -> str:
     """A plan as text: a line for each rung, and where a descent lands."""
     head = ("rung", "verdict", "live", "allocated", "reserved", "smallest limit", "smallest card", "recipe")
     lines: list[Sequence[str]] = [head]
-    for row in made.rows:
+    for number, row in enumerate(made.rows):
         sizes = (row.live_bytes, row.allocated_bytes, row.reserved_bytes, row.min_capacity_bytes, row.min_card_bytes)
-        what = f"{row.recipe} ({row.reason})" if row.reason and row.live_bytes is None else row.recipe
+        what = f"{row.recipe} ({row.reason})" if row.reason and (row.live_bytes is None or number == 0) else row.recipe
         lines.append((row.rung, row.verdict, *map(_mib, sizes), what))
     spec = made.spec
     room = "" if spec.capacity is None else f"; {format_bytes(spec.capacity)} for tensors"
     outside = f", {format_bytes(spec.context)} for the CUDA context" if spec.context else ""
     title = f"for {spec.description}{room}{outside} (sizes in MiB)"
-    parts = (*textwrap.wrap(title, width()), table(lines, left=(0, 1)), made.landing, made.exact)
+    parts = (title, table(lines, left=(0, 1)), made.landing, made.exact)
     return "\n".join(filter(None, parts))
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from adaptive_trainer.config.overrides import apply_overrides, asked, typed
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import RUNNING, check
-from adaptive_trainer.data.images.folders import TARGET
+from adaptive_trainer.data.images.folders import evaluates_folder
 from adaptive_trainer.inference.evaluate import FILE, Evaluated, evaluate, of_folder, of_settings, write
 from adaptive_trainer.inference.export import ABOUT, ONNX, export
 from adaptive_trainer.inference.model import Trained, load
@@ -25,7 +25,6 @@ from adaptive_trainer.utils.tables import table
 
 log = logging.getLogger(__name__)
 
-DIGITS = "adaptive_trainer.data.digits"  # the data where none is chosen
 ROWS = 10  # of what is listed on the screen
 
 
@@ -59,8 +58,7 @@ def run_evaluate(cfg: DictConfig, folder: Path) -> float:
     """
     trained, config = _loaded(cfg)
     wanted = typed(cfg)
-    # any other data set has a root of its own kind
-    is_folder = cfg.data.root and wanted.data.train.get("_target_") in (TARGET, DIGITS)
+    is_folder = evaluates_folder(wanted.data)
     data, what = of_folder(trained, cfg.data.root) if is_folder else of_settings(trained, wanted)
     with opened(trained, config, log.info) as passes:
         log.info("images: %d of %s\ndevice: %s", len(data), what, passes.where)

@@ -22,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from adaptive_trainer.config import mistakes
-from adaptive_trainer.config.schema import SETTINGS, Config, PhaseConfig, leaves
+from adaptive_trainer.config.schema import DIGITS, SETTINGS, Config, PhaseConfig, leaves
 from adaptive_trainer.errors import ConfigError, explained, quoted, refuse_all
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+PATHS = ("data.root", "model.weights", "output_dir", "resume", "hydra.run.dir", "hydra.sweep.dir")
 HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for the whole process
 
 
@@ -70,7 +71,7 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
         raise ConfigError(f"config_folder={config_folder} is no folder")
     register()
     extra = [f"hydra.searchpath=[file://{Path(config_folder).resolve()}]"] if config_folder is not None else []
-    typed_here = [at_home(text) for text in overrides]
+    typed_here = [readable(text) for text in overrides]
     with explained(mistakes.explain, (HydraException, OmegaConfBaseException, ValueError)), _own_hydra():
         cfg = compose("config", overrides=[*typed_here, *extra])
     return with_asked(cfg, typed_here, "".join(extra))
@@ -79,6 +80,25 @@ def compose_config(overrides: Sequence[str] = (), *, config_folder: str | Path |
 def at_home(override: str) -> str:
     """`data.root=~/photos` with the home folder in place of `~`, which Hydra cannot parse and a shell leaves there."""
     return re.sub(r"(?<=[=,])~[\w.-]*(?=/|,|$)", lambda found: os.path.expanduser(found[0]), override)
+
+
+def readable(override: str) -> str:
+    """An override as Hydra can read it: `~` is the home folder, and a path that its grammar refuses is quoted.
+
+    So `data.root=사진` and `data.root=photos (1)` need no quotes but a shell's. What Hydra can read stays as it is; so
+    does what begins with a quote or a bracket, or has a comma: a list or a sweep may be meant, and is not guessed.
+    """
+    from hydra.errors import OverrideParseException
+
+    override = at_home(override)
+    key, has_value, value = override.partition("=")
+    if not has_value or key.lstrip("+") not in PATHS or "," in value or value.startswith(("'", '"', "[", "{")):
+        return override
+    try:
+        _parsed(override)
+    except OverrideParseException:
+        return f"{key}={quoted(value)}"
+    return override
 
 
 @cache
@@ -185,6 +205,13 @@ def asked(cfg: DictConfig) -> Asked:
     now = flat(OmegaConf.to_container(cfg))
     since = [f"++{key}={literal(value)}" for key, value in now.items() if key not in before or before[key] != value]
     return replace(memory, overrides=(*memory.overrides, *since))
+
+
+def names_data(cfg: DictConfig) -> bool:
+    """Whether somebody has chosen what these settings train on, the digits too."""
+    keys = [text.lstrip("+").partition("=")[0] for text in asked(cfg).overrides]
+    is_named = any(key in ("data", "data.root") or key.startswith("data.train") for key in keys)
+    return is_named or cfg.data.train.get("_target_") != DIGITS
 
 
 def literal(value: Any) -> str:

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 BALANCED = "balanced"  # of trainer.class_weights: each class counts as much as any other
+DIGITS = "adaptive_trainer.data.digits"  # the data where none is chosen
 LARGEST = "max"  # of trainer.batch_size: the largest that fits
 EVAL_CROP = 0.875  # side of the centre crop over the shorter side of the image, as usual for ImageNet
 USUAL: dict[str, Any] = {

@@ -50,7 +50,7 @@ class Attempt:
     phase: str = ""
     reason: str = ""
     predicted_bytes: int | None = None  # smallest capacity it was expected to need; None: it was not predicted
-    peak_allocated_bytes: int | None = None  # of the try; None: there is no meter
+    peak_allocated_bytes: int | None = None  # of the try; None: nothing counts
     peak_reserved_bytes: int | None = None
     seconds: float = 0.0
 
@@ -61,8 +61,8 @@ class Meter(Protocol):
     def reset_peaks(self) -> None:
         """Start counting peaks anew."""
 
-    def peaks(self) -> tuple[int, int]:
-        """Peak allocated and peak reserved bytes since the last reset."""
+    def peaks(self) -> tuple[int | None, int | None]:
+        """Peak allocated and peak reserved bytes since the last reset; None where nothing counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.config.limit import SETTING, Limit, parse_limit
-from adaptive_trainer.config.schema import Config
+from adaptive_trainer.config.schema import DIGITS, Config
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.memory import usage
 from adaptive_trainer.memory.simulated import SimulatedDevice
@@ -22,7 +22,7 @@ from adaptive_trainer.memory.usage import Usage, format_bytes
 from adaptive_trainer.utils.device import device_of
 
 DEFAULT_SIMULATED = 512 * 2**20
-DEMO_DATA = ("adaptive_trainer.data.digits", "torchvision.datasets.FakeData")  # which show what the ladder does
+DEMO_DATA = (DIGITS, "torchvision.datasets.FakeData")  # which show what the ladder does
 
 
 @dataclass(eq=False)
@@ -68,8 +68,10 @@ class Capacity:
         """What is used now and was used at the most, in bytes; zeros where nothing counts (a CPU with no limit)."""
         return self.simulated.usage() if self.simulated is not None else usage.snapshot(self.device)
 
-    def peaks(self) -> tuple[int, int]:
-        """Peak allocated and peak reserved bytes since the last `reset_peaks`."""
+    def peaks(self) -> tuple[int | None, int | None]:
+        """Peak allocated and peak reserved bytes since the last `reset_peaks`; None where nothing counts."""
+        if self.device.type != "cuda" and not usage.simulated_devices:
+            return None, None
         used = self.usage()
         return used.peak_allocated, used.peak_reserved
 

@@ -20,6 +20,8 @@ from adaptive_trainer.prediction.estimator import Prediction, Verdict, verdict
 from adaptive_trainer.recipe import plan_in_words
 from adaptive_trainer.utils.tables import html
 
+JUDGED_BY = "a card (card=rtx2060) or a limit (memory.limit=6GiB)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Prediction):
@@ -52,8 +54,13 @@ class Plan:
         if self.lands_on is not None:
             return f"lands on rung {self.lands_on}{perhaps}"
         if self.spec.capacity is None:
-            return "name a card (card=rtx2060) or a limit (memory.limit=6GiB) to see which rung fits"
-        return f"no rung is sure to fit{perhaps}"
+            return f"{JUDGED_BY} says which rung fits"
+        needs = [(row.min_capacity_bytes, row.rung) for row in self.rows if row.min_capacity_bytes is not None]
+        if self.perhaps or not needs:
+            return f"no rung is sure to fit{perhaps}"
+        need, name = min(needs)
+        lacks = format_bytes(need - self.spec.capacity)
+        return f"no rung fits: the smallest, {name}, is predicted to need {format_bytes(need)}, {lacks} too much"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the rung to land on, and what each needs."""
@@ -95,7 +102,7 @@ def _row(rung: Rung[Config], planner: Planner, above: Rung[Config]) -> Row:
         return Row(**named, verdict=Verdict.SKIPPED, seconds=found.seconds, reason=refused)
     capacity, least = spec.capacity, found.min_capacity_bytes
     if capacity is None and not found.reason:
-        found = replace(found, reason="no card and no memory.limit to judge by")
+        found = replace(found, reason=f"a verdict needs {JUDGED_BY}")
     with_context = None if least is None else least + spec.context
     return Row(**named, verdict=verdict(found, capacity), min_card_bytes=with_context, **asdict(found))
 

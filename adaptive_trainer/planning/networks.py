@@ -19,7 +19,7 @@ from adaptive_trainer.models.savers import apply_savers
 from adaptive_trainer.models.zoo import build_model, outline, without_memory, without_weights
 from adaptive_trainer.utils.random import same_random_numbers
 
-ASSUMED_CLASSES = 10  # where model.num_classes is left to the data, which a plan does not open
+ASSUMED_CLASSES = 10  # where model.num_classes is left to the data, of which a plan opens folders alone
 
 ModelFactory = Callable[[ModelConfig, int], nn.Module]
 

@@ -65,7 +65,7 @@ def no_step(planner: Planner, above: Config, config: Config, room: int | None = 
     if need is None or was is None or need < was:
         return ""
     more = f"{what} {format_bytes(need)}, no less than {those} ({format_bytes(was)})"
-    return f"{config.model.name} is no step down from {above.model.name}: {more}"
+    return f"it is no step down from {above.model.name}: {more}"
 
 
 def _size_refusal(networks: Networks, above: Config, config: Config) -> str:

@@ -13,11 +13,12 @@ from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.errors import CheckpointError, override
-from adaptive_trainer.utils.files import alone, as_json, refused_by_disk, write_whole
+from adaptive_trainer.utils.files import alone, as_json, existing_checkpoint, refused_by_disk, write_whole
 from adaptive_trainer.utils.screen import nearby
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")  # only Hydra's ROOT/DATE/TIME says that the folders beside are runs as well
 LAST = Path("checkpoints", "last.pt")
+BEST = "best.pt"
 SETTINGS, RESULT = "config.yaml", "result.json"
 OF_A_RUN = (
     LAST.parent,
@@ -47,17 +48,23 @@ class Earlier:
     events: tuple[str, ...] = ()
 
 
-def find(resume: str | None, output_dir: Path) -> Earlier:
+def find(resume: str | None, output_dir: Path, *, may_begin: bool = True) -> Earlier:
     """The run that `resume` means.
 
     `auto` is the run in `output_dir`, or the last one that was set aside there; else, where `output_dir` is
     `ROOT/DATE/TIME`, the newest of all runs in ROOT. One that was stopped before its first checkpoint begins anew with
     its settings; one that has failed, or is still at it, is passed over.
+
+    Args:
+        may_begin: where there is none to go on with, a new run begins.
+
+    Raises:
+        CheckpointError: there is no such checkpoint; or none to go on with, and no new run may begin.
     """
     if resume is None:
         return Earlier()
     if resume != "auto":
-        return Earlier(Path(resume).expanduser())  # whether it exists is found out, and said, when it is read
+        return Earlier(existing_checkpoint(resume, ", or resume=auto for a run's own"))
     passed: list[Path] = []
     for run in _candidates(output_dir):
         if (run / LAST).exists():
@@ -66,8 +73,18 @@ def find(resume: str | None, output_dir: Path) -> Earlier:
             anew = f"resume=auto: {run} has left no checkpoint ({_end(run)}): its settings begin anew here"
             return Earlier(None, run / SETTINGS, (*_told(passed), anew))
         passed.append(run)
-    fresh = f"resume=auto: no earlier run with a checkpoint beside {output_dir}: a fresh start"
-    return Earlier(events=(*_told(passed), fresh))
+    told, nothing = _told(passed), f"resume=auto: there is no earlier run to go on with in {_looked_in(output_dir)}"
+    if not may_begin:
+        raise CheckpointError(
+            f"{'; '.join([*told, nothing])}; type output_dir=FOLDER or resume=PATH/last.pt for a run elsewhere, or "
+            "name the data (data=imagefolder data.root=FOLDER) for a new one"
+        )
+    return Earlier(events=(*told, f"{nothing}: a new run begins"))
+
+
+def _looked_in(output_dir: Path) -> str:
+    here = output_dir.absolute()
+    return nearby(here.parent.parent if DAY.fullmatch(here.parent.name) else here)
 
 
 def _candidates(output_dir: Path) -> Iterator[Path]:

@@ -29,7 +29,7 @@ class Lines(Listener):
         if self._failed:
             log.warning("step down: %s", step_down(self._failed, rung))
         elif self._candidate is None:
-            log.info("plan: rung %s%s", rung.name, _predicted(rung))
+            log.info("plan: %s", _tried(rung))
         self._candidate, self._failed = rung, []
 
     def attempt(self, entry: Attempt) -> None:
@@ -41,8 +41,10 @@ class Lines(Listener):
         if is_foretold or (entry.outcome == Outcome.OOM and is_candidate):
             self._failed.append(entry)
             log.debug("rung %s: %s: %s", entry.rung, entry.outcome, entry.reason)
-        else:  # passed over, or a size that the batch-size finder has tried
-            said = {Outcome.OOM: _oom(entry), Outcome.FITS: figures(entry)}.get(entry.outcome, entry.reason)
+        elif entry.outcome == Outcome.SKIPPED:  # passed over: the table at the end says why, or the error
+            log.debug("rung %s: %s: %s", entry.rung, entry.outcome, entry.reason)
+        else:  # a size that the batch-size finder has tried
+            said = _oom(entry) if entry.outcome == Outcome.OOM else figures(entry)
             log.info("rung %s: %s: %s", entry.rung, entry.outcome, said)
 
     def event(self, text: str) -> None:
@@ -68,15 +70,16 @@ def step_down(failed: Sequence[Attempt], rung: Candidate) -> str:
         names = ", ".join(entry.rung for entry in skipped)
         needs = ", ".join(f"{(entry.predicted_bytes or 0) / 2**20:.0f}" for entry in skipped)
         said.append(f"{names} (predicted {needs} MiB)")
-    given_up, kept = differences(rung.before, rung.recipe)
+    given_up, same, kept = differences(rung.before, rung.recipe)
     if rung.updates and rung.before.model == rung.recipe.model:
         kept.append(f"all {rung.updates} updates")
     lost = f"; given up: {', '.join(given_up)}" if given_up else ""
-    return f"{', '.join(said)} -> rung {rung.name}{_predicted(rung)}{lost}; kept: {', '.join(kept)}"
+    exact = f"; changed, exact: {', '.join(same)}" if same else ""
+    return f"{', '.join(said)} -> {_tried(rung)}{lost}{exact}; kept: {', '.join(kept)}"
 
 
-def differences(before: Recipe, after: Recipe) -> tuple[list[str], list[str]]:
-    """What one recipe has given up of another, and what it has kept, in words."""
+def differences(before: Recipe, after: Recipe) -> tuple[list[str], list[str], list[str]]:
+    """What one recipe has given up of another, what it computes otherwise to the same bits, and what it has kept."""
     facts = [
         ("{}", before.model, after.model),
         ("batch {}", str(before.batch_size), str(after.batch_size)),
@@ -85,16 +88,27 @@ def differences(before: Recipe, after: Recipe) -> tuple[list[str], list[str]]:
     ]
     if after.accumulation > 1:  # else the batch says it
         facts.append(("micro-batches of {}", str(before.micro_batch_size), str(after.micro_batch_size)))
-    for old, new in zip(before.techniques, after.techniques, strict=True):
-        if old.is_used or new.is_used:
-            facts.append((f"{old.key} {{}}", plan_in_words(str(old.value)), plan_in_words(str(new.value))))
-    lost = [text.format(f"{old} -> {new}") for text, old, new in facts if old != new]
-    return lost, [text.format(new) for text, old, new in facts if old == new]
+    techniques = [
+        (f"{old.key} {{}}", plan_in_words(str(old.value)), plan_in_words(str(new.value)))
+        for old, new in zip(before.techniques, after.techniques, strict=True)
+        if old.is_used or new.is_used
+    ]
+    lost, exact = (
+        [text.format(f"{old} -> {new}") for text, old, new in each if old != new] for each in (facts, techniques)
+    )
+    return lost, exact, [text.format(new) for text, old, new in (*facts, *techniques) if old == new]
 
 
 def brief(reason: str) -> str:
     """The beginning of a reason: an allocator's runs to several lines, and the record has all of it."""
     return shorten(reason, 90, placeholder=" ...")
+
+
+def _tried(rung: Candidate) -> str:
+    """A rung that is about to be tried, and what is predicted of it."""
+    lacks = (rung.need or 0) - (rung.room or 0)
+    short = f"; that is {format_bytes(lacks)} too much, and no rung is predicted to fit" if rung.is_last_resort else ""
+    return f"rung {rung.name}{_predicted(rung)}{short}"
 
 
 def _predicted(rung: Candidate) -> str:

@@ -29,6 +29,7 @@ class Candidate:
         room: bytes that there are; None where no limit is known.
         added_time: predicted time of an update over that without recomputation; None where that is not known.
         updates: updates that are made, and are kept where the network stays.
+        is_last_resort: it is predicted not to fit, and is tried because there is none below it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Candidate:
     room: int | None = None
     added_time: float | None = None
     updates: int = 0
+    is_last_resort: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt
-from adaptive_trainer.report.earlier import failure, is_within, set_aside
+from adaptive_trainer.report.earlier import BEST, LAST, failure, is_within, set_aside
 from adaptive_trainer.report.listeners import Finished, Listener
 from adaptive_trainer.report.result import Result
 from adaptive_trainer.utils.files import alone, append, as_csv, as_json, refused_by_disk, write_whole
@@ -89,7 +89,18 @@ class Record(Listener):
         if not self.has_begun:
             if not is_within(goes_on_from, self.folder):  # a run that goes on in its folder keeps its metrics.csv
                 self.event(set_aside(self.folder))
+                self._carry_best(goes_on_from)
             self.begin(settings)
+
+    def _carry_best(self, goes_on_from: Path | None) -> None:
+        """Copy the best model of the run that goes on here, which may stay the best."""
+        if goes_on_from is None or goes_on_from.name != LAST.name:  # beside another one it may be of another network
+            return
+        best, here = goes_on_from.with_name(BEST), self.folder / LAST.parent
+        if best.exists():
+            with self._writing():
+                here.mkdir(exist_ok=True)
+                write_whole(here / BEST, best.read_bytes())
 
     def attempt(self, entry: Attempt) -> None:
         """Keep one attempt and append it to attempts.jsonl, once the run has begun."""

@@ -45,4 +45,5 @@ def _peaks(config: Config, num_classes: int, capacity: Capacity) -> tuple[int, i
     parts = Parts(build_model, build_loss, "", num_classes, used.batch_size, capacity.device, capacity)
     session = enter(config, parts)
     dry_run(session.update, replace(used, num_classes=num_classes, stored_size=stored_size([config])))
-    return capacity.peaks()
+    counted = capacity.usage()
+    return counted.peak_allocated, counted.peak_reserved

@@ -47,8 +47,11 @@ class Rungs:
         made = resolve(self._settings, self.largest or DEFAULT_BATCH, self.why, self._refuse)
         return self._run.parts.prepare(made)
 
-    def first(self, saved: dict[str, Any] | None) -> int:
+    def first(self, saved: dict[str, Any] | None, *, is_finished: bool = False) -> int:
         """The rung to begin with: the saved one; one further up when more is asked for, or there is more memory.
+
+        Args:
+            is_finished: no epoch is left to train, so that it is the saved one in any case.
 
         Raises:
             CheckpointError: the ladder has no rung with the saved model.
@@ -63,7 +66,7 @@ class Rungs:
                 "ask for that model, or start anew with resume=null"
             )
         has_grown = (self._run.parts.capacity.size or 0) > (saved["capacity"] or 0)
-        if saved["requested"] == self.requested() and not has_grown:
+        if is_finished or (saved["requested"] == self.requested() and not has_grown):
             return next((i for i in possible if self.ladder[i].name == saved["rung"]), possible[0])
         return possible[0]
 
@@ -92,11 +95,19 @@ class Rungs:
     def assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
         hopeless, need = self._run.judge.assess(rung.settings)
-        found = f"{LARGEST}-{self.largest}"  # a dry run that it has passed counts for more than a prediction
-        is_known = self.index(rung) == 0 and any(
+        return "" if hopeless and (self._is_proven(rung) or self.is_last(rung)) else hopeless, need
+
+    def is_last_resort(self, rung: Rung[Config]) -> bool:
+        """Whether it is tried though it is predicted not to fit, for want of a rung below it."""
+        hopeless, _ = self._run.judge.assess(rung.settings)
+        return bool(hopeless) and self.is_last(rung) and not self._is_proven(rung)
+
+    def _is_proven(self, rung: Rung[Config]) -> bool:
+        """Whether the batch-size finder has seen it pass a dry run, which counts for more than a prediction."""
+        found = f"{LARGEST}-{self.largest}"
+        return self.index(rung) == 0 and any(
             entry.rung == found and entry.outcome == Outcome.FITS for entry in self._run.record.attempts
         )
-        return "" if hopeless and (is_known or self.is_last(rung)) else hopeless, need
 
     def changes(self, rung: Rung[Config], asked: Config | None = None) -> list[Change]:
         """What `rung` sets otherwise than was asked for, by default than the first rung, and why."""

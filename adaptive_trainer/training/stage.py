@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import LARGEST, Config
-from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
+from adaptive_trainer.errors import ConfigError, LadderExhausted, OutOfMemory, Stopped
 from adaptive_trainer.ladder import batch_size
 from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, exhausted_message
-from adaptive_trainer.ladder.resolve import with_batch_size
+from adaptive_trainer.ladder.resolve import with_batch_size, with_plan
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
@@ -66,7 +67,11 @@ class Stage:
         if self.phase.settings.trainer.batch_size == LARGEST:
             self._find_batch_size()
         self.keeper.requested = self.rungs.requested()  # after the batch size is known
-        start = self.rungs.first(self.trial.saved)
+        saved = self.trial.saved
+        is_finished = saved is not None and saved["finished_epochs"] >= self.phase.asked.trainer.epochs
+        start = self.rungs.first(saved, is_finished=is_finished)
+        if saved is not None and is_finished:
+            return self._reopened(self.rungs.ladder[start], saved)
         if self.after:
             self.keeper.keep_best(self.after)
         while True:
@@ -87,6 +92,22 @@ class Stage:
             else:
                 self._fail(rung, *failure, growth)
                 start += 0 if self._plans_anew(rung) else 1
+
+    def _reopened(self, rung: Rung[Config], saved: dict[str, Any]) -> Rung[Config]:
+        """Enter the rung of a checkpoint with no epoch left to train, for which nothing has to be proven."""
+        done, asked = saved["finished_epochs"], self.phase.asked.trainer.epochs
+        self.run.record.event(f"{done} epochs are trained, and trainer.epochs={asked} asks for no more")
+        # the plan of recomputation that it was trained with
+        rung = replace(rung, settings=with_plan(rung.settings, saved["config"]["trainer"]["recompute"]))
+        too_large = ""
+        try:
+            self.trial.reopen(rung)
+        except OutOfMemory as error:
+            too_large = str(error)
+        if too_large:
+            raise LadderExhausted(f"the network of the checkpoint does not fit: {too_large}")
+        self.keeper.save(self.trial.opened)
+        return rung
 
     def _climb(self, rung: Rung[Config]) -> int:
         target = self.climbing.target
@@ -129,7 +150,7 @@ class Stage:
     def _fits(self, size: int) -> bool:
         """Whether a dry run of the request succeeds with this batch size. The attempt is recorded."""
         if self.run.stop.name:
-            raise Interrupted(f"stopped by {self.run.stop.name} before training began; start again")
+            raise Stopped("no training has begun, and nothing is saved", is_term=self.run.stop.name == "SIGTERM")
         judge, config = self.run.judge, with_batch_size(self.phase.asked, size)
         if judge.refusal(config, config):
             return False
@@ -169,6 +190,7 @@ class Stage:
                     parts.capacity.room(),
                     self.run.judge.added_time(rung.settings),
                     0 if session is None else session.state.updates,
+                    self.rungs.is_last_resort(rung),
                 )
             )
         return hopeless, need

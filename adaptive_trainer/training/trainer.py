@@ -46,6 +46,7 @@ from adaptive_trainer.errors import (
     LadderExhausted,
     UserError,
     explained,
+    when_stopped,
 )
 from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
@@ -58,7 +59,7 @@ from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.report.earlier import left_by_earlier, way_on
+from adaptive_trainer.report.earlier import LAST, left_by_earlier, way_on
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.lines import Lines
 from adaptive_trainer.report.listeners import Finished, trackers
@@ -130,15 +131,16 @@ class Trainer(Uses):
             LadderExhausted: no rung fits.
             DeviceUnusable: the device answers nothing any more after an out-of-memory.
             Interrupted: a signal came; the state is saved.
+            Stopped: a signal came before there was a state to save, or Ctrl-C a second time.
             Exception: whatever is not about memory, unchanged.
         """
         log.debug("the packages are imported")
         self.model = None  # one of an earlier call would take its memory from this one
-        with explained(self._shortage):
+        with when_stopped(self._left), explained(self._shortage):
             return self._fit()
 
     def _fit(self) -> Result:
-        start = resume.start(self.cfg, self.output_dir)
+        start = resume.start(self.cfg, self.output_dir, has_data=self._data[0] is not None)
         device = device_of(start.cfg.device)
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)  # `card=` plans for a card that is not here
@@ -301,6 +303,12 @@ class Trainer(Uses):
         best = stage.trial.opened.state.best
         kept = stage.run.judge.kept_by_exact(stage.phase.settings, done.rung.settings)
         log.info("%s", summary(result, finished, best=best, way_on=more, kept=kept))
+
+    def _left(self) -> str:
+        """What there is to go on with after a stop at once, in words."""
+        if (self.output_dir / LAST).exists():
+            return f"go on from the last checkpoint with {way_on(self.output_dir)}"
+        return f"nothing is saved; {way_on(self.output_dir)} begins again with the same settings"
 
     def _shortage(self, error: BaseException) -> UserError | None:
         """What to say of memory that ran out where no rung can answer it; None for other errors."""

@@ -166,6 +166,17 @@ class Trial:
         self.saved = None  # the session has it now; a rung that failed has left it for the next
         return eval_batch
 
+    def reopen(self, rung: Rung[Config]) -> None:
+        """Enter the rung that the checkpoint is of, without a dry run.
+
+        Raises:
+            OutOfMemory: the weights alone do not fit.
+        """
+        self.session = enter(rung.settings, self._run.parts, None)
+        self.session.rung = rung.name
+        self._fill(self.session)
+        self.saved = None
+
     def take_loader(self) -> Loader | None:
         """Hand over the loader of the rung that fits, where its workers have begun."""
         loader, self._loader = self._loader, None

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.data.datasets import MapDataset
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
-from adaptive_trainer.errors import CheckpointError, Interrupted
+from adaptive_trainer.errors import CheckpointError, Interrupted, when_stopped
 from adaptive_trainer.inference.evaluate import Evaluated, evaluate, of_folder, of_settings, write
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import Passes, opened
@@ -81,9 +81,10 @@ class Uses:
 
     @contextmanager
     def _best(self) -> Iterator[tuple[Trained, Passes]]:
-        trained = self._loaded()
-        with showing(self.cfg.verbosity), opened(trained, trained.run_as(typed(self.cfg)), log.info) as passes:
-            yield trained, passes
+        with when_stopped(lambda: "the pass over the images has to begin again"), showing(self.cfg.verbosity):
+            trained = self._loaded()
+            with opened(trained, trained.run_as(typed(self.cfg)), log.info) as passes:
+                yield trained, passes
 
     def _test(self, data: MapDataset, session: Session, record: Record, stop: StopSignal) -> dict[str, float]:
         """Evaluate the best model on the test set, into evaluation.json; the figures, where it can be done.

@@ -16,11 +16,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from adaptive_trainer.errors import UserError, explained, remedy
+from adaptive_trainer.errors import CheckpointError, UserError, explained, remedy
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+
+
+def existing_checkpoint(path: str | Path, or_else: str = "") -> Path:
+    """The path of a checkpoint, which is there.
+
+    Args:
+        or_else: what else may be given, in words.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise CheckpointError(f"there is no checkpoint {found}; give the path of a .pt file{or_else}")
+    return found
 
 
 @contextmanager

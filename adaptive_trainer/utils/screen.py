@@ -43,13 +43,17 @@ def _shows_itself(name: str) -> bool:
 
 
 def show(text: str, stream: IO[str] | None, level: int = logging.INFO) -> None:
-    """Write lines above the bars; on a terminal, break long ones between words, and colour them by their level."""
+    """Write lines above the bars; break long ones between words, and on a terminal colour them by their level.
+
+    Where neither a terminal nor COLUMNS says how wide the screen is, lines stay whole: programs read them.
+    """
     # Nothing here is a reason to stop training: no reader that has gone, nor a letter that a terminal does not have.
     if stream is None:
         return
-    if is_terminal(stream):
-        text = "\n".join(_broken(line, width(stream)) for line in text.splitlines())
-        text = _coloured(text, level) if has_colours() else text
+    if columns := _columns(stream):
+        text = "\n".join(_broken(line, columns) for line in text.splitlines())
+    if is_terminal(stream) and has_colours():
+        text = _coloured(text, level)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = text.encode(encoding, "replace").decode(encoding)
     bars = sys.modules.get("tqdm")  # not loaded: there are no bars
@@ -166,12 +170,17 @@ def nearby(path: Path) -> str:
 
 
 def width(stream: IO[str] | None = None) -> int:
-    """Columns of the terminal that a stream, by default standard output, ends at; 80 where it ends elsewhere."""
-    stream = stream or sys.stdout
+    """Columns of the terminal that a stream, by default standard output, ends at; elsewhere COLUMNS, or 80."""
+    return _columns(stream or sys.stdout) or USUAL_WIDTH
+
+
+def _columns(stream: IO[str]) -> int:
+    """Columns of the terminal, or what COLUMNS says; 0 where neither is known."""
     with suppress(OSError, ValueError):
         if is_terminal(stream):
             return os.get_terminal_size(stream.fileno()).columns or USUAL_WIDTH  # 0 where none was ever set
-    return USUAL_WIDTH
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() else 0
 
 
 def is_terminal(stream: Any) -> bool:

@@ -124,3 +124,25 @@ def test_without_a_checkpoint(launcher: Launcher, tmp_path: Path) -> None:
     ):
         ended = launcher.run("task=predict", "data.root=.", *more, folder=tmp_path)
         assert (ended.code, said in ended.err) == (2, True), ended.text
+
+
+STOPPED = """
+import signal
+from adaptive_trainer.__main__ import main
+from adaptive_trainer.inference.passes import Passes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+Passes._forward = lambda self, images: signal.raise_signal(signal.SIGINT)
+main()
+"""
+
+
+@pytest.mark.parametrize("task", ["predict", "evaluate"])
+def test_an_interrupt_gives_two_lines(task: str, trained: Path, launcher: Launcher) -> None:
+    script = trained / "stopped.py"
+    script.write_text(STOPPED)
+    typed = (f"task={task}", "data.root=photos", "model.weights=run/checkpoints/best.pt", "hydra.run.dir=stopped")
+    ended = launcher.run(*typed, script=script, folder=trained)
+    said = f"stopped by Ctrl-C\ntask={task} is not finished, and has to begin again\n"
+    assert (ended.code, ended.err) == (130, said)
+    assert list((trained / "stopped").glob("*.csv*")) == []

@@ -21,7 +21,7 @@ from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.cli.plan import run_memory, run_plan
 from adaptive_trainer.config.schema import ModelConfig, RungConfig
-from adaptive_trainer.errors import ConfigError, Interrupted, LadderExhausted, OutOfMemory
+from adaptive_trainer.errors import ConfigError, LadderExhausted, OutOfMemory, Stopped
 from adaptive_trainer.ladder.batch_size import largest
 from adaptive_trainer.ladder.resolve import changes, recipe, resolve
 from adaptive_trainer.memory.limit import limited
@@ -268,7 +268,7 @@ def test_a_signal_ends_the_search(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         return Conv(classes)
 
-    with pytest.raises(Interrupted, match="stopped by SIGTERM before training began"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM; no training has begun, and nothing is saved"):
         fit(tmp_path, "memory.limit=60MiB", model=make)
 
 

@@ -196,7 +196,28 @@ def test_ctrl_c_while_packages_are_imported(module: str, tmp_path: Path) -> None
     ]
     (tmp_path / f"{module}.py").write_text("\n".join(lines))  # a process started in the background ignores it
     ended = python_m("-m", "adaptive_trainer", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (130, "stopped by Ctrl-C\n")
+    assert (ended.returncode, ended.stderr) == (130, "stopped by Ctrl-C\nnothing is saved\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("resume=auto", "error: resume=auto: there is no earlier run to go on with in "),
+        ("resume=gone.pt", "error: there is no checkpoint gone.pt; give the path of a .pt file, or resume=auto "),
+        ("model.weights=gone.pt", "error: there is no checkpoint gone.pt; give the path of a .pt file\n"),
+        ("task=export model.weights=gone.pt", "error: there is no checkpoint gone.pt; give the path of a .pt file\n"),
+        ("task=predict data.root=gone model.weights=a.pt", "error: gone is neither a file nor a folder; give a photo"),
+        ("task=evaluate data.root=gone model.weights=a.pt", "error: gone is no folder; give one with ROOT/CLASS"),
+        ("task=plan data=imagefolder data.root=gone", "error: data.root=gone is no folder; give one with ROOT/CLASS"),
+        ("task=plan data.root=gone", "error: data.root=gone is named, and these settings take no data from there"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(typed: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "a.pt").touch()
+    ended = python_m("-m", "adaptive_trainer", *typed.split(), "output_dir=out", cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith(said)
 
 
 def test_what_was_imported_is_left_out_of_collections() -> None:
@@ -214,13 +235,15 @@ def test_what_was_imported_is_left_out_of_collections() -> None:
 def test_sigterm_while_packages_are_imported(module: str, tmp_path: Path) -> None:
     (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)")
     ended = python_m("-m", "adaptive_trainer", "output_dir=out", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\n")
+    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\nnothing is saved\n")
 
 
 def test_sigterm_before_training_begins_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import signal\ndef make():\n    signal.raise_signal(signal.SIGTERM)")
     ended = python_m("-m", "adaptive_trainer", "data.train._target_=slow.make", "output_dir=out", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (143, "stopped by SIGTERM\n")
+    assert ended.returncode == 143
+    said = r"stopped by SIGTERM\nnothing is saved; resume=auto output_dir=\S*out begins again with the same settings\n"
+    assert re.fullmatch(said, ended.stderr)
     assert result(tmp_path / "out")["outcome"] == "interrupted"
 
 

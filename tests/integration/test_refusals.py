@@ -54,7 +54,7 @@ CASES: dict[str, tuple[list[str], Steps, dict[str, list[str]], str]] = {
         NORMED,
         {"wide": ["model.name=resnet10t"], **HALF},
         {"wide": [], **HALF},
-        "model.name=resnet10t is left out: resnet10t is no step down from test_efficientnet: ",
+        "model.name=resnet10t is left out: it is no step down from test_efficientnet: ",
     ),
     "network and size": (
         NORMED,

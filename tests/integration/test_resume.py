@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from adaptive_trainer import Trainer, compose_config, errors, oom
 from adaptive_trainer.checkpoints import checkpoint, packing
+from adaptive_trainer.config.overrides import names_data
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, UserError
+from adaptive_trainer.errors import CheckpointError, ConfigError, DivergedError, Stopped, UserError
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.report import earlier
 from adaptive_trainer.report import record as report
@@ -568,6 +569,34 @@ def test_auto_starts_anew_where_nothing_is(tmp_path: Path) -> None:
     assert fit(tmp_path, "resume=auto").metrics["epoch"] == 1
 
 
+def test_auto_with_nothing_to_go_on_with_needs_data(tmp_path: Path) -> None:
+    """The built-in digits are no answer to a run that is not found, unless they are asked for."""
+    folder = tmp_path / "2024-05-01" / "10-00-00"
+    with pytest.raises(
+        CheckpointError, match=rf"no earlier run to go on with in {tmp_path}; type output_dir=FOLDER or"
+    ):
+        Trainer(compose_config(["resume=auto", "trainer.epochs=2"]), output_dir=folder).fit()
+    assert names_data(compose_config(["data=digits"]))
+    assert names_data(compose_config(["data.root=photos"]))
+    assert not names_data(compose_config(["data.num_workers=0", "resume=auto"]))
+
+
+def test_a_finished_run_is_not_proven_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is entered on its own rung, whatever fits now, and its best model is where the new record is."""
+    first = fit(tmp_path / "2024-05-01" / "10-00-00", "trainer.recompute=most")
+
+    def proven(*args: Any, **how: Any) -> Any:
+        raise AssertionError("a dry run")
+
+    monkeypatch.setattr("adaptive_trainer.training.trial.dry_run", proven)
+    folder = tmp_path / "2024-05-01" / "11-00-00"
+    again = Trainer(compose_config(["resume=auto", "memory.limit=24MiB"]), output_dir=folder).fit()
+    assert "1 epochs are trained, and trainer.epochs=1 asks for no more" in again.events
+    assert (again.attempts, again.used, again.metrics) == ([], first.used, first.metrics)
+    best = [tmp_path / "2024-05-01" / time / "checkpoints" / "best.pt" for time in ("10-00-00", "11-00-00")]
+    assert best[0].read_bytes() == best[1].read_bytes()
+
+
 def test_auto_finds_the_newest_run(launcher: Launcher, tmp_path: Path) -> None:
     """Hydra's folders are ROOT/DATE/TIME; the settings are the saved ones, with the command line's on top."""
     args = [*SMALL, "data.image_size=32", "data.num_workers=0", "ladder=none"]
@@ -604,7 +633,7 @@ def test_auto_names_the_run_that_it_passes_over(tmp_path: Path) -> None:
         f"resume=auto: {tmp_path}/2024-05-01/10-00-00 is passed over: it has left no checkpoint "
         "(failed: trainer.batch_size=max needs a limit on memory"
     )
-    assert "a fresh start" in said(first)[1]
+    assert said(first)[1].endswith("a new run begins")
     assert said(run("12-00-00", "trainer.epochs=2")) == []
     failed("13-00-00")
     (tmp_path / "2024-05-01/14-00-00").mkdir()
@@ -627,7 +656,7 @@ def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *ov
 
     with monkeypatch.context() as patch:
         patch.setattr(where, stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped, match=r"stopped by Ctrl-C; nothing is saved; resume=auto .*begins again"):
             fit(folder, *overrides)
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.recipe import Recipe, Technique
-from adaptive_trainer.report.lines import step_down
+from adaptive_trainer.report.lines import Lines, step_down
 from adaptive_trainer.report.listeners import Candidate
 from adaptive_trainer.utils import screen
 from adaptive_trainer.utils.progress import Progress
@@ -135,6 +135,28 @@ def test_a_plan_says_where_it_is_written(launcher: Launcher, tmp_path: Path) -> 
     assert "    efficientnet_b0, batch 24, image 32, fp32" in ended.out.splitlines()
 
 
+@pytest.mark.slow  # ten processes
+@pytest.mark.parametrize("columns", ["80", ""])
+def test_columns_say_how_wide_a_pipe_is_read(columns: str, launcher: Launcher, tmp_path: Path) -> None:
+    """Without it lines stay whole, for programs; words are never broken."""
+    env = {"COLUMNS": columns}
+    shown = [
+        launcher.run(*typed, "hydra.run.dir=out", folder=tmp_path, env=env)
+        for typed in (
+            SMALL,
+            (*SMALL, "ladder=exact", "memory.limit=4MiB"),
+            ("task=plan", "card=rtx2060", *FAKE),
+            ("task=memory", "card=rtx2060", "batch=2", "size=32", "model.name=mobilenetv3_small_050"),
+            ("trainer.epoch=3", "data.hflip=often", f"data.root={'a/' * 60}"),
+            ("--help",),
+        )
+    ]
+    lines = [line for ended in shown for line in ended.text.splitlines()]
+    long = [line for line in lines if len(line) > 80 and len(line.split()) > 1 and COMMAND not in line]
+    assert bool(long) == (not columns), long
+    assert [ended.code for ended in shown] == [0, 3, 0, 0, 2, 0]
+
+
 # -- in Python
 
 
@@ -240,7 +262,8 @@ def test_a_step_down_says_what_was_given_up_and_kept() -> None:
     before = Recipe(
         model="net", batch_size=24, micro_batch_size=24, techniques=(Technique("recompute", "none", "", ""),)
     )
-    after = replace(before, batch_size=8, micro_batch_size=4, precision="fp16")
+    recomputed = (Technique("recompute", "most", "", ""),)
+    after = replace(before, batch_size=8, micro_batch_size=4, precision="fp16", techniques=recomputed)
     failed = [
         Attempt("requested", Outcome.SKIPPED, predicted_bytes=900 * 2**20),
         Attempt("half", Outcome.OOM, "backward", peak_allocated_bytes=500 * 2**20),
@@ -248,9 +271,20 @@ def test_a_step_down_says_what_was_given_up_and_kept() -> None:
     rung = Candidate("amp", after, before, 400 * 2**20, 512 * 2**20, 1.25, updates=7)
     assert step_down(failed, rung) == (
         "half (out of memory in backward, peak 500 MiB), requested (predicted 900 MiB) -> rung amp, predicted 400 of "
-        "512 MiB, 1.25 x the time; given up: batch 24 -> 8, fp32 -> fp16, micro-batches of 24 -> 4; kept: net, "
-        "image 224, all 7 updates"
+        "512 MiB, 1.25 x the time; given up: batch 24 -> 8, fp32 -> fp16, micro-batches of 24 -> 4; changed, exact: "
+        "recompute none -> most; kept: net, image 224, all 7 updates"
     )
+    exact = replace(rung, recipe=replace(before, techniques=recomputed))
+    assert "given up" not in step_down(failed, exact)
+
+
+def test_the_plan_says_that_nothing_fits_and_by_how_much(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Recipe(model="net", batch_size=4, micro_batch_size=4)
+    with caplog.at_level("INFO"):
+        Lines().candidate(Candidate("small", recipe, recipe, 278 * 2**20, 20 * 2**20, is_last_resort=True))
+    assert caplog.messages == [
+        "plan: rung small, predicted 278 of 20 MiB; that is 258 MiB too much, and no rung is predicted to fit"
+    ]
 
 
 CELL = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=12)

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from adaptive_trainer import oom
-from adaptive_trainer.data.images.folders import beside_splits, class_folders, is_hidden, split_folder
+from adaptive_trainer.data.images.folders import beside_splits, class_folders, is_hidden, photo_or_folder, split_folder
 from adaptive_trainer.data.images.transforms import TOO_LARGE, read_as_rgb
 from adaptive_trainer.errors import DataError
 
@@ -126,10 +126,8 @@ def find_photos(place: str | Path) -> list[str]:
     Raises:
         DataError: there is no such file or folder, or there are no images in it.
     """
-    top = Path(place).expanduser()
+    top = photo_or_folder(place)
     if not top.is_dir():
-        if not top.exists():
-            raise DataError(f"{place} is neither a file nor a folder; give a photo, or a folder of photos")
         return [str(top)]
     found = [name for name in _files_in(str(top), frozenset(), []) if _is_image(name)]
     if not found:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from adaptive_trainer.config.schema import DataConfig
+from adaptive_trainer.config.schema import DIGITS, DataConfig
 from adaptive_trainer.errors import DataError
 
 TARGET = "adaptive_trainer.data.image_folder"  # what `data=imagefolder` calls with `root` and `split`
@@ -74,6 +74,23 @@ def split_folder(root: str | None, split: str) -> Path | None:
     if split == "train":
         return train or top
     return None if train is None else _split_in(top, split)
+
+
+def photo_or_folder(place: str | Path) -> Path:
+    """The path of a photo, or of a folder of photos.
+
+    Raises:
+        DataError: there is none.
+    """
+    top = Path(place).expanduser()
+    if not top.exists():
+        raise DataError(f"{place} is neither a file nor a folder; give a photo, or a folder of photos")
+    return top
+
+
+def evaluates_folder(data: DataConfig) -> bool:
+    """Whether `task=evaluate` takes the images below `data.root`; any other data set has a root of its own kind."""
+    return bool(data.root) and data.train.get("_target_") in (TARGET, DIGITS)
 
 
 def evaluation_folder(root: str | Path, classes: Sequence[str]) -> Path:

@@ -113,15 +113,11 @@ class Loop:
 
     def _run(self) -> bool:
         state, epochs = self.session.state, self.session.config.trainer.epochs
-        if state.finished_epochs >= epochs:
-            self.record.event(
-                f"{state.finished_epochs} epochs are trained, and trainer.epochs={epochs} asks for no more"
-            )
         while state.finished_epochs < epochs:
             if state.position.epoch == state.finished_epochs:  # else only its evaluation is left
                 self._train_epoch()
             self._finish_epoch()
-            if self.leave():
+            if state.finished_epochs < epochs and self.leave():
                 return False
         return True
 

@@ -221,7 +221,10 @@ def test_a_checkpoint_cut_short_names_what_is_sound(share: float, stopped: Path,
     cut = tmp_path / "last.pt"
     cut.write_bytes(whole.read_bytes()[: int(share * whole.stat().st_size)])
     with pytest.raises(CheckpointError, match=r"it is cut short, or no checkpoint; resume=") as caught:
-        checkpoint.load(cut)
+        checkpoint.load(cut, to_resume=True)
     assert f"resume={tmp_path}/before-small.pt" in str(caught.value)
     assert f"load_model reads {tmp_path}/best.pt, which is sound" in str(caught.value)
     assert "best-one" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=f"use {tmp_path}/before-small.pt, which is sound") as caught:
+        load_model(cut, network)
+    assert "resume" not in str(caught.value)

@@ -15,9 +15,10 @@ from adaptive_trainer.utils.screen import COMMAND
 
 @pytest.mark.parametrize("settings", [settings for _, settings in page.COMMANDS])
 def test_each_command_is_taken(settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("photos/cat", "photos/dog"):
+    for name in ("photos/cat", "photos/dog", "FOLDER", "test"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "best.pt").touch()
     monkeypatch.chdir(tmp_path)
     _check(compose_config(settings.split()))
 

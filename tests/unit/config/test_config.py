@@ -11,7 +11,15 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.cli import main as cli
-from adaptive_trainer.config.overrides import apply_overrides, asked, at_home, compose_config, config_dir, typed
+from adaptive_trainer.config.overrides import (
+    apply_overrides,
+    asked,
+    at_home,
+    compose_config,
+    config_dir,
+    readable,
+    typed,
+)
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.errors import ConfigError
@@ -255,6 +263,28 @@ def test_the_home_folder(given: str, meant: str, monkeypatch: pytest.MonkeyPatch
 def test_settings_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert compose_config(["data=imagefolder", "data.root=~/photos"]).data.train.root == "/home/me/photos"
+
+
+@pytest.mark.parametrize("value", ["사진", "photos (1)", "a=b", "Müller's/x", "a\\b (1)", "/ä/{b}", "~/사진"])
+def test_paths_need_no_quotes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    meant = value.replace("~", "/home/me")
+    for key in ("data.root", "model.weights", "output_dir", "resume"):
+        assert OmegaConf.select(compose_config([f"{key}={value}"]), key) == meant
+
+
+@pytest.mark.parametrize(
+    "text", ["data.root=my photos", "data.root='사진'", "output_dir=a,b", "data.root=null", "++resume=auto", "seed=7"]
+)
+def test_what_hydra_can_read_stays_as_it_is(text: str) -> None:
+    assert readable(text) == text
+
+
+@pytest.mark.parametrize("text", ["data.root=사진,b", "data.root=[사진", "data.root='a", "model.name=ä"])
+def test_what_may_mean_something_else_is_not_guessed(text: str) -> None:
+    assert readable(text) == text
+    with pytest.raises(ConfigError, match="cannot be read"):
+        compose_config([text])
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

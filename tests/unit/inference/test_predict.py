@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adaptive_trainer import DataError, LadderExhausted, ModelError, load_model
+from adaptive_trainer import DataError, LadderExhausted, ModelError, Trainer, compose_config, load_model
+from adaptive_trainer.errors import Stopped
 from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import opened
 from adaptive_trainer.inference.predict import Files, Prediction, photos_of, predictions
 from tests.support.faults import Fault
-from tests.unit.inference.conftest import photograph
+from tests.unit.inference.conftest import SETTINGS, photograph
 
 EXACT = 1e-5  # batches of another size take other kernels
 
@@ -243,3 +244,15 @@ def test_twenty_thousand_photos_hold_their_memory(
     assert "prediction: " in caplog.text  # how far it has come
     with (tmp_path / "out" / "predictions.csv").open() as file:
         assert sum(1 for _ in file) == 20_001
+
+
+def test_an_interrupt_is_no_traceback(photos: Path, best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adaptive_trainer.inference.passes.Passes._forward", stopped)
+    trainer = Trainer(compose_config([*SETTINGS, f"data.root={photos}"]), output_dir=best.parents[1])
+    for use in (trainer.evaluate, lambda: trainer.predict(photos)):
+        with pytest.raises(Stopped) as caught:
+            use()
+        assert caught.value._render_traceback_() == ["stopped by Ctrl-C", "the pass over the images has to begin again"]

@@ -116,7 +116,7 @@ def test_no_limit_counts_nothing() -> None:
         with capacity.device_work():
             block(1)
         assert capacity.bytes is capacity.room() is None
-        assert capacity.peaks() == (0, 0)
+        assert capacity.peaks() == (None, None)
         assert not capacity.pressure()
         assert "no limit" in capacity.description
         capacity.reset_peaks()
@@ -197,7 +197,7 @@ def test_saved_for_backward_counts_until_backward(card: Capacity) -> None:
         assert card.usage().allocated == (4 + 4) * MiB + 512  # x, what exp keeps, the sum
         card.reset_peaks()
         y.backward()  # type: ignore[no-untyped-call]
-        assert card.peaks()[0] >= (4 + 4 + 4) * MiB  # backward is seen: its own results on top
+        assert (card.peaks()[0] or 0) >= (4 + 4 + 4) * MiB  # backward is seen: its own results on top
     del y
     assert card.usage().allocated == (4 + 4) * MiB  # x and its gradient
 
@@ -208,10 +208,10 @@ def test_fake_meta_and_sparse_tensors_are_no_ones_memory(card: Capacity) -> None
         with FakeTensorMode():
             torch.empty(2**40).add(1)
         torch.eye(3).to_sparse() * 2
-    assert card.peaks()[0] < MiB
+    assert (card.peaks()[0] or 0) < MiB
     with FakeTensorMode(), card.device_work():
         torch.empty(2**40).add(1)
-    assert card.peaks()[0] < MiB
+    assert (card.peaks()[0] or 0) < MiB
 
 
 # -- running out
@@ -474,7 +474,7 @@ def test_training_is_not_changed_and_nothing_is_left(
     assert value == wanted
     pairs = zip(model.state_dict().values(), reference.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert card.peaks()[0] > 0
+    assert (card.peaks()[0] or 0) > 0
     del model, pairs
     gc.collect()
     assert card.usage().allocated == 0

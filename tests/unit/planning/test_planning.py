@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from torch import nn
 
 from adaptive_trainer.cli.plan import memory_table, plan_table, run_memory, run_plan
@@ -52,7 +54,7 @@ def first(*overrides: str) -> Config:
     return resolve(compose_config([*overrides, "ladder=none"]))[0].settings
 
 
-def card(capacity: int) -> DeviceSpec:
+def card(capacity: int | None) -> DeviceSpec:
     return DeviceSpec("a card", True, (8, 6), capacity, 450 * MiB)
 
 
@@ -164,8 +166,8 @@ def test_passed_over_and_refused_rungs_are_skipped() -> None:
 def test_a_larger_network_is_no_step_down(default_plan: Any) -> None:
     ladder = resolve(compose_config([*SMALL, "model.name=mobilenetv3_small_050"]))
     rows = {row.rung: row for row in plan(ladder, Planner(Predictor(card(GiB)))).rows}
-    for rung, name in (("mobilenetv3-large", "mobilenetv3_large_100"), ("mobilenetv3-small", "mobilenetv3_small_100")):
-        said = f"{name} is no step down from mobilenetv3_small_050: it is predicted to need"
+    for rung in ("mobilenetv3-large", "mobilenetv3-small"):
+        said = "it is no step down from mobilenetv3_small_050: it is predicted to need"
         assert (rows[rung].verdict, rows[rung].reason[: len(said)]) == ("skipped", said)
     usual, _, _ = default_plan
     assert usual.rows[-1].verdict != "skipped"
@@ -241,6 +243,35 @@ def test_run_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "lands on rung requested" in caplog.text
     assert "10 classes are assumed" in caplog.text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+def test_a_plan_counts_the_folder_that_would_be_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{number}.png")
+    asked = settings("data=imagefolder", f"data.root={tmp_path / 'photos'}", *SMALL[1:], "ladder=none", "card=rtx2060")
+    asked.trainer.batch_size = 8
+    three = run_plan(asked, tmp_path / "out").rows[0]
+    assert "data: 10 training and 2 validation images, held out of the training set; 3 classes: cat, dog" in caplog.text
+    assert "classes are assumed" not in caplog.text
+    asked.model.num_classes = 300
+    assert (three.live_bytes or 0) < (run_plan(asked, tmp_path / "out").rows[0].live_bytes or 0)
+    asked.trainer.batch_size = 11
+    with pytest.raises(ConfigError, match="above the 10 samples of the training set"):
+        run_plan(asked, tmp_path / "out")
+
+
+def test_the_table_says_what_a_verdict_needs_and_what_is_short() -> None:
+    ladder = resolve(compose_config([*SMALL, "ladder=none"]))
+    unknown = plan(ladder, Planner(Predictor(card(None))))
+    needed = "a verdict needs a card (card=rtx2060) or a limit (memory.limit=6GiB)"
+    assert needed in " ".join(plan_table(unknown).split())
+    short = plan(ladder, Planner(Predictor(card(4 * 2**20))))
+    assert re.fullmatch(
+        r"no rung fits: the smallest, requested, is predicted to need \d+ MiB, \d+ MiB too much", short.landing
+    )
 
 
 @NO_CUDA

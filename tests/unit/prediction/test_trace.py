@@ -101,7 +101,8 @@ class Case:
                 num_classes=10, precision=self.precision, clip_grad=1.0,
             )  # fmt: skip
             dry_run(Update(state, nn.CrossEntropyLoss(), recipe, device=CPU, capacity=capacity), recipe)
-            return capacity.peaks()
+            counted = capacity.usage()
+            return counted.peak_allocated, counted.peak_reserved
 
 
 @pytest.mark.long
