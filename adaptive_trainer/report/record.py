@@ -76,9 +76,10 @@ class Record(Listener):
     start, candidate, epoch, sample = map(_passed_on, ("start", "candidate", "epoch", "sample"))
     answers, checkpoint, trained, end = map(_passed_on, ("answers", "checkpoint", "trained", "end"))
 
-    def begin(self, settings: str) -> None:
-        """Write config.yaml, and the attempts so far."""
+    def begin(self, settings: str, goes_on_from: Path | None = None) -> None:
+        """Write config.yaml, and the attempts so far; copy the best model of a run that goes on here."""
         self._write("config.yaml", settings)
+        self._carry_best(goes_on_from)
         self.start(self.folder, settings)
         self.has_begun = True
         for entry in self.attempts:  # a resumed run is accepted only when a rung has taken the checkpoint
@@ -89,13 +90,11 @@ class Record(Listener):
         if not self.has_begun:
             if not is_within(goes_on_from, self.folder):  # a run that goes on in its folder keeps its metrics.csv
                 self.event(set_aside(self.folder))
-                self._carry_best(goes_on_from)
-            self.begin(settings)
+            self.begin(settings, goes_on_from)
 
     def _carry_best(self, goes_on_from: Path | None) -> None:
-        """Copy the best model of the run that goes on here, which may stay the best."""
-        if goes_on_from is None or goes_on_from.name != LAST.name:  # beside another one it may be of another network
-            return
+        if goes_on_from is None or goes_on_from.name != LAST.name or is_within(goes_on_from, self.folder):
+            return  # beside a checkpoint of another name it may be of another network
         best, here = goes_on_from.with_name(BEST), self.folder / LAST.parent
         if best.exists():
             with self._writing():

@@ -148,7 +148,7 @@ class Trainer(Uses):
         record = Record(self.output_dir, [Lines(), self._history, *trackers(typed(start.cfg).trackers)])
         with showing(start.cfg.verbosity), alone_in_process(), record.held():
             if not left_by_earlier(self.output_dir):  # else the folder is taken only once nothing is refused
-                record.begin(frozen(start.cfg))
+                record.begin(frozen(start.cfg), start.path)
             try:
                 return self._limited(start, phases, device, record)
             except (Exception, KeyboardInterrupt) as error:
