@@ -15,7 +15,7 @@ from adaptive_trainer.report.history import History
 from adaptive_trainer.report.listeners import Answers
 
 LARGE_GAP = 0.2  # of training above validation accuracy
-SETTLED = 100  # updates after which evaluation, by running means of BatchNorm, can be compared with training
+SETTLED = 50  # updates after which a loss is no chance, and BatchNorm evaluates by means that have followed
 FEW_IMAGES = 50  # of a class
 PRETRAINED = "model.pretrained=true"
 
@@ -60,7 +60,7 @@ def _learned_nothing(
 
 def _loss_stays(rows: Sequence[dict[str, Any]], config: Config) -> Iterator[str]:
     first, last, rate = rows[0], rows[-1], config.optimizer.lr
-    if last["epoch"] > first["epoch"] and last["train_loss"] >= first["train_loss"]:
+    if last["updates"] - first["updates"] >= SETTLED and last["train_loss"] >= first["train_loss"]:
         yield (
             f"the training loss has not fallen: {first['train_loss']:.3f} in epoch {first['epoch']}, "
             f"{last['train_loss']:.3f} in epoch {last['epoch']}. Try a lower learning rate, "

@@ -44,7 +44,12 @@ def test_no_more_than_the_most_frequent_class() -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "own"),
-    [(("model.pretrained=true",), False), (("model.weights=best.pt",), False), (("model.name=test_none",), True)],
+    [
+        (("model.pretrained=true",), False),
+        (("model.weights=best.pt",), False),
+        (("model.name=no_such_network",), False),
+        ((), True),
+    ],
 )
 def test_pretrained_weights_are_named_where_there_are_some(overrides: tuple[str, ...], own: bool) -> None:
     (text,) = said(row(1, train=0.3, val=0.25), overrides=overrides, own=own)
@@ -57,6 +62,7 @@ def test_a_loss_that_does_not_fall() -> None:
         "the training loss has not fallen: 1.200 in epoch 1, 1.300 in epoch 2. Try a lower learning rate, "
         "optimizer.lr=0.0001 (now 0.001)"
     )
+    assert said(row(1, loss=1.2, updates=20), row(2, loss=1.3, updates=20)) == []
 
 
 def test_the_losses_of_two_networks_are_not_compared() -> None:
