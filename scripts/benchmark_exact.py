@@ -25,6 +25,7 @@ import hashlib
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -130,7 +131,7 @@ def engine_of(config: Config, limit: int | None) -> Iterator[Engine]:
         batch = config.trainer.batch_size
         session = enter(config, Parts(build_model, build_loss, "", CLASSES, batch, CUDA, capacity))
         try:
-            yield Engine(session.update, "graph", batch, logging.debug)
+            yield Engine(session.update, "graph", batch, partial(print, file=sys.stderr))
         finally:  # a row that fails must not take memory from the next
             del session
             gc.collect()

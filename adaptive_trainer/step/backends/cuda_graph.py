@@ -53,7 +53,8 @@ class Graph:
         labels: (N,).
         accumulate: makes the gradients.
         with_step: record all of the update; otherwise only what makes the gradients, forward and backward.
-        in_one: how much of the large blocks is cut from one piece of memory.
+        in_one: the size of the piece of memory that large blocks are cut from, in times of what they take at the most;
+            no more than there is.
 
     Attributes:
         is_spoiled: what was done in the memory that it lent has left something there, which a replay would write over.
@@ -103,7 +104,8 @@ class Graph:
         device, capacity = program.device, update.capacity
         try:
             self.images, self.labels = (torch.zeros_like(each, device=device) for each in batch)
-            size = int(in_one * _make_room(capacity, lambda: (*update.tensors(), self.images, self.labels)))
+            large, room = _make_room(capacity, lambda: (*update.tensors(), self.images, self.labels))
+            size = int(min(in_one * large, room))
             with update.rolled_back(), _unchanged_host(program):
                 self._record(program, accumulate, size, update.kernels)
         except GraphRefused as error:
@@ -233,10 +235,10 @@ class _Lane:
         self.cleared.record(torch.cuda.current_stream(self.device))
 
 
-def _make_room(capacity: Capacity, staying: Callable[[], Iterable[Tensor]]) -> int:
-    """Make room for a recording; return the bytes of large blocks that it will hold at the most.
+def _make_room(capacity: Capacity, staying: Callable[[], Iterable[Tensor]]) -> tuple[int, int]:
+    """Make room for a recording; return the bytes of large blocks that it will hold at the most, and those there are.
 
-    These are what updates that ran operator by operator have held beside what is there still.
+    The first are what updates that ran operator by operator have held beside what is there still.
 
     Args:
         staying: gives the tensors that lie on the device from one update to the next.
@@ -247,7 +249,7 @@ def _make_room(capacity: Capacity, staying: Callable[[], Iterable[Tensor]]) -> i
     if TIGHT * large > capacity.unreserved() - small:  # gaps, and small blocks of other batches, take some of it
         with suppress(torch.OutOfMemoryError):  # then what lies between the weights is left unused
             compact(staying(), capacity.device)
-    return min(large, capacity.unreserved() - small)
+    return large, max(0, capacity.unreserved() - small)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
@@ -23,7 +24,7 @@ from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
 IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward
-IN_ONE = (1.0, 0.98, 0.9)  # where blocks leave gaps, others may leave none: so it is tried
+IN_ONE = (1.0, math.inf, 0.98, 0.9)  # where blocks leave gaps, others may leave none: so it is tried
 PAYS = 20  # replays that make up for the time of a recording
 VAIN = 3  # recordings in a row that do not pay, after which there is no other
 

@@ -187,7 +187,7 @@ def test_why_a_recording_is_refused(
 ) -> None:
     """The reason is whole, and is no operator's error where a buffer has another shape than its average."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(cuda_graph, "_make_room", lambda *_: 0)
+    monkeypatch.setattr(cuda_graph, "_make_room", lambda *_: (0, 0))
     monkeypatch.setattr(cuda_graph, "Pool", Straight)
     run = runs.start(runs.Case("sgd", "fp32", warm=True), capacity, partial(Refused, name))
     update = run.update()
