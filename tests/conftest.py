@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from adaptive_trainer.memory.limit import Capacity, limited
-from tests.support import composing
+from tests.support import composing, exact_advice
 
 torch.set_num_threads(1)  # threads of small operators wait for each other more than they work
 composing.remember()
+exact_advice.where_asked()
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.prediction.estimator import Prediction
 from adaptive_trainer.report.result import Result
 from adaptive_trainer.step.update import Update
+from tests.support import exact_advice
 
 MiB = 2**20
 BASE = (
@@ -128,6 +130,7 @@ def test_a_third_of_the_memory_and_the_same_bits(tmp_path: Path, undisturbed: di
     assert plan not in ("auto", "most", "none")
 
 
+@cache
 def needs() -> dict[str, int]:
     """The smallest room of the plans, in bytes, on a simulated card."""
     found = {}
@@ -310,6 +313,12 @@ def test_the_largest_batch_is_larger_with_recomputation(tmp_path: Path) -> None:
 # -- what is said of it
 
 
+@pytest.fixture
+def exact_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(exact_advice.ASKED, "1")
+
+
+@pytest.mark.usefixtures("exact_is_planned")
 def test_a_run_that_gave_up_the_batch_says_what_would_have_kept_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -325,6 +334,7 @@ def test_a_run_that_gave_up_the_batch_says_what_would_have_kept_it(
     assert len(line) <= 80
 
 
+@pytest.mark.usefixtures("exact_is_planned")
 @pytest.mark.parametrize(
     "how", [["memory.limit=none"], ["ladder.exact=true", "memory.limit=1GiB"], ["memory.limit=14MiB"]]
 )
@@ -335,6 +345,7 @@ def test_else_nothing_is_said(how: list[str], tmp_path: Path, caplog: pytest.Log
     assert "ladder=exact" not in caplog.text
 
 
+@pytest.mark.usefixtures("exact_is_planned")
 def test_a_plan_says_what_is_recomputed_and_what_would_be_kept(tmp_path: Path) -> None:
     small = ["model.name=mobilenetv3_small_100", "data.image_size=160", "trainer.batch_size=64", "card=rtx2060"]
     whole = run_plan(compose_config([*small, "ladder=none"]), tmp_path / "whole").rows[0].min_capacity_bytes

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import exact_advice
 from tests.support.composing import without_report
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,7 @@ def serve() -> None:
     """Fork for every request line; only the child, set up as asked, returns from here with something to run."""
     for name in WARM:
         importlib.import_module(name)
+    exact_advice.where_asked()
     gc.freeze()  # a child that collects garbage would copy every page
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
