@@ -312,6 +312,11 @@ def fit(folder: Path, *overrides: str) -> Result:
     return Trainer(compose_config([*SETTINGS, *overrides]), output_dir=folder).fit()
 
 
+def fit_in_any_memory(folder: Path, *overrides: str) -> Result:
+    """A run that need not step down, in a third of the time."""
+    return fit(folder, "ladder=none", "memory.limit=none", *overrides)
+
+
 @pytest.fixture(scope="module")
 def batch_16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a run of one epoch that had to step down to rung batch-16."""
@@ -359,9 +364,9 @@ def test_what_is_asked_for_wins(batch_16: Path, tmp_path: Path) -> None:
 def test_with_another_memory_format_state_lies_as_its_weights(wanted: bool, tmp_path: Path) -> None:
     """Fused steps would mix them up."""
     path = Path("checkpoints", "last.pt")
-    fit(tmp_path / "first", f"trainer.channels_last={not wanted}")
+    fit_in_any_memory(tmp_path / "first", f"trainer.channels_last={not wanted}")
     more = [f"trainer.channels_last={wanted}", "trainer.epochs=2"]
-    fit(tmp_path / "second", f"resume={tmp_path / 'first' / path}", *more)
+    fit_in_any_memory(tmp_path / "second", f"resume={tmp_path / 'first' / path}", *more)
     content = checkpoint.load(tmp_path / "second" / path)
     averages = [values["exp_avg"] for values in content["optimizer"]["state"].values()]
     kernels = [average for average in averages if average.ndim == 4 and min(average.shape) > 1]
@@ -431,26 +436,26 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("resume", ["null", "other"])
 def test_an_earlier_run_is_not_written_over(resume: str, tmp_path: Path) -> None:
-    fit(tmp_path / "other")
-    fit(tmp_path / "mine")
+    fit_in_any_memory(tmp_path / "other")
+    fit_in_any_memory(tmp_path / "mine")
     before = contents(tmp_path / "mine")
     from_where = "null" if resume == "null" else f"{tmp_path}/other/checkpoints/last.pt"
     for number in (1, 2):
-        result = fit(tmp_path / "mine", f"resume={from_where}", "trainer.epochs=2")
+        result = fit_in_any_memory(tmp_path / "mine", f"resume={from_where}", "trainer.epochs=2")
         assert any(f"is kept in earlier-{number}" in event for event in result.events)
         epochs = (tmp_path / "mine" / "metrics.csv").read_text().splitlines()[1:]
         assert len(epochs) == (2 if resume == "null" else 1)
         attempts = (tmp_path / "mine" / "attempts.jsonl").read_text().splitlines()
         assert len(attempts) == len(result.attempts)
     assert contents(tmp_path / "mine" / "earlier-1") == before
-    more = fit(tmp_path / "mine", "resume=auto", "trainer.epochs=3")
+    more = fit_in_any_memory(tmp_path / "mine", "resume=auto", "trainer.epochs=3")
     assert more.metrics["epoch"] == 3
     assert not (tmp_path / "mine" / "earlier-3").exists()
 
 
 @pytest.mark.parametrize("moved", range(5))
 def test_a_move_that_is_cut_short_is_gone_on_with(moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(tmp_path)
+    fit_in_any_memory(tmp_path)
     before, replace_file, calls = contents(tmp_path), Path.replace, iter(range(10))
 
     def refused(self: Path, target: Path) -> Path:
@@ -460,11 +465,11 @@ def test_a_move_that_is_cut_short_is_gone_on_with(moved: int, tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(CheckpointError, match=r"cannot move an earlier run to .*earlier-1"):
-        fit(tmp_path)
+        fit_in_any_memory(tmp_path)
     if moved % 2:
-        assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
+        assert fit_in_any_memory(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
     else:
-        fit(tmp_path)
+        fit_in_any_memory(tmp_path)
         assert contents(tmp_path / "earlier-1") == before
     assert not (tmp_path / "earlier-2").exists()
 
@@ -474,20 +479,22 @@ def test_a_move_that_is_cut_short_is_gone_on_with(moved: int, tmp_path: Path, mo
     ["model.name=nosuch", "data.image_size=1", "resume=nowhere/last.pt", "data=cifar10", "data.cache=disk"],
 )
 def test_a_start_that_is_refused_moves_nothing(refused: str, tmp_path: Path) -> None:
-    first = fit(tmp_path, "trainer.epochs=2")
+    first = fit_in_any_memory(tmp_path, "trainer.epochs=2")
     before = contents(tmp_path)
     with pytest.raises(UserError):
-        fit(tmp_path, refused, f"data.root={tmp_path}/nowhere", *(["data.train.download=false"] * ("cifar" in refused)))
+        fit_in_any_memory(
+            tmp_path, refused, f"data.root={tmp_path}/nowhere", *(["data.train.download=false"] * ("cifar" in refused))
+        )
     assert contents(tmp_path) == before
-    assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == first.metrics["epoch"] + 1
+    assert fit_in_any_memory(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == first.metrics["epoch"] + 1
 
 
 def test_a_run_that_was_moved_is_gone_on_with_when_the_new_one_has_learned_nothing(tmp_path: Path) -> None:
-    fit(tmp_path, "trainer.epochs=2")
+    fit_in_any_memory(tmp_path, "trainer.epochs=2")
     with pytest.raises(ZeroDivisionError):
         Trainer(compose_config(SETTINGS), model=lambda *_: 1 / 0, output_dir=tmp_path).fit()  # type: ignore[arg-type]
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
-    assert fit(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
+    assert fit_in_any_memory(tmp_path, "resume=auto", "trainer.epochs=3").metrics["epoch"] == 3
 
 
 def test_half_a_checkpoint_of_a_killed_run_goes(tmp_path: Path) -> None:
