@@ -60,7 +60,8 @@ def on_terminal(columns: int, args: list[str], folder: Path, **variables: str) -
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_every_line_fits_the_terminal(columns: int, tmp_path: Path) -> None:
-    shown = on_terminal(columns, ["-m", "adaptive_trainer", *SMALL], tmp_path, NO_COLOR="1")
+    report = f"report={str(columns == 80).lower()}"  # a line at any width, and seconds
+    shown = on_terminal(columns, ["-m", "adaptive_trainer", *SMALL, report], tmp_path, NO_COLOR="1")
     assert "\x1b[3" not in shown  # no colours
     assert re.search(r"epoch 1/2: \d/2, \d+ s left, [\d.]+ img/s", shown)
     lines = [piece for line in shown.splitlines() for piece in line.split("\r")]
@@ -74,7 +75,9 @@ def test_every_line_fits_the_terminal(columns: int, tmp_path: Path) -> None:
 
 
 def test_colours_are_for_terminals(tmp_path: Path) -> None:
-    shown = on_terminal(80, ["-m", "adaptive_trainer", *SMALL, "hydra.run.dir=out"], tmp_path, NO_COLOR="")
+    shown = on_terminal(
+        80, ["-m", "adaptive_trainer", *SMALL, "report=false", "hydra.run.dir=out"], tmp_path, NO_COLOR=""
+    )
     assert "\x1b[1mdevice:\x1b[0m a simulated card" in shown
     assert "\x1b[33mstep down: requested" in shown
     assert "resume=auto output_dir=out trainer.epochs=4" in shown  # from where the run was started

@@ -17,4 +17,4 @@ def _first_fit_if_asked(*args: Any) -> Any:
 
 
 def where_asked() -> None:
-    exact._first_fit = _first_fit_if_asked
+    exact._first_fit = _first_fit_if_asked  # type: ignore[assignment]
