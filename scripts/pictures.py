@@ -33,7 +33,7 @@ RUN = (
     "python -m adaptive_trainer model.name=mobilenetv3_small_050 data.image_size=64 trainer.batch_size=64 "
     "trainer.epochs=4 memory.limit=48MiB output_dir=run"
 )
-REPORTS = {"report-1440": (1440, 1500), "report-375": (375, 1500)}  # pixels: width and height
+REPORTS = {"report-1440": (1440, 1500), "report-375": (375, 1535)}  # pixels: width and height
 NOTEBOOK = (1180, 3030)  # as far as the plots
 FONT_SIZE, MARGIN = 20, 24
 COLOURS = {"default": "#e2e8f0", "brown": "#ecc94b", "red": "#fc8181"}  # pyte calls yellow brown
