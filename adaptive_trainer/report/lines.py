@@ -106,9 +106,11 @@ def brief(reason: str) -> str:
 
 def _tried(rung: Candidate) -> str:
     """A rung that is about to be tried, and what is predicted of it."""
-    lacks = (rung.need or 0) - (rung.room or 0)
-    short = f"; that is {format_bytes(lacks)} too much, and no rung is predicted to fit" if rung.is_last_resort else ""
-    return f"rung {rung.name}{_predicted(rung)}{short}"
+    said = f"rung {rung.name}{_predicted(rung)}"
+    if rung.need is None or rung.room is None or rung.need <= rung.room:
+        return said
+    lacks = f"{said}; that is {format_bytes(rung.need - rung.room)} too much, "
+    return lacks + ("and no rung is predicted to fit" if rung.is_last_resort else "but it may fit")
 
 
 def _predicted(rung: Candidate) -> str:

@@ -150,7 +150,7 @@ class Stage:
     def _fits(self, size: int) -> bool:
         """Whether a dry run of the request succeeds with this batch size. The attempt is recorded."""
         if self.run.stop.name:
-            raise Stopped("no training has begun, and nothing is saved", is_term=self.run.stop.name == "SIGTERM")
+            raise Stopped("no training has begun, and nothing is saved", is_term=self.run.stop.is_term)
         judge, config = self.run.judge, with_batch_size(self.phase.asked, size)
         if judge.refusal(config, config):
             return False

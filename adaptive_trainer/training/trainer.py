@@ -44,6 +44,7 @@ from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     Interrupted,
     LadderExhausted,
+    Stopped,
     UserError,
     explained,
     when_stopped,
@@ -386,7 +387,7 @@ def _with_cache(data: DataSets, phases: list[Phase], record: Record) -> tuple[Da
 
     def poll() -> None:
         if stop.name:
-            raise Interrupted(f"stopped by {stop.name} while images were decoded for data.cache; nothing was trained")
+            raise Stopped("images were being decoded for data.cache, and nothing is saved", is_term=stop.is_term)
 
     with StopSignal().listening() as stop, worker_deaths_deferred():
         data = with_cache(data, size, event=record.event, poll=poll)

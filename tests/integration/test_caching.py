@@ -34,7 +34,7 @@ from adaptive_trainer.data.cached.store import available_memory
 from adaptive_trainer.data.datasets import DataSets, build_datasets, digits
 from adaptive_trainer.data.images.files import ImageFiles
 from adaptive_trainer.data.samples import SampleError
-from adaptive_trainer.errors import ConfigError, DataError, Interrupted
+from adaptive_trainer.errors import ConfigError, DataError, Stopped
 from tests.support.forking import Launcher, Started
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -245,7 +245,7 @@ class Stops(ImageFiles):
 def test_ctrl_c_ends_the_work_and_leaves_nothing(cache: str, photos: Path, top: Path, tmp_path: Path) -> None:
     settings = [f"data.cache={cache}", "data.image_size=32", "trainer.batch_size=4", "data.num_workers=0", "device=cpu"]
     trainer = Trainer(compose_config(settings), train_data=Stops(photos), output_dir=tmp_path / "out")
-    with pytest.raises(Interrupted, match=r"stopped by SIGINT while images were decoded for data\.cache"):
+    with pytest.raises(Stopped, match=r"stopped by Ctrl-C; images were being decoded for data\.cache, and nothing"):
         trainer.fit()
     assert not top.exists() or not [path for path in top.iterdir() if path.is_dir()]
 

@@ -667,6 +667,16 @@ def stopped_early(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, *ov
             fit(folder, *overrides)
 
 
+def test_a_stop_at_once_names_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    fit(tmp_path)
+    monkeypatch.setattr("adaptive_trainer.training.epochs.loop.Loop._train_on", stopped)
+    with pytest.raises(Stopped, match="stopped by Ctrl-C; go on from the last checkpoint with resume=auto output_dir="):
+        fit(tmp_path, "resume=auto", "trainer.epochs=2")
+
+
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 @pytest.mark.parametrize(
     "where",

@@ -285,8 +285,10 @@ def test_the_plan_says_that_nothing_fits_and_by_how_much(caplog: pytest.LogCaptu
     recipe = Recipe(model="net", batch_size=4, micro_batch_size=4)
     with caplog.at_level("INFO"):
         Lines().candidate(Candidate("small", recipe, recipe, 278 * 2**20, 20 * 2**20, is_last_resort=True))
+        Lines().candidate(Candidate("small", recipe, recipe, 30 * 2**20, 28 * 2**20))
     assert caplog.messages == [
-        "plan: rung small, predicted 278 of 20 MiB; that is 258 MiB too much, and no rung is predicted to fit"
+        "plan: rung small, predicted 278 of 20 MiB; that is 258 MiB too much, and no rung is predicted to fit",
+        "plan: rung small, predicted 30 of 28 MiB; that is 2048 KiB too much, but it may fit",
     ]
 
 

@@ -15,6 +15,11 @@ class StopSignal:
     def __init__(self) -> None:
         self.name = ""
 
+    @property
+    def is_term(self) -> bool:
+        """Whether it was SIGTERM that came."""
+        return self.name == signal.SIGTERM.name
+
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
         """Listen while the block runs, in the main thread (elsewhere Python takes no signals); then restore."""
