@@ -19,7 +19,7 @@ from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import LARGEST, CardConfig, Config
 from adaptive_trainer.config.validate import check
 from adaptive_trainer.data.datasets import DataSets, build_datasets, described
-from adaptive_trainer.data.images.folders import TARGET
+from adaptive_trainer.data.images.folders import TARGET, check_root
 from adaptive_trainer.errors import ConfigError, ModelError
 from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
 from adaptive_trainer.ladder.rung import Rung
@@ -60,6 +60,7 @@ def run_plan(cfg: DictConfig, output_dir: str | Path | None = None) -> Plan:
 
     Raises:
         ConfigError: settings, card or limit make no sense, or the folder cannot be written.
+        DataError: the folder of images that is named cannot be used.
         ModelError: the network is unknown, or refuses the image size that was asked for.
     """
     config = typed(cfg)
@@ -104,6 +105,7 @@ def _as_in_training(config: Config, device: torch.device) -> str:
 
 def _in_folder(config: Config) -> DataSets | None:
     """The folder of images that would be trained on; None where no folder is named."""
+    check_root(config.data)
     is_folder = config.data.root is not None and config.data.train.get("_target_") == TARGET
     return build_datasets(config) if is_folder else None
 

@@ -72,6 +72,7 @@ class Stage:
         start = self.rungs.first(saved, is_finished=is_finished)
         if saved is not None and is_finished:
             return self._reopened(self.rungs.ladder[start], saved)
+        del saved  # it is large, and the trial lets it go
         if self.after:
             self.keeper.keep_best(self.after)
         while True:
