@@ -24,7 +24,8 @@ from adaptive_trainer.step.update import Update
 
 T = TypeVar("T")
 IN_STEP = ("clipping", "optimizer step")  # phases after forward and backward
-IN_ONE = (1.0, math.inf, 0.98, 0.9)  # where blocks leave gaps, others may leave none: so it is tried
+# Where blocks leave gaps in a piece of one size, they may leave none in one of another: so it is tried.
+IN_ONE = (1.0, math.inf, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)
 PAYS = 20  # replays that make up for the time of a recording
 VAIN = 3  # recordings in a row that do not pay, after which there is no other
 
