@@ -266,9 +266,10 @@ def wait_for_update(number: int, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def test_twenty_kills_leave_no_trace(launcher: Launcher, tiny: Path) -> None:
+@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_leave_no_trace(times: int, launcher: Launcher, tiny: Path) -> None:
     """SIGKILL after random delays, resume each time, finish: the same as a run that was never disturbed."""
-    times, script = 20, tiny
+    script = tiny
     epochs, delays = f"trainer.epochs={4 * times}", random.Random(times)
     reached = [0]
     while len(reached) <= times:

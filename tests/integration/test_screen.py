@@ -175,7 +175,7 @@ def test_columns_say_how_wide_a_pipe_is_read(columns: str, launcher: Launcher, t
 def test_a_script_shows_what_happens(configure: str, is_shown: bool, launcher: Launcher, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(configure=configure))
-    ended = launcher.run(*SMALL, script=script, folder=tmp_path)
+    ended = launcher.run(*SMALL, "report=false", script=script, folder=tmp_path)
     assert ended.code == 0, ended.text
     said = (
         "step down: requested (",
@@ -212,7 +212,7 @@ def test_a_notebook_shows_what_happens(tmp_path: Path, monkeypatch: pytest.Monke
     spec.joinpath("kernel.json").write_text(json.dumps({"argv": command, "display_name": "here", "language": "python"}))
     for name, value in (("JUPYTER_PATH", tmp_path), ("PYTHONPATH", ROOT), ("IPYTHONDIR", tmp_path / "ipython")):
         monkeypatch.setenv(name, str(value))
-    source = SCRIPT.format(configure="").replace("sys.argv[1:]", repr(list(SMALL)))
+    source = SCRIPT.format(configure="").replace("sys.argv[1:]", repr([*SMALL, "report=false"]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, kernel_name="here", timeout=120, resources=resources).execute()
