@@ -173,8 +173,9 @@ def test_what_cannot_be_composed_in_python(tmp_path: Path) -> None:
     for wrong in (None, [1], 3):
         with pytest.raises(ConfigError, match="a list of texts"):
             compose_config(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"quote it: 'data\.root=\"photos \(1\)\"'"):
-        compose_config(["data.root=photos (1)"])
+    with pytest.raises(ConfigError, match=r"quote it: 'model\.name=\"net \(1\)\"'"):
+        compose_config(["model.name=net (1)"])
+    assert compose_config(["data.root=photos (1)"]).data.root == "photos (1)"  # paths are quoted for people
     assert compose_config(['data.root="bröken (1)=x"']).data.root == "bröken (1)=x"
     with pytest.raises(ConfigError, match="nowhere is no folder"):
         compose_config(config_folder=tmp_path / "nowhere")
