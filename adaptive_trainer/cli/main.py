@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adaptive_trainer import __version__
 from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.cli.help import help_text
+from adaptive_trainer.cli.sweep import codes_left, end, is_elsewhere, leave_code, lost_job
 from adaptive_trainer.config.mistakes import explain, options_first
 from adaptive_trainer.config.overrides import PATHS, config_dir, names_data, readable, register, typed, with_asked
 from adaptive_trainer.config.schema import AFTER, TASKS
@@ -49,6 +50,8 @@ from adaptive_trainer.utils.screen import show, show_error, showing, silence
 
 log = logging.getLogger(__name__)
 
+STOPPED = (Interrupted.exit_code, 130, 143)  # by a signal, see `errors.Stopped`
+
 
 def main() -> None:
     """What `python -m adaptive_trainer` does; ends the process with the exit code."""
@@ -56,10 +59,18 @@ def main() -> None:
     whole_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands over what went wrong, and prints nothing itself
     logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback
-    codes: list[int] = []
+    codes: list[int] = []  # of jobs in this process
 
-    def job(cfg: DictConfig) -> float:
-        return _job(cfg, codes, whole_traceback)
+    def job(cfg: DictConfig) -> float | None:
+        code, value = _job(cfg, whole_traceback)
+        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        if is_sweep and is_elsewhere():  # where `codes` is a copy
+            leave_code(code)
+            return value
+        codes.append(code)
+        if code in STOPPED:
+            sys.exit(code)  # not one job only: a sweep ends too
+        return value
 
     try:
         if page := _page(sys.argv[1:]):
@@ -77,9 +88,10 @@ def main() -> None:
             silence(sys.stdout.fileno())
             return
         ours = explain(error)
-        show_error(traceback.format_exc() if whole_traceback or codes or ours is None else f"error: {ours}")
+        said = lost_job(error) or ("" if codes or ours is None else f"error: {ours}")
+        show_error(said if said and not whole_traceback else traceback.format_exc())
         codes.append(1 if ours is None else ours.exit_code)
-    if any(codes):
+    if any(codes := [*codes, *codes_left()]):
         sys.exit(max(codes))
 
 
@@ -107,16 +119,6 @@ class OutputFolder(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Before a sweep."""
-        params = getattr(config.hydra.sweeper, "params", None) or {}
-        for text in config.hydra.overrides.task:
-            key, _, value = text.lstrip("+").partition("=")
-            if key == "output_dir" and not re.search(r"[,$]|^(null)?$", value):
-                _end(
-                    f"{text} would be the folder of all jobs of this sweep, which has to be one for each; "
-                    f"hydra.sweep.dir={value} is a folder for the folders of all jobs"
-                )
-            if key in params:  # what is typed beats a file: all jobs would be the same
-                _end(f"{text} is typed, and +sweep=... sweeps {key}; leave one of them out")
         self._make(config, "hydra.sweep.dir")
 
     def _make(self, config: DictConfig, key: str) -> None:
@@ -125,13 +127,7 @@ class OutputFolder(Callback):
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                _end(f"{key}={folder} cannot be made: {error}. {remedy(error, key)}")
-
-
-def _end(text: str) -> NoReturn:
-    """End the process with a mistake of the user's: of an exception in a callback Hydra would warn only."""
-    show_error(f"error: {text}")
-    sys.exit(UserError.exit_code)
+                end(f"{key}={folder} cannot be made: {error}. {remedy(error, key)}")
 
 
 def as_list(argument: str, is_sweep: bool = False) -> str:
@@ -142,8 +138,8 @@ def as_list(argument: str, is_sweep: bool = False) -> str:
     return f"{key}={','.join(f'[{each}]' for each in value.split(','))}" if is_sweep else f"{key}=[{value}]"
 
 
-def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
-    """One run; what goes wrong is shown."""
+def _job(cfg: DictConfig, whole_traceback: bool) -> tuple[int, float | None]:
+    """One run: its exit code and what a sweep compares, None where there is nothing. What goes wrong is shown."""
     hydra_config = HydraConfig.get()
     overrides = hydra_config.overrides.task
     if hydra_config.job.chdir:
@@ -157,12 +153,8 @@ def _job(cfg: DictConfig, codes: list[int], whole_traceback: bool) -> float:
         if isinstance(error, UserError):
             fail(folder, "failed", str(error))
         show_error(traceback.format_exc() if whole_traceback else said)
-        codes.append(code)
-        if isinstance(error, Interrupted):
-            sys.exit(code)  # not one job only: a sweep ends too
-        return float("nan")  # the other jobs of a sweep go on; the exit code says it
-    codes.append(0)
-    return value
+        return code, None  # the other jobs of a sweep go on; the exit code says it
+    return 0, value if math.isfinite(value) else None
 
 
 def _ended(error: Exception, folder: Path) -> tuple[int, str]:

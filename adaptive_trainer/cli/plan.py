@@ -21,7 +21,7 @@ from adaptive_trainer.config.validate import check
 from adaptive_trainer.data.datasets import DataSets, build_datasets, described
 from adaptive_trainer.data.images.folders import TARGET, check_root
 from adaptive_trainer.errors import ConfigError, ModelError
-from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
+from adaptive_trainer.ladder.resolve import Refuse, resolve, stages, stored_size
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import limit_for
 from adaptive_trainer.memory.usage import format_bytes
@@ -85,6 +85,20 @@ def run_plan(cfg: DictConfig, output_dir: str | Path | None = None) -> Plan:
     return each
 
 
+def ladders_of(cfg: DictConfig) -> list[tuple[Planner, Sequence[Rung[Config]]]]:
+    """The ladder of each stage of a training, with what predicts it for the memory that it would have here.
+
+    Raises:
+        UserError: as `run_plan`.
+    """
+    config, asked = typed(cfg), stages(cfg)
+    device = device_of(config.device)
+    config.device = str(device)  # named: without CUDA a limit means the simulated card
+    _as_in_training(config, device)
+    planner = _planner(config, stored_size(typed(each) for _, each in asked), _in_folder(typed(asked[0][1])))
+    return [(planner, _ladder(settings, planner)) for _, settings in asked]
+
+
 def _as_in_training(config: Config, device: torch.device) -> str:
     """Take the simulated card that training would take; say so where the settings name no device."""
     # Only the demo data is trained on a simulated card: a CPU needs no limit, and a demonstration does.
@@ -117,18 +131,32 @@ def _planner(config: Config, stored: int | None = None, data: DataSets | None = 
     return Planner(Predictor(spec, num_classes=classes, cache=cache, stored_size=stored, val_size=val_size))
 
 
-def _plan(cfg: DictConfig, planner: Planner, most: int) -> Plan:
+def _ladder(cfg: DictConfig, planner: Planner) -> tuple[Rung[Config], ...]:
+    """The ladder of settings with a batch size, without what its networks refuse."""
+    check_names(resolve(cfg))  # with no network asked: mistakes in names come before seconds of predictions
+    return resolve(cfg, refuse=_refuse(planner))
+
+
+def _refuse(planner: Planner) -> Refuse:
     def refuse(_: str, above: Config, settings: Config) -> str:
         return refusal(planner.predictor.networks, above, settings) or no_step(planner, above, settings)
 
-    ladder = resolve(cfg)  # with no network asked: mistakes in names come before seconds of predictions
-    check_names(ladder)
-    size, why = _largest(ladder[0], planner, most) if cfg.trainer.batch_size == LARGEST else (None, "")
-    ladder = resolve(cfg, refuse=refuse) if size is None else resolve(cfg, size or 1, why, refuse)
+    return refuse
+
+
+def _plan(cfg: DictConfig, planner: Planner, most: int) -> Plan:
+    refuse, size = _refuse(planner), None
+    if cfg.trainer.batch_size == LARGEST:
+        asked = resolve(cfg)
+        check_names(asked)
+        size, why = _largest(asked[0], planner, most)
+        ladder = resolve(cfg, size or 1, why, refuse)
+    else:
+        ladder = _ladder(cfg, planner)
     if size is not None:
         log.info("%s", "; ".join(ladder[0].notes))
     made = plan(ladder, planner, is_found=bool(size))
-    if made.rows[0].verdict == Verdict.SKIPPED:
+    if made.rows[0].verdict == Verdict.SKIPPED and not ladder[0].passed_over:
         raise ModelError(made.rows[0].reason)
     landed = next((rung.settings for rung in ladder if rung.name == made.lands_on), None)
     return replace(made, exact=exact.kept(cfg, landed, planner, made.spec.capacity, refuse))

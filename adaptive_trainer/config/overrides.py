@@ -34,10 +34,11 @@ HYDRA_LOCK = RLock()  # Hydra keeps what it is initialized for in one place for 
 
 @cache  # Hydra would build the schema anew
 def register() -> None:
-    """Make the schema known to Hydra under the name that `configs/config.yaml` lists first."""
+    """Make known to Hydra the schema, which `configs/config.yaml` lists first, and the direction of a search."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="config_schema", node=Config)
+    OmegaConf.register_new_resolver("direction", lambda metric: f"{'max' if 'accuracy' in metric else 'min'}imize")
 
 
 def config_dir() -> str:

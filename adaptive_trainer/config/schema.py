@@ -216,6 +216,8 @@ class LadderConfig:
     exact: bool = False  # leave out of the rungs what would change the mathematics
     climb: bool = False
     avoid_thrashing: bool = False
+    start: str | None = None  # the rung to begin at; null: the request
+    same_rung: bool = False  # all jobs of a sweep begin at the highest rung that is predicted to fit each of them
 
 
 @dataclass

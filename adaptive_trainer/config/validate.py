@@ -120,6 +120,11 @@ def _batch(config: Config) -> Iterator[str]:
             f"trainer.batch_size={LARGEST} with trainer.micro_batch_size={micro}: in micro-batches a batch of any size "
             "fits; give trainer.batch_size a number, or leave trainer.micro_batch_size null"
         )
+    if batch == LARGEST and (config.ladder.start is not None or config.ladder.same_rung):
+        yield (
+            f"trainer.batch_size={LARGEST} is found at rung requested, and ladder.start or ladder.same_rung begins "
+            "elsewhere; give trainer.batch_size a number"
+        )
     if type(batch) is int and micro is not None and micro > batch >= 1:
         yield f"trainer.micro_batch_size={micro} is above trainer.batch_size={batch}; make it at most {batch}"
 

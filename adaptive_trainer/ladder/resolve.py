@@ -26,7 +26,8 @@ NOT_ADAPTIVE = ("sgd", "momentum", "nesterov", "lars", "larc")
 OF_THE_RUN = (
     "task", "device", "resume", "output_dir", "trackers", "optimized_metric", "card", "phases", "model.weights",
 )  # fmt: skip
-OF_A_STAGE = ("seed", "ladder.rungs", "ladder.exact", "trainer.channels_last")  # the same for all its rungs
+# The same for all rungs of a stage.
+OF_A_STAGE = ("seed", "ladder.rungs", "ladder.exact", "ladder.start", "trainer.channels_last")
 # Decided once for all rungs: what is trained on, where, and what becomes of it.
 FIXED = (
     *OF_THE_RUN, *OF_A_STAGE, "memory", "model.num_classes", "trainer.tf32", "trainer.deterministic", "data.train",
@@ -100,7 +101,7 @@ def resolve(
             whole is asked about one by one.
 
     Raises:
-        ConfigError: one message with every problem of the request and of all rungs.
+        ConfigError: one message with every problem of the request and of all rungs; there is no rung `ladder.start`.
     """
     asked = typed(cfg)
     of_request = problems_of(asked)
@@ -132,7 +133,17 @@ def resolve(
         made = Rung(name, config, tuple(kept), passed_over, tuple(notes))
         ladder.append(_following(made, asked) if follows and not of_request else made)
     refuse_all([*problems, *_twice("rung", [rung.name for rung in ladder])])
-    return tuple(ladder)
+    return _from(asked.ladder.start, ladder)
+
+
+def _from(start: str | None, ladder: Sequence[Rung[Config]]) -> tuple[Rung[Config], ...]:
+    """The ladder with the rungs above `start` passed over."""
+    names = [rung.name for rung in ladder]
+    if start is not None and start not in names:
+        raise ConfigError(f"ladder.start={start} is no rung of this ladder, which has {', '.join(names)}")
+    above = 0 if start is None else names.index(start)
+    passed = [replace(rung, passed_over=rung.passed_over or f"ladder.start={start}") for rung in ladder[:above]]
+    return (*passed, *ladder[above:])
 
 
 def _twice(what: str, names: Sequence[str]) -> list[str]:

@@ -73,6 +73,20 @@ class Plan:
         return f"<p><b>{head}</b></p>{html(rows)}"
 
 
+def highest_common(ladders: Sequence[tuple[Planner, Sequence[Rung[Config]]]]) -> str | None:
+    """The name of the highest rung that is predicted to fit on each of these ladders; None where there is none."""
+    known = [(planner, {rung.name: rung for rung in ladder}) for planner, ladder in ladders]
+    names = [rung.name for rung in ladders[0][1]]
+    return next((name for name in names if all(_fits(rungs.get(name), planner) for planner, rungs in known)), None)
+
+
+def _fits(rung: Rung[Config] | None, planner: Planner) -> bool:
+    room = planner.predictor.spec.capacity
+    if rung is None or rung.passed_over:
+        return False
+    return room is None or is_enough(rung.settings, predicted(planner, rung.settings, room)[1], room)
+
+
 def plan(ladder: Sequence[Rung[Config]], planner: Planner, *, is_found: bool = False) -> Plan:
     """Predict every rung and say where a descent will land.
 

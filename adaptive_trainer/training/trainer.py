@@ -250,6 +250,9 @@ class Trainer(Uses):
         if start.path is not None:
             log.info("going on from %s", start.path)
         yield from start.events
+        if at := start.cfg.ladder.start:
+            of_all = ", the highest that is predicted to fit for all jobs of the sweep" * start.cfg.ladder.same_rung
+            yield f"training begins at rung {at} (ladder.start){of_all}"
         if self._own_model is not None:
             yield f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
         loss = None if self._loss is None else self._loss.loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gc
 import json
-import math
 import os
 import pty
 import re
@@ -709,9 +708,9 @@ def test_a_sweep(cli: Any, tmp_path: Path) -> None:
     records = [result(tmp_path / "sweep" / str(number)) for number in range(4)]
     assert [record["outcome"] for record in records] == ["trained", "exhausted"] * 2
     assert [record["used"]["lr"] < 3e-4 for record in records[::2]] == [False, True]
-    values = [float(line) for line in (tmp_path / "values").read_text().split()]
-    assert values[::2] == [record["metrics"]["val_loss"] for record in records[::2]]
-    assert all(math.isnan(value) for value in values[1::2])
+    values = (tmp_path / "values").read_text().split()
+    assert values[::2] == [str(record["metrics"]["val_loss"]) for record in records[::2]]
+    assert values[1::2] == ["None", "None"]
     alone = cli(*SMALL, *HALVED, "optimizer.lr=3e-4")
     assert alone.code == 0
     same = result(tmp_path / "out")["metrics"]

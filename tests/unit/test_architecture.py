@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     "__main__",
     "cli.main",
     "cli.help",
+    "cli.sweep",
     "config.limit",
     "config.validate",
     "config.schema",

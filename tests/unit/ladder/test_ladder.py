@@ -219,3 +219,13 @@ def test_an_exact_ladder_leaves_out_what_would_change_the_mathematics() -> None:
     cfg.ladder.rungs = [RungConfig("loose", ["ladder.exact=false"])]
     with pytest.raises(ConfigError, match=r"ladder\.exact cannot change on the way down"):
         resolve(cfg)
+
+
+def test_a_ladder_begins_where_it_is_told_to() -> None:
+    rungs = ladder("ladder.start=batch-8")
+    assert [name for name in rungs if rungs[name].passed_over] == ["requested", "batch-16"]
+    assert rungs["requested"].passed_over == "ladder.start=batch-8"
+    with pytest.raises(ConfigError, match=r"ladder\.start=batch-9 is no rung of this ladder, which has requested, "):
+        ladder("ladder.start=batch-9")
+    with pytest.raises(ConfigError, match=r"trainer\.batch_size=max is found at rung requested"):
+        ladder("ladder.start=batch-8", "trainer.batch_size=max")

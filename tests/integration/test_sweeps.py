@@ -1,0 +1,98 @@
+"""Sweeps with Hydra's launchers and sweepers: in this process and in others, with one exit code and one rung."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.forking import ROOT, Ended, Launcher
+
+TINY = (
+    "-m", "model.name=mobilenetv3_small_050", "data=fakedata", "data.train.size=24", "data.val.size=8",
+    "data.image_size=32", "data.num_workers=0", "hydra.sweep.dir=sweep",
+)  # fmt: skip
+
+
+@pytest.fixture
+def sweep(launcher: Launcher, tmp_path: Path) -> Any:
+    """Run a sweep in a folder of its own, whose jobs in other processes import this checkout."""
+
+    def run(*args: str) -> Ended:
+        return launcher.run(*TINY, *args, folder=tmp_path, env={"PYTHONPATH": str(ROOT)})
+
+    return run
+
+
+def results(folder: Path, count: int = 2) -> list[dict[str, Any]]:
+    return [json.loads((folder / "sweep" / str(number) / "result.json").read_text()) for number in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["parallel", "local"])
+def test_a_launcher_runs_two_jobs_and_the_code_is_that_of_the_worse(name: str, sweep: Any, tmp_path: Path) -> None:
+    ended = sweep(f"hydra/launcher={name}", "ladder=none", "trainer.batch_size=25,8")
+    assert ended.code == 2, ended.text
+    assert [each["outcome"] for each in results(tmp_path)] == ["failed", "trained"]
+    again = sweep("ladder=none", "trainer.batch_size=8,12")
+    assert again.code == 0, again.text  # what the sweep before has left is forgotten
+
+
+def test_optuna_searches_where_the_metric_says(sweep: Any, tmp_path: Path) -> None:
+    search = ("hydra/sweeper=search", "hydra.sweeper.n_trials=2", "optimizer.lr=interval(1e-4,1e-2)", "ladder=none")
+    ended = sweep(*search, "trainer.batch_size=8", "optimized_metric=val_loss")
+    assert ended.code == 0, ended.text
+    assert "Directions: ['minimize']" in ended.out
+    records = results(tmp_path)
+    best = min(each["metrics"]["val_loss"] for each in records)
+    assert f"Best value: {best}" in ended.out
+    assert all(1e-4 <= each["requested"]["lr"] <= 1e-2 for each in records)
+    assert records[0]["requested"]["lr"] != records[1]["requested"]["lr"]
+
+
+def test_optuna_goes_on_after_a_trial_that_failed(sweep: Any, tmp_path: Path) -> None:
+    search = ("hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1", "ladder=none")
+    ended = sweep(*search, "trainer.batch_size=choice(25,8)")
+    assert ended.code == 2, ended.text
+    assert "Directions: ['maximize']" in ended.out
+    assert {each["outcome"] for each in results(tmp_path, 3)} == {"failed", "trained"}
+    assert "Best parameters: {'trainer.batch_size': 8}" in ended.out
+
+
+SAME = ("ladder.same_rung=true", "data.image_size=96", "memory.limit=120MiB,60MiB")
+EVENT = "training begins at rung batch-8 (ladder.start), the highest that is predicted to fit for all jobs of the sweep"
+
+
+@pytest.mark.parametrize("name", ["basic", pytest.param("parallel", marks=pytest.mark.slow)])
+def test_all_jobs_begin_at_the_highest_rung_that_fits_each(name: str, sweep: Any, tmp_path: Path) -> None:
+    """The larger card would train the request."""
+    ended = sweep(*SAME, f"hydra/launcher={name}")
+    assert ended.code == 0, ended.text
+    records = results(tmp_path)
+    assert [each["rung"] for each in records] == ["batch-8", "batch-8"]
+    assert all(EVENT in each["events"] for each in records)
+    [why] = [each["why"] for each in records[0]["changes"] if each["key"] == "trainer.batch_size"]
+    assert why == "rung batch-8 is used; passed over: requested (ladder.start=batch-8), batch-16 (ladder.start=batch-8)"
+
+
+def test_a_mistyped_job_does_not_decide_the_rung(sweep: Any, tmp_path: Path) -> None:
+    ended = sweep("ladder.same_rung=true", "trainer.batch_size=8,0")
+    assert ended.code == 2, ended.text
+    assert [each["outcome"] for each in results(tmp_path)] == ["trained", "failed"]
+    assert "training begins at rung requested" in " ".join(results(tmp_path)[0]["events"])
+
+
+def test_no_job_begins_where_no_rung_fits_all(sweep: Any, tmp_path: Path) -> None:
+    ended = sweep("ladder.same_rung=true", "ladder=none", "data.image_size=96", "memory.limit=200MiB,20MiB")
+    assert ended.code == 3, ended.text
+    assert "no rung is predicted to fit for all jobs" in ended.text
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
+def test_one_rung_for_trials_that_are_not_known_is_refused(sweep: Any, tmp_path: Path) -> None:
+    ended = sweep("ladder.same_rung=true", "hydra/sweeper=search", "optimizer.lr=interval(1e-4,1e-2)")
+    assert ended.code == 2, ended.text
+    assert "ladder.start=RUNG begins all jobs at one" in ended.text
+    assert "Traceback" not in ended.text
