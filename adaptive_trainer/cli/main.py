@@ -98,9 +98,13 @@ def main() -> None:
 @contextmanager
 def _wrapped() -> Iterator[None]:
     """Show what Hydra prints in lines that fit the screen."""
-    with redirect_stdout(StringIO()) as printed:
-        yield
-    show(printed.getvalue().rstrip(), sys.stdout)
+    printed = StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:  # Hydra ends the process once it has printed
+        if text := printed.getvalue().rstrip():
+            show(text, sys.stdout)
 
 
 def _page(arguments: Sequence[str]) -> str | None:
