@@ -9,17 +9,18 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import MarkedYAMLError, YAMLError
 
 from adaptive_trainer.config import schema
-from adaptive_trainer.config.schema import SETTINGS, Config
+from adaptive_trainer.config.schema import SETTINGS, Config, leaves
 from adaptive_trainer.errors import ConfigError, UserError, override, remedy
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
 
 FIELDS = {name: [each.name for each in fields(kind)] for name, kind in vars(schema).items() if is_dataclass(kind)}
+NEAR = 0.6  # of 1, from which two words are similar; difflib's own
 # What OmegaConf says of a value, and how it is said here of KEY=VALUE.
 OF_VALUES = (
     (r"Value '?(?P<value>.*?)'? of type '.*' could not be converted to Integer", "{key}={value} is not a whole number"),
@@ -91,7 +92,8 @@ def _line(error: Exception) -> str | None:
     for cause in causes:
         if isinstance(cause, OmegaConfBaseException):
             file = re.match(r"In '.+': (?=\w+ raised while composing config)", str(error))
-            return (file[0] if file else "") + _of_omegaconf(cause)
+            whole = re.match(r"Could not override '(.+?)'", str(error))  # OmegaConf names the first unknown part of it
+            return (file[0] if file else "") + _of_omegaconf(cause, whole[1] if whole else "")
     if several := re.match(r"Ambiguous value for argument '(.*?)=(.*)'\n", str(error)):
         key, values = several.groups()
         return f"{key}={values} are several values: {key}=[{values}] is a list, and -m in front trains with each"
@@ -131,13 +133,26 @@ def _unreadable(text: str) -> str:
     if value.startswith(("[", "{")):
         return f'{text} cannot be read; between brackets, quotes go around each text that is no plain word: ["a.b=1"]'
     if has_value:
+        if key in SETTINGS and (refusal := _refusal(key, value)):
+            return refusal
         return f"{text} cannot be read; if the value is meant as it stands, quote it: {override(key, value)}"
     if near := _near(key):
         return f"{text} has no value; write {near[0]}=VALUE"
     return f"{text} has no value; write {key}=VALUE, and quotes around a value with a blank: 'data.root=\"my photos\"'"
 
 
-def _of_omegaconf(error: OmegaConfBaseException) -> str:
+def _refusal(key: str, text: str) -> str:
+    """What a setting has against this text as its value; empty where quotes would make it one."""
+    settings = OmegaConf.structured(Config)
+    try:
+        OmegaConf.update(settings, key, text)
+    except ValidationError as error:
+        return _no_value(key, _first_line(error))
+    rules = next(rules for known, _, rules in leaves(Config()) if known == key)
+    return next((f"{key}={text} {said}" for is_allowed, said in rules if not is_allowed(text)), "")
+
+
+def _of_omegaconf(error: OmegaConfBaseException, typed: str = "") -> str:
     key = str(error.full_key or "")
     if not isinstance(error, ConfigKeyError | ConfigAttributeError):
         return _no_value(key, _first_line(error))
@@ -146,7 +161,7 @@ def _of_omegaconf(error: OmegaConfBaseException) -> str:
         return to_be_added(key, error.parent_node)
     if "[" in key or ("." not in key and kind is not Config):  # of an item of a list
         return f"there is no {key!r}; allowed are {', '.join(FIELDS[kind.__name__])}"
-    return no_setting(key)
+    return no_setting(typed or key)
 
 
 def _no_value(key: str, line: str) -> str:
@@ -179,9 +194,19 @@ def _near(key: str) -> list[str]:
 
 
 def _alike(key: str) -> list[str]:
-    """Settings whose last name is similar."""
-    last = difflib.get_close_matches(_last(key), {_last(known) for known in SETTINGS})
-    return difflib.get_close_matches(key, [known for known in sorted(SETTINGS) if _last(known) in last], cutoff=0)
+    """Settings and groups of settings that are similar word by word, the most similar first; else by the last word."""
+    words = tuple(key.split("."))
+    known = [tuple(setting.split(".")) for setting in SETTINGS]
+    names = {parts[: len(words)]: parts[: len(words)] for parts in known if len(parts) >= len(words)}
+    if len(words) == 1:  # `epochs` may be short for trainer.epochs
+        names |= {parts: parts[-1:] for parts in known}
+    scores = {name: min(map(_similarity, words, compared)) for name, compared in names.items()}
+    near = [".".join(name) for name in sorted(names, key=lambda name: (-scores[name], name)) if scores[name] >= NEAR]
+    return near[:3] or (_alike(_last(key)) if len(words) > 1 else [])
+
+
+def _similarity(word: str, known: str) -> float:
+    return difflib.SequenceMatcher(None, word, known).ratio()
 
 
 def _last(key: str) -> str:

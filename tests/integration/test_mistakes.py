@@ -35,6 +35,8 @@ SMALL = (*FAKE, "model.name=mobilenetv3_small_050", "trainer.batch_size=8", "lad
 # what is typed, and what the line has
 TYPED = [
     ("trainer.epochs=ten", ["trainer.epochs=ten is not a whole number"]),
+    ("trainer.epochs=10개", ["trainer.epochs=10개 is not a whole number"]),
+    ("trainer.batch_size=8장", ["trainer.batch_size=8장 is neither a whole number above 0 nor max"]),
     ("trainer.epochs=1.5", ["trainer.epochs=1.5 is not a whole number"]),
     ("data.hflip=often", ["data.hflip=often is not a number"]),
     ("ladder.climb=perhaps", ["ladder.climb=perhaps is not true or false"]),
@@ -68,6 +70,9 @@ TYPED = [
     ("ladder=", ["Available options in 'ladder'"]),
     ("hydra/job_logging=nope", ["hydra/job_logging", "plain"]),
     ("trainer.epoch=3", ["there is no setting trainer.epoch; did you mean trainer.epochs?"]),
+    ("trianer.epochs=3", ["there is no setting trianer.epochs; did you mean trainer.epochs?"]),
+    ("optimzer.lr=3", ["there is no setting optimzer.lr; did you mean optimizer.lr?"]),
+    ("laddr=none", ["there is no setting laddr; did you mean ladder?"]),
     ("+model.foo=3", ["there is no setting model.foo"]),
     ("ladder.rungs=[{nam:x}]", ["there is no 'nam'; allowed are name, overrides"]),
     ("data.train.size=5", ["there is no setting 'data.train.size'", "adaptive_trainer.data.digits, if that takes it"]),

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from adaptive_trainer.cli import main as cli
+from adaptive_trainer.config.mistakes import no_setting
 from adaptive_trainer.config.overrides import (
     apply_overrides,
     asked,
@@ -232,6 +233,25 @@ def test_what_nothing_uses_cannot_be_added(added: str, near: str) -> None:
         typed(compose_config([added]))
     with pytest.raises(ConfigError, match=f"^there is no setting {key}; did you mean {near}"):
         compose_config([added.lstrip("+")])
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("trianer.epochs", "trainer.epochs"),
+        ("traner.epochs", "trainer.epochs"),
+        ("trainr.epoch", "trainer.epochs"),
+        ("optimzer.lr", "optimizer.lr"),
+        ("memry.limit", "memory.limit"),
+        ("modle.nmae", "model.name"),
+        ("dat.root", "data.root"),
+        ("laddr", "ladder"),
+        ("batch_size", "trainer.batch_size, trainer.eval_batch_size, trainer.micro_batch_size"),
+        ("trainer.hflip", "data.hflip"),
+    ],
+)
+def test_a_mistyped_setting_is_compared_word_by_word(mistyped: str, meant: str) -> None:
+    assert no_setting(mistyped) == f"there is no setting {mistyped}; did you mean {meant}?"
 
 
 def test_every_added_key_is_named() -> None:
