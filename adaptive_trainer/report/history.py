@@ -61,6 +61,12 @@ class History(Listener):
             self.samples = self.samples[::2]
             self._every *= 2
 
+    def epoch_of(self, score: float | None) -> int | None:
+        """The epoch of the last network that has reached this accuracy first, or this loss with a minus."""
+        last = self.epochs[-1:]
+        rows = [row for row in self.epochs if all(row[key] == last[0][key] for key in ("stage", "model"))]
+        return next((row["epoch"] for row in rows if score in (row["val_accuracy"], -row["val_loss"])), None)
+
     def answers(self, answers: Answers) -> None:
         """Keep the last evaluation."""
         self.last = answers

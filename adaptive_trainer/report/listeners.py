@@ -137,6 +137,9 @@ class Finished:
         counts: how many images there are of what, in words.
         trained_on: training images of each class; empty where no list of labels is known.
         hints: what to try where the network has not learned, each in a line.
+        best: validation accuracy of best.pt, or the loss with a minus where accuracy is not known; None where there is
+            no best.pt.
+        best_epoch: which epoch that was; None where this process has not trained it.
         is_own_model: whether the network was made by the caller, who has to make it again.
     """
 
@@ -149,6 +152,8 @@ class Finished:
     counts: str = ""
     trained_on: Sequence[int] = ()
     hints: Sequence[str] = ()
+    best: float | None = None
+    best_epoch: int | None = None
     is_own_model: bool = False
 
 

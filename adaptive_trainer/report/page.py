@@ -18,7 +18,7 @@ from adaptive_trainer.report.classes import by_class, largest_confusions, matrix
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.listeners import Answers, Finished, Timeline, Wrong
 from adaptive_trainer.report.result import Result
-from adaptive_trainer.report.summary import BEST, changed_lines, uses
+from adaptive_trainer.report.summary import BEST, changed_lines, other_epoch, uses
 from adaptive_trainer.utils.files import write_whole
 from adaptive_trainer.utils.screen import duration
 
@@ -67,6 +67,7 @@ class Report(History):
         text = page.render(
             result=result,
             figures=[(name, f"{result.metrics[name]:.3f}") for name in SHOWN if name in result.metrics],
+            other_epoch=other_epoch(result, finished),
             facts=self._facts(rows, finished),
             hints=finished.hints,
             pictures=[(name, base64.b64encode(picture).decode()) for name, picture in pictures.items()],

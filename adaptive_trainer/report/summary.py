@@ -58,11 +58,10 @@ def uses(model: str, *, is_own_model: bool) -> list[tuple[str, str]]:
     return [("use it", f"load_model({model!r})"), ("predict", predict)]
 
 
-def summary(result: Result, finished: Finished, *, best: float | None, way_on: str, kept: str = "") -> str:
+def summary(result: Result, finished: Finished, *, way_on: str, kept: str = "") -> str:
     """The end of a run that has trained.
 
     Args:
-        best: validation accuracy of the best epoch; less the loss where accuracy is not known.
         way_on: overrides with which the command line trains on; empty where it cannot.
         kept: what `ladder=exact` would have kept, in words; empty where it is not known.
     """
@@ -70,7 +69,7 @@ def summary(result: Result, finished: Finished, *, best: float | None, way_on: s
     log = log_file()
     model = nearby(folder / BEST)
     lines = [rung_table(result.attempts)] if len(result.attempts) > 1 else []
-    lines += [f"trained on rung {result.rung}: {result.used}", *_metrics(result, best)]
+    lines += [f"trained on rung {result.rung}: {result.used}", *_metrics(result, finished)]
     lines += [*changed_lines(result.changes), *filter(None, [kept])]
     lines += [f"best model: {model}", f"record: {nearby(folder / 'result.json')}"]
     if log is not None:  # the library writes none, the command line does
@@ -84,10 +83,32 @@ def summary(result: Result, finished: Finished, *, best: float | None, way_on: s
     return "\n".join(lines)
 
 
-def _metrics(result: Result, best: float | None) -> list[str]:
+def _metrics(result: Result, finished: Finished) -> list[str]:
     accuracy, loss = (result.metrics.get(name, math.nan) for name in ("val_accuracy", "val_loss"))
-    if best is None or math.isnan(loss):  # nothing was left to train
+    if not (best := _best(result, finished)):
         return []
     if math.isnan(accuracy):
-        return [f"result: val loss {loss:.3f}, best {-best:.3f}"]  # the greatest score is the least loss
-    return [f"result: val accuracy {100 * accuracy:.2f} %, best {100 * best:.2f} %, val loss {loss:.3f}"]
+        return [f"result: val loss {loss:.3f}, best {best}"]
+    return [f"result: val accuracy {100 * accuracy:.2f} %, best {best}, val loss {loss:.3f}"]
+
+
+def _best(result: Result, finished: Finished) -> str:
+    """What best.pt has reached, and in which epoch where that is not the last; empty where nothing was trained."""
+    best, epoch = finished.best, finished.best_epoch
+    if best is None or "val_loss" not in result.metrics:
+        return ""
+    is_scored = not math.isnan(result.metrics.get("val_accuracy", math.nan))
+    reached = f"{100 * best:.2f} %" if is_scored else f"{-best:.3f}"  # the greatest score is the least loss
+    return reached if epoch == result.metrics["epoch"] else f"{reached} in {_epoch(epoch)}"
+
+
+def _epoch(number: int | None) -> str:
+    return "an epoch before this run" if number is None else f"epoch {number}"
+
+
+def other_epoch(result: Result, finished: Finished) -> str:
+    """That best.pt is of another epoch than the figures of a run; empty where it is of the same."""
+    epoch, last = finished.best_epoch, result.metrics.get("epoch")
+    if last in (None, epoch) or not (best := _best(result, finished)):
+        return ""
+    return f"best.pt: {best}; the figures and plots here are of the last epoch, {last}"

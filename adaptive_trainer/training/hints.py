@@ -9,30 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_trainer.config.schema import Config
+from adaptive_trainer.config.schema import Config, OptimizerConfig
 from adaptive_trainer.models.zoo import has_pretrained_weights
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.listeners import Answers
 
+FAR = 10  # times the loss of guessing: no network that has learned comes to it
 LARGE_GAP = 0.2  # of training above validation accuracy
 SETTLED = 50  # updates after which a loss is no chance, and BatchNorm evaluates by means that have followed
 FEW_IMAGES = 50  # of a class
 PRETRAINED = "model.pretrained=true"
 
 
-def hints(history: History, trained_on: Sequence[int], config: Config, *, is_own_model: bool) -> list[str]:
+def hints(
+    history: History, trained_on: Sequence[int], config: Config, *, is_own_model: bool, is_own_loss: bool = False
+) -> list[str]:
     """What to try, each in a line; nothing where no epoch was trained.
 
     Args:
         history: what was heard of the run.
         trained_on: training images of each class; empty where they are not known.
         config: the settings that trained.
+        is_own_model, is_own_loss: made by the caller: weights are not known, or what the loss counts.
     """
     rows = _of_last_network(history.epochs)
     if not rows or history.last is None:
         return []
     begins_anew = not (is_own_model or config.model.pretrained or config.model.weights)
     pretrained = [PRETRAINED] if begins_anew and has_pretrained_weights(config.model.name) else []
+    if not is_own_loss and (too_large := [*_too_large(rows[-1], history.last, config)]):
+        return too_large  # the other figures say nothing then
     by_heart = [*_by_heart(rows, history.last, config, pretrained)]
     learned = by_heart or _learned_nothing(rows, history.last, config, pretrained)
     found = [*learned, *_loss_stays(rows, config)]
@@ -43,6 +49,16 @@ def _of_last_network(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if (row["stage"], row["model"]) == (rows[-1]["stage"], rows[-1]["model"])]
 
 
+def _too_large(last: dict[str, Any], answers: Answers, config: Config) -> Iterator[str]:
+    guessing = math.log(max(2, len({label for label, _ in answers.counts})))  # the cross entropy of equal scores
+    if last["train_loss"] > guessing and last["val_loss"] > FAR * guessing:
+        rate = config.optimizer.lr
+        yield (
+            f"val loss {last['val_loss']:.3g} is far above that of guessing, {guessing:.2f}: the learning rate is too "
+            f"large. Try optimizer.lr={min(rate / 10, OptimizerConfig().lr):.3g} (now {rate:.3g})"
+        )
+
+
 def _learned_nothing(
     rows: Sequence[dict[str, Any]], answers: Answers, config: Config, pretrained: list[str]
 ) -> Iterator[str]:
@@ -50,11 +66,12 @@ def _learned_nothing(
     for (label, _), count in answers.counts.items():
         images[label] += count
     most, best = max(images.values()) / images.total(), max(row["val_accuracy"] for row in rows)
-    if best <= most:
+    chance = math.sqrt(most * (1 - most) / images.total())  # the binomial standard error of that share
+    if best <= most + chance:
         longer = f"trainer.epochs={max(10, 2 * config.trainer.epochs)}"
         yield (
-            f"val accuracy {_percent(best)} is no more than the share of the most frequent class, {_percent(most)}: "
-            f"nothing useful is learned yet. Try {' '.join([*pretrained, longer])}"
+            f"val accuracy {_percent(best)} is not clearly above the share of the most frequent class, "
+            f"{_percent(most)}: nothing useful is learned yet. Try {' '.join([*pretrained, longer])}"
         )
 
 

@@ -298,15 +298,15 @@ class Trainer(Uses):
 
     def _end(self, done: Done, record: Record, result: Result) -> None:
         stage, is_own = done.stage, self._own_model is not None
-        finished = _finished(stage, done.rung.settings, result.requested, self._history, is_own_model=is_own)
+        own = {"is_own_model": is_own, "is_own_loss": self._loss is not None}
+        finished = _finished(stage, done.rung.settings, result.requested, self._history, **own)
         record.finish(result, finished)
         # a line to type goes on with what settings can say: neither code of the caller's own nor stages
         is_typed = not is_own and self._loss is None and self._data == (None, None) and not result.stages
-        epochs = 2 * stage.phase.settings.trainer.epochs
+        epochs = 2 * stage.trial.opened.state.finished_epochs
         more = f"{way_on(self.output_dir)} trainer.epochs={epochs}" if is_typed else ""
-        best = stage.trial.opened.state.best
         kept = stage.run.judge.kept_by_exact(stage.phase.settings, done.rung.settings)
-        log.info("%s", summary(result, finished, best=best, way_on=more, kept=kept))
+        log.info("%s", summary(result, finished, way_on=more, kept=kept))
 
     def _left(self) -> str:
         """What there is to go on with after a stop at once, in words."""
@@ -325,8 +325,10 @@ class Trainer(Uses):
         )
 
 
-def _finished(stage: Stage, used: Config, asked: Recipe, history: History, *, is_own_model: bool) -> Finished:
-    judge, data, root = stage.run.judge, stage.run.data, used.data.root
+def _finished(
+    stage: Stage, used: Config, asked: Recipe, history: History, *, is_own_model: bool, is_own_loss: bool
+) -> Finished:
+    judge, data, root, best = stage.run.judge, stage.run.data, used.data.root, stage.trial.opened.state.best
     trained_on = _by_class(data)
     return Finished(
         classes=data.classes,
@@ -337,7 +339,9 @@ def _finished(stage: Stage, used: Config, asked: Recipe, history: History, *, is
         source=str(Path(root).expanduser().absolute()) if root else type(source(data.train)[0]).__name__,
         counts=described(data)[0],
         trained_on=trained_on,
-        hints=hints(history, trained_on, used, is_own_model=is_own_model),
+        hints=hints(history, trained_on, used, is_own_model=is_own_model, is_own_loss=is_own_loss),
+        best=best,
+        best_epoch=history.epoch_of(best),
         is_own_model=is_own_model,
     )
 

@@ -124,6 +124,8 @@ def test_the_end_names_what_there_is_and_what_to_type(launcher: Launcher, tmp_pa
     again = launcher.run(*command[1].split(), folder=tmp_path)
     assert again.code == 0, again.text
     assert "epoch 4/4" in again.out
+    nothing_left = launcher.run("resume=auto", "output_dir=out", "trainer.epochs=3", folder=tmp_path)
+    assert re.search(r"(?m)^train on: .* trainer\.epochs=8$", nothing_left.out)  # twice the four that are trained
     log = (tmp_path / "out" / "adaptive_trainer.log").read_text()
     assert re.search(r"(?m)^\[\d{4}-\d\d-\d\d [\d:,]+\]\[adaptive_trainer\.[\w.]+\]\[INFO\] - epoch 1/2", log)
     assert "[adaptive_trainer" not in ended.out  # times and names are in the file

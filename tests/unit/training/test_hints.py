@@ -20,13 +20,15 @@ def row(epoch: int, train: float = 0.8, val: float = 0.75, loss: float = 1.0, up
     return {"stage": 0, "model": "resnet18", "epoch": epoch, "updates": updates * epoch, **figures}
 
 
-def said(*rows: dict[str, Any], overrides: tuple[str, ...] = (), images: int = 500, own: bool = False) -> list[str]:
+def said(
+    *rows: dict[str, Any], overrides: tuple[str, ...] = (), images: int = 500, own: bool = False, own_loss: bool = False
+) -> list[str]:
     history = History()
     for each in rows:
         history.epoch(each, len(rows))
     history.answers(Answers(EVEN, []))
     config = typed(compose_config(["model.name=resnet18", f"trainer.epochs={len(rows)}", *overrides]))
-    return hints(history, [images] * 4, config, is_own_model=own)
+    return hints(history, [images] * 4, config, is_own_model=own, is_own_loss=own_loss)
 
 
 def test_a_network_that_learns_gets_no_advice() -> None:
@@ -36,10 +38,22 @@ def test_a_network_that_learns_gets_no_advice() -> None:
 def test_no_more_than_the_most_frequent_class() -> None:
     (text,) = said(row(1, train=0.25, val=0.25))
     assert text == (
-        "val accuracy 25.0 % is no more than the share of the most frequent class, 25.0 %: nothing useful is "
-        "learned yet. Try model.pretrained=true trainer.epochs=10"
+        "val accuracy 25.0 % is not clearly above the share of the most frequent class, 25.0 %: nothing useful "
+        "is learned yet. Try model.pretrained=true trainer.epochs=10"
     )
+    assert said(row(1, train=0.3, val=0.255)) != []  # one of 200 images may be chance
     assert said(row(1, train=0.3, val=0.25), row(2, train=0.3, val=0.30, loss=0.9)) == []
+
+
+def test_a_learning_rate_that_is_far_too_large() -> None:
+    broken = {**row(1, train=0.3, val=0.255, loss=2e4), "val_loss": 190216086.0}
+    (text,) = said(broken, overrides=("optimizer.lr=1",))
+    assert text == (
+        "val loss 1.9e+08 is far above that of guessing, 1.39: the learning rate is too large. Try optimizer.lr=0.001 "
+        "(now 1)"
+    )
+    assert "learning rate" not in said(broken, own_loss=True)[0]  # which may count otherwise
+    assert said({**row(1, loss=0.1), "val_loss": 20.0}) == []  # a network that has learned
 
 
 @pytest.mark.parametrize(
