@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FIELDS = {name: [each.name for each in fields(kind)] for name, kind in vars(schema).items() if is_dataclass(kind)}
 NEAR = 0.6  # of 1, from which two words are similar; difflib's own
+OF_SWEEPS = re.compile(r"'hydra/(?:launcher|sweeper)/(joblib|submitit_\w+|optuna)'")  # configs that plugins bring
 # What OmegaConf says of a value, and how it is said here of KEY=VALUE.
 OF_VALUES = (
     (r"Value '?(?P<value>.*?)'? of type '.*' could not be converted to Integer", "{key}={value} is not a whole number"),
@@ -76,6 +77,8 @@ def explain(error: Exception) -> UserError | None:
     if isinstance(error, UserError):
         return error
     line = _line(error)
+    if line is not None and (missing := OF_SWEEPS.search(line)):
+        line = f"{line}; {missing[1]} comes with pip install 'adaptive-trainer[sweep]'"
     return None if line is None else ConfigError(line)
 
 

@@ -61,6 +61,18 @@ def test_optuna_goes_on_after_a_trial_that_failed(sweep: Any, tmp_path: Path) ->
     assert "Best parameters: {'trainer.batch_size': 8}" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("how", "missing"), [("hydra/launcher=parallel", "joblib"), ("hydra/sweeper=search", "optuna")]
+)
+def test_what_brings_a_launcher_is_said(how: str, missing: str, launcher: Launcher, tmp_path: Path) -> None:
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "__init__.py").touch()  # in front of all plugins that are installed
+    ended = launcher.run(*TINY, how, "seed=1,2", folder=tmp_path)
+    assert ended.code == 2, ended.text
+    assert f"{missing} comes with pip install 'adaptive-trainer[sweep]'" in ended.text
+    assert "Traceback" not in ended.text
+
+
 SAME = ("ladder.same_rung=true", "data.image_size=96", "memory.limit=120MiB,60MiB")
 EVENT = "training begins at rung batch-8 (ladder.start), the highest that is predicted to fit for all jobs of the sweep"
 
