@@ -198,6 +198,7 @@ class MemoryConfig:
     """`limit`: a size (`5600MiB`), a fraction of the device's, null (the default) or `none` (no limit)."""
 
     limit: Any = None
+    shared: bool = False  # other trainings share the card: each takes a lease of what its rung needs
 
 
 @dataclass

@@ -6,7 +6,7 @@ CUDA, `SimulatedDevice` counts live tensor bytes and raises `torch.OutOfMemoryEr
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ class Capacity:
         total: bytes of the whole device; None where that is not known.
         foreign: bytes that the caller's own tensors held on a CUDA device before.
         same_kernels: lack of memory may not change which kernels operators take, see `memory.kernels`.
+        settle: called where a rung has passed its dry run; on a shared card its memory is leased, see `memory.leases`.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class Capacity:
     total: int | None = None
     foreign: int = 0
     same_kernels: bool = False
+    settle: Callable[[], None] = lambda: None
 
     @property
     def size(self) -> int | None:
@@ -93,6 +95,14 @@ class Capacity:
         # What the allocator has reserved is its own to hand out again; what other processes hold is not.
         left = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         return (left if self.bytes is None else min(left, self.bytes)) - self.foreign
+
+    def cap(self, nbytes: int) -> None:
+        """Limit what may be used from now on; at the end of `limited` the limit is as before."""
+        self.bytes = nbytes
+        if self.simulated is not None:
+            self.simulated.resize(nbytes)
+        elif self.total is not None:
+            torch.cuda.set_per_process_memory_fraction(_fraction(nbytes, self.total), self.device)
 
     def unreserved(self) -> int:
         """Bytes that a CUDA device's allocator could still take for this process."""
@@ -177,9 +187,7 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         cap = int(before * total)  # set by whoever calls, who knows better than a default
     oom.release(device, before=0)  # what the allocator has cached counts against the cap
     if cap is not None or asked.lifted:
-        # The allocator takes the whole number under fraction * total: half a byte more keeps it from falling short.
-        fraction = 1.0 if cap is None else min(1.0, (cap + 0.5) / total)
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+        torch.cuda.set_per_process_memory_fraction(1.0 if cap is None else _fraction(cap, total), device)
     capped = "with no limit set" if cap is None else f"limited to {format_bytes(cap)} by {asked.name}"
     usage.reset_peaks(device)
     held = usage.snapshot(device).allocated  # by the caller: training cannot have it
@@ -187,6 +195,11 @@ def _on_cuda(device: torch.device, asked: Limit) -> Iterator[Capacity]:
         yield Capacity(device, cap, f"{name}, {capped}", total=total, foreign=held)
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _fraction(cap: int, total: int) -> float:
+    # The allocator takes the whole number under fraction * total: half a byte more keeps it from falling short.
+    return min(1.0, (cap + 0.5) / total)
 
 
 @contextmanager

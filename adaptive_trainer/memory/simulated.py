@@ -181,6 +181,10 @@ class SimulatedDevice(TorchDispatchMode):
         self._drain()
         self._allocator.reset_peaks()
 
+    def resize(self, capacity: int) -> None:
+        """Have another size from now on, no smaller than what is reserved."""
+        self.capacity = self._allocator.capacity = capacity
+
     def empty_cache(self) -> None:
         """Give back every wholly free segment, as `torch.cuda.empty_cache` does."""
         self._drain()

@@ -171,6 +171,7 @@ class Stage:
             raise LadderExhausted(exhausted_message(self.run.record.attempts))
         before = None if self.trial.session is None else self.trial.session.config
         found = self.trial.descend(self.rungs.down_from(start), self._assess, self._attempted)
+        self.run.parts.capacity.settle()
         if self.trial.opened.is_sound:  # else the loop will end the run, and the last good state stays
             self.keeper.save(self.trial.opened)
         self._announce(found, before)

@@ -50,6 +50,7 @@ from adaptive_trainer.errors import (
     when_stopped,
 )
 from adaptive_trainer.ladder.resolve import resolve, stages, stored_size
+from adaptive_trainer.memory.leases import shared
 from adaptive_trainer.memory.limit import Capacity, limit_for, limited
 from adaptive_trainer.memory.usage import describe_users
 from adaptive_trainer.models.losses import Criterion, Loss, balanced, build_loss
@@ -163,7 +164,10 @@ class Trainer(Uses):
         with process, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             seed_everything(asked.seed)  # a data set of the caller's own may draw numbers when it is opened
             limit = limit_for(asked, device, is_own_data=self._data[0] is not None)
-            with limited(device, limit) as capacity:
+            with (
+                limited(device, limit) as capacity,
+                shared(capacity, record.event) if asked.memory.shared else nullcontext(),
+            ):
                 capacity.same_kernels = asked.trainer.deterministic
                 log.info("device: %s", capacity.description)
                 if device.type == "cuda":

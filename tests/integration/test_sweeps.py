@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ TINY = (
 def sweep(launcher: Launcher, tmp_path: Path) -> Any:
     """Run a sweep in a folder of its own, whose jobs in other processes import this checkout."""
 
-    def run(*args: str) -> Ended:
-        return launcher.run(*TINY, *args, folder=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    def run(*args: str, env: dict[str, str] | None = None) -> Ended:
+        return launcher.run(*TINY, *args, folder=tmp_path, env={"PYTHONPATH": str(ROOT), **(env or {})})
 
     return run
 
@@ -108,3 +111,36 @@ def test_one_rung_for_trials_that_are_not_known_is_refused(sweep: Any, tmp_path:
     assert ended.code == 2, ended.text
     assert "ladder.start=RUNG begins all jobs at one" in ended.text
     assert "Traceback" not in ended.text
+
+
+SHARED = ("data.image_size=96", "memory.limit=120MiB", "memory.shared=true")  # of which batch 24 takes 81 MiB
+
+
+@pytest.mark.slow
+def test_two_jobs_at_a_time_share_a_card(sweep: Any, tmp_path: Path) -> None:
+    """Whichever comes second steps down, and leaves the other alone."""
+    cache = {"ADAPTIVE_TRAINER_CACHE": str(tmp_path / "cache")}
+    ended = sweep(*SHARED, "trainer.epochs=30", "hydra/launcher=parallel", "seed=1,2", env=cache)
+    assert ended.code == 0, ended.text
+    records = results(tmp_path)
+    assert sorted(each["rung"] for each in records) == ["batch-8", "requested"]
+    events = [event for each in records for event in each["events"] if event.startswith("memory.shared")]
+    taken = [int(event.partition("takes ")[2].partition(" ")[0]) for event in events]
+    assert len(taken) == 2
+    assert sum(taken) <= 120
+
+
+def test_the_share_of_a_training_that_was_killed_is_free(launcher: Launcher, tmp_path: Path) -> None:
+    env = {"ADAPTIVE_TRAINER_CACHE": str(tmp_path / "cache")}
+    alone = (*TINY[1:-1], *SHARED)
+    process = launcher.start(*alone, "output_dir=a", "trainer.epochs=9999", folder=tmp_path, env=env)
+    while not (tmp_path / "a" / "metrics.csv").exists():
+        time.sleep(0.05)
+    beside = launcher.run(*alone, "output_dir=b", folder=tmp_path, env=env)
+    assert beside.code == 0, beside.text
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
+    after = launcher.run(*alone, "output_dir=c", folder=tmp_path, env=env)
+    assert after.code == 0, after.text
+    found = [json.loads((tmp_path / name / "result.json").read_text()) for name in "bc"]
+    assert [each["rung"] for each in found] == ["batch-8", "requested"]
