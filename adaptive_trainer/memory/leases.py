@@ -10,6 +10,7 @@ import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
@@ -82,7 +83,10 @@ def _held(lock: Path) -> int:
         with FileLock(lock, timeout=0):
             file.unlink(missing_ok=True)
     except Timeout:
-        return int(file.read_text())
+        try:
+            return int(file.read_text())
+        except FileNotFoundError:  # it has just been given back
+            return 0
     lock.unlink(missing_ok=True)
     return 0
 
@@ -102,10 +106,11 @@ def shared(capacity: Capacity, event: Callable[[str], None]) -> Iterator[None]:
         lacks = "a cache folder (ADAPTIVE_TRAINER_CACHE)" if folder is None else "a limit (memory.limit=6GiB)"
         raise ConfigError(f"memory.shared=true needs {lacks}, and there is none; memory.shared=false does without")
     with ExitStack() as stack:
-        with refused_by_disk(ConfigError, f"memory.shared=true: {folder} takes no leases"):
+        refused = partial(refused_by_disk, ConfigError, f"memory.shared=true: {folder} takes no leases")
+        with refused():
             lease = stack.enter_context(Lease(folder / "leases" / _card(capacity, size)))
             others = lease.choose()
-        left = min(size - others, capacity.room() or size)
+        left = min(size - others, capacity.room() or 0)
         if left < LEAST:
             raise ConfigError(
                 f"memory.shared=true: other trainings hold {format_bytes(others)} of the {format_bytes(size)} of this "
@@ -115,7 +120,8 @@ def shared(capacity: Capacity, event: Callable[[str], None]) -> Iterator[None]:
 
         def settle() -> None:
             nbytes = min(capacity.size or left, int(MARGIN * (capacity.peaks()[1] or left)))
-            lease.take(nbytes)
+            with refused():
+                lease.take(nbytes)
             capacity.cap(nbytes)
             event(
                 f"memory.shared=true: this training takes {format_bytes(nbytes)} of the {format_bytes(size)} of its "
