@@ -117,6 +117,8 @@ def shared(capacity: Capacity, event: Callable[[str], None]) -> Iterator[None]:
                 "card; wait for one to end"
             )
         capacity.cap(left)
+        if others:
+            capacity.description += f", of which other trainings hold {format_bytes(others)}"
 
         def settle() -> None:
             nbytes = min(capacity.size or left, int(MARGIN * (capacity.peaks()[1] or left)))

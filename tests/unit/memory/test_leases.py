@@ -90,6 +90,7 @@ def test_a_training_leaves_what_its_rung_does_not_take() -> None:
         assert capacity.room() == took
         with limited(CPU, "64MiB") as other, shared(other, events.append):
             assert other.room() == 64 * MiB - took
+            assert other.description.endswith(", of which other trainings hold 22 MiB")
         with pytest.raises(torch.OutOfMemoryError), capacity.device_work():
             torch.empty(20 * MiB, dtype=torch.uint8).fill_(0)
     assert events == [
