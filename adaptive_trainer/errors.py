@@ -20,8 +20,10 @@ whatever a failed step held must be free to go.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -59,6 +61,12 @@ class AdaptiveTrainerError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, and so a notebook, shows: the message; the traceback too with HYDRA_FULL_ERROR=1."""
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            return traceback.format_exception(self)
+        return f"{type(self).__name__}: {self}".splitlines()
 
 
 class UserError(AdaptiveTrainerError, ValueError):

@@ -174,9 +174,16 @@ def _outcome(rung: Rung[Any], entry: Attempt | None) -> tuple[str, str]:
 
 
 def exhausted_message(attempts: Sequence[Attempt]) -> str:
-    """Every rung with its outcome, peak and reason, a line each."""
+    """Every rung with its outcome, peak and reason, a line each; those that were predicted not to fit in one."""
     lines = ["no rung of the ladder fits:"]
+    foretold = [entry for entry in attempts if entry.outcome == Outcome.SKIPPED and entry.predicted_bytes is not None]
+    if foretold:
+        names = ", ".join(entry.rung for entry in foretold)
+        needs = ", ".join(f"{(entry.predicted_bytes or 0) / 2**20:.0f}" for entry in foretold)
+        lines.append(f"  {IN_WORDS[Outcome.SKIPPED]}: {names} ({needs} MiB)")
     for entry in attempts:
+        if entry in foretold:
+            continue
         peak = "" if entry.peak_allocated_bytes is None else f", peak {entry.peak_allocated_bytes / 2**20:.0f} MiB"
         where = f" in {entry.phase}" if entry.phase else ""
         lines.append(f"  {entry.rung}: {entry.outcome}{where}{peak}: {entry.reason}")

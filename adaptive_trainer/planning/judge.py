@@ -141,6 +141,11 @@ class Judge:
         """As `exact.kept`, of a run that trained with the settings `used`."""
         return exact.kept(cfg, used, self._planner, self.capacity.room(), lambda _, *steps: self.refusal(*steps))
 
+    def may_keep_model(self, config: Config) -> bool:
+        """Whether there is room for more than weights and gradients, which are there whatever else is saved."""
+        room = self.capacity.room()
+        return room is None or 2 * self._predictor.networks.weights_bytes(config) < room
+
     def largest_batch(self, config: Config, most: int) -> int | None:
         """The largest batch size up to `most` that is predicted to fit; None where that is not known."""
         room = self.capacity.room()

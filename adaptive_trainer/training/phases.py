@@ -83,11 +83,12 @@ def _differences(cfg: DictConfig, phase: Config) -> str:
 
 def _advice(stage: Stage, attempts: Sequence[Attempt]) -> str:
     capacity = stage.run.parts.capacity
-    ladders = "ladder=faithful" if stage.phase.settings.ladder.exact else "ladder=exact, ladder=faithful"
+    is_exact, request = stage.phase.settings.ladder.exact, stage.rungs.ladder[0].settings
+    exact = "ladder=exact, " if not is_exact and stage.run.judge.may_keep_model(request) else ""
     return (
         f"capacity: {capacity.description}\n{_shortage(stage, attempts)}{describe_users(capacity.device)}\n"
         f"what to try: a larger memory.limit{_enough(stage, attempts)}, closing other programs on the card, "
-        f"{ladders}, a smaller model.name, data.image_size or trainer.micro_batch_size"
+        f"{exact}ladder=faithful, a smaller model.name, data.image_size or trainer.micro_batch_size"
     )
 
 

@@ -583,7 +583,12 @@ def test_an_exhausted_ladder(cli: Any, tmp_path: Path) -> None:
     text = message(ended)
     tried = result(tmp_path / "out")["attempts"]
     assert len(tried) == 9
-    assert all(f"  {entry['rung']}: {entry['outcome']}" in text for entry in tried)
+    skipped = [entry for entry in tried if entry["outcome"] == "skipped"]
+    assert all(f"  {entry['rung']}: oom" in text for entry in tried if entry not in skipped)
+    names = ", ".join(entry["rung"] for entry in skipped)
+    needs = ", ".join(f"{entry['predicted_bytes'] / 2**20:.0f}" for entry in skipped)
+    assert f"  predicted not to fit: {names} ({needs} MiB)\n" in text
+    assert "ladder=exact" not in text  # weights and gradients alone are more
     assert "peak" in text
     assert all(t in text for t in ("capacity: a simulated card of 11 MiB", "no other process", "what to try"))
     assert result(tmp_path / "out")["outcome"] == "exhausted"

@@ -136,6 +136,18 @@ def test_an_interrupt_gives_two_lines(execute: Execute) -> None:
     assert output(went_on).endswith("\n1\n")
 
 
+def test_a_mistake_is_its_message(execute: Execute) -> None:
+    mistake = "from adaptive_trainer import compose_config\ncompose_config(['trainr.epochs=3'])"
+    everything = "import os\nos.environ['HYDRA_FULL_ERROR'] = '1'\n" + mistake
+    notebook = notebook_of(mistake, everything, fails=0)
+    notebook.cells[1].metadata["tags"] = ["raises-exception"]
+    short, long = ([out["traceback"] for out in cell["outputs"]] for cell in execute(notebook))
+    said = "ConfigError: there is no setting trainr.epochs; did you mean trainer.epochs?"
+    assert short == [[said]]
+    assert "\n".join(long[0]).startswith("Traceback")
+    assert said in long[0][-1]
+
+
 def test_the_quick_start_is_kept_without_outputs() -> None:
     notebook = nbformat.read(QUICK_START, as_version=4)
     nbformat.validate(notebook)
