@@ -287,20 +287,21 @@ def _choose(cfg: DictConfig, group: str, choice: str) -> None:
 def _compose_alone(override: str, search_path: str) -> DictConfig:
     from hydra import compose
 
-    if _is_running_ours():
+    if is_running_ours():
         return compose(overrides=[override])  # with the folders of the command line
     with _own_hydra():
         return compose(overrides=[override, *([search_path] if search_path else [])])
 
 
-def _is_running_ours() -> bool:
+def is_running_ours() -> bool:
+    """Whether this is the command line, where Hydra runs with the configs of this package."""
     from hydra.core.global_hydra import GlobalHydra
 
     hydra = GlobalHydra.instance()
     if not hydra.is_initialized():
         return False
-    folders = [source.path for source in hydra.config_loader().get_search_path().get_path()]
-    return f"file://{config_dir()}" in folders
+    folders = [source.path.removeprefix("file://") for source in hydra.config_loader().get_search_path().get_path()]
+    return config_dir() in folders
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from adaptive_trainer.config.schema import Config
+from adaptive_trainer.config.schema import Config, DataConfig
 from adaptive_trainer.data.datasets import MapDataset, build_datasets, sample_name
 from adaptive_trainer.data.images.files import ImageFiles
-from adaptive_trainer.data.images.folders import class_folders, evaluation_folder
+from adaptive_trainer.data.images.folders import TARGET, class_folders, evaluation_folder, split_folder
 from adaptive_trainer.errors import ConfigError, DataError
 from adaptive_trainer.inference.model import Trained
 from adaptive_trainer.inference.passes import Passes
 from adaptive_trainer.report.result import OfClass
 from adaptive_trainer.utils.files import as_json, refused_by_disk, write_whole
+
+log = logging.getLogger(__name__)
 
 TOP = 5
 MISTAKES = 20  # that are listed
@@ -131,6 +134,8 @@ def _measured(
 def of_folder(trained: Trained, root: str | Path) -> tuple[MapDataset, str]:
     """The images in ROOT/test/CLASS, else ROOT/val/CLASS, else ROOT/CLASS, labelled as the network's classes.
 
+    Those of the folder that the network was trained on are evaluated too, and a warning says what they are.
+
     Raises:
         DataError: there are none, or the network does not know one of the classes.
     """
@@ -139,7 +144,17 @@ def of_folder(trained: Trained, root: str | Path) -> tuple[MapDataset, str]:
     data = ImageFiles(folder, trained.classes)
     if not len(data):
         raise DataError(f"{folder} has no images in its class folders; give one with CLASS/image.jpg")
+    if _is_of_training(folder, trained.config.data):
+        log.warning("%s was trained on: the figures say little about new images", folder)
     return data, str(folder)
+
+
+def _is_of_training(folder: Path, data: DataConfig) -> bool:
+    root = data.train.get("root")
+    if data.train.get("_target_") != TARGET or not root or not Path(root).expanduser().is_dir():  # it may have moved
+        return False
+    train = split_folder(root, "train")
+    return train is not None and train.samefile(folder)
 
 
 def of_settings(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 from adaptive_trainer.data.images.files import Photos, find_photos
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.inference.passes import Passes
-from adaptive_trainer.utils.files import as_csv, refused_by_disk, replacing
+from adaptive_trainer.utils.files import as_csv, as_json, refused_by_disk, replacing
 
 TOP = 5  # classes that are named for each photo
 DIGITS = 6  # of a probability in files
@@ -75,7 +74,8 @@ class Files:
         with self._writing():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._files = [self._stack.enter_context(replacing(self._folder / name)) for name in (CSV, JSON)]
-            self._write("", f'{{"model": {json.dumps(str(self._model))}, "predictions": [')
+            # by the byte order mark Excel knows that it is UTF-8
+            self._write("\ufeff", f'{{"model": {as_json(str(self._model))}, "predictions": [')
         return self
 
     def add(self, found: Prediction) -> None:
@@ -86,7 +86,7 @@ class Files:
             known = place < len(shares)
             row[f"class_{place + 1}"] = found.classes[place] if known else ""
             row[f"probability_{place + 1}"] = shares[place] if known else ""
-        content = json.dumps({"path": found.path, "classes": found.classes, "probabilities": shares})
+        content = as_json({"path": found.path, "classes": found.classes, "probabilities": shares})
         with self._writing():
             self._write(as_csv([row], with_header=self._is_first), f"{'' if self._is_first else ','}\n{content}")
         self._is_first = False

@@ -61,6 +61,11 @@ def format_bytes(n: int | None) -> str:
     return f"{n} bytes"
 
 
+def in_mib(n: int) -> str:
+    """Bytes for people in MiB whatever their size, to stand beside others: `34 MiB`, `4.0 MiB`."""
+    return f"{n / 2**20:.{0 if n >= 10 * 2**20 else 1}f} MiB"
+
+
 def snapshot(device: torch.device) -> Usage:
     """What is used of a CUDA device, or of the simulated device in use; zeros where neither is known."""
     if device.type == "cuda":

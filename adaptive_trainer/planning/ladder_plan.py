@@ -10,7 +10,7 @@ from typing import Any
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
-from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.memory.usage import format_bytes, in_mib
 from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.planning.concrete import is_enough, predicted
 from adaptive_trainer.planning.device_spec import DeviceSpec
@@ -59,8 +59,8 @@ class Plan:
         if self.perhaps or not needs:
             return f"no rung is sure to fit{perhaps}"
         need, name = min(needs)
-        lacks = format_bytes(need - self.spec.capacity)
-        return f"no rung fits: the smallest, {name}, is predicted to need {format_bytes(need)}, {lacks} too much"
+        lacks = in_mib(need - self.spec.capacity)
+        return f"no rung fits: the smallest, {name}, is predicted to need {in_mib(need)}, {lacks} too much"
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the rung to land on, and what each needs."""

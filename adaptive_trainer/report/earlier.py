@@ -12,9 +12,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from adaptive_trainer.config.overrides import is_running_ours
 from adaptive_trainer.errors import CheckpointError, override
 from adaptive_trainer.utils.files import alone, as_json, existing_checkpoint, refused_by_disk, write_whole
-from adaptive_trainer.utils.screen import nearby
+from adaptive_trainer.utils.screen import COMMAND, nearby
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")  # only Hydra's ROOT/DATE/TIME says that the folders beside are runs as well
 LAST = Path("checkpoints", "last.pt")
@@ -220,3 +221,8 @@ def way_on(output_dir: Path) -> str:
     """The overrides with which the run in this folder goes on."""
     is_usual = DAY.fullmatch(output_dir.absolute().parent.name)
     return "resume=auto" if is_usual else f"resume=auto {override('output_dir', nearby(output_dir))}"
+
+
+def to_type(output_dir: Path) -> str:
+    """What the run in this folder goes on with: a command in a shell; overrides in Python, where code belongs to it."""
+    return f"{COMMAND} {way_on(output_dir)}" if is_running_ours() else way_on(output_dir)

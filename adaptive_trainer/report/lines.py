@@ -9,12 +9,14 @@ from textwrap import shorten
 from typing import Any
 
 from adaptive_trainer.ladder.descent import IN_WORDS, Attempt, Outcome
-from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.memory.usage import format_bytes, in_mib
 from adaptive_trainer.recipe import Recipe, plan_in_words
 from adaptive_trainer.report.listeners import Candidate, Listener
 from adaptive_trainer.utils.screen import duration
 
 log = logging.getLogger(__name__)
+
+MANY = 50  # updates of an epoch, beside which the slow first ones do not count
 
 
 class Lines(Listener):
@@ -22,6 +24,7 @@ class Lines(Listener):
 
     def __init__(self) -> None:
         self._candidate: Candidate | None = None
+        self._is_warm = False  # an epoch has been trained
         self._failed: list[Attempt] = []  # since the last rung that fitted
 
     def candidate(self, rung: Candidate) -> None:
@@ -54,7 +57,9 @@ class Lines(Listener):
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """Log an epoch's losses, accuracy and time."""
         epoch, accuracy = row["epoch"], row["val_accuracy"]  # NaN where the network gives no scores by class
-        left = f", {duration(row['seconds'] * (epochs - epoch))} left" if epoch < epochs else ""
+        is_known = epoch < epochs and (self._is_warm or row["updates"] >= MANY * epoch)
+        left = f", {duration(row['seconds'] * (epochs - epoch))} left" if is_known else ""
+        self._is_warm = True
         log.info(
             "epoch %d/%d: loss %.3f, val loss %.3f, val accuracy %s, %s%s",
             epoch, epochs, row["train_loss"], row["val_loss"],
@@ -109,7 +114,7 @@ def _tried(rung: Candidate) -> str:
     said = f"rung {rung.name}{_predicted(rung)}"
     if rung.need is None or rung.room is None or rung.need <= rung.room:
         return said
-    lacks = f"{said}; that is {format_bytes(rung.need - rung.room)} too much, "
+    lacks = f"{said}; that is {in_mib(rung.need - rung.room)} too much, "
     return lacks + ("and no rung is predicted to fit" if rung.is_last_resort else "but it may fit")
 
 

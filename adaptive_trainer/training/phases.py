@@ -16,7 +16,7 @@ from adaptive_trainer.errors import LadderExhausted, explained
 from adaptive_trainer.ladder.descent import Attempt
 from adaptive_trainer.ladder.resolve import changed
 from adaptive_trainer.ladder.rung import Rung
-from adaptive_trainer.memory.usage import describe_users, format_bytes
+from adaptive_trainer.memory.usage import describe_users, in_mib
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.stage import Stage
 from adaptive_trainer.training.trial import Weights
@@ -98,7 +98,7 @@ def _shortage(stage: Stage, attempts: Sequence[Attempt]) -> str:
     known = [entry for entry in attempts if entry.predicted_bytes is not None]
     if not known or room is None or (need := known[-1].predicted_bytes or 0) <= room:
         return ""
-    lacking, predicted, there = map(format_bytes, (need - room, need, room))
+    lacking, predicted, there = map(in_mib, (need - room, need, room))
     return f"short of {lacking}: rung {known[-1].rung} is predicted to need {predicted}, and there are {there}\n"
 
 

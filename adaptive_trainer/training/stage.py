@@ -15,7 +15,7 @@ from adaptive_trainer.ladder.resolve import with_batch_size, with_plan
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.models.optimizers import kind_of_state
-from adaptive_trainer.report.earlier import way_on
+from adaptive_trainer.report.earlier import to_type
 from adaptive_trainer.report.lines import figures
 from adaptive_trainer.report.listeners import Candidate
 from adaptive_trainer.training.epochs.loop import Loop
@@ -222,7 +222,7 @@ class Stage:
             self.keeper,
             run.stop,
             leave=lambda: self.climbing.is_due(rung, session.state.finished_epochs),
-            way_on=way_on(run.record.folder),
+            way_on=to_type(run.record.folder),
             leaves_thrashing=rung.settings.ladder.avoid_thrashing and not self.rungs.is_last(rung),
         )
 

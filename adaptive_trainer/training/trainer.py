@@ -61,7 +61,7 @@ from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.report.earlier import LAST, left_by_earlier, way_on
+from adaptive_trainer.report.earlier import LAST, left_by_earlier, to_type, way_on
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.lines import Lines
 from adaptive_trainer.report.listeners import Finished, trackers
@@ -81,7 +81,7 @@ from adaptive_trainer.training.stage import Stage
 from adaptive_trainer.training.uses import Uses
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
-from adaptive_trainer.utils.screen import showing
+from adaptive_trainer.utils.screen import is_shown, showing
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,8 @@ class Trainer(Uses):
             of_all = ", the highest that is predicted to fit for all jobs of the sweep" * start.cfg.ladder.same_rung
             yield f"training begins at rung {at} (ladder.start){of_all}"
         if self._own_model is not None:
-            yield f"the network is made by the caller; model.name={start.cfg.model.name} is handed to what makes it"
+            name = start.cfg.model.name
+            yield f"your own network is used; model.name={name} is only handed to the function that makes it"
         loss = None if self._loss is None else self._loss.loss
         if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             yield "the loss has parameters, which nothing trains: the optimizer is given the network's alone"
@@ -309,14 +310,16 @@ class Trainer(Uses):
         is_typed = not is_own and self._loss is None and self._data == (None, None) and not result.stages
         epochs = 2 * stage.trial.opened.state.finished_epochs
         more = f"{way_on(self.output_dir)} trainer.epochs={epochs}" if is_typed else ""
-        kept = stage.run.judge.kept_by_exact(stage.phase.settings, done.rung.settings)
+        kept = ""
+        if is_shown(logging.INFO):  # for it plans a whole ladder, which takes seconds
+            kept = stage.run.judge.kept_by_exact(stage.phase.settings, done.rung.settings)
         log.info("%s", summary(result, finished, way_on=more, kept=kept))
 
     def _left(self) -> str:
         """What there is to go on with after a stop at once, in words."""
         if (self.output_dir / LAST).exists():
-            return f"go on from the last checkpoint with {way_on(self.output_dir)}"
-        return f"nothing is saved; {way_on(self.output_dir)} begins again with the same settings"
+            return f"go on from the last checkpoint with {to_type(self.output_dir)}"
+        return f"nothing is saved; {to_type(self.output_dir)} begins again with the same settings"
 
     def _shortage(self, error: BaseException) -> UserError | None:
         """What to say of memory that ran out where no rung can answer it; None for other errors."""
@@ -325,7 +328,7 @@ class Trainer(Uses):
             return None
         return UserError(
             f"out of memory beside training ({failure.type_name}: {failure.text}). Close other programs or lower "
-            f"data.num_workers; a run that has left a checkpoint goes on with {way_on(self.output_dir)}"
+            f"data.num_workers; a run that has left a checkpoint goes on with {to_type(self.output_dir)}"
         )
 
 

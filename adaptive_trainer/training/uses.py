@@ -20,7 +20,7 @@ from adaptive_trainer.inference.model import Trained, load
 from adaptive_trainer.inference.passes import Passes, opened
 from adaptive_trainer.inference.predict import Prediction, photos_of, predictions
 from adaptive_trainer.planning.networks import ModelFactory
-from adaptive_trainer.report.earlier import way_on
+from adaptive_trainer.report.earlier import to_type
 from adaptive_trainer.report.record import Record
 from adaptive_trainer.training.epochs.stopping import StopSignal
 from adaptive_trainer.training.session import Session
@@ -97,7 +97,7 @@ class Uses:
             if stop.name:
                 raise Interrupted(
                     f"stopped by {stop.name} while the test images were evaluated, training is finished and saved; "
-                    f"evaluate them with {way_on(self.output_dir)}"
+                    f"evaluate them with {to_type(self.output_dir)}"
                 )
 
         session.update.free_copies()  # of the last session, which makes no more updates

@@ -101,8 +101,9 @@ def as_csv(rows: Sequence[dict[str, Any]], *, with_header: bool = True) -> str:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON of plain data; a number that is not finite is null."""
-    return json.dumps(_plain(value), indent=indent, allow_nan=False, default=str)
+    """JSON of plain data, letters of all languages as they are; a number that is not finite is null."""
+    text = json.dumps(_plain(value), indent=indent, allow_nan=False, default=str, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # names of files may hold bytes that are no text
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 DRAWN_EVERY = 0.1  # seconds
 ROOM_FOR_BAR = 12  # columns beside the figures, with fewer there is no bar
+WARM_UP = 3  # the first parts of a pass, which are slow: the rate is that of the others
 LEAST_PAUSE, LONGEST_PAUSE = 5.0, 60.0  # seconds between two lines
 PAUSE_SHARE = 0.25  # of the time that has passed: lines become rarer as a pass goes on
 
@@ -47,9 +48,10 @@ class Progress:
         step: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._what, self._total, self._done, self._first = what, total, done, done
+        self._what, self._total, self._done, self._parts = what, total, done, 0
         self._figures, self._later, self._step, self._clock = figures, later, step, clock
         self._started = self._last = clock()
+        self._begun = self._warm = (done, self._started)  # images and time
         self._bar = _bar(total, done)
 
     def __enter__(self) -> Progress:
@@ -65,6 +67,9 @@ class Progress:
         """So many more are done."""
         self._done += images
         now = self._clock()
+        self._parts += 1
+        if self._parts == WARM_UP:
+            self._warm = (self._done, now)
         if self._bar is not None:
             if now - self._last >= DRAWN_EVERY or self._done >= self._total:
                 self._last = now
@@ -78,13 +83,16 @@ class Progress:
 
     def _said(self) -> list[str]:
         """Counts, time left, rate and the figures, in the order of their importance."""
-        seconds = self._clock() - self._started
-        rate = (self._done - self._first) / seconds if seconds else 0.0
+        is_warm = self._parts > WARM_UP
+        first, since = self._warm if is_warm else self._begun
+        seconds = self._clock() - since
+        rate = (self._done - first) / seconds if seconds else 0.0
         counts = (-(-images // (self._step or 1)) for images in (self._done, self._total))
         said = ["/".join(map(str, counts)) + ("" if self._step else " images")]
+        if rate and is_warm:
+            said.append(f"{duration((self._total - self._done + self._later) / rate)} left")
         if rate:
-            left = duration((self._total - self._done + self._later) / rate)
-            said += [f"{left} left", f"{rate:.3g} img/s"]
+            said.append(f"{rate:.3g} img/s")
         return [*said, *filter(None, self._figures())]
 
     def _draw(self) -> None:

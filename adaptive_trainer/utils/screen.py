@@ -24,6 +24,7 @@ COMMAND = "python -m adaptive_trainer"  # what people type
 QUOTED = re.compile(r"""(?<![^\s(=\['"])(['"]).+?\1(?=[\s,.;:)\]'"]|$)""")
 LABEL = re.compile(r"[a-z][a-z ]{,20}:(?= )")  # what a line is about
 BOLD, RED, YELLOW, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
+MOST_BLANKS = 8  # in a path that is kept whole
 NO_BREAK = "\0"  # stands for a space where a line must not be broken
 
 
@@ -100,8 +101,24 @@ def _broken(line: str, columns: int) -> str:
         return line
     indent = (len(line) - len(line.lstrip()) + 2) * " "
     whole = QUOTED.sub(lambda found: found[0].replace(" ", NO_BREAK), line)  # as in paths, which are copied too
-    lines = wrap(whole, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    lines = wrap(_with_paths(whole), columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace(NO_BREAK, " ")
+
+
+def _with_paths(line: str) -> str:
+    """The line with no break in paths that have blanks: of words that are a path together, as there is one."""
+    words, done = line.split(" "), list[str]()
+    while words:
+        ends = (end for end in range(min(MOST_BLANKS + 1, len(words)), 1, -1) if _is_path(" ".join(words[:end])))
+        end = next(ends, 1)
+        done.append(NO_BREAK.join(words[:end]))
+        words = words[end:]
+    return " ".join(done)
+
+
+def _is_path(text: str) -> bool:
+    path = text.rpartition("=")[2].rstrip(",.;:)")
+    return os.sep in path and os.path.exists(path)  # False, too, for what cannot be one
 
 
 @contextmanager

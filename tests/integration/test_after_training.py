@@ -47,7 +47,7 @@ def test_predict(cli: Any, trained: Path) -> None:
     lines = narrow(cli("task=predict", "data.root=photos", "memory.limit=none", "verbosity=normal"))
     assert "cannot be read, and left out: photos/broken.jpg" in lines
     assert lines[-1] == "predictions: out/predictions.csv, and predictions.json beside it"
-    with (trained / "out" / "predictions.csv").open(newline="") as file:
+    with (trained / "out" / "predictions.csv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * (8 + 4 + 5) + 1
     assert [row["class_1"] for row in rows if row["path"] == "photos/broken.jpg"] == [""]
@@ -68,6 +68,12 @@ def test_evaluate(cli: Any, trained: Path) -> None:
     result = json.loads((trained / "run" / "result.json").read_text())
     assert found["accuracy"] == result["metrics"]["test_accuracy"]
     assert f"accuracy {100 * found['accuracy']:.2f} %, F1 {found['f1']:.3f} (macro), 15 images" in lines
+
+
+def test_evaluate_what_it_was_trained_on(cli: Any) -> None:
+    lines = narrow(cli("task=evaluate", "data.root=photos/train", "memory.limit=none"))
+    assert lines[0] == "photos/train was trained on: the figures say little about new images"
+    assert "trained on" not in " ".join(narrow(cli("task=evaluate", "data.root=photos/val", "memory.limit=none")))
 
 
 def test_export(cli: Any, trained: Path) -> None:

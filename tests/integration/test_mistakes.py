@@ -123,6 +123,14 @@ def test_options_may_stand_anywhere(launcher: Launcher, folder: Path) -> None:
     assert swept.out.count("lands on rung requested") == 2
 
 
+def test_a_stage_may_choose_from_a_folder_of_ones_own(launcher: Launcher, folder: Path) -> None:
+    (folder / "mine" / "ladder" / "own.yaml").write_text("rungs: [{name: two, overrides: [trainer.batch_size=2]}]")
+    stage = "phases.stages=[{name:a,overrides:['ladder=own']}]"
+    ended = launcher.run("task=plan", "card=t4", "--config-dir", "mine", *SMALL[:-2], stage, folder=folder)
+    assert ended.code == 0, ended.text
+    assert "two" in ended.out
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -63,7 +63,7 @@ def test_every_line_fits_the_terminal(columns: int, tmp_path: Path) -> None:
     report = f"report={str(columns == 80).lower()}"  # a line at any width, and seconds
     shown = on_terminal(columns, ["-m", "adaptive_trainer", *SMALL, report], tmp_path, NO_COLOR="1")
     assert "\x1b[3" not in shown  # no colours
-    assert re.search(r"epoch 1/2: \d/2, \d+ s left, [\d.]+ img/s", shown)
+    assert re.search(r"epoch 1/2: \d/2, [\d.]+ img/s", shown)
     lines = [piece for line in shown.splitlines() for piece in line.split("\r")]
     long = [line for line in lines if len(line) > columns and " " in line.strip() and COMMAND not in line]
     assert not [line for line in long if "outputs/" not in line]  # which is a word of its own
@@ -107,6 +107,16 @@ def test_what_is_copied_is_not_broken(quoted: str) -> None:
     assert quoted in broken
     assert broken.replace("\n  ", " ") == text
     assert all(len(line) <= 40 or quoted in line for line in broken.splitlines())
+
+
+@pytest.mark.parametrize("before", ["report: ", "the earlier run in ", "nothing is to be found in data.root="])
+def test_a_path_with_blanks_is_not_broken(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "my photos of" / "a long day"
+    path.mkdir(parents=True)
+    line = f"{before}{path}, which is only there to be broken in two or three lines"
+    assert str(path) in _broken(line, 60)
+    path.rmdir()
+    assert str(path) not in _broken(line, len(before) + len(str(path)) - 4)  # by chance these words are no path
 
 
 def test_the_end_names_what_there_is_and_what_to_type(launcher: Launcher, tmp_path: Path) -> None:
@@ -257,6 +267,25 @@ def test_updates_are_counted_where_a_step_is_given(caplog: pytest.LogCaptureFixt
     assert caplog.messages[0].startswith("epoch 1/1: 3/13, ")
 
 
+def test_time_left_is_not_that_of_the_slow_first_updates(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    with caplog.at_level("INFO"), Progress("epoch 1/1:", 800, step=8, clock=lambda: now) as progress:
+        for seconds in (20, 20, 20, 1, 1, 1, 1, 1, *[1] * 20):
+            now += seconds
+            progress.advance(8)
+    first, *_, last = caplog.messages
+    assert first == "epoch 1/1: 1/100, 0.4 img/s"
+    assert re.fullmatch(r"epoch 1/1: (1\d|2\d)/100, \d\d s left, 8 img/s", last)
+    lines = Lines()
+    row = {"val_accuracy": 0.5, "train_loss": 1.0, "val_loss": 1.0}
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        lines.epoch({**row, "epoch": 1, "updates": 6, "seconds": 16.0}, 25)
+        lines.epoch({**row, "epoch": 2, "updates": 12, "seconds": 0.6}, 25)
+        Lines().epoch({**row, "epoch": 1, "updates": 100, "seconds": 16.0}, 25)
+    assert ["left" in line for line in caplog.messages] == [False, True, True]
+
+
 def test_no_line_of_progress_for_what_is_quick(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), Progress("evaluation:", 3, clock=lambda: 1.0) as progress:
         progress.advance(3)
@@ -290,7 +319,7 @@ def test_the_plan_says_that_nothing_fits_and_by_how_much(caplog: pytest.LogCaptu
         Lines().candidate(Candidate("small", recipe, recipe, 30 * 2**20, 28 * 2**20))
     assert caplog.messages == [
         "plan: rung small, predicted 278 of 20 MiB; that is 258 MiB too much, and no rung is predicted to fit",
-        "plan: rung small, predicted 30 of 28 MiB; that is 2048 KiB too much, but it may fit",
+        "plan: rung small, predicted 30 of 28 MiB; that is 2.0 MiB too much, but it may fit",
     ]
 
 

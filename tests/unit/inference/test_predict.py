@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import logging
@@ -190,14 +191,19 @@ def test_the_files(best: Path, tmp_path: Path) -> None:
         for each in found:
             files.add(each)
         assert not list(tmp_path.glob("out/predictions.???"))  # until they are whole
-    with (tmp_path / "out" / "predictions.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with (tmp_path / "out" / "predictions.csv").open(
+        encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:
         rows = list(csv.reader(file))
     assert rows == [
         ["path", "class_1", "probability_1", "class_2", "probability_2"],
         [odd, "a, b", "0.75", "ü", "0.25"],
         ["broken.jpg", "", "", "", ""],
     ]
-    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == {
+    assert (tmp_path / "out" / "predictions.csv").read_bytes().startswith(codecs.BOM_UTF8)  # for Excel
+    text = (tmp_path / "out" / "predictions.json").read_text(encoding="utf-8")
+    assert '"ü"' in text
+    assert json.loads(text) == {
         "model": str(best),
         "predictions": [
             {"path": odd, "classes": ["a, b", "ü"], "probabilities": [0.75, 0.25]},
