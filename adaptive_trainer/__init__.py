@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LadderExhausted,
         ModelError,
         OutOfMemory,
+        PeerLost,
         Stopped,
         UserError,
     )
@@ -47,8 +48,8 @@ kernel_choices.keep_few()  # now: torch asks once, at its first convolution
 # below for `__getattr__`.
 __all__ = [
     "AdaptiveTrainerError", "Attempt", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable",
-    "DivergedError", "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "Result", "Rung", "Stopped",
-    "Trainer", "Transaction", "UserError", "__version__", "clear_gpu_memory", "compose_config", "descend",
+    "DivergedError", "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "PeerLost", "Result", "Rung",
+    "Stopped", "Trainer", "Transaction", "UserError", "__version__", "clear_gpu_memory", "compose_config", "descend",
     "is_out_of_memory", "limit_memory", "load_model", "make_ladder", "monitor_gpu_memory", "predict",
     "print_gpu_memory", "recompute", "run_plan",
 ]  # fmt: skip
@@ -58,7 +59,7 @@ _NAMES = {
     "config.overrides": ("compose_config",),
     "errors": (
         "AdaptiveTrainerError", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable", "DivergedError",
-        "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "Stopped",
+        "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "PeerLost", "Stopped",
         "UserError",
     ),
     "inference.model": ("load_model",),

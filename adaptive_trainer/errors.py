@@ -10,6 +10,7 @@
     |- OutOfMemory                           -        one attempt ran out of memory; the descent answers it
     |- LadderExhausted                       exit 3   no rung fits
     |- DeviceUnusable                        exit 4   the device answers nothing any more
+    |- PeerLost                              exit 5   another rank of the run has ended, or hangs
     `- Interrupted                           exit 75  stopped by a signal, state saved, can be resumed
        `- Stopped                            exit 130 stopped at once: nothing was to be saved
 
@@ -125,6 +126,12 @@ class DeviceUnusable(AdaptiveTrainerError):
     """After an error the device answers nothing any more; only a new process can use it."""
 
     exit_code = 4
+
+
+class PeerLost(AdaptiveTrainerError):
+    """Another rank of the run has ended, or is silent for too long."""
+
+    exit_code = 5
 
 
 class Interrupted(AdaptiveTrainerError):

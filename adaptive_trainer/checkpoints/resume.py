@@ -17,12 +17,14 @@ from adaptive_trainer.config.overrides import asked, names_data, stage_names, wi
 from adaptive_trainer.config.schema import USUAL, Config, OptimizerConfig
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.splitting import RANDOM, Split
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import CheckpointError, explained
 from adaptive_trainer.ladder.resolve import WHOLE
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report import earlier
 from adaptive_trainer.step.undo import TrainState
+from adaptive_trainer.utils.launch import restarts
 
 
 @dataclass
@@ -53,7 +55,10 @@ def start(cfg: DictConfig, output_dir: Path, *, has_data: bool = False) -> Start
             and nothing says what a new one would train on.
         ConfigError: what was typed does not suit the saved settings.
     """
-    found = earlier.find(cfg.resume, output_dir, may_begin=has_data or names_data(cfg))
+    # ranks that torchrun has started anew go on with what they have left
+    meant = cfg.resume or ("auto" if restarts() else None)
+    may_begin = has_data or names_data(cfg) or cfg.resume is None
+    found = peers().decided(lambda: earlier.find(meant, output_dir, may_begin=may_begin))
     wanted = asked(cfg)
     saved = None if found.checkpoint is None else load(found.checkpoint)
     if saved is not None and found.checkpoint is not None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -46,6 +47,7 @@ from adaptive_trainer.errors import (
 from adaptive_trainer.ladder.resolve import resolve, stages
 from adaptive_trainer.report.earlier import begin, fail, find
 from adaptive_trainer.utils.files import existing_checkpoint
+from adaptive_trainer.utils.launch import rank, restarts
 from adaptive_trainer.utils.screen import show, show_error, showing, silence
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def main() -> None:
             return
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
         sys.argv[1:] = options_first([as_list(readable(text), is_sweep) for text in sys.argv[1:]])
-        with _wrapped() if "--help" in sys.argv else nullcontext():
+        with _wrapped() if "--help" in sys.argv else nullcontext(), _own_folder() if rank() else nullcontext():
             hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except SystemExit:
         if not codes:  # Hydra's own: that of a job ends a sweep, and the exit code is the largest of all jobs
@@ -93,6 +95,14 @@ def main() -> None:
         codes.append(1 if ours is None else ours.exit_code)
     if any(codes := [*codes, *codes_left()]):
         sys.exit(max(codes))
+
+
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    """Let Hydra write what it says of another rank than the first into a folder that nobody looks at."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        sys.argv += [f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+        yield
 
 
 @contextmanager
@@ -229,7 +239,9 @@ def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
         with when_stopped(lambda: f"task={cfg.task} is not finished, and has to begin again"):
             return RUN[cfg.task](cfg, folder)
     else:
-        if cfg.resume is None:  # the import of torch takes seconds, in which the run may be stopped
+        if (
+            cfg.resume is None and not rank() and not restarts()
+        ):  # the import of torch takes seconds, in which the run may be stopped
             begin(folder, frozen(cfg))
         with _uncollected():
             from adaptive_trainer.training.trainer import Trainer

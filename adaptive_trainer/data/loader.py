@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +18,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from adaptive_trainer import oom
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.images.transforms import build_transform
-from adaptive_trainer.data.position import Key, Position, updates_per_epoch
+from adaptive_trainer.data.position import Key, Position, part_of, updates_per_epoch
 from adaptive_trainer.data.samples import EVALUATION, Both, Samples
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import OutOfMemory
 
 SECONDS_AFTER_SIGTERM = 30
@@ -91,6 +93,7 @@ class Loader(SampleLoader):
             for part, training in ((data.train, True), (data.val, False))
         )
         self._val_size, self._batch_size = len(data.val), batch_size
+        self._peers = peers()
         self._begun: tuple[Position, Generator[Batch, None, None]] | None = None
         most = max(updates_per_epoch(size, batch_size) for size in (len(data.train), len(data.val)))
         # more workers than batches would have nothing to do
@@ -98,19 +101,32 @@ class Loader(SampleLoader):
 
     def begin(self, position: Position) -> None:
         """Let the workers start, and read the first batches from `position` on; `train` from there returns these."""
-        self._begun = position, self.start(position.batches(self._batch_size))
+        self._begun = position, self._shared(position.batches(self._batch_size))
 
     def train(self, position: Position) -> Generator[Batch, None, None]:
         """The rest of the epoch from `position` on, one batch an update, augmented."""
         begun, self._begun = self._begun, None
         if begun is not None and begun[0] == position:
             return begun[1]
-        return self.start(position.batches(self._batch_size))
+        return self._shared(position.batches(self._batch_size))
 
     def evaluate(self, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
-        """The validation set in order, from sample `start` on, not augmented."""
+        """The validation set in order, from sample `start` on, not augmented; so many samples for each rank."""
         self._begun = None  # a pass ends the one before it
-        return self.start(in_order(start, self._val_size, batch_size))
+        return self._shared(in_order(start, self._val_size, self._peers.size * batch_size))
+
+    def _shared(self, batches: Iterable[list[Key]]) -> Generator[Batch, None, None]:
+        """A pass over this rank's part of each batch; the samples that one stands for are those of all ranks."""
+        rank, ranks = self._peers.rank, self._peers.size
+        sizes = deque[int]()
+
+        def parts() -> Iterator[list[Key]]:
+            for batch in batches:
+                sizes.append(len(batch))
+                yield part_of(batch, rank, ranks)
+
+        running = self.start(batches if ranks == 1 else parts())
+        return running if ranks == 1 else (batch._replace(samples=sizes.popleft()) for batch in running)
 
 
 def in_order(start: int, stop: int, batch_size: int) -> list[list[Key]]:

@@ -10,11 +10,12 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T", list[Any], np.ndarray[Any, Any])
 Key = tuple[int, int, int]  # (seed, epoch, index of the sample in the data set)
 
 
@@ -129,3 +130,25 @@ def micro_batches(samples: int, micro_batch_size: int, avoid_single: bool) -> li
         parts = max(1, min(parts, samples // 2))
     small, larger = divmod(samples, parts)
     return [small + 1] * larger + [small] * (parts - larger)
+
+
+def part_of(batch: T, rank: int, ranks: int) -> T:
+    """The samples of a batch that are on one rank."""
+    if ranks == 1:
+        return batch
+    start = samples_before(len(batch), rank, ranks)
+    return batch[start : samples_before(len(batch), rank + 1, ranks)]
+
+
+def samples_before(samples: int, rank: int, ranks: int) -> int:
+    """Those of a batch of so many that are on the ranks before this one."""
+    return sum(shares(samples, ranks)[:rank])
+
+
+def shares(samples: int, ranks: int) -> list[int]:
+    """Samples of an update on each rank, as even as possible, the larger ones first; no rank has one alone.
+
+    BatchNorm cannot train on one. Ranks that are left over have none.
+    """
+    parts = micro_batches(samples, math.ceil(samples / ranks), avoid_single=True) if samples else []
+    return parts + [0] * (ranks - len(parts))

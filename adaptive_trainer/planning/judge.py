@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from adaptive_trainer.config.schema import Config, ModelConfig
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.ladder.descent import Attempt, Outcome
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
@@ -53,6 +54,7 @@ class Judge:
         self._is_cuda = capacity.device.type == "cuda"
         self._card = torch.cuda.get_device_name(capacity.device) if self._is_cuda else "simulated"  # in keys
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
+        self._elsewhere: int | None = None  # the least room of a rank, as a descent began
         self._room_before = 0  # a dry run, in which kernels are loaded beside the allocator
         self._predictor = Predictor(
             DeviceSpec(capacity.description, self._is_cuda, capability_of(capacity.device), capacity.room()),
@@ -65,9 +67,14 @@ class Judge:
         )
         self._planner = Planner(self._predictor)
 
+    def _room(self) -> int | None:
+        """Bytes that training could hold now, on the rank that has the least."""
+        here = self.capacity.room()
+        return here if here is None or self._elsewhere is None else min(here, self._elsewhere)
+
     def planned(self, rung: Rung[Config]) -> Rung[Config]:
         """The rung with a plan of recomputation for the room that there is now, where its settings ask for one."""
-        room = self.capacity.room()
+        room = self._room()
         if room is not None:  # what has failed does not fit, whatever was predicted of it
             failed = [need for model, need, _ in self._failed if model == rung.settings.model]
             room = min([room, *(int(MARGIN * LESS * need) for need in failed)])  # the planner takes the margin off
@@ -79,7 +86,7 @@ class Judge:
 
     def assess(self, config: Config) -> tuple[str, int | None]:
         """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
-        room = self.capacity.room()
+        room = self._room()
         if room is None:
             return "", None
         prediction = self._predictor.recalled(config)
@@ -107,7 +114,7 @@ class Judge:
         )
 
     def _no_step(self, above: Config, config: Config) -> str:
-        room = self.capacity.room()
+        room = self._room()
         return "" if room is None else refusals.no_step(self._planner, above, config, room)
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
@@ -148,14 +155,14 @@ class Judge:
 
     def largest_batch(self, config: Config, most: int) -> int | None:
         """The largest batch size up to `most` that is predicted to fit; None where that is not known."""
-        room = self.capacity.room()
+        room = self._room()
         if room is None or (self._is_cuda and other_allocator()):
             return None
         return largest_batch(self._planner, config, room, most)[0]
 
     def learn(self, config: Config, entry: Attempt) -> None:
         """Remember how an attempt ended, on a CUDA card from one run to the next."""
-        room = self.capacity.room()
+        room = self._room()
         if room is None:
             return
         if entry.outcome == Outcome.OOM and entry.predicted_bytes is not None:
@@ -175,7 +182,7 @@ class Judge:
 
     def earlier_dry_run(self, config: Config) -> Measurement | None:
         """What a dry run of these settings came to on this card earlier, in no more room than there is now."""
-        room = self.capacity.room()
+        room = self._room()
         if room is None:
             return None
         self._room_before = room
@@ -189,6 +196,8 @@ class Judge:
 
     def begin(self) -> None:
         """Begin a new descent."""
+        rooms = [room for room in peers().gathered(self.capacity.room()) if room is not None]
+        self._elsewhere = min(rooms, default=None)
         self._failed.clear()  # what failed in the last one may fit again, as other processes end
         self._room_before = 0
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 import torch
 
 from adaptive_trainer.config.schema import Config
-from adaptive_trainer.data.position import micro_batches
+from adaptive_trainer.data.position import micro_batches, shares
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.ladder.resolve import recipe, stored_size
 from adaptive_trainer.models.losses import Criterion, Loss, build_loss
 from adaptive_trainer.models.optimizers import build_optimizer
@@ -137,6 +138,7 @@ class Predictor:
         stored = stored_size([config]) if self.stored_size is None else self.stored_size
         return replace(
             used,
+            batch_size=max(shares(used.batch_size, peers().size)),  # on the rank that has the most
             eval_batch_size=used.eval_batch(self.val_size),
             stored_size=stored if self.spec.cuda else 0,  # what waits on a CPU is not counted
             num_classes=self.networks.classes(config),

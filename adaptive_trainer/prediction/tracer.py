@@ -224,7 +224,7 @@ class _Traced(Program):
         images, labels = self._batch(total) if is_whole else (None, range(total))
         self.held: Any = images, labels, self._waiting(total)  # by who asks for the update, to its end
         self.run(images, labels, guard=self._watch)  # type: ignore[arg-type]
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
         if self.spec.undo and self.allocates:
             self._copy_before_step()
@@ -263,8 +263,8 @@ class _Traced(Program):
     def _copy_before_step(self) -> None:
         """The copies that an allocating step needs, which are made beside the gradients."""
         state = [t for t in tree_leaves(list(self.state.optimizer.state.values())) if isinstance(t, Tensor) and t.ndim]
-        averaged = self._parameters if self.spec.ema else []
-        changing = [*(p for p in self._parameters if p.requires_grad), *state, *averaged]
+        averaged = self.parameters if self.spec.ema else []
+        changing = [*(p for p in self.parameters if p.requires_grad), *state, *averaged]
         end, first = len(self.recorder.kinds), len(self.recorder.sizes)
         self.copies += [torch.empty_like(t, requires_grad=False) for t in changing]
         self.step_copies = first, len(self.recorder.sizes)

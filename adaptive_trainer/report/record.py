@@ -138,6 +138,7 @@ class Record(Listener):
         """Write result.json, again where more is known."""
         recipes = {"requested": result.requested.reported(), "used": result.used.reported()}
         content = {**asdict(result), **recipes, "accumulation": result.used.accumulation}
+        content["world_size"] = result.world_size
         self._write("result.json", as_json(content, indent=2) + "\n")
         self._written = result
 

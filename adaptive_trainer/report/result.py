@@ -29,6 +29,7 @@ class Result:
         attempts: every rung tried, in order.
         stages: for staged training, name, rung and metrics of each stage.
         output_dir: where the record and the checkpoints are.
+        ranks: device and peak of each.
     """
 
     outcome: str
@@ -42,6 +43,12 @@ class Result:
     output_dir: str
     stages: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks have trained."""
+        return max(1, len(self.ranks))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: rung and metrics, the rungs tried, what changed and why."""

@@ -54,7 +54,8 @@ class _DryRun:
     def __init__(self, update: Update, sizes: Recipe, odd: int) -> None:
         self.update = update
         self.sizes = sizes
-        self.odd = odd
+        most = update.agreement.most  # of several ranks: each has as many as the one with the most
+        self.whole, self.odd = most(sizes.batch_size), most(odd)
         program = update.program
         self.state, self.device = program.state, program.device
 
@@ -64,19 +65,19 @@ class _DryRun:
         if scaler.is_enabled():  # a step that overflows is left out, and would show nothing
             scaler.scale(torch.zeros((), device=self.device))  # makes its tensors where there are none
             scaler.update(1.0)
-        self.most = max(self.sizes.batch_size, self.odd)
+        self.most = max(self.whole, self.odd)
         self.made_up = self._made_up(self.most)
         self.batch = self._batches(self.most)
         self.update.note_held()
 
     def train(self) -> None:
-        whole = self.sizes.batch_size
+        whole, parts = self.whole, self.update.program.parts
         for _ in range(DRY_RUN_UPDATES):
             self.update.run(*self.batch(whole), samples=0)
         makes_copies = self.update.step_memory.may_allocate and self.update.on_cuda()
         for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
             self.update.run(*self.batch(whole), samples=0)
-        if self.update.largest_part(self.odd) > self.update.largest_part(whole):
+        if max(parts(self.odd), default=0) > max(parts(whole)):
             self.update.run(*self.batch(self.odd), samples=0)
         del self.batch  # evaluation has buffers of its own size
 

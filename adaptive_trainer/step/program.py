@@ -34,6 +34,7 @@ class Program:
     Attributes:
         phase: how far it has come, in words.
         avoid_single: no forward pass of one sample where there are more, as the network has BatchNorm.
+        whole: samples of the update on all ranks; None: those that it is given.
     """
 
     def __init__(self, state: TrainState, loss: Loss | Criterion, recipe: Recipe, device: torch.device) -> None:
@@ -45,8 +46,10 @@ class Program:
         self.phase = "begin"
         self.foreach: bool | None = None  # torch's choice of how gradients are clipped
         self.avoid_single = has_batch_norm(state.model)
+        self.whole: int | None = None
+        self._weights: list[Tensor] = []
         self._memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
-        self._parameters = list(state.model.parameters())
+        self.parameters = list(state.model.parameters())
         self._modules = list(state.model.modules())
         self._averaged = [] if state.ema is None else [module._buffers for module in state.ema.module.modules()]
 
@@ -56,15 +59,19 @@ class Program:
         labels: Tensor,
         accumulate: Accumulate | None = None,
         guard: Callable[[Change], None] | None = None,
+        gather: Callable[[list[Tensor], int], None] | None = None,
     ) -> None:
         """The whole update on images (N, C, H, W) and labels (N,); the gradients stay.
 
         Args:
             accumulate: makes the gradients instead of the method of that name.
             guard: is given `change`, and calls it once what it would destroy is kept.
+            gather: sums the gradients over the ranks, from the denominators of the parts and the samples here.
         """
         self.phase = "forward"
         (accumulate or self.accumulate)(images, labels)
+        if gather is not None:
+            gather(self._weights, len(labels))
         self.clip()
         if guard is None:
             self.change()
@@ -85,7 +92,7 @@ class Program:
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
-        total, weights = len(labels), []
+        total, weights = self.whole or len(labels), list[Tensor]()
         for part in self._split(images, labels):
             self.phase = "forward"
             x, y = self._placed(*part)
@@ -97,11 +104,15 @@ class Program:
             share = terms.share(total)
             state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             weights += [] if terms.weight is None else [terms.weight]
-        if len(weights) > 1:
-            correct(self._parameters, total, weights)
+        # the gradients of one part that is the whole are right
+        self._weights = weights if len(weights) > 1 or len(labels) < total else []
+        if self._weights and self.whole is None:  # else `gather` does, for all ranks
+            correct(self.parameters, total, weights)
 
     def _split(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         sizes = self.parts(len(labels))
+        if not sizes:
+            return []
         if len(sizes) == 1:
             return [(images, labels)]
         return zip(torch.split(images, sizes), torch.split(labels, sizes), strict=True)
@@ -145,7 +156,7 @@ class Program:
             for overflow in scaler._found_inf_per_device(state.optimizer).values():
                 state.meters["skipped"].add_(overflow)
         if self.recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self.recipe.clip_grad, foreach=self.foreach)
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad, foreach=self.foreach)
 
     def change(self, entering: Callable[[], None] | None = None) -> None:
         """Step, adapt the scale, average: from the first change of a weight on, only a copy can undo it.

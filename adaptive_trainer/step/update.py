@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.position import Position
+from adaptive_trainer.distributed.peers import Site
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
@@ -24,6 +25,7 @@ from adaptive_trainer.memory.one_piece import OnePiece
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
+from adaptive_trainer.step.agreement import Agreement, status_of
 from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.program import Accumulate, Change, Program, See
 from adaptive_trainer.step.undo import Progress, TrainState, Undo
@@ -41,6 +43,7 @@ class Update:
         kernels: whether they are the same with little memory.
         free_memory: in one piece or in several.
         step_memory: what is known of the memory that a step takes.
+        agreement: of the ranks.
 
     Args:
         state: what is trained.
@@ -65,8 +68,9 @@ class Update:
         self._undo.begin()  # its copies are made now, so that no update has to
         self._undo.end()
         weights = (parameter.nbytes for parameter in self._undo.parameters)
-        self.free_memory = OnePiece(capacity, weights, self.tensors, is_wanted=self.kernels.is_watched)
+        self.free_memory = OnePiece(capacity, weights, self._undo.tensors, is_wanted=self.kernels.is_watched)
         self.step_memory = StepMemory(state.optimizer, self._undo.parameters, device)
+        self.agreement = Agreement(self.program, self.step_memory, self._undo.parameters)
 
     @property
     def phase(self) -> str:
@@ -85,9 +89,9 @@ class Update:
             Exception: whatever is not about memory, unchanged, after a roll-back.
         """
         after = self.state.position.advance(samples)  # now, as nothing may fail between a step and its count
-        if len(labels):
-            kind = self._kind(images, labels)
-            self._transact("begin", kind, lambda: self.program.run(images, labels, accumulate, self._guard))
+        if self.agreement.begin(len(labels), samples):
+            kind, gather = self._kind(images, labels), self.agreement.gather
+            self._transact("begin", kind, lambda: self.program.run(images, labels, accumulate, self._guard, gather))
             for parameter in self._undo.parameters:
                 parameter.grad = None
         self.commit(after)
@@ -114,8 +118,9 @@ class Update:
         kind = self._kind(images, labels, evaluated=model)
 
         def work() -> tuple[float, float, float]:
-            found = self.program.evaluate(model.eval(), images, labels, see)
+            found = self.program.evaluate(model.eval(), images, labels, see) if len(labels) else (0.0, 0.0, 0.0)
             self.kernels.check()
+            self.agreement.evaluated()
             return found
 
         return self._transact("evaluation", kind, work)
@@ -126,7 +131,7 @@ class Update:
 
     def largest_part(self, samples: int) -> int:
         """Samples in the largest forward pass of an update."""
-        return max(self.program.parts(samples), default=0)
+        return max(self.program.parts(self.agreement.most(samples)), default=0)
 
     def with_largest_part(self, sizes: Iterable[int]) -> int:
         """The smallest of these sizes of updates that has the largest forward pass."""
@@ -184,15 +189,16 @@ class Update:
         self.kernels.check()
         if self._undo.can_move:
             self.program.follow_layouts()  # before the step, in which no memory may be needed that was not seen
-        memory = self.step_memory
-        memory.look()
-        if memory.may_allocate is not False:
-            is_unknown = memory.may_allocate is None
+        memory, agreement = self.step_memory, self.agreement
+        agreement.look()
+        if agreement.may_allocate is not False:
+            is_unknown = agreement.may_allocate is None
             self._undo.before_step(on_host=is_unknown, copies=not (is_unknown and self._is_dry_run))
         if memory.is_warm and memory.may_allocate is None:
             memory.measure(change)
         else:
             change()
+        agreement.after_step()
 
     def _transact(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T:
         """What the work returns, which is done wholly or leaves no trace; once more where memory runs out.
@@ -227,6 +233,8 @@ class Update:
                 if failure.kind is not oom.Kind.POISONED:
                     self._undo.roll_back()
                 raise
+            voted = status_of(error)
+        failure = self.agreement.settled(failure, voted, Site.EVALUATION if phase == "evaluation" else Site.UPDATE)
         self._recover(failure)  # after the handler, where nothing holds the frames of the failed work
         return failure
 

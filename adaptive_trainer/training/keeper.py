@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_trainer.checkpoints import checkpoint, packing
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session
 
@@ -44,7 +45,9 @@ class Keeper:
         return row
 
     def save(self, session: Session, *, is_best: bool = False) -> None:
-        """Write last.pt, and best.pt where these are the best weights so far."""
+        """Write last.pt, and best.pt where these are the best weights so far; of several ranks the first does."""
+        if not peers().is_first:
+            return
         content = self.content(session)
         if is_best:  # first: once last.pt is there, a resumed run takes this one for saved
             about = {key: content[key] for key in KEPT_WITH_THE_BEST}

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from adaptive_trainer.config.schema import LARGEST, Config
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt, Outcome, outcomes
 from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, changes, recipe, resolve
@@ -138,7 +139,7 @@ class Rungs:
             return ""
         key = repr(config)  # the same override may come to other settings once one above it is left out
         if key not in known:
-            known[key] = self._run.judge.refusal(above, config)
+            known[key] = peers().decided(lambda: self._run.judge.refusal(above, config))
         return known[key]
 
 
@@ -167,7 +168,7 @@ class Climbing:
         """Whether to leave this rung now, after so many epochs."""
         if not rung.settings.ladder.climb or epochs < self._at:
             return False
-        self.target = self._higher(rung)
+        self.target = peers().decided(lambda: self._higher(rung))
         return self.target >= 0
 
     def _higher(self, rung: Rung[Config]) -> int:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.checkpoints.optimizer_state import load_optimizer
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.data.position import Position, updates_per_epoch
-from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.data.position import Position, key_seed, updates_per_epoch
+from adaptive_trainer.distributed.peers import peers
+from adaptive_trainer.errors import ModelError, OutOfMemory
 from adaptive_trainer.ladder.resolve import recipe
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
@@ -95,6 +96,12 @@ class Session:
         return self.state.model if self.state.ema is None else self.state.ema.module  # timm's wrapper, not it
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """Those of the network and of its average."""
+        ema = [] if self.state.ema is None else [*self.state.ema.module.buffers()]
+        return [*self.state.model.buffers(), *ema]
+
+    @property
     def is_sound(self) -> bool:
         """Whether the training loss is a number."""
         return math.isfinite(float(self.state.meters["loss"]))
@@ -124,6 +131,8 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
     torch.manual_seed(config.seed)  # the same weights at whatever rung the model begins
     model = parts.make_model(config.model, parts.num_classes)
     refuse_lazy(model)
+    if peers().size > 1:
+        refuse_collectives(model)
     if parts.weights is not None:
         parts.weights.put_into(model, config.model)
     model = model.to(parts.device)  # before the optimizer and the average, which keep tensors of their own
@@ -131,6 +140,7 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
         to_channels_last(model)
     _own_memory(model)
     apply_savers(model, config.trainer)
+    draw_apart(config.seed)
     return TrainState(
         model,
         build_optimizer(model, config.optimizer, parts.device),
@@ -140,6 +150,26 @@ def _new_state(config: Config, parts: Parts) -> TrainState:
         factory={name: layout(tensor) for name, tensor in (*model.named_buffers(), *model.named_parameters())},
         meters={name: torch.zeros((), dtype=torch.float64, device=parts.device) for name in METERS},
     )
+
+
+def refuse_collectives(model: nn.Module) -> None:
+    """Refuse a network whose passes wait for other ranks.
+
+    Raises:
+        ModelError: one out of memory would leave the others waiting there.
+    """
+    kinds = {type(module).__name__ for module in model.modules()}
+    if found := kinds & {"SyncBatchNorm", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+        raise ModelError(
+            f"the network has {', '.join(sorted(found))}, whose passes wait for other ranks: one that is out of memory "
+            "would leave them waiting. Give the network itself, with BatchNorm: gradients are summed by the trainer"
+        )
+
+
+def draw_apart(*seeds: int) -> None:
+    """Let this rank draw other random numbers than the first one; the weights are made, and are the same."""
+    if not peers().is_first:
+        torch.manual_seed(key_seed(peers().rank, *seeds))
 
 
 def _own_memory(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptive_trainer import oom
 from adaptive_trainer.config.schema import LARGEST, Config
+from adaptive_trainer.distributed.peers import peers, together
 from adaptive_trainer.errors import ConfigError, LadderExhausted, OutOfMemory, Stopped
 from adaptive_trainer.ladder import batch_size
 from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, exhausted_message
@@ -83,7 +84,7 @@ class Stage:
             loop.pipeline.take_over(self.trial.take_loader())  # from here on the loop closes it
             failure, growth = None, loop.growth
             try:
-                if loop.run():
+                if together(loop.run, self.run.parts.device):
                     return rung
             except OutOfMemory as error:  # its words alone are kept: the error's frames hold the batch and more
                 failure = (error.phase, error.reason)
@@ -127,7 +128,8 @@ class Stage:
         updates = self.trial.opened.state.updates
         was, self._planned_at = self._planned_at, updates
         asked = self.rungs.ladder[self.rungs.index(rung)]
-        if was == updates or self.run.judge.planned(asked).settings == rung.settings:
+        judge = self.run.judge
+        if was == updates or peers().decided(lambda: judge.planned(asked).settings == rung.settings):
             return False
         self.run.record.event(f"rung {rung.name} is planned anew for the memory that is left, from this update on")
         return True
@@ -143,7 +145,7 @@ class Stage:
                 f"({capacity.description}); set memory.limit=2GiB, or give trainer.batch_size a number"
             )
         else:
-            predicted = self.run.judge.largest_batch(self.phase.asked, most)
+            predicted = peers().decided(lambda: self.run.judge.largest_batch(self.phase.asked, most))
             found = batch_size.find(self._fits, predicted=predicted, most=most, room=room)
         self.rungs.settle(*found)  # it is rung 0 now, below which the ladder goes on as ever
         self.keeper.largest = found[0]
@@ -179,7 +181,7 @@ class Stage:
 
     def _assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """As `Rungs.assess`; the listeners hear of a rung that is to be tried."""
-        hopeless, need = self.rungs.assess(rung)
+        hopeless, need = peers().decided(lambda: self.rungs.assess(rung))
         if not hopeless:
             session, parts = self.trial.session, self.run.parts
             before = self.rungs.ladder[0].settings if session is None else session.config

@@ -40,6 +40,7 @@ from adaptive_trainer.data.datasets import (
 from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
 from adaptive_trainer.data.splitting import known_labels, source
+from adaptive_trainer.distributed.peers import Peers, joined, peers
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     Interrupted,
@@ -84,6 +85,7 @@ from adaptive_trainer.utils.global_state import alone_in_process, private_proces
 from adaptive_trainer.utils.screen import is_shown, showing
 
 log = logging.getLogger(__name__)
+PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
 
 
 class Trainer(Uses):
@@ -142,14 +144,21 @@ class Trainer(Uses):
             return self._fit()
 
     def _fit(self) -> Result:
+        with joined(device_of(self.cfg.device)) as here:
+            self.output_dir = here.decided(lambda: self.output_dir)
+            return self._begun(here)
+
+    def _begun(self, here: Peers) -> Result:
         start = resume.start(self.cfg, self.output_dir, has_data=self._data[0] is not None)
         device = device_of(start.cfg.device)
         phases = [Phase(name, settings, resolve(settings)) for name, settings in stages(start.cfg)]
         check_no_card(typed(start.cfg).card)  # `card=` plans for a card that is not here
-        self._history = Report(self.output_dir) if start.cfg.report else History()
-        record = Record(self.output_dir, [Lines(), self._history, *trackers(typed(start.cfg).trackers)])
-        with showing(start.cfg.verbosity), alone_in_process(), record.held():
-            if not left_by_earlier(self.output_dir):  # else the folder is taken only once nothing is refused
+        self._history = Report(self.output_dir) if start.cfg.report and here.is_first else History()
+        heard = [Lines(), self._history, *(trackers(typed(start.cfg).trackers) if here.is_first else ())]
+        folder = self.output_dir if here.is_first else self.output_dir / "ranks" / str(here.rank)
+        record = Record(folder, heard)
+        with showing(start.cfg.verbosity if here.is_first else "quiet"), alone_in_process(), record.held():
+            if not left_by_earlier(folder):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg), start.path)
             try:
                 return self._limited(start, phases, device, record)
@@ -204,11 +213,12 @@ class Trainer(Uses):
             self.model = done.stage.trial.opened.model
             result = self._result(done, record)
             record.result(result)  # now: the test may be stopped, or killed for its memory
-            if data.test is not None:
+            if data.test is not None and peers().is_first:
                 tested = self._test(data.test, done.stage.trial.opened, record, stop)
                 result = replace(result, metrics={**result.metrics, **tested})
                 record.result(result)
-        self._end(done, record, result)
+        if peers().is_first:
+            self._end(done, record, result)
         return result
 
     def _opened(self, phases: list[Phase], saved: dict[str, Any] | None) -> DataSets:
@@ -299,6 +309,9 @@ class Trainer(Uses):
             attempts=record.attempts,
             output_dir=str(self.output_dir),
             stages=done.phases if len(done.phases) > 1 else [],
+            ranks=peers().gathered(
+                {"device": str(parts.device), **{key: stage.keeper.metrics.get(key) for key in PEAKS}}
+            ),
         )
 
     def _end(self, done: Done, record: Record, result: Result) -> None:

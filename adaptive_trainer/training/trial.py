@@ -18,6 +18,7 @@ from adaptive_trainer.config.schema import Config, ModelConfig
 from adaptive_trainer.data.images.preprocessing import remark
 from adaptive_trainer.data.loader import Loader
 from adaptive_trainer.data.pipeline import begun
+from adaptive_trainer.distributed.peers import all_are_well, peers, together
 from adaptive_trainer.errors import ConfigError
 from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, descend
 from adaptive_trainer.ladder.resolve import recipe
@@ -29,7 +30,7 @@ from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.keeper import Keeper
 from adaptive_trainer.training.run import Run
-from adaptive_trainer.training.session import Session, enter, settle
+from adaptive_trainer.training.session import Session, draw_apart, enter, settle
 
 log = logging.getLogger(__name__)
 
@@ -115,17 +116,25 @@ class Trial:
             on_attempt(entry)
 
         judge.begin()
-        found = descend(noted(), self.dry_run, judge=assess, meter=capacity, on_attempt=attempted, device=device)
+        found = descend(noted(), self._tried_by_all, judge=assess, meter=capacity, on_attempt=attempted, device=device)
         is_whole = found.value == self.eval_batch(found.rung.settings)  # evaluation was not halved
         if self._earlier is None and is_whole:
             judge.learn(found.rung.settings, found.attempts[-1])
         return found
 
+    def _tried_by_all(self, config: Config) -> int:
+        """A dry run; it fits on every rank, or on none."""
+        return together(lambda: self.dry_run(config), self._run.parts.device)
+
     def _planned(self, rung: Rung[Config]) -> Iterator[Rung[Config]]:
         """The rung with a plan of recomputation, where it asks for one; with another one after a failure."""
-        made = None if rung.passed_over else self._run.judge.planned(rung)
+
+        def planned() -> Rung[Config]:
+            return peers().decided(lambda: self._run.judge.planned(rung))
+
+        made = None if rung.passed_over else planned()
         yield made or rung
-        while made is not None and made.settings != (again := self._run.judge.planned(rung)).settings:
+        while made is not None and made.settings != (again := planned()).settings:
             made = again  # what has failed leaves less room for a plan
             yield made
 
@@ -153,9 +162,11 @@ class Trial:
             self._begin_loading(self.session)
             update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)
             # an earlier dry run, and the session that a climb came from, say nothing of a larger last update
-            if back is None and update.largest_part(odd) <= update.largest_part(sizes.batch_size):
+            is_usual = back is None and peers().size == 1
+            if is_usual and update.largest_part(odd) <= update.largest_part(sizes.batch_size):
                 self._earlier = self._run.judge.earlier_dry_run(config)
             eval_batch = sizes.eval_batch_size if self._earlier else dry_run(update, sizes, odd=odd)
+            eval_batch = int(min(all_are_well(eval_batch)))
         except BaseException:
             self.close()
             if is_new or back is not None:
@@ -236,6 +247,7 @@ class Trial:
         self._run.accept()  # the checkpoint fits: what is refused before leaves the earlier record as it is
         for text in decided:
             self._run.record.event(text)
+        draw_apart(session.state.position.seed, session.state.updates)
         self._keeper.metrics = saved["metrics"]  # a run with no epoch left to train ends with these
         model = self._run.parts.recipe(session.config).model
         self._run.record.forget_after(self._keeper.number, model, session.state.finished_epochs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from adaptive_trainer.errors import ConfigError, explained
+from adaptive_trainer.utils.launch import local_rank
 
 # What autocast computes in, for every precision that the settings may name; None: there is no autocast.
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -14,11 +15,13 @@ FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 def device_of(name: str) -> torch.device:
     """The device that `device=NAME` means; `auto` is the first CUDA card, else the CPU.
 
+    Under torchrun a card without a number is that of this rank; ranks share cards where there are fewer of them.
+
     Raises:
         ConfigError: it does not exist.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", _card_of_rank()) if torch.cuda.is_available() else torch.device("cpu")
     usable = "use auto, cpu, cuda or cuda:N"
     with explained(lambda _: ConfigError(f"device={name}: there is no such device; {usable}"), (RuntimeError,)):
         device = torch.device(name)
@@ -28,8 +31,12 @@ def device_of(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ConfigError(f"device={name} was asked for and this machine has {count} CUDA cards; use device=auto")
-        return torch.device("cuda", device.index or 0)
+        return torch.device("cuda", _card_of_rank() if device.index is None else device.index)
     return device
+
+
+def _card_of_rank() -> int:
+    return local_rank() % torch.cuda.device_count()
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

@@ -203,7 +203,7 @@ def test_memory_that_stays_short_between_updates_ends_in_words(
     monkeypatch.setattr(owner, name, refusing)
     said = "out of memory, and trained all the same"  # what fails once an epoch is gone on from each time
     try:
-        trained(tmp_path, "ladder.rungs=[{name: less, overrides: ['trainer.batch_size=4']}]")
+        trained(tmp_path, "ladder.rungs=[{name: less, overrides: ['trainer.batch_size=4']}]", "trainer.epochs=3")
     except (UserError, LadderExhausted) as error:
         said = str(error)
     assert "out of memory" in said or "no rung of the ladder fits" in said

@@ -18,7 +18,8 @@ PACKAGE = Path(adaptive_trainer.__file__).parent
 # From the left to the right: a room uses those to its right only, and rooms of one group do not use each other.
 ROOMS = (
     ("cli",), ("training",), ("inference",), ("checkpoints",), ("planning",), ("prediction",), ("step",), ("data",),
-    ("report",), ("models", "ladder"), ("memory",), ("config",), ("utils",), ("oom",), ("recipe", "errors"),
+    ("report",), ("models", "ladder"), ("memory",), ("config",), ("distributed",), ("utils",), ("oom",),
+    ("recipe", "errors"),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 OUTSIDE = {"__init__", "__main__"}  # which only load others, when they are asked
@@ -37,6 +38,7 @@ WITHOUT_TORCH = (
     "recipe",
     "utils.files",
     "utils.kernel_choices",
+    "utils.launch",
     "data.images.folders",
     "ladder.resolve",
     "ladder.rung",

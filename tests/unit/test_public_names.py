@@ -21,7 +21,7 @@ PUBLIC = {
 }  # fmt: skip
 ERRORS = {
     "AdaptiveTrainerError", "CheckpointError", "ConfigError", "DataError", "DeviceUnusable", "DivergedError",
-    "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "Stopped", "UserError",
+    "Interrupted", "LadderExhausted", "ModelError", "OutOfMemory", "PeerLost", "Stopped", "UserError",
 }  # fmt: skip
 
 

@@ -21,9 +21,11 @@ from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch, fitting, wi
 from adaptive_trainer.data.cached.store import Stored
 from adaptive_trainer.data.datasets import DataSets, MapDataset, sample_name
 from adaptive_trainer.data.loader import Batch
-from adaptive_trainer.data.position import Position
+from adaptive_trainer.data.position import Position, part_of, shares
+from adaptive_trainer.distributed.peers import peers
 
 Array = np.ndarray[Any, Any]
+Part = tuple[Array, int]  # indices of the samples of this rank, and how many the whole batch has
 GROUP = 64  # batches whose windows are found at once
 
 
@@ -34,6 +36,7 @@ class Prefetcher:
         self, data: DataSets, *, batch_size: int, image_size: int, device: torch.device, channels_last: bool = False
     ) -> None:
         self.data, self.batch_size = data, batch_size
+        self._peers = peers()
         self.image_size, self.device, self.channels_last = image_size, device, channels_last
 
     def train(self, position: Position) -> Iterator[Batch]:
@@ -43,9 +46,9 @@ class Prefetcher:
 
     def evaluate(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """The validation set in order, from sample `start` on; OutOfMemory as `train`."""
-        size = len(self.data.val)
-        batches = (np.arange(first, min(first + batch_size, size)) for first in range(start, size, batch_size))
-        return self._started(1, batches, min(batch_size, size), 0, None)
+        size, step = len(self.data.val), self._peers.size * batch_size
+        batches = (np.arange(first, min(first + step, size)) for first in range(start, size, step))
+        return self._started(1, batches, min(step, size), 0, None)
 
     def close(self) -> None:
         """Nothing: a pass ends its thread itself."""
@@ -54,7 +57,10 @@ class Prefetcher:
         data = self.data
         assert data.stored is not None
         source = _Source((data.train, data.val)[part], data.stored[part], data.config, self.image_size, seed, epoch)
-        return _Pass(fitting(self.device, lambda: _Lane(source, batches, most, self.device, self.channels_last)))
+        rank, ranks = self._peers.rank, self._peers.size
+        parts = ((part_of(batch, rank, ranks), len(batch)) for batch in batches)
+        most = max(shares(most, ranks))
+        return _Pass(fitting(self.device, lambda: _Lane(source, parts, most, self.device, self.channels_last)))
 
 
 @dataclass(frozen=True)
@@ -68,28 +74,30 @@ class _Source:
     seed: int
     epoch: int | None
 
-    def with_windows(self, batches: Iterator[Array]) -> Iterator[tuple[Array, Array]]:
-        """Indices and windows of each batch."""
+    def with_windows(self, parts: Iterator[Part]) -> Iterator[tuple[Part, Array]]:
+        """Each part of a batch, with its windows."""
         how: dict[str, Any] = {"image_size": self.image_size, "stored_size": self.stored.size, "seed": self.seed}
-        while group := list(itertools.islice(batches, GROUP)):
-            index = np.concatenate(group)  # the windows of many batches at once: numpy's calls cost more
+        while group := list(itertools.islice(parts, GROUP)):
+            index = np.concatenate(
+                [part for part, _ in group]
+            )  # the windows of many batches at once: numpy's calls cost more
             rows = self.stored.rows[index]
             is_sound = self.stored.decoded.is_sound[rows]
             boxes = np.zeros((len(index), 5), np.float32)
             sizes = self.stored.decoded.sizes[rows[is_sound]]
             boxes[is_sound] = windows(self.config, sizes, index[is_sound], **how, epoch=self.epoch)
-            yield from zip(group, np.split(boxes, np.cumsum([len(batch) for batch in group])[:-1]), strict=True)
+            yield from zip(group, np.split(boxes, np.cumsum([len(part) for part, _ in group])[:-1]), strict=True)
 
-    def gathered(self, batches: Iterator[Array], hosts: list[_Host]) -> Iterator[_Gathered]:
-        """Put one batch after another into the buffers of the host, in turn."""
-        for host, (index, boxes) in zip(itertools.cycle(hosts), self.with_windows(batches), strict=False):
+    def gathered(self, parts: Iterator[Part], hosts: list[_Host]) -> Iterator[_Gathered]:
+        """Put one part after another into the buffers of the host, in turn."""
+        for host, ((index, samples), boxes) in zip(itertools.cycle(hosts), self.with_windows(parts), strict=False):
             if host.copied is not None:
                 host.copied.synchronize()  # it still holds an earlier batch
-            yield self.gather(host, index, boxes)
+            yield self.gather(host, index, samples, boxes)
 
-    def gather(self, host: _Host, index: Array, boxes: Array) -> _Gathered:
-        """Put the samples with these indices and windows into a buffer of the host."""
-        rows, decoded, samples = self.stored.rows[index], self.stored.decoded, len(index)
+    def gather(self, host: _Host, index: Array, samples: int, boxes: Array) -> _Gathered:
+        """Put those of the samples of a batch that have these indices and windows into a buffer of the host."""
+        rows, decoded = self.stored.rows[index], self.stored.decoded
         is_sound, skipped = decoded.is_sound[rows], list[str]()
         if not is_sound.all():
             skipped = [sample_name(self.data, int(each)) for each in index[~is_sound]]
@@ -127,14 +135,14 @@ class _Lane:
     """The buffers of a pass, and what its thread does with them."""
 
     def __init__(
-        self, source: _Source, batches: Iterator[Array], capacity: int, device: torch.device, channels_last: bool
+        self, source: _Source, parts: Iterator[Part], capacity: int, device: torch.device, channels_last: bool
     ) -> None:
         self.side: Any = None
         self.device = device
         sizes = (capacity, source.image_size, source.stored.size)
         self.buffers = DeviceBatch(*sizes, device, channels_last=channels_last, config=source.config)
         hosts = [_Host(capacity, source.stored.size, device) for _ in range(2)]
-        self.batches = source.gathered(batches, hosts)
+        self.batches = source.gathered(parts, hosts)
         if device.type == "cuda":
             # Copies run on a stream of their own: a copy waits until the batch before has been resampled, and
             # resampling waits for its copy. Neither makes the host wait.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -20,6 +21,17 @@ class Gathered:
         self._last: tuple[Tensor, Tensor] | None = None
         self._counts: Counter[tuple[int, int]] = Counter()
         self._worst: list[tuple[float, int, int, int]] = []  # a heap: probability, index, label, answer
+
+    @classmethod
+    def of(cls, parts: Sequence[Gathered]) -> Gathered:
+        """What the parts have gathered together."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls()
+        for part in parts:
+            whole._counts.update(part._counts)
+        whole._worst = heapq.nlargest(MOST_MISTAKES, (each for part in parts for each in part._worst))
+        return whole
 
     def see(self, scores: Tensor, labels: Tensor) -> None:
         """Take a batch's scores (N, classes) and labels (N,); of a batch that comes again, those of the last time."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from adaptive_trainer.data.pipeline import Pipeline
+from adaptive_trainer.data.position import samples_before
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import DataError, Interrupted, OutOfMemory
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
@@ -58,14 +60,15 @@ class Evaluation:
                 else:
                     continue
                 self._halve()  # after the handler, when what the batch held is free
-        loss, weight, correct = self._sums
-        if not self._seen:
+        parts = peers().gathered((*self._sums, self._seen))
+        loss, weight, correct, seen = map(sum, zip(*parts, strict=True))
+        if not seen:
             raise DataError("no image of the validation set can be read; repair the files, or name another data.root")
         if not weight:  # class weights of 0, or labels that the loss ignores
             raise DataError("the loss counts no label of the validation set: all have the weight 0")
-        if (answers := self._gathered.answers()) is not None:
+        if (answers := Gathered.of(peers().gathered(self._gathered)).answers()) is not None:
             self.record.answers(answers)
-        return loss / weight, correct / self._seen
+        return loss / weight, correct / seen
 
     def _go_on(self, model: nn.Module, progress: Progress) -> None:
         """From the first sample that is not done yet."""
@@ -73,19 +76,20 @@ class Evaluation:
         with closing(self.pipeline.evaluate(self.batch_size, self._done)) as batches:
             for batch in batches:
                 self.broken.name(batch)
-                if len(batch.labels):  # else all of its images are broken
+                if len(batch.labels) or peers().size > 1:  # else all of its images are broken
                     more = self.engine.evaluate(model, batch.images, batch.labels, self._gathered.see)
-                    self._gathered.keep(batch, self._done)
+                    before = samples_before(batch.samples, peers().rank, peers().size)
+                    self._gathered.keep(batch, self._done + before)
                     self._sums = tuple(a + b for a, b in zip(self._sums, more, strict=True))  # type: ignore[assignment]
                 self._done += batch.samples  # only now: a batch that fails is evaluated again, in smaller ones
                 self._seen += len(batch.labels)
                 progress.advance(batch.samples)
-                if self.stop.name:
-                    raise Interrupted(f"stopped by {self.stop.name} in evaluation")
+                if name := self.stop.asked():
+                    raise Interrupted(f"stopped by {name} in evaluation")
 
     @property
     def _size(self) -> int:
-        return min(self.batch_size, self.total - self._done)
+        return min(self.batch_size, -(-(self.total - self._done) // peers().size))
 
     def _halve(self) -> None:
         smaller = max(1, self._size // 2)

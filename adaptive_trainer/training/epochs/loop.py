@@ -14,7 +14,8 @@ from adaptive_trainer import oom
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch
 from adaptive_trainer.data.pipeline import Pipeline
-from adaptive_trainer.errors import AdaptiveTrainerError, DataError, Interrupted, OutOfMemory, UserError
+from adaptive_trainer.distributed.peers import PeerFailed, Site, all_are_well, meet, peers
+from adaptive_trainer.errors import AdaptiveTrainerError, DataError, Interrupted, OutOfMemory, PeerLost, UserError
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
@@ -64,7 +65,8 @@ class Loop:
         self.broken = BrokenImages(self.record)
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
         trainer = config.trainer
-        self.engine = Engine(update, trainer.engine, trainer.batch_size, self.record.event, trainer.epochs)
+        engine = trainer.engine if peers().size == 1 else "eager"  # a graph would hold the sum over ranks
+        self.engine = Engine(update, engine, trainer.batch_size, self.record.event, trainer.epochs)
         self.pipeline = Pipeline(
             self.data, config, self.device, self.engine.beside,
             bool(config.trainer.channels_last), self.capacity.pressure, self.record.event,
@@ -86,13 +88,21 @@ class Loop:
         with closing(self.engine), closing(self.pipeline):
             while True:  # position and counts say where to go on
                 try:
-                    return self._run()
+                    is_done = self._run()
+                    all_are_well()
+                    return is_done
+                except PeerLost as error:  # what is left here is whole
+                    self.keeper.save(self.session)
+                    raise PeerLost(f"{error}; the state is saved, go on with {self.way_on}") from None
                 except AdaptiveTrainerError:
                     raise
                 except Exception as error:
                     failure = oom.describe(error)
                     if failure.kind not in oom.OF_MEMORY:
                         raise
+                    voted = error.status if isinstance(error, PeerFailed) and error.site is Site.RUNG else None
+                if peers().size > 1:  # what is done again has exchanges in it
+                    meet(failure.text, voted, is_last=failure.exact or self._failures > 0)
                 self._answer(failure)
 
     def _answer(self, failure: oom.Failure) -> None:
@@ -117,7 +127,7 @@ class Loop:
             if state.position.epoch == state.finished_epochs:  # else only its evaluation is left
                 self._train_epoch()
             self._finish_epoch()
-            if state.finished_epochs < epochs and self.leave():
+            if state.finished_epochs < epochs and peers().decided(self.leave):
                 return False
         return True
 
@@ -180,10 +190,10 @@ class Loop:
         self.keeper.save(self.session)
 
     def _stop_if_asked(self) -> None:
-        if self.stop.name:
+        if name := self.stop.asked():
             self._save()
             done = f"after update {self.session.state.updates}, state saved"
-            raise Interrupted(f"stopped by {self.stop.name} {done}; go on with {self.way_on}")
+            raise Interrupted(f"stopped by {name} {done}; go on with {self.way_on}")
 
     def _finish_epoch(self) -> None:
         """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
@@ -200,7 +210,11 @@ class Loop:
 
     def _record_epoch(self) -> tuple[dict[str, Any], bool]:
         state = self.session.state
-        meters = {name: float(value) for name, value in state.meters.items()}
+        here = {name: float(value) for name, value in state.meters.items()}
+        parts = peers().gathered(here)
+        meters = {name: sum(part.get(name, 0.0) for part in parts) for name in here}
+        meters["skipped"] = here["skipped"]  # by all ranks together
+        peers().take_first(self.session.buffers)  # those of the others were counted on their own samples
         seen = meters["seen"]
         if not seen:
             raise DataError("no image of the training set can be read; repair the files, or name another data.root")

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from adaptive_trainer.distributed.peers import peers
+
+SIGNALS = ("", "SIGINT", "SIGTERM")
+
 
 class StopSignal:
     """Ctrl-C and SIGTERM become a request to stop after the running update; a second Ctrl-C stops at once."""
@@ -19,6 +23,15 @@ class StopSignal:
     def is_term(self) -> bool:
         """Whether it was SIGTERM that came."""
         return self.name == signal.SIGTERM.name
+
+    def asked(self) -> str:
+        """The signal that has come; of several ranks, to any of them by the last vote, so that all stop together."""
+        here = peers()
+        if here.size == 1:
+            return self.name
+        here.wish = SIGNALS.index(self.name)
+        self.name = self.name or SIGNALS[here.wished]
+        return SIGNALS[here.wished]
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:

@@ -8,6 +8,7 @@ import time
 import torch
 
 from adaptive_trainer.data.loader import Batch
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import DivergedError, OutOfMemory
 from adaptive_trainer.report.listeners import Listener, Sample
 from adaptive_trainer.training.session import Session
@@ -73,7 +74,7 @@ class RunningLoss:
         if self._copied is not None:
             self._copied.synchronize()  # for this copy alone, not for the update that is running
         self.is_asked = False
-        total, weight, correct, seen = self._sums.tolist()
+        total, weight, correct, seen = map(sum, zip(*peers().gathered(self._sums.tolist()), strict=True))
         self.last = loss = finite("training", float(total / (weight or 1)), self._session, self._asked_after)
         self.text = (f"loss {loss:.3f}", f"acc {100 * correct / seen:.0f} %" if correct else "")
         return loss

@@ -1,0 +1,93 @@
+"""The sum of all ranks' gradients, in one flat buffer for each dtype that is made once."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer.distributed.peers import Peers
+
+NONE = -1.0  # instead of a checksum: this rank had no samples
+
+
+class Gradients:
+    """Sums the gradients of parameters over the ranks.
+
+    Args:
+        parameters: all that are trained, in the same order on every rank.
+        peers: the ranks.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], peers: Peers) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._peers = peers
+        self._buffers: list[Tensor] = []
+        self._views: list[Tensor] = []
+        self._weight: Tensor
+        self._known: tuple[float, list[bool]] | None = None  # which parameters have gradients, and the checksum
+
+    def prepare(self) -> float:
+        """Make the buffers, so that nothing allocates after the vote; return a checksum of which gradients there are.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for them.
+        """
+        if not self._views:
+            self._make()
+        here = [parameter.grad is not None for parameter in self._parameters]
+        return float(zlib.crc32(bytes(here))) if any(here) else NONE
+
+    def sum(self, checksums: Sequence[float]) -> None:
+        """Sum the gradients, which are views of the buffers then.
+
+        Args:
+            checksums: of all ranks, as `prepare` has given them.
+        """
+        found = self._found(checksums)
+        present = [p.grad for p in self._parameters]
+        with torch.no_grad():
+            for buffer in self._buffers:
+                buffer.zero_()
+            pairs = [(view, grad) for view, grad in zip(self._views, present, strict=True) if grad is not None]
+            if pairs:
+                torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+        for buffer in self._buffers:
+            self._peers.add(buffer)
+        for parameter, view, has_one in zip(self._parameters, self._views, found, strict=True):
+            parameter.grad = view if has_one else None
+
+    def sum_weights(self, weights: Sequence[Tensor]) -> Tensor:
+        """The sum of scalars over the parts of all ranks."""
+        self._weight.zero_()
+        for weight in weights:
+            self._weight.add_(weight.detach())
+        self._peers.add(self._weight)
+        return self._weight
+
+    def _make(self) -> None:
+        places: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for parameter in self._parameters:
+            places.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        sizes = {place: sum(parameter.numel() for parameter in group) for place, group in places.items()}
+        buffers = {place: torch.zeros(size, dtype=place[0], device=place[1]) for place, size in sizes.items()}
+        views: dict[int, Tensor] = {}
+        for place, group in places.items():
+            parts = torch.split(buffers[place], [parameter.numel() for parameter in group])
+            for parameter, part in zip(group, parts, strict=True):
+                # as the parameter lies in memory, which fused steps ask for
+                views[id(parameter)] = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+        self._weight = torch.zeros((), device=self._parameters[0].device)
+        # last, and all at once: memory may run out above
+        self._buffers, self._views = list(buffers.values()), [views[id(parameter)] for parameter in self._parameters]
+
+    def _found(self, checksums: Sequence[float]) -> list[bool]:
+        """Which parameters have a gradient on some rank; asked for anew where that has changed."""
+        theirs = {checksum for checksum in checksums if checksum != NONE}
+        if self._known is None or theirs != {self._known[0]}:
+            mine = [parameter.grad is not None for parameter in self._parameters]
+            union = [any(column) for column in zip(*self._peers.gathered(mine), strict=True)]
+            self._known = (next(iter(theirs)) if len(theirs) == 1 else NONE, union)
+        return self._known[1]

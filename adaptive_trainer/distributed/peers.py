@@ -1,0 +1,278 @@
+"""The ranks of one run: votes, decisions of the first rank, and what becomes of a rank that is lost."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from adaptive_trainer import oom
+from adaptive_trainer.errors import OutOfMemory, PeerLost, explained
+from adaptive_trainer.utils.launch import world_size
+from adaptive_trainer.utils.modes import unseen
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=10)  # for one vote: a rank that loads slowly is no rank that hangs
+NUMBERS = 4  # that may go with a vote
+
+
+class Site(IntEnum):
+    """Where a rank votes. Whoever fails between two votes goes on to `RUNG`, and meets all others there."""
+
+    RUNG = 0
+    UPDATE = 1
+    EVALUATION = 2
+    EXCHANGE = 3
+
+
+class Status(IntEnum):
+    """How a rank has fared."""
+
+    WELL = 0
+    FAILED = 1  # may be tried once more
+    FAILED_FOR_GOOD = 2
+
+
+class PeerFailed(torch.OutOfMemoryError):
+    """A peer is out of memory, which all ranks answer alike.
+
+    Attributes:
+        site: where this rank has heard of it.
+        status: the worst of all ranks.
+    """
+
+    def __init__(self, text: str, site: Site, status: Status) -> None:
+        super().__init__(text)
+        self.site, self.status = site, status
+
+
+class Peers:
+    """One rank alone, which agrees with itself.
+
+    Attributes:
+        rank: this one, from 0.
+        size: how many there are.
+        numbers: what each rank has given with the last vote.
+        wish: what this rank asks of all, from its next vote on; 0: nothing.
+        wished: the largest wish of the last vote, which is the same on all ranks.
+    """
+
+    rank = 0
+    size = 1
+
+    def __init__(self) -> None:
+        self.numbers: list[list[float]] = []
+        self.wish = self.wished = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes, shows and decides."""
+        return self.rank == 0
+
+    def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
+        """Give a status; return the worst one of all ranks.
+
+        Raises:
+            PeerFailed: this rank is well, and a peer is not, or has failed outside `site`.
+            PeerLost: a peer is gone, or silent for too long.
+        """
+        self.numbers = [list(numbers)]
+        return status
+
+    def decided(self, work: Callable[[], T]) -> T:
+        """What the work returns on the first rank, where alone it is done; raises as `vote`."""
+        return work()
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks, in order; raises as `vote`."""
+        return [value]
+
+    def add(self, tensor: Tensor) -> None:
+        """Sum a tensor over the ranks, in place, after a vote. It takes no memory."""
+
+    def take_first(self, tensors: list[Tensor]) -> None:
+        """Give tensors the values that they have on the first rank; raises as `vote`."""
+
+
+class Group(Peers):
+    """The ranks that torchrun has started.
+
+    Args:
+        device: what this rank trains on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # of its own: votes are on the host, so that they wait for no kernel
+        self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._mine = torch.zeros(3 + NUMBERS, dtype=torch.float64)
+        self._all = [torch.zeros_like(self._mine) for _ in range(self.size)]
+        self._tensors: Any = self._control
+        if device.type == "cuda":
+            name = torch.cuda.get_device_properties(device).uuid
+            places = self.gathered((socket.gethostname(), str(name)))
+            if len(set(places)) == self.size:  # NCCL refuses two ranks of one card
+                self._tensors = dist.new_group(backend="nccl", timeout=TIMEOUT)
+
+    @unseen
+    def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
+        """As of `Peers`."""
+        self._mine.zero_()
+        content = [float(site), float(status), float(self.wish), *numbers]
+        self._mine[: len(content)] = torch.tensor(content, dtype=torch.float64)
+        while True:
+            with self._lost():
+                dist.all_gather(self._all, self._mine, group=self._control)
+            rows = [row.tolist() for row in self._all]
+            if len({row[0] for row in rows}) == 1:
+                break
+            if site is not Site.RUNG and status:
+                return status
+            if site is not Site.RUNG:
+                away = [str(rank) for rank, row in enumerate(rows) if row[0] != site]
+                raise PeerFailed(f"rank {', '.join(away)} is out of memory elsewhere", site, Status.FAILED)
+            # the others come here too, once they have seen this vote
+        self.numbers, self.wished = [row[3:] for row in rows], int(max(row[2] for row in rows))
+        worst = Status(int(max(row[1] for row in rows)))
+        if worst and not status:
+            failed = [str(rank) for rank, row in enumerate(rows) if row[1]]
+            raise PeerFailed(f"rank {', '.join(failed)} is out of memory", site, worst)
+        return worst
+
+    def decided(self, work: Callable[[], T]) -> T:
+        """As of `Peers`."""
+        box = [work() if self.is_first else None]
+        self.vote(Site.EXCHANGE)  # a peer that has failed is elsewhere
+        self._send(box)
+        return box[0]  # type: ignore[return-value]
+
+    @unseen
+    def _send(self, box: list[Any]) -> None:
+        with self._lost():
+            dist.broadcast_object_list(box, src=0, group=self._control)
+
+    @unseen
+    def gathered(self, value: T) -> list[T]:
+        """As of `Peers`."""
+        found: list[Any] = [None] * self.size
+        self.vote(Site.EXCHANGE)
+        with self._lost():
+            dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    @unseen
+    def add(self, tensor: Tensor) -> None:
+        """As of `Peers`."""
+        with self._lost():
+            dist.all_reduce(tensor, group=self._tensors)
+
+    @unseen
+    def take_first(self, tensors: list[Tensor]) -> None:
+        """As of `Peers`."""
+        self.vote(Site.EXCHANGE)
+        with self._lost():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self._tensors)
+
+    def _lost(self) -> Any:
+        return explained(_lost, (RuntimeError,))
+
+
+def _lost(error: Exception) -> PeerLost | None:
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    first = str(error).strip().partition("\n")[0]
+    return PeerLost(f"another rank has ended, or was silent for {TIMEOUT.seconds // 60} minutes ({first})")
+
+
+_current: Peers = Peers()
+
+
+def peers() -> Peers:
+    """The ranks of this process's run."""
+    return _current
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Peers]:
+    """Inside, `peers()` are the ranks that torchrun has started; without torchrun this one alone.
+
+    Raises:
+        PeerLost: they do not find each other.
+    """
+    global _current  # as torch's own process group is
+    if world_size() == 1:
+        yield _current
+        return
+    is_new = not dist.is_initialized()
+    with explained(_lost, (RuntimeError,)):
+        if is_new:
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        group = Group(device)
+    _current = group
+    try:
+        yield group
+    finally:
+        _current = Peers()
+        if is_new:
+            dist.destroy_process_group()
+
+
+def all_are_well(number: float = 0) -> list[float]:
+    """End what is done `together`, well; the numbers of all ranks.
+
+    Raises:
+        PeerFailed: a peer is out of memory.
+    """
+    here = peers()
+    here.vote(Site.RUNG, Status.WELL, number)
+    return [row[0] for row in here.numbers]
+
+
+def meet(text: str, voted: Status | None, *, is_last: bool) -> None:
+    """Come together with all ranks after a failure, to do the same once more.
+
+    Args:
+        text: of the failure.
+        voted: what a vote at `Site.RUNG` has come to, where that was the failure.
+        is_last: this rank does not try again.
+
+    Raises:
+        PeerFailed: one of them does not try again, which `together` answers.
+    """
+    worst = voted or peers().vote(Site.RUNG, Status.FAILED_FOR_GOOD if is_last else Status.FAILED)
+    if worst is Status.FAILED_FOR_GOOD:
+        raise PeerFailed(text, Site.RUNG, worst)
+
+
+def together(work: Callable[[], T], device: torch.device) -> T:
+    """Return what the work returns, which ends with `all_are_well`: no rank has run out of memory in it.
+
+    Raises:
+        OutOfMemory: one has.
+        Exception: whatever is not about the device's memory, unchanged.
+    """
+    if peers().size == 1:
+        return work()
+    has_voted = False
+    try:
+        return work()
+    except OutOfMemory as error:  # its words alone: the frames hold memory
+        failure = error.reason, error.phase
+    except Exception as error:
+        found = oom.describe(error)
+        if not found.fills(device):
+            raise
+        failure = found.text, "another rank" if isinstance(error, PeerFailed) else "attempt"
+        has_voted = isinstance(error, PeerFailed) and error.site is Site.RUNG
+    if not has_voted:
+        peers().vote(Site.RUNG, Status.FAILED_FOR_GOOD)
+    raise OutOfMemory(failure[0], phase=failure[1])

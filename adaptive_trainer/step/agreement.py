@@ -1,0 +1,119 @@
+"""What the ranks of a run agree on within one update; of one rank alone nothing.
+
+In order: gradients are made, with no collective operation. Vote. They are summed into buffers made before. They are
+clipped. Vote; where a step may allocate, the vote follows it, and each rank keeps copies until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_trainer import oom
+from adaptive_trainer.data.position import shares
+from adaptive_trainer.distributed.gradients import Gradients
+from adaptive_trainer.distributed.peers import PeerFailed, Site, Status, peers
+from adaptive_trainer.models.losses import correct
+from adaptive_trainer.models.stepping import StepMemory
+from adaptive_trainer.step.program import Program
+
+MAY_ALLOCATE = (False, None, True)  # of a step; what counts among ranks is the last that one of them says
+
+
+class Agreement:
+    """Votes of one update of this rank.
+
+    Args:
+        program: the update.
+        step_memory: what is known of its step.
+        parameters: that it may change.
+
+    Attributes:
+        peers: the ranks.
+        may_allocate: the step of some rank; as `StepMemory`.
+    """
+
+    def __init__(self, program: Program, step_memory: StepMemory, parameters: list[nn.Parameter]) -> None:
+        self.peers = peers()
+        self.may_allocate: bool | None = None
+        self._program, self._step_memory = program, step_memory
+        self._gradients = Gradients(parameters, self.peers)
+
+    @property
+    def gather(self) -> Callable[[list[Tensor], int], None] | None:
+        """What sums the gradients over the ranks; None of one alone."""
+        return self._gather if self.peers.size > 1 else None
+
+    def begin(self, here: int, samples: int) -> bool:
+        """An update of so many samples begins, with some of them here; whether there is anything to do.
+
+        Args:
+            samples: of all ranks; 0: each has as many as this one.
+        """
+        if self.peers.size == 1:
+            return here > 0
+        self._program.whole = samples or self.peers.size * here
+        return True
+
+    def most(self, samples: int) -> int:
+        """The samples of an update that are on one rank, at the most."""
+        return max(shares(samples, self.peers.size))
+
+    def look(self) -> None:
+        """Find out about the step that comes next."""
+        self._step_memory.look()
+        self.may_allocate = self._step_memory.may_allocate
+        if self.peers.size > 1:
+            self.peers.vote(Site.UPDATE, Status.WELL, MAY_ALLOCATE.index(self.may_allocate))
+            self.may_allocate = MAY_ALLOCATE[int(max(row[0] for row in self.peers.numbers))]
+
+    def after_step(self) -> None:
+        """The step is done, or nothing can go wrong in it; raises where it went wrong on another rank.
+
+        Raises:
+            PeerFailed: memory has run out there.
+        """
+        if self.peers.size > 1 and self.may_allocate is not False:
+            self.peers.vote(Site.UPDATE)
+
+    def evaluated(self) -> None:
+        """A batch was evaluated; raises as `after_step`."""
+        self.peers.vote(Site.EVALUATION)
+
+    def settled(self, failure: oom.Failure, error: Status | None, site: Site) -> oom.Failure:
+        """Tell the peers of a failure, unless it is theirs; return it as all of them see it.
+
+        Args:
+            error: what a vote has said already; None: the failure is this rank's own.
+        """
+        if self.peers.size == 1:
+            return failure
+        own = Status.FAILED_FOR_GOOD if failure.exact else Status.FAILED
+        worst = self.peers.vote(site, own) if error is None else error
+        return replace(failure, exact=worst is Status.FAILED_FOR_GOOD)
+
+    def _gather(self, weights: list[Tensor], samples: int) -> None:
+        """Sum the gradients over the ranks.
+
+        Args:
+            weights: denominators of the parts of this rank, where the loss has such.
+            samples: of this rank.
+        """
+        found, whole = self._gradients.prepare(), self._program.whole or samples
+        self.peers.vote(Site.UPDATE, Status.WELL, samples, found, len(weights))
+        counts, checksums, parts, *_ = zip(*self.peers.numbers, strict=True)
+        self._gradients.sum(checksums)
+        parameters = self._program.parameters
+        if any(parts):
+            correct(parameters, whole, [self._gradients.sum_weights(weights)])
+        elif 0 < sum(counts) != whole:  # some images could not be read
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            torch._foreach_mul_(gradients, whole / sum(counts))
+
+
+def status_of(error: BaseException) -> Status | None:
+    """What a vote has said, where it is this that has ended the work."""
+    return error.status if isinstance(error, PeerFailed) else None

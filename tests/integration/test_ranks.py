@@ -1,0 +1,128 @@
+"""Several ranks, as torchrun starts them, on a CPU: they train as one, stay together, and none waits for a lost one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaptive_trainer.checkpoints import checkpoint
+from adaptive_trainer.errors import Interrupted
+
+BOUND = 120  # seconds, far above what any of it takes
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+COMMAND = [
+    "-m", "adaptive_trainer", "data=fakedata", "data.train.size=50", "data.val.size=21", "data.num_workers=0",
+    "data.image_size=32", "trainer.batch_size=8", "model.name=resnet10t", "device=cpu", "memory.limit=none",
+    "ladder=none", "report=false", "trainer.deterministic=true",
+]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    typed = [*command, *COMMAND, f"output_dir={folder}", *overrides]
+    return subprocess.run(typed, capture_output=True, text=True, timeout=BOUND, env=environment(), check=False)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    content = checkpoint.load(folder / "checkpoints" / "last.pt")
+    return {name: value for name, value in content["model"].items() if "running" not in name and "num_b" not in name}
+
+
+def test_two_ranks_train_as_one_with_two_micro_batches(tmp_path: Path) -> None:
+    """To the bit, where each keeps the statistics of its own samples; the last batch of 2 stays on one rank."""
+    both = run(TORCHRUN, tmp_path / "both", "trainer.epochs=2")
+    assert both.returncode == 0, both.stderr
+    alone = run([sys.executable], tmp_path / "alone", "trainer.epochs=2", "trainer.micro_batch_size=4")
+    assert alone.returncode == 0, alone.stderr
+    expected = weights(tmp_path / "alone")
+    assert [name for name, value in weights(tmp_path / "both").items() if not torch.equal(value, expected[name])] == []
+    result: dict[str, Any] = json.loads((tmp_path / "both" / "result.json").read_text())
+    assert (result["world_size"], len(result["ranks"]), result["metrics"]["epoch"]) == (2, 2, 2)
+    assert both.stdout.count("trained on rung requested") == 1  # one rank talks
+    assert json.loads((tmp_path / "both" / "ranks" / "1" / "result.json").read_text())["outcome"] == "trained"
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + BOUND
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.1)
+
+
+def started(folder: Path) -> subprocess.Popen[str]:
+    typed = [*TORCHRUN, *COMMAND, f"output_dir={folder}", "trainer.epochs=500"]
+    return subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, in order."""
+    found: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            status, variables = (entry / "stat").read_text(), (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        rank = next((int(each[5:]) for each in variables if each.startswith(b"RANK=")), None)
+        if rank is not None and int(status.rpartition(")")[2].split()[1]) == process.pid:
+            found[rank] = int(entry.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
+def test_where_one_rank_is_killed_the_other_saves_and_ends(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    wait_for(tmp_path / "metrics.csv")
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=BOUND)
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0
+    said = " ".join(out.split())
+    assert "another rank has ended" in said
+    assert "the state is saved, go on with" in said
+    before = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"]
+    again = run(TORCHRUN, tmp_path, "resume=auto", f"trainer.epochs={before // 7 + 2}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] > before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
+def test_a_signal_to_one_rank_stops_all_after_the_same_update(tmp_path: Path) -> None:
+    process = started(tmp_path)
+    wait_for(tmp_path / "metrics.csv")
+    os.kill(ranks_of(process)[1], signal.SIGINT)
+    out, _ = process.communicate(timeout=BOUND)
+    assert process.returncode != 0
+    assert "stopped by SIGINT after update" in " ".join(out.split())
+    assert str(Interrupted.exit_code) in out
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_run_out_of_memory_stay_together(ranks: int, tmp_path: Path) -> None:
+    """Each by itself, at random operators; afterwards all have the bits of a run without faults down the same rungs."""
+    seeds = range(4 * ranks, 4 * ranks + 3)
+    command = [*TORCHRUN[:-1], f"--nproc-per-node={ranks}", "-m", "tests.attack.ranks", str(tmp_path)]
+    done = subprocess.run(
+        [*command, *map(str, seeds)], capture_output=True, text=True, timeout=BOUND, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for seed in seeds:
+        found = [json.loads((tmp_path / f"{seed}-{rank}.json").read_text()) for rank in range(ranks)]
+        assert all(each["schedule"] == found[0]["schedule"] for each in found), seed
+        assert all(each["rung"] == found[0]["rung"] for each in found), seed
+        for each in found:
+            replay = each["replay"]
+            assert (each["digest"], each["schedule"]) == (replay["digest"], replay["schedule"]), seed
+    assert sum(json.loads(path.read_text())["faults"] for path in tmp_path.glob("*.json")) > 0
