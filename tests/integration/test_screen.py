@@ -19,7 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.ladder.descent import Attempt, Outcome
+from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.recipe import Recipe, Technique
 from adaptive_trainer.report.lines import Lines, step_down
 from adaptive_trainer.report.listeners import Candidate
@@ -93,6 +95,18 @@ def test_verbosity(verbosity: str, launcher: Launcher, tmp_path: Path) -> None:
     else:
         assert "update 1 is made" in ended.out
     assert "epoch 2/2: loss" in (tmp_path / "out" / "adaptive_trainer.log").read_text()
+
+
+def test_what_nobody_reads_is_not_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = ["first", "second"]
+    monkeypatch.setattr(Judge, "kept_by_exact", lambda *_: said.pop(0))
+    for level in ("WARNING", "INFO"):
+        with caplog.at_level(level):
+            Trainer(compose_config([*SMALL, "trainer.epochs=1", "report=false"]), output_dir=tmp_path / level).fit()
+    assert said == ["second"]
+    assert "\nfirst\n" in caplog.text
 
 
 @pytest.mark.parametrize(
