@@ -56,7 +56,7 @@ def start(cfg: DictConfig, output_dir: Path, *, has_data: bool = False) -> Start
         ConfigError: what was typed does not suit the saved settings.
     """
     # ranks that torchrun has started anew go on with what they have left
-    meant = cfg.resume or ("auto" if restarts() else None)
+    meant = "auto" if restarts() and (cfg.resume is None or (output_dir / earlier.LAST).exists()) else cfg.resume
     may_begin = has_data or names_data(cfg) or cfg.resume is None
     found = peers().decided(lambda: earlier.find(meant, output_dir, may_begin=may_begin))
     wanted = asked(cfg)

@@ -113,9 +113,9 @@ class Loader(SampleLoader):
     def evaluate(self, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
         """The validation set in order, from sample `start` on, not augmented; so many samples for each rank."""
         self._begun = None  # a pass ends the one before it
-        return self._shared(in_order(start, self._val_size, self._peers.size * batch_size))
+        return self._shared(in_order(start, self._val_size, self._peers.size * batch_size), avoid_single=False)
 
-    def _shared(self, batches: Iterable[list[Key]]) -> Generator[Batch, None, None]:
+    def _shared(self, batches: Iterable[list[Key]], *, avoid_single: bool = True) -> Generator[Batch, None, None]:
         """A pass over this rank's part of each batch; the samples that one stands for are those of all ranks."""
         rank, ranks = self._peers.rank, self._peers.size
         sizes = deque[int]()
@@ -123,7 +123,7 @@ class Loader(SampleLoader):
         def parts() -> Iterator[list[Key]]:
             for batch in batches:
                 sizes.append(len(batch))
-                yield part_of(batch, rank, ranks)
+                yield part_of(batch, rank, ranks, avoid_single=avoid_single)
 
         running = self.start(batches if ranks == 1 else parts())
         return running if ranks == 1 else (batch._replace(samples=sizes.popleft()) for batch in running)

@@ -22,6 +22,7 @@ from adaptive_trainer.data.position import Position
 from adaptive_trainer.errors import DataError, OutOfMemory
 
 log = logging.getLogger(__name__)
+LOADING = "loading data"  # the phase of a failure
 
 
 @contextmanager
@@ -146,7 +147,7 @@ class Pipeline:
         if is_first and not failure.exact:
             log.warning("out of memory in loading data (%s): the same samples once more", failure.text)
         elif failure.kind is oom.Kind.DEVICE or self.device.type == "cpu":
-            raise OutOfMemory(failure.text, phase="loading data")
+            raise OutOfMemory(failure.text, phase=LOADING)
         else:
             raise DataError(
                 f"the host has too little memory to load data, twice and without data workers: {failure.text}; close "

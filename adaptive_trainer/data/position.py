@@ -132,23 +132,19 @@ def micro_batches(samples: int, micro_batch_size: int, avoid_single: bool) -> li
     return [small + 1] * larger + [small] * (parts - larger)
 
 
-def part_of(batch: T, rank: int, ranks: int) -> T:
+def part_of(batch: T, rank: int, ranks: int, *, avoid_single: bool = True) -> T:
     """The samples of a batch that are on one rank."""
     if ranks == 1:
         return batch
-    start = samples_before(len(batch), rank, ranks)
-    return batch[start : samples_before(len(batch), rank + 1, ranks)]
+    sizes = shares(len(batch), ranks, avoid_single=avoid_single)
+    return batch[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
 
 
-def samples_before(samples: int, rank: int, ranks: int) -> int:
-    """Those of a batch of so many that are on the ranks before this one."""
-    return sum(shares(samples, ranks)[:rank])
+def shares(samples: int, ranks: int, *, avoid_single: bool = True) -> list[int]:
+    """Samples of a batch on each rank, as even as possible, the larger ones first; ranks that are left over have none.
 
-
-def shares(samples: int, ranks: int) -> list[int]:
-    """Samples of an update on each rank, as even as possible, the larger ones first; no rank has one alone.
-
-    BatchNorm cannot train on one. Ranks that are left over have none.
+    Args:
+        avoid_single: no rank has one alone where there are more, on which BatchNorm cannot train.
     """
-    parts = micro_batches(samples, math.ceil(samples / ranks), avoid_single=True) if samples else []
+    parts = micro_batches(samples, math.ceil(samples / ranks), avoid_single) if samples else []
     return parts + [0] * (ranks - len(parts))

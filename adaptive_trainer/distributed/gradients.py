@@ -77,8 +77,7 @@ class Gradients:
         for place, group in places.items():
             parts = torch.split(buffers[place], [parameter.numel() for parameter in group])
             for parameter, part in zip(group, parts, strict=True):
-                # as the parameter lies in memory, which fused steps ask for
-                views[id(parameter)] = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+                views[id(parameter)] = _like(parameter, part)
         self._weight = torch.zeros((), device=self._parameters[0].device)
         # last, and all at once: memory may run out above
         self._buffers, self._views = list(buffers.values()), [views[id(parameter)] for parameter in self._parameters]
@@ -91,3 +90,11 @@ class Gradients:
             union = [any(column) for column in zip(*self._peers.gathered(mine), strict=True)]
             self._known = (next(iter(theirs)) if len(theirs) == 1 else NONE, union)
         return self._known[1]
+
+
+def _like(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """A view of the shape of a parameter, and in its memory format, which fused steps ask for."""
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if parameter.ndim == dims and parameter.is_contiguous(memory_format=memory_format):
+            return part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+    return part.view(parameter.shape)

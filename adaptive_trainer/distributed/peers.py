@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory, PeerLost, explained
@@ -46,11 +48,12 @@ class PeerFailed(torch.OutOfMemoryError):
     Attributes:
         site: where this rank has heard of it.
         status: the worst of all ranks.
+        is_elsewhere: the peer has failed outside `site`, and waits at `Site.RUNG`.
     """
 
-    def __init__(self, text: str, site: Site, status: Status) -> None:
+    def __init__(self, text: str, site: Site, status: Status, *, is_elsewhere: bool = False) -> None:
         super().__init__(text)
-        self.site, self.status = site, status
+        self.site, self.status, self.is_elsewhere = site, status, is_elsewhere
 
 
 class Peers:
@@ -115,12 +118,14 @@ class Group(Peers):
         self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._mine = torch.zeros(3 + NUMBERS, dtype=torch.float64)
         self._all = [torch.zeros_like(self._mine) for _ in range(self.size)]
-        self._tensors: Any = self._control
+        self._cards: Any = self._control
+        self._is_deciding = False
         if device.type == "cuda":
             name = torch.cuda.get_device_properties(device).uuid
             places = self.gathered((socket.gethostname(), str(name)))
             if len(set(places)) == self.size:  # NCCL refuses two ranks of one card
-                self._tensors = dist.new_group(backend="nccl", timeout=TIMEOUT)
+                self._cards = dist.new_group(backend="nccl", timeout=TIMEOUT)
+                dist.all_reduce(torch.zeros(1, device=device), group=self._cards)  # takes its memory now
 
     @unseen
     def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
@@ -138,7 +143,9 @@ class Group(Peers):
                 return status
             if site is not Site.RUNG:
                 away = [str(rank) for rank, row in enumerate(rows) if row[0] != site]
-                raise PeerFailed(f"rank {', '.join(away)} is out of memory elsewhere", site, Status.FAILED)
+                raise PeerFailed(
+                    f"rank {', '.join(away)} is out of memory elsewhere", site, Status.FAILED, is_elsewhere=True
+                )
             # the others come here too, once they have seen this vote
         self.numbers, self.wished = [row[3:] for row in rows], int(max(row[2] for row in rows))
         worst = Status(int(max(row[1] for row in rows)))
@@ -149,7 +156,13 @@ class Group(Peers):
 
     def decided(self, work: Callable[[], T]) -> T:
         """As of `Peers`."""
-        box = [work() if self.is_first else None]
+        if self._is_deciding:  # the others are not
+            raise RuntimeError("the first rank decides something within a decision")
+        self._is_deciding = True
+        try:
+            box = [work() if self.is_first else None]
+        finally:
+            self._is_deciding = False
         self.vote(Site.EXCHANGE)  # a peer that has failed is elsewhere
         self._send(box)
         return box[0]  # type: ignore[return-value]
@@ -172,7 +185,7 @@ class Group(Peers):
     def add(self, tensor: Tensor) -> None:
         """As of `Peers`."""
         with self._lost():
-            dist.all_reduce(tensor, group=self._tensors)
+            dist.all_reduce(tensor, group=self._group(tensor))
 
     @unseen
     def take_first(self, tensors: list[Tensor]) -> None:
@@ -180,7 +193,15 @@ class Group(Peers):
         self.vote(Site.EXCHANGE)
         with self._lost():
             for tensor in tensors:
-                dist.broadcast(tensor, src=0, group=self._tensors)
+                dist.broadcast(tensor, src=0, group=self._group(tensor))
+
+    def close(self) -> None:
+        """Give back what the groups hold."""
+        for group in {self._control, self._cards}:
+            dist.destroy_process_group(group)
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self._cards if tensor.is_cuda else self._control
 
     def _lost(self) -> Any:
         return explained(_lost, (RuntimeError,))
@@ -194,6 +215,7 @@ def _lost(error: Exception) -> PeerLost | None:
 
 
 _current: Peers = Peers()
+_runs = 0  # that have joined, the same number on all ranks
 
 
 def peers() -> Peers:
@@ -208,22 +230,47 @@ def joined(device: torch.device) -> Iterator[Peers]:
     Raises:
         PeerLost: they do not find each other.
     """
-    global _current  # as torch's own process group is
     if world_size() == 1:
         yield _current
         return
     is_new = not dist.is_initialized()
-    with explained(_lost, (RuntimeError,)):
-        if is_new:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
-        group = Group(device)
-    _current = group
     try:
-        yield group
+        with explained(_lost, (RuntimeError,)):
+            if is_new:
+                _find_each_other()
+            group = Group(device)
+        try:
+            with _as_current(group):
+                yield group
+        finally:
+            group.close()
     finally:
-        _current = Peers()
-        if is_new:
+        if is_new and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def alone() -> AbstractContextManager[None]:
+    """Inside, `peers()` is this rank alone: it does something that the others do not."""
+    return _as_current(Peers())
+
+
+@contextmanager
+def _as_current(ranks: Peers) -> Iterator[None]:
+    global _current  # as torch's own process group is
+    before, _current = _current, ranks
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def _find_each_other() -> None:
+    global _runs
+    _runs += 1
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives a run, and with it where its ranks were to be found
+    store = PrefixStore(f"run {_runs}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def all_are_well(number: float = 0) -> list[float]:

@@ -36,12 +36,18 @@ def _passed_on(name: str) -> Callable[..., None]:
 class Record(Listener):
     """Writes one run's files into its output folder, as things happen, and passes on what it hears.
 
+    Args:
+        folder: where the files go.
+        listeners: hear of all that happens.
+        home: the folder of the whole run, which of several ranks the first writes.
+
     Attributes:
         has_begun: what is in the folder is this run's, which until then leaves the record of an earlier one alone.
     """
 
-    def __init__(self, folder: Path, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, folder: Path, listeners: Sequence[Listener] = (), home: Path | None = None) -> None:
         self.folder = folder
+        self.home = home or folder
         self.listeners = listeners
         self.attempts: list[Attempt] = []
         self.events: list[str] = []

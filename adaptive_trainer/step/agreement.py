@@ -18,7 +18,7 @@ from adaptive_trainer.distributed.gradients import Gradients
 from adaptive_trainer.distributed.peers import PeerFailed, Site, Status, peers
 from adaptive_trainer.models.losses import correct
 from adaptive_trainer.models.stepping import StepMemory
-from adaptive_trainer.step.program import Program
+from adaptive_trainer.step.program import Gather, Program
 
 MAY_ALLOCATE = (False, None, True)  # of a step; what counts among ranks is the last that one of them says
 
@@ -43,7 +43,7 @@ class Agreement:
         self._gradients = Gradients(parameters, self.peers)
 
     @property
-    def gather(self) -> Callable[[list[Tensor], int], None] | None:
+    def gather(self) -> Gather | None:
         """What sums the gradients over the ranks; None of one alone."""
         return self._gather if self.peers.size > 1 else None
 
@@ -70,14 +70,22 @@ class Agreement:
             self.peers.vote(Site.UPDATE, Status.WELL, MAY_ALLOCATE.index(self.may_allocate))
             self.may_allocate = MAY_ALLOCATE[int(max(row[0] for row in self.peers.numbers))]
 
+    @property
+    def entering(self) -> Callable[[], None] | None:
+        """What the step begins with, where it takes no memory: up to then another rank may have failed."""
+        return self._vote if self.peers.size > 1 and self.may_allocate is False else None
+
     def after_step(self) -> None:
-        """The step is done, or nothing can go wrong in it; raises where it went wrong on another rank.
+        """The step is done; where it may allocate, it may have gone wrong on another rank.
 
         Raises:
             PeerFailed: memory has run out there.
         """
         if self.peers.size > 1 and self.may_allocate is not False:
-            self.peers.vote(Site.UPDATE)
+            self._vote()
+
+    def _vote(self) -> None:
+        self.peers.vote(Site.UPDATE)
 
     def evaluated(self) -> None:
         """A batch was evaluated; raises as `after_step`."""
@@ -95,25 +103,27 @@ class Agreement:
         worst = self.peers.vote(site, own) if error is None else error
         return replace(failure, exact=worst is Status.FAILED_FOR_GOOD)
 
-    def _gather(self, weights: list[Tensor], samples: int) -> None:
-        """Sum the gradients over the ranks.
-
-        Args:
-            weights: denominators of the parts of this rank, where the loss has such.
-            samples: of this rank.
-        """
+    def _gather(self, weights: list[Tensor], samples: int, is_sum: bool) -> bool:
         found, whole = self._gradients.prepare(), self._program.whole or samples
-        self.peers.vote(Site.UPDATE, Status.WELL, samples, found, len(weights))
-        counts, checksums, parts, *_ = zip(*self.peers.numbers, strict=True)
+        self.peers.vote(Site.UPDATE, Status.WELL, samples, found, len(weights), is_sum)
+        counts, checksums, parts, sums = zip(*self.peers.numbers, strict=True)
+        if not any(counts):  # no image could be read
+            return False
         self._gradients.sum(checksums)
         parameters = self._program.parameters
         if any(parts):
             correct(parameters, whole, [self._gradients.sum_weights(weights)])
-        elif 0 < sum(counts) != whole:  # some images could not be read
+        elif sum(counts) != whole and not any(sums):  # some images could not be read
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             torch._foreach_mul_(gradients, whole / sum(counts))
+        return True
 
 
 def status_of(error: BaseException) -> Status | None:
     """What a vote has said, where it is this that has ended the work."""
     return error.status if isinstance(error, PeerFailed) else None
+
+
+def is_elsewhere(error: BaseException) -> bool:
+    """Whether a peer has failed outside of this work: whoever meets it there does it again."""
+    return isinstance(error, PeerFailed) and error.is_elsewhere

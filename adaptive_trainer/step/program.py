@@ -25,6 +25,9 @@ from adaptive_trainer.utils.device import AUTOCAST
 Forward = Callable[[Tensor], Any]  # a network, of images
 Accumulate = Callable[[Tensor, Tensor], None]  # gradients, of images and labels
 Change = Callable[..., None]  # `Program.change`
+# Sums the gradients over the ranks, from the denominators of the parts here, the samples, and whether the loss is a
+# sum; returns whether there are any.
+Gather = Callable[[list[Tensor], int, bool], bool]
 See = Callable[[Tensor, Tensor], None]  # scores, of an evaluation batch, and labels
 
 
@@ -48,6 +51,7 @@ class Program:
         self.avoid_single = has_batch_norm(state.model)
         self.whole: int | None = None
         self._weights: list[Tensor] = []
+        self._is_sum = False
         self._memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
         self.parameters = list(state.model.parameters())
         self._modules = list(state.model.modules())
@@ -59,19 +63,19 @@ class Program:
         labels: Tensor,
         accumulate: Accumulate | None = None,
         guard: Callable[[Change], None] | None = None,
-        gather: Callable[[list[Tensor], int], None] | None = None,
+        gather: Gather | None = None,
     ) -> None:
         """The whole update on images (N, C, H, W) and labels (N,); the gradients stay.
 
         Args:
             accumulate: makes the gradients instead of the method of that name.
             guard: is given `change`, and calls it once what it would destroy is kept.
-            gather: sums the gradients over the ranks, from the denominators of the parts and the samples here.
+            gather: sums the gradients over the ranks.
         """
         self.phase = "forward"
         (accumulate or self.accumulate)(images, labels)
-        if gather is not None:
-            gather(self._weights, len(labels))
+        if gather is not None and not gather(self._weights, len(labels), self._is_sum):
+            return
         self.clip()
         if guard is None:
             self.change()
@@ -101,6 +105,7 @@ class Program:
             terms = self._terms(output, y)
             self._measure(output, y, terms)
             self.phase = "backward"
+            self._is_sum = terms.is_sum
             share = terms.share(total)
             state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             weights += [] if terms.weight is None else [terms.weight]
@@ -166,9 +171,9 @@ class Program:
         """
 
         def enter(*_: Any) -> None:
-            self.phase = "optimizer step"
             if entering is not None:
                 entering()
+            self.phase = "optimizer step"
 
         state = self.state
         hook = state.optimizer.register_step_pre_hook(enter)

@@ -25,7 +25,7 @@ from adaptive_trainer.memory.one_piece import OnePiece
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.agreement import Agreement, status_of
+from adaptive_trainer.step.agreement import Agreement, is_elsewhere, status_of
 from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.program import Accumulate, Change, Program, See
 from adaptive_trainer.step.undo import Progress, TrainState, Undo
@@ -197,7 +197,7 @@ class Update:
         if memory.is_warm and memory.may_allocate is None:
             memory.measure(change)
         else:
-            change()
+            change(agreement.entering)
         agreement.after_step()
 
     def _transact(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T:
@@ -229,7 +229,7 @@ class Update:
                 return work()
         except BaseException as error:
             failure = oom.describe(error, pressure=self.capacity.pressure)
-            if not failure.fills(self._device):
+            if not failure.fills(self._device) or is_elsewhere(error):
                 if failure.kind is not oom.Kind.POISONED:
                     self._undo.roll_back()
                 raise

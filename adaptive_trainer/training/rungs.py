@@ -66,7 +66,7 @@ class Rungs:
                 f"the checkpoint holds the model {model} and no rung of the ladder trains it; "
                 "ask for that model, or start anew with resume=null"
             )
-        has_grown = (self._run.parts.capacity.size or 0) > (saved["capacity"] or 0)
+        has_grown = peers().decided(lambda: (self._run.parts.capacity.size or 0) > (saved["capacity"] or 0))
         if is_finished or (saved["requested"] == self.requested() and not has_grown):
             return next((i for i in possible if self.ladder[i].name == saved["rung"]), possible[0])
         return possible[0]
@@ -95,12 +95,15 @@ class Rungs:
 
     def assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """Why a rung need not be tried, and the bytes it is expected to need. The last one is tried in any case."""
-        hopeless, need = self._run.judge.assess(rung.settings)
+        hopeless, need = self._assessed(rung)
         return "" if hopeless and (self._is_proven(rung) or self.is_last(rung)) else hopeless, need
+
+    def _assessed(self, rung: Rung[Config]) -> tuple[str, int | None]:
+        return peers().decided(lambda: self._run.judge.assess(rung.settings))
 
     def is_last_resort(self, rung: Rung[Config]) -> bool:
         """Whether it is tried though it is predicted not to fit, for want of a rung below it."""
-        hopeless, _ = self._run.judge.assess(rung.settings)
+        hopeless, _ = self._assessed(rung)
         return bool(hopeless) and self.is_last(rung) and not self._is_proven(rung)
 
     def _is_proven(self, rung: Rung[Config]) -> bool:
@@ -120,7 +123,7 @@ class Rungs:
         while self._looked_at < number:
             self._looked_at += 1
             above, rung = self.ladder[self._looked_at - 1 : self._looked_at + 1]
-            if not rung.passed_over and self._run.judge.refusal(above.settings, rung.settings):
+            if not rung.passed_over and self._refused_now(above, rung):
                 self._leave_out_refused(rung.name)
         return self.ladder[number]
 
@@ -131,6 +134,9 @@ class Rungs:
         for note in () if rung.passed_over else rung.notes:
             if note.endswith(reasons):
                 self._run.record.event(f"rung {name}: {note}")
+
+    def _refused_now(self, above: Rung[Config], rung: Rung[Config]) -> str:
+        return peers().decided(lambda: self._run.judge.refusal(above.settings, rung.settings))
 
     def _refuse(self, name: str, above: Config, config: Config) -> str:
         """As `Judge.refusal`, of rungs that were found to be refused; the answer stays what it was."""

@@ -8,9 +8,11 @@ another optimizer, or one whose state is of another kind, starts anew on the sam
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -98,8 +100,16 @@ class Session:
     @property
     def buffers(self) -> list[Tensor]:
         """Those of the network and of its average."""
-        ema = [] if self.state.ema is None else [*self.state.ema.module.buffers()]
-        return [*self.state.model.buffers(), *ema]
+        return [buffer for network in self._networks for buffer in network.buffers()]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters and buffers of both."""
+        return [*self.buffers, *(weight.data for network in self._networks for weight in network.parameters())]
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        return [self.state.model, *([] if self.state.ema is None else [self.state.ema.module])]
 
     @property
     def is_sound(self) -> bool:
@@ -169,7 +179,10 @@ def refuse_collectives(model: nn.Module) -> None:
 def draw_apart(*seeds: int) -> None:
     """Let this rank draw other random numbers than the first one; the weights are made, and are the same."""
     if not peers().is_first:
-        torch.manual_seed(key_seed(peers().rank, *seeds))
+        seed = key_seed(peers().rank, *seeds)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
 
 def _own_memory(model: nn.Module) -> None:

@@ -155,7 +155,7 @@ class Stage:
         if self.run.stop.name:
             raise Stopped("no training has begun, and nothing is saved", is_term=self.run.stop.is_term)
         judge, config = self.run.judge, with_batch_size(self.phase.asked, size)
-        if judge.refusal(config, config):
+        if peers().decided(lambda: judge.refusal(config, config)):
             return False
         self.run.parts.capacity.empty_cache()  # what another size has left must not decide
         tried = Rung(f"{LARGEST}-{size}", config)  # a ladder of one: the failure of a size is an answer
@@ -181,7 +181,7 @@ class Stage:
 
     def _assess(self, rung: Rung[Config]) -> tuple[str, int | None]:
         """As `Rungs.assess`; the listeners hear of a rung that is to be tried."""
-        hopeless, need = peers().decided(lambda: self.rungs.assess(rung))
+        hopeless, need = self.rungs.assess(rung)
         if not hopeless:
             session, parts = self.trial.session, self.run.parts
             before = self.rungs.ladder[0].settings if session is None else session.config
@@ -224,7 +224,7 @@ class Stage:
             self.keeper,
             run.stop,
             leave=lambda: self.climbing.is_due(rung, session.state.finished_epochs),
-            way_on=to_type(run.record.folder),
+            way_on=to_type(run.record.home),
             leaves_thrashing=rung.settings.ladder.avoid_thrashing and not self.rungs.is_last(rung),
         )
 

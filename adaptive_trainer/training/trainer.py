@@ -40,9 +40,10 @@ from adaptive_trainer.data.datasets import (
 from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
 from adaptive_trainer.data.splitting import known_labels, source
-from adaptive_trainer.distributed.peers import Peers, joined, peers
+from adaptive_trainer.distributed.peers import Peers, alone, joined, peers
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
+    ConfigError,
     Interrupted,
     LadderExhausted,
     Stopped,
@@ -156,7 +157,7 @@ class Trainer(Uses):
         self._history = Report(self.output_dir) if start.cfg.report and here.is_first else History()
         heard = [Lines(), self._history, *(trackers(typed(start.cfg).trackers) if here.is_first else ())]
         folder = self.output_dir if here.is_first else self.output_dir / "ranks" / str(here.rank)
-        record = Record(folder, heard)
+        record = Record(folder, heard, self.output_dir)
         with showing(start.cfg.verbosity if here.is_first else "quiet"), alone_in_process(), record.held():
             if not left_by_earlier(folder):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg), start.path)
@@ -168,6 +169,11 @@ class Trainer(Uses):
 
     def _limited(self, start: Start, phases: list[Phase], device: torch.device, record: Record) -> Result:
         asked = phases[0].asked
+        if asked.memory.shared and peers().size > 1:
+            raise ConfigError(
+                "memory.shared=true lets one training after another choose its memory, and the ranks of one choose "
+                "together; leave it out, or start one process"
+            )
         process = private_process_state(deterministic=asked.trainer.deterministic, tf32=asked.trainer.tf32)
         # the card is the current one, so that nothing is made on another
         with process, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -214,7 +220,8 @@ class Trainer(Uses):
             result = self._result(done, record)
             record.result(result)  # now: the test may be stopped, or killed for its memory
             if data.test is not None and peers().is_first:
-                tested = self._test(data.test, done.stage.trial.opened, record, stop)
+                with alone():
+                    tested = self._test(data.test, done.stage.trial.opened, record, stop)
                 result = replace(result, metrics={**result.metrics, **tested})
                 record.result(result)
         if peers().is_first:

@@ -158,6 +158,7 @@ class Trial:
             self.session.rung = self._tried.name
             if is_new:
                 self._fill(self.session)
+                peers().take_first(self.session.weights)  # what makes a network may draw numbers of its own
             log.debug("the network is built")
             self._begin_loading(self.session)
             update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)

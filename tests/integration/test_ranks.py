@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.errors import Interrupted
@@ -20,18 +21,21 @@ from adaptive_trainer.errors import Interrupted
 BOUND = 120  # seconds, far above what any of it takes
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 COMMAND = [
-    "-m", "adaptive_trainer", "data=fakedata", "data.train.size=50", "data.val.size=21", "data.num_workers=0",
-    "data.image_size=32", "trainer.batch_size=8", "model.name=resnet10t", "device=cpu", "memory.limit=none",
-    "ladder=none", "report=false", "trainer.deterministic=true",
+    "-m", "adaptive_trainer", "data.num_workers=0", "data.image_size=32", "trainer.batch_size=8",
+    "model.name=resnet10t", "device=cpu", "memory.limit=none", "ladder=none", "report=false",
+    "trainer.deterministic=true",
 ]  # fmt: skip
+MADE_UP = ["data=fakedata", "data.train.size=50", "data.val.size=21"]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(command: list[str], folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    typed = [*command, *COMMAND, f"output_dir={folder}", *overrides]
+def run(
+    command: list[str], folder: Path, *overrides: str, data: list[str] = MADE_UP
+) -> subprocess.CompletedProcess[str]:
+    typed = [*command, *COMMAND, f"output_dir={folder}", *data, *overrides]
     return subprocess.run(typed, capture_output=True, text=True, timeout=BOUND, env=environment(), check=False)
 
 
@@ -54,6 +58,30 @@ def test_two_ranks_train_as_one_with_two_micro_batches(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "both" / "ranks" / "1" / "result.json").read_text())["outcome"] == "trained"
 
 
+def test_ranks_train_the_same_network_twice_in_one_process(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "tests.attack.two_fits", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+
+
+def test_the_test_set_is_evaluated_whole(tmp_path: Path, photos: Path) -> None:
+    """By the first rank alone; a test that a rank was left out of would say so."""
+    done = run(TORCHRUN, tmp_path / "run", "trainer.epochs=1", data=["data=imagefolder", f"data.root={photos}"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["images"] == 10
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for part, count in (("train", 12), ("val", 6), ("test", 10)):
+        for number in range(count):
+            path = tmp_path / "photos" / part / f"class{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (20 * number, 255 * (number % 2), 90)).save(path)
+    return tmp_path / "photos"
+
+
 def wait_for(path: Path) -> None:
     end = time.monotonic() + BOUND
     while not path.exists():
@@ -62,7 +90,7 @@ def wait_for(path: Path) -> None:
 
 
 def started(folder: Path) -> subprocess.Popen[str]:
-    typed = [*TORCHRUN, *COMMAND, f"output_dir={folder}", "trainer.epochs=500"]
+    typed = [*TORCHRUN, *COMMAND, *MADE_UP, f"output_dir={folder}", "trainer.epochs=500"]
     return subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
 
 
@@ -91,7 +119,7 @@ def test_where_one_rank_is_killed_the_other_saves_and_ends(tmp_path: Path) -> No
     assert process.returncode != 0
     said = " ".join(out.split())
     assert "another rank has ended" in said
-    assert "the state is saved, go on with" in said
+    assert "the state is saved: go on with" in said
     before = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"]
     again = run(TORCHRUN, tmp_path, "resume=auto", f"trainer.epochs={before // 7 + 2}")
     assert again.returncode == 0, again.stdout + again.stderr

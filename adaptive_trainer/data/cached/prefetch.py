@@ -58,8 +58,9 @@ class Prefetcher:
         assert data.stored is not None
         source = _Source((data.train, data.val)[part], data.stored[part], data.config, self.image_size, seed, epoch)
         rank, ranks = self._peers.rank, self._peers.size
-        parts = ((part_of(batch, rank, ranks), len(batch)) for batch in batches)
-        most = max(shares(most, ranks))
+        is_training = part == 0
+        parts = ((part_of(batch, rank, ranks, avoid_single=is_training), len(batch)) for batch in batches)
+        most = max(shares(most, ranks, avoid_single=is_training))
         return _Pass(fitting(self.device, lambda: _Lane(source, parts, most, self.device, self.channels_last)))
 
 

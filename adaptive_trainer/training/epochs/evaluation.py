@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from adaptive_trainer.data.pipeline import Pipeline
-from adaptive_trainer.data.position import samples_before
-from adaptive_trainer.distributed.peers import peers
+from adaptive_trainer.data.pipeline import LOADING, Pipeline
+from adaptive_trainer.data.position import shares
+from adaptive_trainer.distributed.peers import Site, Status, peers
 from adaptive_trainer.errors import DataError, Interrupted, OutOfMemory
 from adaptive_trainer.report.listeners import Listener
 from adaptive_trainer.step.engine import Engine
@@ -54,7 +54,9 @@ class Evaluation:
             while self._done < self.total:
                 try:
                     self._go_on(model, progress)
-                except OutOfMemory:
+                except OutOfMemory as error:
+                    if error.phase == LOADING:  # the other ranks evaluate their part
+                        peers().vote(Site.EVALUATION, Status.FAILED_FOR_GOOD)
                     if self._size == 1:  # of a last batch too: halving the usual size would not help it
                         raise
                 else:
@@ -78,8 +80,8 @@ class Evaluation:
                 self.broken.name(batch)
                 if len(batch.labels) or peers().size > 1:  # else all of its images are broken
                     more = self.engine.evaluate(model, batch.images, batch.labels, self._gathered.see)
-                    before = samples_before(batch.samples, peers().rank, peers().size)
-                    self._gathered.keep(batch, self._done + before)
+                    before = shares(batch.samples, peers().size, avoid_single=False)[: peers().rank]
+                    self._gathered.keep(batch, self._done + sum(before))
                     self._sums = tuple(a + b for a, b in zip(self._sums, more, strict=True))  # type: ignore[assignment]
                 self._done += batch.samples  # only now: a batch that fails is evaluated again, in smaller ones
                 self._seen += len(batch.labels)

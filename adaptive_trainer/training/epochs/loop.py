@@ -93,7 +93,8 @@ class Loop:
                     return is_done
                 except PeerLost as error:  # what is left here is whole
                     self.keeper.save(self.session)
-                    raise PeerLost(f"{error}; the state is saved, go on with {self.way_on}") from None
+                    saved = "the state is saved" if peers().is_first else "the first rank saves, as far as it lives"
+                    raise PeerLost(f"{error}; {saved}: go on with {self.way_on}") from None
                 except AdaptiveTrainerError:
                     raise
                 except Exception as error:
@@ -103,6 +104,7 @@ class Loop:
                     voted = error.status if isinstance(error, PeerFailed) and error.site is Site.RUNG else None
                 if peers().size > 1:  # what is done again has exchanges in it
                     meet(failure.text, voted, is_last=failure.exact or self._failures > 0)
+                    self.loss.is_asked = False  # one of them may have answered already
                 self._answer(failure)
 
     def _answer(self, failure: oom.Failure) -> None:
@@ -127,7 +129,7 @@ class Loop:
             if state.position.epoch == state.finished_epochs:  # else only its evaluation is left
                 self._train_epoch()
             self._finish_epoch()
-            if state.finished_epochs < epochs and peers().decided(self.leave):
+            if state.finished_epochs < epochs and self.leave():
                 return False
         return True
 
