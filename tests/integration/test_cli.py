@@ -331,8 +331,7 @@ def test_outputs(cli: Any, tmp_path: Path) -> None:
     record = result(out)
     assert record.keys() == {
         "outcome", "rung", "requested", "used", "changes", "events", "metrics", "attempts", "output_dir", "stages",
-        "accumulation",
-        "images",
+        "accumulation", "images", "ranks", "world_size",
     }  # fmt: skip
     assert (record["outcome"], record["rung"], record["accumulation"]) == ("trained", "batch-16", 1)
     assert [change["key"] for change in record["changes"]] == ["optimizer.lr", "trainer.batch_size"]
