@@ -122,6 +122,7 @@ def test_modules_of_a_room_import_in_no_circle(room: str) -> None:
     list(TopologicalSorter(graph).static_order())  # raises a CycleError
 
 
+@pytest.mark.long
 def test_the_core_loads_neither_hydra_nor_networks_nor_predictions() -> None:
     """Whoever takes an update, the answer to an out-of-memory or a ladder alone need not have the rest."""
     core = [name for name in IN_ROOMS if room_of(name) in CORE and not name.endswith("__init__")]

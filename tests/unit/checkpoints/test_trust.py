@@ -175,6 +175,7 @@ TYPED: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TYPED)
 def test_what_is_told_to_type_allows_it(kind: str, trained: Path) -> None:
     settings = request(trained)

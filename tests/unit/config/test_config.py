@@ -30,6 +30,7 @@ GROUPS = sorted(p for p in Path(config_dir()).glob("*/*.yaml") if p.parent.name 
 SWEEPS = sorted(Path(config_dir()).glob("sweep/*.yaml"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", GROUPS, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_choice_composes(path: Path) -> None:
     extra = ["data.root=somewhere"] if path.parent.name == "data" else []
@@ -286,6 +287,7 @@ def test_settings_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compose_config(["data=imagefolder", "data.root=~/photos"]).data.train.root == "/home/me/photos"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", ["사진", "photos (1)", "a=b", "Müller's/x", "a\\b (1)", "/ä/{b}", "~/사진"])
 def test_paths_need_no_quotes(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")

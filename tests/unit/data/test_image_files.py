@@ -84,6 +84,7 @@ def evaluated(config: Config, train: Any = None, val: Any = None) -> list[Batch]
         return list(loader.evaluate(8))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(
     "how",
@@ -173,6 +174,7 @@ HIDDEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["inside a class", "beside the classes"])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_what_is_hidden_is_left_out_and_counted(name: str, place: str, tmp_path: Path) -> None:

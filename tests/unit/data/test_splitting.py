@@ -243,6 +243,7 @@ def test_a_resumed_run_holds_out_the_same_samples(
     assert (found[2] == found[0]) is not bool(overrides)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_the_random_split_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = validated(monkeypatch)
     fit(tmp_path, data=unbalanced())

@@ -214,6 +214,7 @@ class StoppedInTest(nn.Module):
         return self.head(images.mean((2, 3)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("times", "kind"), [(1, Interrupted), (2, Stopped)])
 def test_an_interrupt_in_the_test_keeps_the_result_of_training(
     times: int, kind: type[BaseException], photos: Path, tmp_path: Path

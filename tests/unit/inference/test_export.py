@@ -22,6 +22,8 @@ from adaptive_trainer import ConfigError, ModelError
 from adaptive_trainer.inference.export import ABOUT, ONNX, PROGRAM, export
 from adaptive_trainer.inference.model import Trained, load
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def exported(best: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float], Trained]:

@@ -73,6 +73,7 @@ def assert_same(found: list[Prediction], wanted: list[Prediction]) -> None:
         assert ours.probabilities == pytest.approx(theirs.probabilities, abs=EXACT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_they_are_those_of_a_plain_loop(best: Path, photos: Path, workers: int) -> None:
     paths = sorted(str(path) for path in (photos / "test").rglob("*.jpg"))

@@ -87,6 +87,7 @@ def wrapped() -> None:
         raise RuntimeError("the inner search failed") from error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inner", [direct, grouped, wrapped])
 def test_an_inner_descent_that_is_used_up_lets_the_outer_step_down(inner: Callable[[], None]) -> None:
     def attempt(settings: dict[str, int]) -> str:

@@ -137,6 +137,7 @@ OVERRIDES = st.one_of(
 REQUEST = compose_config(["ladder=none"])
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(OVERRIDES, min_size=1, max_size=3), max_size=5))
 def test_no_rung_raises_anything(steps: list[list[str]]) -> None:

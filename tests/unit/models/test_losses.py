@@ -136,6 +136,7 @@ def labels_of(name: str, labels: list[int]) -> Tensor:
     return torch.where(found == 1, -100, found) if name == "ignoring -100" else found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=12, deadline=None)
 @given(

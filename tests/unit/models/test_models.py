@@ -84,6 +84,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "SMALL", 0)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     ("value", "offloads"),
@@ -179,6 +180,7 @@ def test_failure_while_recomputing_leaves_the_buffers_as_they_are() -> None:
         assert torch.equal(buffer, buffers[name][1]), name
 
 
+@pytest.mark.long
 def test_network_without_blocks_says_that_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:
     recompute(build_model(ModelConfig("torchvision/vgg11"), 2), "blocks")
     assert "has no blocks to recompute" in caplog.text

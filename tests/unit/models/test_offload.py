@@ -54,6 +54,7 @@ TRAININGS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", ["none", "cheap"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", TRAININGS, ids=str)

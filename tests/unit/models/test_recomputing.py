@@ -288,6 +288,7 @@ def made(program: Program) -> nn.Module:
     return Network(program)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.filterwarnings("ignore")
@@ -462,6 +463,7 @@ def saves_results(block: Block, x: Tensor) -> Any:
     return block.last(F.silu(block.norm(y), inplace=True) * y.mean((2, 3), keepdim=True).sigmoid()).exp()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_offloaded", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 def test_nothing_stays_of_a_pass_that_fails(plan: str, is_offloaded: bool) -> None:

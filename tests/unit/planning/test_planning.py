@@ -380,6 +380,7 @@ def test_the_key_tells_apart_what_matters() -> None:
     assert {"torch", "timm", "torchvision", "adaptive_trainer"} <= base["versions"].keys()
 
 
+@pytest.mark.long
 def test_stored_images_take_what_their_buffers_hold() -> None:
     """The whole batch as floats instead of a part, and the next one as bytes."""
     cached = (*SMALL, "data.cache=ram")

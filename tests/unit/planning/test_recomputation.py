@@ -23,6 +23,8 @@ from adaptive_trainer.planning.predictor import Predictor
 from adaptive_trainer.planning.recomputation import MARGIN, NEAR, Planner, Search
 from adaptive_trainer.prediction.estimator import CAPACITY_STEP
 
+pytestmark = pytest.mark.long
+
 MiB = 2**20
 
 

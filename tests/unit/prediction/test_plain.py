@@ -61,6 +61,7 @@ def owners(value: Any, args: Any) -> Any:
     return next((n for n, a in enumerate(args) if isinstance(a, Tensor) and a.untyped_storage()._cdata == memory), None)
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(
     real=images(), affine=st.booleans(), training=st.booleans(), mask=st.lists(st.booleans(), min_size=3, max_size=3)

@@ -143,6 +143,7 @@ def test_what_a_real_update_allocates(case: Case) -> None:
 # -- derived traces
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100", "resnet18", "convnext_atto"])
 def test_three_traces_give_the_others(name: str, precision: str) -> None:

@@ -60,6 +60,7 @@ def test_the_same_classes_take_all_of_it(best: Path, tmp_path: Path) -> None:
     assert result.images["mean"] == [0.1, 0.2, 0.3]  # as the network was trained
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "classes", [("cat", "dog", "hen", "pig"), ("cat", "dog"), ("hen", "dog", "cat"), ("a", "b", "c")]
 )
@@ -101,6 +102,7 @@ def test_a_network_of_the_callers_own(tmp_path: Path) -> None:
     assert found["last.weight"].shape == (3, 5)
 
 
+@pytest.mark.long
 def test_a_resumed_run_does_not_need_them(best: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied.pt"
     copied.write_bytes(best.read_bytes())
