@@ -56,6 +56,11 @@ class PeerFailed(torch.OutOfMemoryError):
         self.site, self.status, self.is_elsewhere = site, status, is_elsewhere
 
 
+def voted(error: BaseException, *sites: Site) -> Status | None:
+    """What a vote at one of these sites has come to, where it is this that has ended the work."""
+    return error.status if isinstance(error, PeerFailed) and error.site in sites else None
+
+
 class Peers:
     """One rank alone, which agrees with itself.
 
@@ -284,18 +289,18 @@ def all_are_well(number: float = 0) -> list[float]:
     return [row[0] for row in here.numbers]
 
 
-def meet(text: str, voted: Status | None, *, is_last: bool) -> None:
+def meet(text: str, heard: Status | None, *, is_last: bool) -> None:
     """Come together with all ranks after a failure, to do the same once more.
 
     Args:
         text: of the failure.
-        voted: what a vote at `Site.RUNG` has come to, where that was the failure.
+        heard: what a vote at `Site.RUNG` has come to, where that was the failure.
         is_last: this rank does not try again.
 
     Raises:
         PeerFailed: one of them does not try again, which `together` answers.
     """
-    worst = voted or peers().vote(Site.RUNG, Status.FAILED_FOR_GOOD if is_last else Status.FAILED)
+    worst = heard or peers().vote(Site.RUNG, Status.FAILED_FOR_GOOD if is_last else Status.FAILED)
     if worst is Status.FAILED_FOR_GOOD:
         raise PeerFailed(text, Site.RUNG, worst)
 
@@ -319,7 +324,7 @@ def together(work: Callable[[], T], device: torch.device) -> T:
         if not found.fills(device):
             raise
         failure = found.text, "another rank" if isinstance(error, PeerFailed) else "attempt"
-        has_voted = isinstance(error, PeerFailed) and error.site is Site.RUNG
+        has_voted = voted(error, Site.RUNG) is not None
     if not has_voted:
         peers().vote(Site.RUNG, Status.FAILED_FOR_GOOD)
     raise OutOfMemory(failure[0], phase=failure[1])

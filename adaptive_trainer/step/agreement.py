@@ -91,16 +91,16 @@ class Agreement:
         """A batch was evaluated; raises as `after_step`."""
         self.peers.vote(Site.EVALUATION)
 
-    def settled(self, failure: oom.Failure, error: Status | None, site: Site) -> oom.Failure:
+    def settled(self, failure: oom.Failure, heard: Status | None, site: Site) -> oom.Failure:
         """Tell the peers of a failure, unless it is theirs; return it as all of them see it.
 
         Args:
-            error: what a vote has said already; None: the failure is this rank's own.
+            heard: what a vote has said already; None: the failure is this rank's own.
         """
         if self.peers.size == 1:
             return failure
         own = Status.FAILED_FOR_GOOD if failure.exact else Status.FAILED
-        worst = self.peers.vote(site, own) if error is None else error
+        worst = self.peers.vote(site, own) if heard is None else heard
         return replace(failure, exact=worst is Status.FAILED_FOR_GOOD)
 
     def _gather(self, weights: list[Tensor], samples: int, is_sum: bool) -> bool:
@@ -117,11 +117,6 @@ class Agreement:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             torch._foreach_mul_(gradients, whole / sum(counts))
         return True
-
-
-def status_of(error: BaseException) -> Status | None:
-    """What a vote has said, where it is this that has ended the work."""
-    return error.status if isinstance(error, PeerFailed) else None
 
 
 def is_elsewhere(error: BaseException) -> bool:

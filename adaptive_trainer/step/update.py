@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.distributed.peers import Site
+from adaptive_trainer.distributed.peers import Site, voted
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
@@ -25,7 +25,7 @@ from adaptive_trainer.memory.one_piece import OnePiece
 from adaptive_trainer.models.losses import Criterion, Loss
 from adaptive_trainer.models.stepping import StepMemory
 from adaptive_trainer.recipe import Recipe
-from adaptive_trainer.step.agreement import Agreement, is_elsewhere, status_of
+from adaptive_trainer.step.agreement import Agreement, is_elsewhere
 from adaptive_trainer.step.copies import layout
 from adaptive_trainer.step.program import Accumulate, Change, Program, See
 from adaptive_trainer.step.undo import Progress, TrainState, Undo
@@ -233,8 +233,8 @@ class Update:
                 if failure.kind is not oom.Kind.POISONED:
                     self._undo.roll_back()
                 raise
-            voted = status_of(error)
-        failure = self.agreement.settled(failure, voted, Site.EVALUATION if phase == "evaluation" else Site.UPDATE)
+            heard = voted(error, *Site)
+        failure = self.agreement.settled(failure, heard, Site.EVALUATION if phase == "evaluation" else Site.UPDATE)
         self._recover(failure)  # after the handler, where nothing holds the frames of the failed work
         return failure
 

@@ -4,7 +4,7 @@ Usage: torchrun --nproc-per-node=N -m tests.attack.ranks FOLDER SEED [SEED ...]
 
 Each seed trains twice: with faults, and without them down the same rungs at the same updates. Every rank writes what it
 has come to into FOLDER/SEED-RANK.json: the schedule (rung and samples of each update), a digest of its whole state, the
-digest of its replay, and how many faults there were.
+digest of its replay, and how many faults there were. The first rank prints a line a seed.
 """
 
 from __future__ import annotations
@@ -208,7 +208,19 @@ def main() -> None:
         found["replay"] = replayed(folder, seed, found)
         (folder / f"{seed}-{dist.get_rank()}.json").write_text(json.dumps(found))
         dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"seed {seed}: {verdict(folder, seed)}", flush=True)
     dist.destroy_process_group()
+
+
+def verdict(folder: Path, seed: int) -> str:
+    """Whether all ranks have stayed together, and have the bits of their replay; in words."""
+    found = [json.loads((folder / f"{seed}-{rank}.json").read_text()) for rank in range(dist.get_world_size())]
+    if any((each["rung"], each["schedule"]) != (found[0]["rung"], found[0]["schedule"]) for each in found):
+        return "APART"
+    kept = ("rung", "schedule", "digest")
+    is_equal = all([each[key] for key in kept] == [each["replay"][key] for key in kept] for each in found)
+    return f"{sum(each['faults'] for each in found)} faults, {'bits as the replay' if is_equal else 'DIFFER'}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from adaptive_trainer import oom
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch
 from adaptive_trainer.data.pipeline import Pipeline
-from adaptive_trainer.distributed.peers import PeerFailed, Site, all_are_well, meet, peers
+from adaptive_trainer.distributed.peers import Site, all_are_well, meet, peers, voted
 from adaptive_trainer.errors import AdaptiveTrainerError, DataError, Interrupted, OutOfMemory, PeerLost, UserError
 from adaptive_trainer.memory.leak import Growth
 from adaptive_trainer.report.listeners import Listener
@@ -101,9 +101,9 @@ class Loop:
                     failure = oom.describe(error)
                     if failure.kind not in oom.OF_MEMORY:
                         raise
-                    voted = error.status if isinstance(error, PeerFailed) and error.site is Site.RUNG else None
+                    heard = voted(error, Site.RUNG)
                 if peers().size > 1:  # what is done again has exchanges in it
-                    meet(failure.text, voted, is_last=failure.exact or self._failures > 0)
+                    meet(failure.text, heard, is_last=failure.exact or self._failures > 0)
                     self.loss.is_asked = False  # one of them may have answered already
                 self._answer(failure)
 
