@@ -12,13 +12,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL.Image import Image
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_pil_image
 
 from adaptive_trainer import oom
 from adaptive_trainer.checkpoints import resume
@@ -30,16 +27,13 @@ from adaptive_trainer.config.validate import check_no_card
 from adaptive_trainer.data.cached.build import with_cache
 from adaptive_trainer.data.datasets import (
     DataSets,
-    MapDataset,
     build_datasets,
     check_batch_size,
     described,
     labels_of,
-    sample_name,
 )
 from adaptive_trainer.data.images.preprocessing import settled
 from adaptive_trainer.data.pipeline import worker_deaths_deferred
-from adaptive_trainer.data.splitting import known_labels, source
 from adaptive_trainer.distributed.peers import Peers, alone, joined, peers
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
@@ -62,24 +56,21 @@ from adaptive_trainer.planning.image_size import check_image_size
 from adaptive_trainer.planning.judge import Judge
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.refusals import check_names
-from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.report.earlier import LAST, left_by_earlier, to_type, way_on
 from adaptive_trainer.report.history import History
 from adaptive_trainer.report.lines import Lines
-from adaptive_trainer.report.listeners import Finished, trackers
+from adaptive_trainer.report.listeners import trackers
 from adaptive_trainer.report.page import Report
 from adaptive_trainer.report.record import Record
 from adaptive_trainer.report.result import Result
 from adaptive_trainer.report.summary import summary
-from adaptive_trainer.training.advice import advice
 from adaptive_trainer.training.arguments import check_arguments, noting
 from adaptive_trainer.training.epochs.stopping import StopSignal
-from adaptive_trainer.training.hints import hints
+from adaptive_trainer.training.finished import finished_by
 from adaptive_trainer.training.own_weights import own_weights
 from adaptive_trainer.training.phases import Done, train
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.session import Parts
-from adaptive_trainer.training.stage import Stage
 from adaptive_trainer.training.uses import Uses
 from adaptive_trainer.utils.device import capability_of, device_of, tf32_refusal
 from adaptive_trainer.utils.global_state import alone_in_process, private_process_state, seed_everything
@@ -324,7 +315,7 @@ class Trainer(Uses):
     def _end(self, done: Done, record: Record, result: Result) -> None:
         stage, is_own = done.stage, self._own_model is not None
         own = {"is_own_model": is_own, "is_own_loss": self._loss is not None}
-        finished = _finished(stage, done.rung.settings, result.requested, self._history, **own)
+        finished = finished_by(stage, done.rung.settings, result.requested, self._history, **own)
         record.finish(result, finished)
         # a line to type goes on with what settings can say: neither code of the caller's own nor stages
         is_typed = not is_own and self._loss is None and self._data == (None, None) and not result.stages
@@ -350,41 +341,6 @@ class Trainer(Uses):
             f"out of memory beside training ({failure.type_name}: {failure.text}). Close other programs or lower "
             f"data.num_workers; a run that has left a checkpoint goes on with {to_type(self.output_dir)}"
         )
-
-
-def _finished(
-    stage: Stage, used: Config, asked: Recipe, history: History, *, is_own_model: bool, is_own_loss: bool
-) -> Finished:
-    judge, data, root, best = stage.run.judge, stage.run.data, used.data.root, stage.trial.opened.state.best
-    trained_on = _by_class(data)
-    return Finished(
-        classes=data.classes,
-        image=partial(_picture, data.val),
-        name=partial(sample_name, data.val),
-        timeline=partial(judge.timeline, used),
-        advice=partial(advice, asked, used, judge),
-        source=str(Path(root).expanduser().absolute()) if root else type(source(data.train)[0]).__name__,
-        counts=described(data)[0],
-        trained_on=trained_on,
-        hints=hints(history, trained_on, used, is_own_model=is_own_model, is_own_loss=is_own_loss),
-        best=best,
-        best_epoch=history.epoch_of(best),
-        is_own_model=is_own_model,
-    )
-
-
-def _by_class(data: DataSets) -> list[int]:
-    """Training images of each class; none where there is no list of labels, or one of something else."""
-    labels = known_labels(data.train)
-    if labels is None or labels.min() < 0 or labels.max() >= data.num_classes:
-        return []
-    counts: list[int] = np.bincount(labels, minlength=data.num_classes).tolist()
-    return counts
-
-
-def _picture(data: MapDataset, index: int) -> Image:
-    image = data[index][0]
-    return image if isinstance(image, Image) else to_pil_image(image)
 
 
 def _in_channels_last(
