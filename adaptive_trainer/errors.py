@@ -129,9 +129,14 @@ class DeviceUnusable(AdaptiveTrainerError):
 
 
 class PeerLost(AdaptiveTrainerError):
-    """Another rank of the run has ended, or is silent for too long."""
+    """Another rank of the run has ended, or is silent for too long.
+
+    Attributes:
+        is_whole: every update that was begun here is done or undone.
+    """
 
     exit_code = 5
+    is_whole = True
 
 
 class Interrupted(AdaptiveTrainerError):

@@ -1,6 +1,6 @@
 """The asked recipe in less memory: what recomputation gives, bit for bit, on one CUDA card.
 
-Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--caps NUMBER ...]
+Usage: python -m scripts.benchmark_exact [--part caps|networks|ladders|all] [--caps NUMBER ...] [--networks NUMBER ...]
        [--updates N] [--seconds N]
 
 `caps`: recipes under limits that are far too small for them, trained by ladder=exact for 5 epochs of 10 updates, with
@@ -177,12 +177,22 @@ def timed(config: Config, limit: int | None) -> tuple[float, bool]:
 
 
 def smallest(config: Config, guess: int) -> int:
-    """Bytes under which a dry run fits, to 2 %."""
-    low, high = int(0.88 * guess), int(1.12 * guess)
-    while high > 1.02 * low:
+    """Bytes under which a dry run fits, to 2 %; few are needed where the guess is good."""
+
+    def fits(size: int) -> bool:
+        here = replace(config, memory=replace(config.memory, limit=f"{size // MiB}MiB"), card=type(config.card)())
+        return bool(measure(replace(here, device="cuda"), CLASSES))
+
+    step, low, high = 1.02, guess, guess
+    if fits(guess):
+        while fits(low := int(low / step)):
+            high, step = low, step**2
+    else:
+        while not fits(high := int(high * step)):
+            low, step = high, step**2
+    while high > 1.021 * low:
         middle = (low + high) // 2
-        here = replace(config, memory=replace(config.memory, limit=f"{middle // MiB}MiB"), card=type(config.card)())
-        low, high = (low, middle) if measure(replace(here, device="cuda"), CLASSES) else (middle, high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
     return high
 
 
@@ -278,14 +288,14 @@ def ladders(epochs: int) -> None:
             print(row(ladder, result.rung, f"{2160 / epoch:.0f}", f"{accuracy:.3f}", f"{seconds:.1f}"), flush=True)
 
 
-def networks(updates: int, at_most: float) -> None:
+def networks(names: Sequence[str], updates: int, at_most: float) -> None:
     """How much smaller the smallest limit of each network is in little time."""
-    cases = [(name, 24, 224, "fp32") for name in NETWORKS]
+    cases = [(name, 24, 224, "fp32") for name in names]
     began = time.perf_counter()
     plans = side_by_side(planned, cases)
     print(heading(f"exact, {updates} updates"), f"(plans: {time.perf_counter() - began:.0f} s)", "", sep="\n")
-    names = "recipe", "limit, MiB", "plan in, s", "smallest limit: plain", "planned", "predicted", "smaller", "bits"
-    print(*table(*names, "ms, plain", "x", "x predicted"), sep="\n")
+    head = "recipe", "limit, MiB", "plan in, s", "smallest limit: plain", "planned", "predicted", "smaller", "bits"
+    print(*table(*head, "ms, plain", "x", "x predicted"), sep="\n")
     found: list[Least | str] = side_by_side(partial(limits, updates), plans)
     smaller, slower = list[float](), list[float]()
     for case, plan, least in zip(cases, plans, found, strict=True):
@@ -345,6 +355,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("caps", "networks", "ladders", "all"), default="all")
     parser.add_argument("--updates", type=int, default=50, help="before bits are compared")
     parser.add_argument("--caps", type=int, nargs="*", default=range(len(CAPS)), help="numbers, from 0")
+    parser.add_argument("--networks", type=int, nargs="*", default=range(len(NETWORKS)), help="numbers, from 0")
     parser.add_argument("--seconds", type=float, default=3600, help="after which no further row is begun")
     arguments = parser.parse_args()
     need_cuda()
@@ -355,7 +366,8 @@ def main() -> None:
     if arguments.part in ("caps", "all"):
         caps([CAPS[number] for number in arguments.caps])
     if arguments.part in ("networks", "all"):
-        networks(arguments.updates, arguments.seconds)
+        names = [NETWORKS[number] for number in arguments.networks]
+        networks(names, arguments.updates, arguments.seconds)
 
 
 if __name__ == "__main__":

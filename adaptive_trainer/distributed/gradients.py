@@ -40,31 +40,42 @@ class Gradients:
         here = [parameter.grad is not None for parameter in self._parameters]
         return float(zlib.crc32(bytes(here))) if any(here) else NONE
 
-    def sum(self, checksums: Sequence[float]) -> None:
-        """Sum the gradients, which are views of the buffers then.
+    def settle(self, checksums: Sequence[float]) -> None:
+        """Find out which parameters have a gradient on some rank.
 
         Args:
             checksums: of all ranks, as `prepare` has given them.
         """
-        found = self._found(checksums)
-        present = [p.grad for p in self._parameters]
-        with torch.no_grad():
-            for buffer in self._buffers:
-                buffer.zero_()
-            pairs = [(view, grad) for view, grad in zip(self._views, present, strict=True) if grad is not None]
-            if pairs:
-                torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
-        for buffer in self._buffers:
-            self._peers.add(buffer)
-        for parameter, view, has_one in zip(self._parameters, self._views, found, strict=True):
-            parameter.grad = view if has_one else None
+        theirs = {checksum for checksum in checksums if checksum != NONE}
+        if self._known is None or theirs != {self._known[0]}:  # it has changed
+            mine = [parameter.grad is not None for parameter in self._parameters]
+            union = [any(column) for column in zip(*self._peers.gathered(mine), strict=True)]
+            self._known = (next(iter(theirs)) if len(theirs) == 1 else NONE, union)
 
-    def sum_weights(self, weights: Sequence[Tensor]) -> Tensor:
-        """The sum of scalars over the parts of all ranks."""
-        self._weight.zero_()
+    @torch.no_grad()
+    def collect(self, weights: Sequence[Tensor]) -> None:
+        """Copy this rank's gradients, and the sum of its denominators, to the buffers."""
+        for buffer in (*self._buffers, self._weight):
+            buffer.zero_()
+        grads = [parameter.grad for parameter in self._parameters]
+        pairs = [(view, grad) for view, grad in zip(self._views, grads, strict=True) if grad is not None]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
         for weight in weights:
             self._weight.add_(weight.detach())
-        self._peers.add(self._weight)
+
+    def add(self, *, with_weights: bool) -> None:
+        """Sum the buffers over the ranks; what else may fail has come to its end on all of them."""
+        for buffer in self._buffers:
+            self._peers.add(buffer)
+        if with_weights:
+            self._peers.add(self._weight)
+
+    def hand_out(self) -> Tensor:
+        """Make views of the buffers the gradients; return the sum of all denominators."""
+        assert self._known is not None, "settled"
+        for parameter, view, has_one in zip(self._parameters, self._views, self._known[1], strict=True):
+            parameter.grad = view if has_one else None
         return self._weight
 
     def _make(self) -> None:
@@ -81,15 +92,6 @@ class Gradients:
         self._weight = torch.zeros((), device=self._parameters[0].device)
         # last, and all at once: memory may run out above
         self._buffers, self._views = list(buffers.values()), [views[id(parameter)] for parameter in self._parameters]
-
-    def _found(self, checksums: Sequence[float]) -> list[bool]:
-        """Which parameters have a gradient on some rank; asked for anew where that has changed."""
-        theirs = {checksum for checksum in checksums if checksum != NONE}
-        if self._known is None or theirs != {self._known[0]}:
-            mine = [parameter.grad is not None for parameter in self._parameters]
-            union = [any(column) for column in zip(*self._peers.gathered(mine), strict=True)]
-            self._known = (next(iter(theirs)) if len(theirs) == 1 else NONE, union)
-        return self._known[1]
 
 
 def _like(parameter: nn.Parameter, part: Tensor) -> Tensor:

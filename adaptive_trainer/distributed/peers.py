@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -12,16 +14,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory, PeerLost, explained
+from adaptive_trainer.utils.device import synchronizing
 from adaptive_trainer.utils.launch import world_size
 from adaptive_trainer.utils.modes import unseen
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # for one vote: a rank that loads slowly is no rank that hangs
+GRACE = 8.0  # seconds, for a card to end what it was given before a rank was lost
 NUMBERS = 4  # that may go with a vote
 
 
@@ -32,6 +36,7 @@ class Site(IntEnum):
     UPDATE = 1
     EVALUATION = 2
     EXCHANGE = 3
+    ENGINE = 4
 
 
 class Status(IntEnum):
@@ -129,6 +134,8 @@ class Group(Peers):
             name = torch.cuda.get_device_properties(device).uuid
             places = self.gathered((socket.gethostname(), str(name)))
             if len(set(places)) == self.size:  # NCCL refuses two ranks of one card
+                # votes find a lost rank earlier than its watchdog, which would end this process
+                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
                 self._cards = dist.new_group(backend="nccl", timeout=TIMEOUT)
                 dist.all_reduce(torch.zeros(1, device=device), group=self._cards)  # takes its memory now
 
@@ -189,7 +196,8 @@ class Group(Peers):
     @unseen
     def add(self, tensor: Tensor) -> None:
         """As of `Peers`."""
-        with self._lost():
+        # gloo waits for the card, which is looked for in what is to be recorded
+        with self._lost(), synchronizing(is_allowed=True):
             dist.all_reduce(tensor, group=self._group(tensor))
 
     @unseen
@@ -209,7 +217,25 @@ class Group(Peers):
         return self._cards if tensor.is_cuda else self._control
 
     def _lost(self) -> Any:
-        return explained(_lost, (RuntimeError,))
+        return explained(self._explain, (RuntimeError,))
+
+    def _explain(self, error: Exception) -> PeerLost | None:
+        lost = _lost(error)
+        if lost is not None and self._cards is not self._control:
+            lost.is_whole = _finishes()
+            cards, self._cards = self._cards, self._control
+            _abort_process_group(cards)  # a kernel of it would wait for the other rank, and all else for that kernel
+        return lost
+
+
+def _finishes() -> bool:
+    """Whether the card comes to the end of what it was given within `GRACE`."""
+    end, last = time.monotonic() + GRACE, torch.cuda.current_stream().record_event()
+    while not last.query():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _lost(error: Exception) -> PeerLost | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptive_trainer import oom
 from adaptive_trainer.errors import DeviceUnusable
 from adaptive_trainer.memory.allocator import MIN_BLOCK, SMALL_LIMIT, SMALL_SEGMENT, segment_for
+from adaptive_trainer.utils.device import synchronizing
 
 
 def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
@@ -31,8 +32,9 @@ def compact(tensors: Iterable[Tensor], device: torch.device) -> None:
     # The largest first: the gaps that are left at the ends of segments are small.
     storages = sorted((s for s in found.values() if s.resizable()), key=lambda s: s.nbytes(), reverse=True)
     # Segments of the large may take all the memory there is, and are given back before the small ones want any.
-    _move([storage for storage in storages if _rounded(storage.nbytes()) > SMALL_LIMIT], device)
-    _move([storage for storage in storages if _rounded(storage.nbytes()) <= SMALL_LIMIT], device)
+    with synchronizing(is_allowed=True):  # it may be a part of recovery in an update that is about to be recorded
+        _move([storage for storage in storages if _rounded(storage.nbytes()) > SMALL_LIMIT], device)
+        _move([storage for storage in storages if _rounded(storage.nbytes()) <= SMALL_LIMIT], device)
 
 
 def _move(storages: list[torch.UntypedStorage], device: torch.device) -> None:

@@ -41,6 +41,7 @@ class Agreement:
         self.may_allocate: bool | None = None
         self._program, self._step_memory = program, step_memory
         self._gradients = Gradients(parameters, self.peers)
+        self._has_weights = False  # the loss counts something else than samples
 
     @property
     def gather(self) -> Gather | None:
@@ -55,8 +56,12 @@ class Agreement:
         """
         if self.peers.size == 1:
             return here > 0
-        self._program.whole = samples or self.peers.size * here
+        self._program.whole = self.whole(here, samples)
         return True
+
+    def whole(self, here: int, samples: int) -> int:
+        """Samples of an update on all ranks; as `begin`. On one rank those that could be read."""
+        return here if self.peers.size == 1 else samples or self.peers.size * here
 
     def most(self, samples: int) -> int:
         """The samples of an update that are on one rank, at the most."""
@@ -103,19 +108,58 @@ class Agreement:
         worst = self.peers.vote(site, own) if heard is None else heard
         return replace(failure, exact=worst is Status.FAILED_FOR_GOOD)
 
+    def least(self, number: int) -> int:
+        """The least of the numbers that the ranks give before an update.
+
+        Raises:
+            PeerFailed: one of them is out of memory elsewhere.
+        """
+        self.peers.vote(Site.ENGINE, Status.WELL, number)
+        return int(min(row[0] for row in self.peers.numbers))
+
+    def part(self, samples: int) -> int:
+        """How many of the samples of an update are on this rank."""
+        return shares(samples, self.peers.size)[self.peers.rank]
+
+    def collect(self, weights: list[Tensor]) -> None:
+        """Put this rank's gradients where they are summed.
+
+        Args:
+            weights: the denominators of the parts here.
+        """
+        self._has_weights = bool(weights)
+        self._gradients.collect(weights)
+
+    def add(self) -> None:
+        """Sum the gradients of all ranks."""
+        self._gradients.add(with_weights=self._has_weights)
+
+    def hand_out(self) -> None:
+        """Give the parameters the gradients of the whole update."""
+        weight = self._gradients.hand_out()
+        if self._has_weights:
+            correct(self._program.parameters, self._whole, [weight])
+
+    @property
+    def _whole(self) -> int:
+        """Samples of the update on all ranks."""
+        assert self._program.whole is not None, "begun"
+        return self._program.whole
+
     def _gather(self, weights: list[Tensor], samples: int, is_sum: bool) -> bool:
-        found, whole = self._gradients.prepare(), self._program.whole or samples
+        found = self._gradients.prepare()
         self.peers.vote(Site.UPDATE, Status.WELL, samples, found, len(weights), is_sum)
         counts, checksums, parts, sums = zip(*self.peers.numbers, strict=True)
         if not any(counts):  # no image could be read
             return False
-        self._gradients.sum(checksums)
-        parameters = self._program.parameters
-        if any(parts):
-            correct(parameters, whole, [self._gradients.sum_weights(weights)])
-        elif sum(counts) != whole and not any(sums):  # some images could not be read
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            torch._foreach_mul_(gradients, whole / sum(counts))
+        self._gradients.settle(checksums)
+        self.collect(weights)
+        self._has_weights = any(parts)  # a rank without samples has none
+        self.add()
+        self.hand_out()
+        if not self._has_weights and sum(counts) != self._whole and not any(sums):  # some images could not be read
+            gradients = [each.grad for each in self._program.parameters if each.grad is not None]
+            torch._foreach_mul_(gradients, self._whole / sum(counts))
         return True
 
 

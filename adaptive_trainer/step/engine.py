@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from adaptive_trainer.step.backends.choose import BACKENDS
+from adaptive_trainer.step.backends.choose import backend
 from adaptive_trainer.step.program import See
 from adaptive_trainer.step.update import Update
 
@@ -24,7 +24,7 @@ class Engine:
 
     Args:
         update: the transaction that runs operator by operator.
-        name: one of `BACKENDS`.
+        name: one of `choose.BACKENDS`.
         batch_size: samples in a whole batch.
         event: logs what was decided, and why.
         epochs: of the whole run; None where that is not known.
@@ -35,7 +35,7 @@ class Engine:
     ) -> None:
         self.update = update
         self.batch_size = batch_size
-        self.backend = BACKENDS[name](update, name, event)
+        self.backend = backend(update, name, event)
         self.backend.epochs = epochs
         self._rounds = name != "eager" and update.on_cuda()
 
@@ -49,7 +49,7 @@ class Engine:
         """
         if self._rounds:
             self._round_rates()
-        if len(labels) == self.batch_size:
+        if self.update.agreement.whole(len(labels), samples) == self.batch_size:
             self.backend = self.backend.run(images, labels, samples)
         else:  # the last batch of an epoch
             self.backend.beside(lambda: self.update.run(images, labels, samples=samples), stays=False)

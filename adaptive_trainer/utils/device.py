@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from adaptive_trainer.errors import ConfigError, explained
@@ -61,3 +65,24 @@ def tf32_refusal(device: torch.device) -> str | None:
         return None
     name = f"{torch.cuda.get_device_name(device)}, {found[0]}.{found[1]}" if device.type == "cuda" else str(device)
     return f"TF32 needs a CUDA card of compute capability 8.0 (Ampere) or newer, and this is {name}"
+
+
+@contextmanager
+def synchronizing(*, is_allowed: bool) -> Iterator[None]:
+    """Inside, operators that wait for a CUDA card are allowed, or raise a RuntimeError."""
+    mode = 0 if is_allowed else 2  # of torch: "default", "error"
+    before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else mode  # type: ignore[no-untyped-call]
+    if before == mode:
+        yield
+        return
+    _set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode(mode)

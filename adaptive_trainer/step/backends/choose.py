@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adaptive_trainer.step.backends.compiled import Compiled
 from adaptive_trainer.step.backends.eager import Eager
+from adaptive_trainer.step.backends.ranked import Ranked
 from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.backends.timing import TIMED, Timed
 from adaptive_trainer.step.update import Update
@@ -47,6 +48,13 @@ class Faster(Recorded):
 
 def _auto(update: Update, name: str, event: Callable[[str], None]) -> Eager:
     return (Faster if update.on_cuda() else Eager)(update, name, event)
+
+
+def backend(update: Update, name: str, event: Callable[[str], None]) -> Eager:
+    """What runs the updates at first; as `Eager`."""
+    if update.agreement.peers.size > 1 and name != "eager" and (update.on_cuda() or name != "auto"):
+        return Ranked(update, name, event)
+    return BACKENDS[name](update, name, event)
 
 
 # A new way to run updates is a file in this folder and a line here; the settings' schema names what may be asked for.

@@ -1,4 +1,4 @@
-"""One update, or its forward and backward passes, as a CUDA graph: recorded once, then replayed with new samples.
+"""One update, or its forward and backward passes, as CUDA graphs: recorded once, then replayed with new samples.
 
 A small batch leaves a card waiting for Python to launch its kernels. A graph launches them all at once, and as its
 memory is its own, a replay allocates nothing: it cannot run out of memory. Between replays that memory can be lent.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import pickle
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +19,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, explained
+from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, PeerLost, explained
 from adaptive_trainer.memory.compaction import compact
 from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.models.recomputing.following import host_memory_of
+from adaptive_trainer.step.agreement import Agreement
 from adaptive_trainer.step.backends.host_state import HostState
 from adaptive_trainer.step.backends.pool import Pool
 from adaptive_trainer.step.copies import Places
 from adaptive_trainer.step.program import Accumulate, Change, Program
 from adaptive_trainer.step.update import Update
 from adaptive_trainer.utils.belongings import Belongings
+from adaptive_trainer.utils.device import synchronizing
 from adaptive_trainer.utils.random import state_of
 
 TIGHT = 1.05  # of the large blocks: with less room than that, what lies between the weights is wanted
@@ -81,7 +83,9 @@ class Graph:
         self._holders = _Holders()
         self._lane: _Lane | None = None
         self._pool = Pool(program.device)
-        self._graph = torch.cuda.CUDAGraph()
+        # with several ranks their gradients are summed between two
+        self._agreement = update.agreement if with_step and update.agreement.gather else None
+        self._graphs = [torch.cuda.CUDAGraph() for _ in range(1 if self._agreement is None else 2)]
         self.is_spoiled = False
         program.phase = "begin"
         oom.release(program.device)  # while a graph is recorded the allocator cannot flush its cache
@@ -157,7 +161,14 @@ class Graph:
             self._lane.clear()
         for rate, group in zip(self.rates, self.groups, strict=True):
             rate.fill_(group["lr"])
-        self._graph.replay()
+        self._graphs[0].replay()
+        if self._agreement is not None:
+            try:
+                self._agreement.add()
+            except PeerLost as error:
+                error.is_whole = False  # statistics have changed, and weights have not
+                raise
+            self._graphs[1].replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
@@ -167,24 +178,36 @@ class Graph:
             group.update({"lr": rate} | ({"capturable": True} if "capturable" in group else {}))
         for generator in Belongings(program.state.owners()).generators.values():
             if isinstance(generator, torch.Generator) and generator.device.type == "cuda":
-                self._graph.register_generator_state(generator)  # else each replay would draw the same numbers
+                for graph in self._graphs:
+                    graph.register_generator_state(generator)  # else each replay would draw the same numbers
 
         def step(change: Change) -> None:
             program.follow_layouts()  # as any update does; what has moved is a reason then, and no operator's error
             change()
 
-        def work() -> None:
+        def work(cut: Callable[[], None]) -> None:
             kernels.begin()
             if self.with_step:
-                program.run(self.images, self.labels, accumulate, step)
+                gather = None if self._agreement is None else partial(_cut_between, self._agreement, cut)
+                program.run(self.images, self.labels, accumulate, step, gather)
             else:
                 accumulate(self.images, self.labels)
             kernels.check()
 
-        self._pool.capture(self._graph, work, size)
+        self._pool.capture(self._graphs, work, size)
         if not self.with_step:
             self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
         self._host_memory = host_memory_of(program.state.model)  # which replays copy to and from
+
+
+def _cut_between(
+    agreement: Agreement, cut: Callable[[], None], weights: list[Tensor], samples: int, is_sum: bool
+) -> bool:
+    """End the graph whose gradients are to be summed, and begin the one that takes the sum."""
+    agreement.collect(weights)
+    cut()
+    agreement.hand_out()
+    return True
 
 
 class _Holders:
@@ -321,13 +344,8 @@ def synchronizing_refused() -> Iterator[None]:
     Raises:
         GraphRefused: one was called; whoever ran the update has rolled it back.
     """
-    before = torch.cuda.get_sync_debug_mode()
-    _set_sync_debug_mode("error")
-    try:
-        with explained(_waiting, (RuntimeError,)):
-            yield
-    finally:
-        _set_sync_debug_mode(before)
+    with synchronizing(is_allowed=False), explained(_waiting, (RuntimeError,)):
+        yield
 
 
 def _waiting(error: Exception) -> GraphRefused | None:
@@ -336,9 +354,3 @@ def _waiting(error: Exception) -> GraphRefused | None:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
     return GraphRefused(f"an operator of the update waits for the card ({where})")
-
-
-def _set_sync_debug_mode(mode: str | int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode(mode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -30,28 +30,39 @@ class Pool:
         self._handle = torch.cuda.graph_pool_handle()
         self._is_open = False
 
-    def capture(self, graph: Any, work: Callable[[], None], size: int) -> None:
-        """Run the work's Python once; its kernels go into the graph and do not run.
+    def capture(self, graphs: Sequence[Any], work: Callable[[Callable[[], None]], None], size: int) -> None:
+        """Run the work's Python once; its kernels go into the graphs and do not run.
 
         Args:
+            graphs: are replayed in this order.
+            work: is given a function that ends one graph and begins the next.
             size: bytes that are taken in one piece before the work begins. Blocks that are cut from one piece leave few
                 gaps, and a piece for every size leaves many: the allocator cannot give any back while it records.
         """
-        has_ended = False
+        has_ended, left = False, list(graphs)
+
+        def begin() -> None:
+            # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
+            left[0].capture_begin(pool=self._handle, capture_error_mode="thread_local")
+
+        def cut() -> None:
+            left[0].capture_end()
+            del left[0]
+            begin()
+
         try:
             with torch.cuda.stream(self._stream):
-                # thread_local: the loader's threads may ask the driver for pinned memory meanwhile
-                graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+                begin()
                 try:
                     if size > 0:
                         with suppress(torch.OutOfMemoryError):  # then piece by piece
                             # no tensor, which may be filled
                             torch.UntypedStorage(size, device=self.device)  # type: ignore[no-untyped-call]
-                    work()
+                    work(cut)
                 finally:
                     with warnings.catch_warnings():  # that it is empty: its work has failed at once
                         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-                        graph.capture_end()
+                        left[0].capture_end()
                     has_ended = True
         finally:
             if not has_ended:

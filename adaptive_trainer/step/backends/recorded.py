@@ -71,11 +71,14 @@ class Recorded(Eager):
         while True:
             made = self._recorded(images, labels)
             if isinstance(made, Graph):
-                self.graph, self._replays = made, 0
-                self.update.free_memory.may_move = False
-                return ""
+                return self._take(made)
             if not self._is_of_the_step(made):
                 return made
+
+    def _take(self, made: Graph) -> str:
+        self.graph, self._replays = made, 0
+        self.update.free_memory.may_move = False
+        return ""
 
     def is_recorded_for(self, images: Tensor, labels: Tensor) -> bool:
         """Whether there is a graph of batches of this shape."""

@@ -65,8 +65,7 @@ class Loop:
         self.broken = BrokenImages(self.record)
         self.thrashing = Thrashing(self.session, self.record, is_left=self.leaves_thrashing)
         trainer = config.trainer
-        engine = trainer.engine if peers().size == 1 else "eager"  # a graph would hold the sum over ranks
-        self.engine = Engine(update, engine, trainer.batch_size, self.record.event, trainer.epochs)
+        self.engine = Engine(update, trainer.engine, trainer.batch_size, self.record.event, trainer.epochs)
         self.pipeline = Pipeline(
             self.data, config, self.device, self.engine.beside,
             bool(config.trainer.channels_last), self.capacity.pressure, self.record.event,
@@ -91,9 +90,11 @@ class Loop:
                     is_done = self._run()
                     all_are_well()
                     return is_done
-                except PeerLost as error:  # what is left here is whole
-                    self.keeper.save(self.session)
-                    saved = "the state is saved" if peers().is_first else "the first rank saves, as far as it lives"
+                except PeerLost as error:
+                    saved = "what follows the last checkpoint is lost, for an update was half done"
+                    if error.is_whole:
+                        self.keeper.save(self.session)
+                        saved = "the state is saved" if peers().is_first else "the first rank saves, as far as it lives"
                     raise PeerLost(f"{error}; {saved}: go on with {self.way_on}") from None
                 except AdaptiveTrainerError:
                     raise
