@@ -271,7 +271,7 @@ def joined(device: torch.device) -> Iterator[Peers]:
                 _find_each_other()
             group = Group(device)
         try:
-            with _as_current(group):
+            with as_current(group):
                 yield group
         finally:
             group.close()
@@ -282,11 +282,12 @@ def joined(device: torch.device) -> Iterator[Peers]:
 
 def alone() -> AbstractContextManager[None]:
     """Inside, `peers()` is this rank alone: it does something that the others do not."""
-    return _as_current(Peers())
+    return as_current(Peers())
 
 
 @contextmanager
-def _as_current(ranks: Peers) -> Iterator[None]:
+def as_current(ranks: Peers) -> Iterator[None]:
+    """Inside, `peers()` are these."""
     global _current  # as torch's own process group is
     before, _current = _current, ranks
     try:

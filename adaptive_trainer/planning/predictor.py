@@ -131,6 +131,7 @@ class Predictor:
             "cuda": self.spec.cuda,
             "capability": list(self.spec.capability),
             "multiprocessors": self.spec.multiprocessors,
+            "summed": peers().size > 1,
         }
 
     def _recipe(self, config: Config) -> Recipe:
@@ -172,6 +173,7 @@ class Predictor:
             undo=cuda,  # a simulated card does not count the copies
             cuda=cuda,
             stored_size=used.stored_size,
+            summed=peers().size > 1,
             same_kernels=cuda and config.trainer.deterministic,
             key=repr((*(key[name] for name in ("model", "optimizer", "label_smoothing")), savers, loss.kind)),
         )

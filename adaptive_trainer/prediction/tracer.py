@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer.data.position import Position
+from adaptive_trainer.distributed.gradients import Gradients
+from adaptive_trainer.distributed.peers import Peers
 from adaptive_trainer.models.loss_kinds import LossKind
 from adaptive_trainer.models.losses import Criterion, Loss, Terms
 from adaptive_trainer.models.memory_format import to_channels_last
@@ -68,6 +70,7 @@ class TraceSpec:
     # Height and width of stored images (`data.cache`). The whole batch is then on the card, and the next one waits
     # there as bytes; 0: the parts of a batch come one by one.
     stored_size: int = 0
+    summed: bool = False  # over several ranks, in buffers of the gradients' size that stay
     same_kernels: bool = False  # no operator may take another kernel because there is no memory for its usual one
     key: Hashable = None  # names both makers and the loss: traces of equal keys serve each other; None: no other
 
@@ -90,9 +93,9 @@ class TraceSpec:
     @property
     def signature(self) -> Hashable:
         """All but the sizes: traces of equal signatures have the same events."""
-        flags = (self.precision, self.channels_last, self.ema, self.clip_grad, self.undo, self.cuda, self.stored_size)
+        flags = self.precision, self.channels_last, self.ema, self.clip_grad, self.undo, self.cuda, self.summed
         sizes = (self.input_shape[:-2], len(self.input_shape), len(self.batches), self.eval_batch_size is None)
-        return (self.key, *sizes, *flags)
+        return (self.key, *sizes, *flags, self.stored_size)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,9 @@ class _Traced(Program):
         buffers = [*model.buffers(), *(model.buffers() if spec.ema else ())]  # the average's are kept too
         self.copies = [torch.empty_like(t) for t in (*buffers, *meters.values())] if spec.undo else []
         self.step_copies = (0, 0)
+        self.gradients = Gradients(self.parameters, Peers())
+        if spec.summed:
+            self.gradients.prepare()
 
     def update(self) -> None:
         """The whole update: the gradients are gone at its end, the optimizer's state stays."""
@@ -223,7 +229,8 @@ class _Traced(Program):
         # Of a batch that is on the host only the number of its labels is asked for.
         images, labels = self._batch(total) if is_whole else (None, range(total))
         self.held: Any = images, labels, self._waiting(total)  # by who asks for the update, to its end
-        self.run(images, labels, guard=self._watch)  # type: ignore[arg-type]
+        gather = self._gather if self.spec.summed else None
+        self.run(images, labels, guard=self._watch, gather=gather)  # type: ignore[arg-type]
         for parameter in self.parameters:
             parameter.grad = None
         if self.spec.undo and self.allocates:
@@ -247,6 +254,13 @@ class _Traced(Program):
         """Without a look at values, which there are none of."""
         with self._autocast():
             return self.criterion(output, labels)
+
+    def _gather(self, weights: list[Tensor], samples: int, is_sum: bool) -> bool:
+        """The gradients become views of the buffers, and are gone themselves."""
+        self.gradients.settle([self.gradients.prepare()])
+        self.gradients.collect(weights)
+        self.gradients.hand_out()
+        return True
 
     def clip(self) -> None:
         """From here on nothing depends on the samples."""

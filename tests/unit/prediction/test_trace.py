@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import timm
@@ -16,6 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig
 from adaptive_trainer.data.position import Position, micro_batches
+from adaptive_trainer.distributed.peers import Peers, Site, Status, as_current
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.batch_norm import has_batch_norm
@@ -33,6 +34,7 @@ from adaptive_trainer.step.dry_run import DRY_RUN_UPDATES, dry_run
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 MiB = 2**20
 METERS = ("loss", "correct", "seen", "skipped")
@@ -59,16 +61,29 @@ class Conv(nn.Sequential):
 # -- against a real update on a CPU, counted by the simulated card
 
 
+class Twins(Peers):
+    """Two ranks, of which the other does all that this one does."""
+
+    size = 2
+
+    def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
+        self.numbers = [list(numbers)] * self.size
+        return status
+
+    def gathered(self, value: T) -> list[T]:
+        return [value] * self.size
+
+
 class Case:
     """One recipe, predicted and really run."""
 
     def __init__(
         self, name: str, batch: int, micro: int, size: int = 64, precision: str = "fp32", optimizer: str = "adamw",
-        checkpoint: bool = False, ema: float | None = None, offloads: bool = False,
+        checkpoint: bool = False, ema: float | None = None, offloads: bool = False, ranks: Peers | None = None,
     ) -> None:  # fmt: skip
         self.name, self.batch, self.micro, self.size = name, batch, micro, size
         self.precision, self.optimizer, self.checkpoint, self.ema = precision, optimizer, checkpoint, ema
-        self.offloads = offloads
+        self.offloads, self.ranks = offloads, ranks or Peers()
 
     def model(self) -> nn.Module:
         model = build_model(ModelConfig(name=self.name), 10)
@@ -85,11 +100,12 @@ class Case:
             TraceSpec(
                 self.model, self.make_optimizer, (3, self.size, self.size), parts, self.micro,
                 precision=self.precision, clip_grad=True, ema=self.ema is not None, cuda=False,
+                summed=self.ranks.size > 1,
             )
         )  # fmt: skip
 
     def measured(self, limit: int) -> tuple[int, int]:
-        with limited(CPU, limit) as capacity:
+        with limited(CPU, limit) as capacity, as_current(self.ranks):
             with capacity.device_work():
                 model = self.model()
                 state = TrainState(
@@ -97,8 +113,8 @@ class Case:
                     Position(0, 0, 0, 100), meters={name: torch.zeros(()) for name in METERS},
                 )  # fmt: skip
             recipe = Recipe(
-                batch_size=self.batch, micro_batch_size=self.micro, eval_batch_size=self.micro, image_size=self.size,
-                num_classes=10, precision=self.precision, clip_grad=1.0,
+                batch_size=self.ranks.size * self.batch, micro_batch_size=self.micro, eval_batch_size=self.micro,
+                image_size=self.size, num_classes=10, precision=self.precision, clip_grad=1.0,
             )  # fmt: skip
             dry_run(Update(state, nn.CrossEntropyLoss(), recipe, device=CPU, capacity=capacity), recipe)
             counted = capacity.usage()
@@ -114,13 +130,14 @@ class Case:
         Case("mobilenetv3_small_100", 2, 2, precision="fp16"),
         Case("resnet18", 4, 4, optimizer="lion", checkpoint=True),
         Case("resnet18", 5, 2, ema=0.9),
+        Case("resnet18", 4, 4, precision="fp16", ranks=Twins()),
         pytest.param(Case("efficientnet_b0", 5, 2, 128, offloads=True), marks=pytest.mark.slow),
         Case("mobilenetv3_small_100", 8, 4, 128, precision="bf16", checkpoint=True, offloads=True),
         Case("vit_tiny_patch16_224", 2, 2, 224, offloads=True),
         pytest.param(Case("torchvision/squeezenet1_1", 6, 2, optimizer="sgd"), marks=pytest.mark.slow),
         pytest.param(Case("vit_tiny_patch16_224", 2, 2, 224), marks=pytest.mark.slow),
     ],
-    ids=lambda case: f"{case.name}-{case.precision}-{case.optimizer}{'-offload' * case.offloads}",
+    ids=lambda case: f"{case.name}-{case.precision}-{case.optimizer}{'-offload' * case.offloads}-{case.ranks.size}",
 )
 def test_what_a_real_update_allocates(case: Case) -> None:
     predicted = case.predicted()
@@ -213,6 +230,7 @@ def test_without_a_key_nothing_is_shared() -> None:
         {"ema": True},
         {"clip_grad": True},
         {"undo": True},
+        {"summed": True},
         {"cuda": False},
         {"eval_batch_size": 2},
     ],
