@@ -29,6 +29,11 @@ class Gradients:
         self._weight: Tensor
         self._known: tuple[float, list[bool]] | None = None  # which parameters have gradients, and the checksum
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What stays on the device from one update to the next."""
+        return [*self._buffers, *([self._weight] if self._buffers else [])]
+
     def prepare(self) -> float:
         """Make the buffers, so that nothing allocates after the vote; return a checksum of which gradients there are.
 

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory, PeerLost, explained
 from adaptive_trainer.utils.device import synchronizing
-from adaptive_trainer.utils.launch import world_size
+from adaptive_trainer.utils.launch import restarts, world_size
 from adaptive_trainer.utils.modes import unseen
 
 T = TypeVar("T")
@@ -300,8 +300,8 @@ def _find_each_other() -> None:
     global _runs
     _runs += 1
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    # torchrun's store outlives a run, and with it where its ranks were to be found
-    store = PrefixStore(f"run {_runs}", store)
+    # torchrun's store outlives a run, and the ranks that it has started before: both have left there where they were
+    store = PrefixStore(f"start {restarts()}, run {_runs}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 

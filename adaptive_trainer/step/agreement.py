@@ -48,6 +48,11 @@ class Agreement:
         """What sums the gradients over the ranks; None of one alone."""
         return self._gather if self.peers.size > 1 else None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it keeps on the device from one update to the next."""
+        return self._gradients.tensors
+
     def begin(self, here: int, samples: int) -> bool:
         """An update of so many samples begins, with some of them here; whether there is anything to do.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -44,6 +45,7 @@ class Update:
         free_memory: in one piece or in several.
         step_memory: what is known of the memory that a step takes.
         agreement: of the ranks.
+        tensors: gives all that lies on the device from one update to the next.
 
     Args:
         state: what is trained.
@@ -67,10 +69,11 @@ class Update:
         self._undo = Undo(state, device)
         self._undo.begin()  # its copies are made now, so that no update has to
         self._undo.end()
-        weights = (parameter.nbytes for parameter in self._undo.parameters)
-        self.free_memory = OnePiece(capacity, weights, self._undo.tensors, is_wanted=self.kernels.is_watched)
         self.step_memory = StepMemory(state.optimizer, self._undo.parameters, device)
         self.agreement = Agreement(self.program, self.step_memory, self._undo.parameters)
+        weights = (parameter.nbytes for parameter in self._undo.parameters)
+        self.tensors = partial(_staying, self._undo, self.agreement)
+        self.free_memory = OnePiece(capacity, weights, self.tensors, is_wanted=self.kernels.is_watched)
 
     @property
     def phase(self) -> str:
@@ -149,10 +152,6 @@ class Update:
     def free_copies(self) -> None:
         """Give back the memory of the copies, which the next update makes anew."""
         self._undo.free_copies()
-
-    def tensors(self) -> list[Tensor]:
-        """All that lies on the device from one update to the next: what is trained, and the copies."""
-        return self._undo.tensors()
 
     @contextmanager
     def dry_running(self) -> Iterator[None]:
@@ -256,3 +255,7 @@ class Update:
         if self._is_dry_run or (evaluated is None and not self.step_memory.is_warm):
             return None
         return self._token, id(evaluated), layout(images), layout(labels)
+
+
+def _staying(undo: Undo, agreement: Agreement) -> list[Tensor]:
+    return [*undo.tensors(), *agreement.tensors]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -94,7 +95,12 @@ def test_memory_runs_out_on_one_card_in_training(tmp_path: Path) -> None:
 def test_where_one_rank_is_killed_the_other_ends_and_torchrun_starts_anew(engine: str, tmp_path: Path) -> None:
     asked = ["device=cuda", "trainer.epochs=40", f"trainer.engine={engine}", "data.train.size=400", "data.val.size=16"]
     data = ["data=fakedata", "data.num_workers=0", "trainer.checkpoint_every=5", "report=false", "verbosity=normal"]
-    command = [*TORCHRUN, "--max-restarts=1", "-m", "adaptive_trainer", *asked, *data, f"output_dir={tmp_path}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # not --standalone: by default torchrun's store outlives a restart, and with it where the ranks were
+    torchrun = [*TORCHRUN[:3], f"--master-port={port}", TORCHRUN[-1], "--max-restarts=1"]
+    command = [*torchrun, "-m", "adaptive_trainer", *asked, *data, f"output_dir={tmp_path}"]
     log = tmp_path / "said"
     with log.open("w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)

@@ -19,7 +19,8 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.errors import Interrupted
 
 BOUND = 120  # seconds, far above what any of it takes
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+# a free port of its own, for several of them may run at a time
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 COMMAND = [
     "-m", "adaptive_trainer", "data.num_workers=0", "data.image_size=32", "trainer.batch_size=8",
     "model.name=resnet10t", "device=cpu", "memory.limit=none", "ladder=none", "report=false",
