@@ -5,7 +5,8 @@ Usage: torchrun --nproc-per-node=N -m scripts.benchmark_ranks [--blocks N] [--up
 Each contender trains the same networks on the same pinned batches with AdamW (fused), fp32. Blocks of updates of each
 run in turn, in an order that alternates; a figure is the median of the blocks on the first rank. "alone" is this
 package on one card, with the same batch that each rank has. Beside them: what a vote takes, the sum of the gradients,
-and an update that rank 1 fails in its backward pass, for want of memory: until it is rolled back and done once more.
+and an update, kernel by kernel, that the last rank fails in its backward pass: until it is rolled back and done again.
+"+": what votes add to an update, against the same updates without them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -98,6 +100,7 @@ def measured(case: Case, device: torch.device, blocks: int, updates: int) -> dic
             single = ours(case, device, around)
         steps: dict[str, Callable[[], Any]] = {
             "ours": lambda: engine.run(*batch, samples=0),
+            "no vote": lambda: engine.run(*batch, samples=0),
             "DDP": ddp(case, device),
         }
 
@@ -105,17 +108,19 @@ def measured(case: Case, device: torch.device, blocks: int, updates: int) -> dic
             with alone():
                 return per_update(lambda: single.run(*batch, samples=0), updates, device)
 
-        def timed(step: Callable[[], Any]) -> Callable[[], float]:
+        def timed(step: Callable[[], Any], *, votes: bool = True) -> Callable[[], float]:
             def block() -> float:
                 dist.barrier()
-                return per_update(step, updates, device)
+                with nullcontext() if votes else patch.object(engine.update.agreement, "least", lambda number: number):
+                    return per_update(step, updates, device)
 
             return block
 
         for step in steps.values():
             per_update(step, WARM_UP, device)
         by_itself()
-        found = alternating({**{name: timed(step) for name, step in steps.items()}, "alone": by_itself}, blocks)
+        asked = {name: timed(step, votes=name != "no vote") for name, step in steps.items()}
+        found = alternating({**asked, "alone": by_itself}, blocks)
         medians = {name: statistics.median(times) for name, times in found.items()}
         medians["vote"] = timed(lambda: peers().vote(Site.UPDATE))()
         gradients = torch.zeros(sum(p.numel() for p in engine.update.program.parameters), device=device)
@@ -157,7 +162,10 @@ def main() -> None:
     with joined(device) as ranks:
         say: Callable[..., None] = print if ranks.is_first else lambda *_, **__: None
         say(heading(f"{ranks.size} ranks"), "", sep="\n")
-        say(*table("recipe, a rank", "ours", "alone", "x", "DDP", "x", "ms: update", "vote", "sum", "fails"), sep="\n")
+        say(
+            *table("recipe, a rank", "ours", "alone", "x", "DDP", "x", "ms: update", "vote", "sum", "fails", "+"),
+            sep="\n",
+        )
         for case in CASES:
             found = measured(case, device, asked.blocks, asked.updates)
             images = {name: ranks.size * case.batch / found[name] for name in ("ours", "DDP")}
@@ -167,7 +175,7 @@ def main() -> None:
                 row(
                     f"{case.model} {case.batch}@{case.size}", f"{images['ours']:.0f}", f"{images['alone']:.0f}",
                     f"{images['ours'] / images['alone']:.2f}", f"{images['DDP']:.0f}",
-                    f"{images['ours'] / images['DDP']:.2f}", *ms,
+                    f"{images['ours'] / images['DDP']:.2f}", *ms, f"{found['ours'] / found['no vote'] - 1:+.1%}",
                 ),
                 flush=True,
             )  # fmt: skip
