@@ -25,11 +25,11 @@ def test_two_trainings_on_one_card_under_one_limit(tmp_path: Path) -> None:
             [*command, "trainer.batch_size=64", f"seed={seed}", f"output_dir={tmp_path / str(seed)}"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for seed in (1, 2, 3)
+        for seed in (1, 2)
     ]  # fmt: skip
     said = [job.communicate(timeout=BOUND)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], said
-    results = [json.loads((tmp_path / str(seed) / "result.json").read_text()) for seed in (1, 2, 3)]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    results = [json.loads((tmp_path / str(seed) / "result.json").read_text()) for seed in (1, 2)]
     assert all(any("lease" in event for event in result["events"]) for result in results), said
     peaks = [result["metrics"]["peak_reserved_bytes"] for result in results]
     assert sum(peaks) <= LIMIT * MiB, (peaks, said)
