@@ -200,7 +200,7 @@ def caps(cases: Sequence[Cap]) -> None:
     """What ladder=exact makes of recipes under limits."""
     names = "recipe", "limit, MiB", "rung", "tries", "bits", "ms, plain", "x", "x predicted"
     print(heading("caps, 50 updates"), "", *table(*names), sep="\n")
-    found: list[Descended | str] = side_by_side(under_a_cap, cases)
+    found: list[Descended | str] = list(side_by_side(under_a_cap, cases))
     for case, made in zip(cases, found, strict=True):
         name, batch, size, precision, cap = case
         recipe = f"{name} {batch}@{size} {precision}"
@@ -242,11 +242,11 @@ def under_a_cap(case: Cap) -> Descended | str:
     return Descended(found.rung, plan, tries, is_equal)
 
 
-def side_by_side(work: Callable[[S], T], cases: Sequence[S]) -> list[T]:
+def side_by_side(work: Callable[[S], T], cases: Sequence[S]) -> Iterator[T]:
     """What each case gives, several at a time in processes of their own: nothing in it may be timed on the card."""
     workers = max(1, min(len(cases), (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(work, cases))
+        yield from pool.map(work, cases)
 
 
 def bits(are_equal: bool) -> str:
@@ -292,37 +292,43 @@ def networks(names: Sequence[str], updates: int, at_most: float) -> None:
     """How much smaller the smallest limit of each network is in little time."""
     cases = [(name, 24, 224, "fp32") for name in names]
     began = time.perf_counter()
-    plans = side_by_side(planned, cases)
+    plans = list(side_by_side(planned, cases))
     print(heading(f"exact, {updates} updates"), f"(plans: {time.perf_counter() - began:.0f} s)", "", sep="\n")
-    head = "recipe", "limit, MiB", "plan in, s", "smallest limit: plain", "planned", "predicted", "smaller", "bits"
-    print(*table(*head, "ms, plain", "x", "x predicted"), sep="\n")
-    found: list[Least | str] = side_by_side(partial(limits, updates), plans)
-    smaller, slower = list[float](), list[float]()
-    for case, plan, least in zip(cases, plans, found, strict=True):
-        recipe = f"{case[0]} {case[1]}@{case[2]} {case[3]}"
-        if isinstance(least, str) or time.perf_counter() - began > at_most:
-            print(row(recipe, least if isinstance(least, str) else "(no time)"), flush=True)
+    head = "recipe", "plan in, s", "smallest limit, MiB: plain", "planned", "predicted", "smaller", "bits"
+    print(*table(*head), sep="\n", flush=True)
+    made: list[tuple[Planned, Least]] = []
+    for plan, least in zip(plans, side_by_side(partial(limits, updates), plans), strict=True):
+        if isinstance(least, str):
+            print(row(in_words(plan.config), least), flush=True)
             continue
-        limit = least.room
+        made.append((plan, least))
+        sizes = least.plain // MiB, least.planned // MiB, f"{plan.least // MiB} ({plan.least / least.planned - 1:+.1%})"
+        smaller = f"{least.plain / least.planned:.2f}", bits(least.is_equal)
+        print(row(in_words(plan.config), f"{plan.seconds:.1f}", *sizes, *smaller), flush=True)
+    print("", *table("recipe", "limit, MiB", "ms, plain", "x", "x predicted"), sep="\n", flush=True)
+    slower = []
+    for plan, least in made:
+        if time.perf_counter() - began > at_most:
+            break
         try:
-            (usual, _), (slow, is_graph) = timed(with_plan(plan.config, NONE), None), timed(plan.config, limit)
+            (usual, _), (slow, is_graph) = timed(with_plan(plan.config, NONE), None), timed(plan.config, least.room)
         except Exception as error:  # the other rows are worth having
-            print(row(recipe, repr(error)[:150]), flush=True)
+            print(row(in_words(plan.config), repr(error)[:150]), flush=True)
             oom.release(CUDA)
             continue
-        smaller.append(least.plain / least.planned)
         slower.append(slow / usual)
+        factor = f"{slower[-1]:.3f}" + ("" if is_graph else " eager")
         print(
-            row(
-                recipe, limit // MiB, f"{plan.seconds:.1f}", least.plain // MiB, least.planned // MiB,
-                f"{plan.least // MiB} ({plan.least / least.planned - 1:+.1%})", f"{smaller[-1]:.2f}",
-                bits(least.is_equal), f"{usual * 1e3:.2f}",
-                f"{slower[-1]:.3f}" + ("" if is_graph else " eager"), f"{plan.added:.3f}",
-            ),
-            flush=True,
-        )  # fmt: skip
-    if smaller:
-        print(f"median: {statistics.median(smaller):.2f} times smaller at {statistics.median(slower):.3f} of the time")
+            row(in_words(plan.config), least.room // MiB, f"{usual * 1e3:.2f}", factor, f"{plan.added:.3f}"), flush=True
+        )
+    if slower:
+        smaller_by = statistics.median(least.plain / least.planned for _, least in made)
+        print(f"median: {smaller_by:.2f} times smaller at {statistics.median(slower):.3f} of the time")
+
+
+def in_words(config: Config) -> str:
+    trainer = config.trainer
+    return f"{config.model.name} {trainer.batch_size}@{config.data.image_size} {trainer.precision}"
 
 
 @dataclass(frozen=True)
