@@ -44,6 +44,13 @@ from adaptive_trainer.step.update import Update
 from adaptive_trainer.training.own_weights import OwnWeights
 
 METERS = ("loss", "correct", "seen", "skipped")
+_SHARDED = "Give the network before it is sharded; trainer.recompute=auto saves memory too"
+COLLECTIVE = {  # networks whose passes wait for other ranks, and what to do
+    "SyncBatchNorm": "Use BatchNorm, for which each rank takes the statistics of its own samples",
+    "DistributedDataParallel": "Give the network that is in it: the trainer sums the gradients itself",
+    "FullyShardedDataParallel": _SHARDED,
+    "FSDPModule": _SHARDED,
+}
 
 
 @dataclass(frozen=True)
@@ -168,12 +175,14 @@ def refuse_collectives(model: nn.Module) -> None:
     Raises:
         ModelError: one out of memory would leave the others waiting there.
     """
-    kinds = {type(module).__name__ for module in model.modules()}
-    if found := kinds & {"SyncBatchNorm", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
-        raise ModelError(
-            f"the network has {', '.join(sorted(found))}, whose passes wait for other ranks: one that is out of memory "
-            "would leave them waiting. Give the network itself, with BatchNorm: gradients are summed by the trainer"
-        )
+    # bases too: what fully_shard makes has a name of its own
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    for kind, remedy in COLLECTIVE.items():
+        if kind in kinds:
+            raise ModelError(
+                f"the network has {kind}, whose passes wait for other ranks: one that is out of memory would leave "
+                f"them waiting. {remedy}"
+            )
 
 
 def draw_apart(*seeds: int) -> None:

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 from adaptive_trainer.config.overrides import compose_config
+from adaptive_trainer.errors import ModelError
 from adaptive_trainer.ladder.resolve import resolve
 from adaptive_trainer.memory.limit import Capacity
-from adaptive_trainer.training.session import Parts, Session, enter, settle
+from adaptive_trainer.training.session import Parts, Session, enter, refuse_collectives, settle
 from tests.support.runs import CPU
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(net: nn.Module) -> nn.Module:
+    fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+    return net  # in place
+
+
+def sharded_as_before(net: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(net, device_id=CPU, sharding_strategy=ShardingStrategy.NO_SHARD)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own: the older way to shard goes
+@pytest.mark.parametrize(
+    ("wrap", "name", "remedy"),
+    [
+        (nn.SyncBatchNorm.convert_sync_batchnorm, "SyncBatchNorm", "Use BatchNorm"),
+        (nn.parallel.DistributedDataParallel, "DistributedDataParallel", "Give the network that is in it"),
+        (sharded, "FSDPModule", "Give the network before it is sharded"),
+        (sharded_as_before, "FullyShardedDataParallel", "Give the network before it is sharded"),
+    ],
+)
+@pytest.mark.usefixtures("group")
+def test_networks_whose_passes_wait_for_other_ranks_are_refused(
+    wrap: Callable[[nn.Module], nn.Module], name: str, remedy: str
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    refuse_collectives(net)
+    with pytest.raises(ModelError, match=f"^the network has {name}, whose passes wait .* {remedy}"):
+        refuse_collectives(wrap(net))
 
 
 def parts(capacity: Capacity) -> Parts:
