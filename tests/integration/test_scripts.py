@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer import compose_config
 from adaptive_trainer.cli.main import as_list
-from scripts import benchmark, benchmark_start, benchmark_where, pictures
+from scripts import benchmark, benchmark_start, benchmark_where, pictures, scaling_model
 from scripts import benchmark_finders as finders
 from tests.support.forking import ROOT, Launcher
 
@@ -280,3 +280,24 @@ def test_a_picture_of_a_terminal(tmp_path: Path) -> None:
     assert {character.fg for character in at_end[2][:3]} == {"brown"}
     colours = np.unique(np.asarray(pictures.draw(at_end).convert("RGB")).reshape(-1, 3), axis=0).tolist()
     assert [*ImageColor.getrgb(pictures.COLOURS["brown"])] in colours
+
+
+def test_the_model_of_many_ranks_gives_what_was_measured_on_two() -> None:
+    for size, seconds in (scaling_model.SUM_SMALL, scaling_model.SUM_LARGE):
+        assert scaling_model.reduction(2, size, 25e9) == pytest.approx(seconds)
+    for recipe, images in (("EfficientNet-B0 24@224", 3350), ("ResNet-50 24@224", 3393)):  # a second: docs/scaling.md
+        assert scaling_model.update(2, recipe, 25e9) == pytest.approx(48 / images, rel=0.02)
+
+
+def test_votes_grow_with_the_ranks_and_as_a_tree_with_their_logarithm() -> None:
+    assert scaling_model.vote(1024) > 15 * scaling_model.vote(64)
+    assert scaling_model.vote(1024, is_tree=True) < 5 * scaling_model.vote(64, is_tree=True)
+    assert scaling_model.largest(0.01, 15e-3, votes=1) == 3
+
+
+def test_throughput_is_lost_where_memory_runs_out_or_ranks_are_lost() -> None:
+    assert scaling_model.left(0.0, 2.0) == 1
+    assert scaling_model.left(0.5, 2.0) == 0.5
+    lines = list(scaling_model.faults())
+    assert len(lines) == 10
+    assert lines[-1].startswith("| 1,024 | 9,766 / 977 / 98 |")
