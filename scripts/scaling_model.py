@@ -23,10 +23,10 @@ from scripts.timing import row, table
 RECIPES = {"EfficientNet-B0 24@224": (24 / 1697, 16e6), "ResNet-50 24@224": (24 / 1757, 94e6)}
 SUM_SMALL, SUM_LARGE = (16e6, 0.08e-3), (94e6, 0.34e-3)
 RETRIED = 0.24  # of an update that runs out of memory and is done once more
-# An all-reduce of one number by gloo took 0.12 ms there, which is two rounds between two ranks. An all-gather has a round
-# for each other rank (gloo/allgather.cc); a tree would have one for each doubling.
+# An all-reduce of one number by gloo took 0.12 ms there, which is two rounds between two ranks. An all-gather has a
+# round for each other rank (gloo/allgather.cc); a tree would have one for each doubling.
 ROUND = 0.12e-3 / 2
-READ = 1.4e-6  # Python's, for what one rank has said: measured on this CPU with 1,024
+READ = 1.4e-6  # Python's, for what one rank has said: measured with 1,024
 GRAPH, OPERATORS = 1, 3  # votes of an update: beside graphs, and operator by operator
 # A step along a ring over NVLink and over a network: NCCL's own table (src/graph/tuning.cc, protocol Simple).
 HOP_NVLINK, HOP_NETWORK = 3.4e-6, 9.6e-6

@@ -10,17 +10,18 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _abort_process_group
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
 from adaptive_trainer import oom
 from adaptive_trainer.errors import OutOfMemory, PeerLost, explained
 from adaptive_trainer.utils.device import synchronizing
-from adaptive_trainer.utils.launch import restarts, world_size
+from adaptive_trainer.utils.launch import world_size
 from adaptive_trainer.utils.modes import unseen
 
 T = TypeVar("T")
@@ -246,7 +247,6 @@ def _lost(error: Exception) -> PeerLost | None:
 
 
 _current: Peers = Peers()
-_runs = 0  # that have joined, the same number on all ranks
 
 
 def peers() -> Peers:
@@ -297,12 +297,33 @@ def as_current(ranks: Peers) -> Iterator[None]:
 
 
 def _find_each_other() -> None:
-    global _runs
-    _runs += 1
     store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-    # torchrun's store outlives a run, and the ranks that it has started before: both have left there where they were
-    store = PrefixStore(f"start {restarts()}, run {_runs}", store)
+    store = PrefixStore(_meeting(store, rank, size), store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def _meeting(store: Store, rank: int, size: int) -> str:
+    """A name for what these ranks exchange, which no others have had.
+
+    torchrun's store outlives a run and the ranks: it would tell where those before were to be found. How often it has
+    started them anew is no such name, since each machine counts for itself.
+    """
+    own = uuid4().hex
+    if rank:
+        store.set(f"rank {rank}", own)
+        name = store.get(f"for {own}").decode()
+        store.set(f"{name} has {rank}", "")
+        return name
+    away, end = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
+    while away:
+        for other in away:
+            if store.check([f"rank {other}"]):  # which may be one from before, until this one has come
+                store.set(f"for {store.get(f'rank {other}').decode()}", own)
+        away = {other for other in away if not store.check([f"{own} has {other}"])}
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(away)))} has not come")
+        time.sleep(0.01)
+    return own
 
 
 def all_are_well(number: float = 0) -> list[float]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from zlib import crc32
 
 import torch
 from omegaconf import DictConfig
@@ -38,6 +39,7 @@ from adaptive_trainer.distributed.peers import Peers, alone, joined, peers
 from adaptive_trainer.errors import (
     AdaptiveTrainerError,
     ConfigError,
+    DataError,
     Interrupted,
     LadderExhausted,
     Stopped,
@@ -225,6 +227,7 @@ class Trainer(Uses):
         requests = [typed(phase.settings) for phase in phases]
         data = build_datasets(requests[0], *self._data, split=resume.split_before(saved))
         log.debug("the data is listed")
+        _check_alike(data)
         num_classes = requests[0].model.num_classes or data.num_classes
         for request in requests:
             check_batch_size(request, len(data.train))
@@ -340,6 +343,21 @@ class Trainer(Uses):
         return UserError(
             f"out of memory beside training ({failure.type_name}: {failure.text}). Close other programs or lower "
             f"data.num_workers; a run that has left a checkpoint goes on with {to_type(self.output_dir)}"
+        )
+
+
+def _check_alike(data: DataSets) -> None:
+    """Refuse other data than that of the other ranks, which may be on other machines: they would lose each other.
+
+    Raises:
+        DataError: it is not the same.
+    """
+    found = peers().gathered((len(data.train), len(data.val), crc32(repr(data.classes).encode())))
+    if len(set(found)) > 1:
+        each = ", ".join(f"rank {rank} has {train} and {val}" for rank, (train, val, _) in enumerate(found))
+        raise DataError(
+            f"the ranks do not have the same training and validation images, or other classes: {shorten(each, 200)}. "
+            "Give all of them the same data.root, with the same files on every machine"
         )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from PIL import Image
 
 from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.errors import Interrupted
+from tests.support.forking import ROOT
 
 BOUND = 120  # seconds, far above what any of it takes
 # a free port of its own, for several of them may run at a time
@@ -66,6 +70,36 @@ def test_ranks_train_the_same_network_twice_in_one_process(tmp_path: Path) -> No
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
 
 
+def test_ranks_with_other_data_end_at_once(tmp_path: Path, photos: Path) -> None:
+    """As on machines of which one has not got all files."""
+    shutil.copytree(photos, tmp_path / "1" / "photos")
+    next((tmp_path / "1" / "photos" / "train").rglob("*.jpg")).unlink()
+    (tmp_path / "0").mkdir()
+    photos.rename(tmp_path / "0" / "photos")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\nos.chdir(os.environ['RANK'])\nfrom adaptive_trainer.cli.main import main\nmain()\n"
+    )
+    typed = [
+        *TORCHRUN,
+        str(script),
+        *COMMAND[2:],
+        "data=imagefolder",
+        "data.root=photos",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(typed, capture_output=True, text=True, timeout=BOUND, env=env, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "rank 0 has 12 and 6, rank 1 has 11 and 6" in " ".join(done.stderr.split())
+
+
+def test_a_vote_is_measured() -> None:
+    command = [*TORCHRUN, "-m", "scripts.scaling_model", "--measure-vote"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND, env=environment(), check=False)
+    assert re.fullmatch(r"2 ranks: \d+\.\d\d ms a vote\n", done.stdout), done.stderr
+
+
 def test_the_test_set_is_evaluated_whole(tmp_path: Path, photos: Path) -> None:
     """By the first rank alone; a test that a rank was left out of would say so."""
     done = run(TORCHRUN, tmp_path / "run", "trainer.epochs=1", data=["data=imagefolder", f"data.root={photos}"])
@@ -90,13 +124,13 @@ def wait_for(path: Path) -> None:
         time.sleep(0.1)
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
-    typed = [*TORCHRUN, *COMMAND, *MADE_UP, f"output_dir={folder}", "trainer.epochs=500"]
+def started(folder: Path, *overrides: str, command: list[str] = TORCHRUN) -> subprocess.Popen[str]:
+    typed = [*command, *COMMAND, *MADE_UP, f"output_dir={folder}", "trainer.epochs=500", *overrides]
     return subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks, in order."""
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids of the ranks that a torchrun has started."""
     found: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         try:
@@ -106,7 +140,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
         rank = next((int(each[5:]) for each in variables if each.startswith(b"RANK=")), None)
         if rank is not None and int(status.rpartition(")")[2].split()[1]) == process.pid:
             found[rank] = int(entry.name)
-    return [found[rank] for rank in sorted(found)]
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
@@ -125,6 +159,26 @@ def test_where_one_rank_is_killed_the_other_saves_and_ends(tmp_path: Path) -> No
     again = run(TORCHRUN, tmp_path, "resume=auto", f"trainer.epochs={before // 7 + 2}")
     assert again.returncode == 0, again.stdout + again.stderr
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] > before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
+def test_ranks_of_two_machines_start_anew_where_one_is_killed(tmp_path: Path) -> None:
+    """Each has a torchrun of its own, which counts for itself how often it has started its rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    machine = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+        "--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint=localhost:{port}",
+    ]  # fmt: skip
+    both = [started(tmp_path / "run", "resume=auto", "trainer.epochs=4", command=machine) for _ in range(2)]
+    wait_for(tmp_path / "run" / "metrics.csv")
+    os.kill((ranks_of(both[0]) | ranks_of(both[1]))[1], signal.SIGKILL)
+    said = [process.communicate(timeout=BOUND)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "resumed at epoch" in "".join(said)
+    result: dict[str, Any] = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["world_size"], result["metrics"]["epoch"], result["metrics"]["updates"]) == (2, 4, 28)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
