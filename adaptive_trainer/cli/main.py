@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adaptive_trainer import __version__
 from adaptive_trainer.checkpoints.trust import frozen
 from adaptive_trainer.cli.help import help_text
-from adaptive_trainer.cli.sweep import codes_left, end, is_elsewhere, leave_code, lost_job
+from adaptive_trainer.cli.sweep import codes_left, compared, end, is_elsewhere, leave_code, lost_job
 from adaptive_trainer.config.mistakes import explain, options_first
 from adaptive_trainer.config.overrides import PATHS, config_dir, names_data, readable, register, typed, with_asked
 from adaptive_trainer.config.schema import AFTER, TASKS
@@ -93,6 +93,8 @@ def main() -> None:
         said = lost_job(error) or ("" if codes or ours is None else f"error: {ours}")
         show_error(said if said and not whole_traceback else traceback.format_exc())
         codes.append(1 if ours is None else ours.exit_code)
+    if text := compared():
+        show(text, sys.stdout)
     if any(codes := [*codes, *codes_left()]):
         sys.exit(max(codes))
 

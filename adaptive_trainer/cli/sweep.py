@@ -36,14 +36,16 @@ class Sweep(Callback):
 
     Attributes:
         codes: the folder of exit codes, in the process that has begun the sweep.
+        metric: what the sweep compares.
     """
 
     codes: ClassVar[Path | None] = None
+    metric: ClassVar[str] = ""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse overrides that would make all jobs the same, forget the codes of an earlier sweep, choose the rung."""
         _check_overrides(config)
-        Sweep.codes = Path(config.hydra.sweep.dir).absolute() / CODES
+        Sweep.codes, Sweep.metric = Path(config.hydra.sweep.dir).absolute() / CODES, config.optimized_metric
         shutil.rmtree(Sweep.codes, ignore_errors=True)
         try:
             if config.ladder.same_rung:
@@ -69,6 +71,18 @@ def leave_code(code: int) -> None:
 def codes_left() -> list[int]:
     """The exit codes that jobs in other processes have left."""
     return [] if Sweep.codes is None else [int(path.read_text()) for path in Sweep.codes.glob("*[0-9]")]
+
+
+def compared() -> str:
+    """The table of what the jobs have come to; empty where none has left a record."""
+    if Sweep.codes is None:
+        return ""
+    from adaptive_trainer.report.sweep import summary
+
+    try:
+        return summary(Sweep.codes.parent, Sweep.metric)
+    except UserError as error:  # a full disk; the jobs have ended well
+        return f"warning: {error}"
 
 
 def lost_job(error: Exception) -> str:

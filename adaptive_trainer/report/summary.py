@@ -41,12 +41,13 @@ def changed_lines(changes: Sequence[Change]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for change in changes:
         rule = re.sub(r"^learning rate \S+ -> \S+: ", "", change.why)  # which is being said
-        text = f"{change.key} {_short(change.key, change.asked)} -> {_short(change.key, change.used)}"
+        text = f"{change.key} {short(change.key, change.asked)} -> {short(change.key, change.used)}"
         by_reason.setdefault(rule, []).append(text)
     return [f"changed: {', '.join(texts)} ({reason})" for reason, texts in by_reason.items()]
 
 
-def _short(key: str, value: object) -> str:
+def short(key: str, value: object) -> str:
+    """The value of a setting for people."""
     return f"{value:.3g}" if isinstance(value, float) else str(in_words(key, value))
 
 
