@@ -63,6 +63,11 @@ class Recipe:
     channels_last: bool = False
     tf32: bool | None = None
     num_workers: int = 0
+    shares: tuple[float, ...] = ()  # what the ranks' parts of a batch are in proportion to; none: equal parts
+
+    def weights(self, ranks: int) -> tuple[float, ...]:
+        """The shares of so many ranks."""
+        return self.shares or (1,) * ranks
 
     @property
     def accumulation(self) -> int:

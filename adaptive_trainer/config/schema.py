@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 AFTER = ("predict", "evaluate", "export")  # tasks with a trained network
 TASKS = ("train", "plan", "memory", "doctor", *AFTER)
 RECOMPUTE = ("none", "auto", "cheap", "blocks", "most")  # of trainer.recompute, beside plans
+EQUAL, MEMORY, SPEED = "equal", "memory", "speed"  # of trainer.shares, beside a number for each rank
 VERBOSITIES = ("quiet", "normal", "debug")
 METRICS = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "peak_allocated_bytes", "seconds")
 LARGEST_SEED = 2**63 - 1  # that every generator takes, above and below 0
@@ -58,6 +59,12 @@ def _are_class_weights(value: Any) -> bool:
     return are_numbers and any(value)
 
 
+def _are_parts(value: Any) -> bool:
+    if not isinstance(value, list):
+        return value in (EQUAL, MEMORY, SPEED)
+    return any(value) and all(type(part) is int and part >= 0 for part in value)
+
+
 def _is_recompute(value: str) -> bool:
     return value in RECOMPUTE or all(":" in group for group in value.split("+"))
 
@@ -70,6 +77,10 @@ BATCH_SIZE: Rule = (_is_batch_size, f"is neither a whole number above 0 nor {LAR
 CLASS_WEIGHTS: Rule = (
     _are_class_weights,
     f"is none of what is allowed: null, {BALANCED}, or a list of numbers from 0 up, one for each class and not all 0",
+)
+PARTS: Rule = (
+    _are_parts,
+    f"is none of {EQUAL}, {MEMORY}, {SPEED}, and no list of whole numbers from 0 up, one for each rank and not all 0",
 )
 RECOMPUTATION: Rule = (
     _is_recompute,
@@ -175,6 +186,8 @@ class TrainerConfig:
     batch_size: Any = setting(24, BATCH_SIZE)
     micro_batch_size: int | None = setting(None, _at_least(1))  # null: the batch size
     eval_batch_size: int | None = setting(None, _at_least(1))  # null: the micro-batch size
+    # equal, memory, speed, or a number for each rank that its part of a batch is in proportion to
+    shares: Any = setting(EQUAL, PARTS)
     precision: str = setting("fp32", _one_of(*PRECISIONS))
     # none, auto, cheap, blocks, most or a plan, see models/recomputing/plan.py
     recompute: str = technique("none", "activations recomputed", "it would keep all activations", RECOMPUTATION)

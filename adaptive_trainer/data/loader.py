@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -85,15 +85,28 @@ class SampleLoader:
 
 
 class Loader(SampleLoader):
-    """Batches of training and of evaluation."""
+    """Batches of training and of evaluation.
 
-    def __init__(self, data: DataSets, *, batch_size: int, image_size: int, num_workers: int, pin_memory: bool) -> None:
+    Args:
+        weights: of the ranks, in training; in evaluation each has as many.
+    """
+
+    def __init__(
+        self,
+        data: DataSets,
+        *,
+        batch_size: int,
+        image_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        weights: Sequence[float] = (1,),
+    ) -> None:
         train, val = (
             Samples(part, build_transform(data.config, image_size, training=training), data.num_classes, data.config)
             for part, training in ((data.train, True), (data.val, False))
         )
         self._val_size, self._batch_size = len(data.val), batch_size
-        self._peers = peers()
+        self._peers, self._weights = peers(), weights
         self._begun: tuple[Position, Generator[Batch, None, None]] | None = None
         most = max(updates_per_epoch(size, batch_size) for size in (len(data.train), len(data.val)))
         # more workers than batches would have nothing to do
@@ -101,32 +114,35 @@ class Loader(SampleLoader):
 
     def begin(self, position: Position) -> None:
         """Let the workers start, and read the first batches from `position` on; `train` from there returns these."""
-        self._begun = position, self._shared(position.batches(self._batch_size))
+        self._begun = position, self._shared(position.batches(self._batch_size), self._weights)
 
     def train(self, position: Position) -> Generator[Batch, None, None]:
         """The rest of the epoch from `position` on, one batch an update, augmented."""
         begun, self._begun = self._begun, None
         if begun is not None and begun[0] == position:
             return begun[1]
-        return self._shared(position.batches(self._batch_size))
+        return self._shared(position.batches(self._batch_size), self._weights)
 
     def evaluate(self, batch_size: int, start: int = 0) -> Generator[Batch, None, None]:
         """The validation set in order, from sample `start` on, not augmented; so many samples for each rank."""
         self._begun = None  # a pass ends the one before it
-        return self._shared(in_order(start, self._val_size, self._peers.size * batch_size), avoid_single=False)
+        ranks = self._peers.size
+        return self._shared(in_order(start, self._val_size, ranks * batch_size), (1,) * ranks, avoid_single=False)
 
-    def _shared(self, batches: Iterable[list[Key]], *, avoid_single: bool = True) -> Generator[Batch, None, None]:
+    def _shared(
+        self, batches: Iterable[list[Key]], weights: Sequence[float], *, avoid_single: bool = True
+    ) -> Generator[Batch, None, None]:
         """A pass over this rank's part of each batch; the samples that one stands for are those of all ranks."""
-        rank, ranks = self._peers.rank, self._peers.size
         sizes = deque[int]()
 
         def parts() -> Iterator[list[Key]]:
             for batch in batches:
                 sizes.append(len(batch))
-                yield part_of(batch, rank, ranks, avoid_single=avoid_single)
+                yield part_of(batch, self._peers.rank, weights, avoid_single=avoid_single)
 
-        running = self.start(batches if ranks == 1 else parts())
-        return running if ranks == 1 else (batch._replace(samples=sizes.popleft()) for batch in running)
+        is_whole = len(weights) == 1
+        running = self.start(batches if is_whole else parts())
+        return running if is_whole else (batch._replace(samples=sizes.popleft()) for batch in running)
 
 
 def in_order(start: int, stop: int, batch_size: int) -> list[list[Key]]:

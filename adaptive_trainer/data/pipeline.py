@@ -19,7 +19,9 @@ from adaptive_trainer.data.cached.prefetch import Prefetcher
 from adaptive_trainer.data.datasets import DataSets
 from adaptive_trainer.data.loader import Batch, Loader, fewer_workers, resumed
 from adaptive_trainer.data.position import Position
+from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import DataError, OutOfMemory
+from adaptive_trainer.ladder.resolve import recipe
 
 log = logging.getLogger(__name__)
 LOADING = "loading data"  # the phase of a failure
@@ -63,7 +65,12 @@ def _loader(data: DataSets, config: Config, device: torch.device, num_workers: i
         image_size=config.data.image_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        weights=_weights(config),
     )
+
+
+def _weights(config: Config) -> tuple[float, ...]:
+    return recipe(config).weights(peers().size)
 
 
 @dataclass
@@ -120,9 +127,14 @@ class Pipeline:
 
     def _opened(self) -> Loader | Prefetcher:
         if self._loader is None and self.data.stored is not None:
-            sizes = {"batch_size": self.config.trainer.batch_size, "image_size": self.config.data.image_size}
-            data = replace(self.data, config=self.config.data)
-            self._loader = Prefetcher(data, **sizes, device=self.device, channels_last=self.channels_last)
+            self._loader = Prefetcher(
+                replace(self.data, config=self.config.data),
+                batch_size=self.config.trainer.batch_size,
+                image_size=self.config.data.image_size,
+                device=self.device,
+                channels_last=self.channels_last,
+                weights=_weights(self.config),
+            )
         elif self._loader is None:
             self._loader = _loader(self.data, self.config, self.device, self.num_workers)
         return self._loader

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -132,19 +133,31 @@ def micro_batches(samples: int, micro_batch_size: int, avoid_single: bool) -> li
     return [small + 1] * larger + [small] * (parts - larger)
 
 
-def part_of(batch: T, rank: int, ranks: int, *, avoid_single: bool = True) -> T:
-    """The samples of a batch that are on one rank."""
-    if ranks == 1:
+def part_of(batch: T, rank: int, weights: Sequence[float], *, avoid_single: bool = True) -> T:
+    """The samples of a batch that are on one rank; the arguments are those of `shares`."""
+    if len(weights) == 1:
         return batch
-    sizes = shares(len(batch), ranks, avoid_single=avoid_single)
+    sizes = shares(len(batch), tuple(weights), avoid_single=avoid_single)
     return batch[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
 
 
-def shares(samples: int, ranks: int, *, avoid_single: bool = True) -> list[int]:
-    """Samples of a batch on each rank, as even as possible, the larger ones first; ranks that are left over have none.
+@lru_cache(maxsize=256)  # an epoch has few sizes of batches, and many batches
+def shares(samples: int, weights: tuple[float, ...], *, avoid_single: bool = True) -> tuple[int, ...]:
+    """Samples of a batch on each rank, in proportion to the weights, which are 0 or more, and not all 0.
+
+    Each rank has the whole samples of its quota; each that is left goes to the rank that is then the least full for its
+    weight (D'Hondt's method), of equal ones to the first. So where the weights are what fits on each rank, no rank has
+    more than fits, unless the batch has more than all together, or a sample would be alone.
 
     Args:
         avoid_single: no rank has one alone where there are more, on which BatchNorm cannot train.
     """
-    parts = micro_batches(samples, math.ceil(samples / ranks), avoid_single) if samples else []
-    return parts + [0] * (ranks - len(parts))
+    first = 2 if avoid_single and samples > 1 else 1  # what a rank takes that has none
+    quotas = (int(samples * weight / sum(weights)) for weight in weights)
+    parts = [quota if quota >= first else 0 for quota in quotas]
+    while left := samples - sum(parts):
+        takes = [1 if part else first for part in parts]
+        can = [rank for rank, weight in enumerate(weights) if weight and takes[rank] <= left]
+        rank = min(can, key=lambda rank: (parts[rank] + takes[rank]) / weights[rank])
+        parts[rank] += takes[rank]
+    return tuple(parts)

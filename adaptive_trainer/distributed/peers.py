@@ -28,6 +28,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # for one vote: a rank that loads slowly is no rank that hangs
 GRACE = 8.0  # seconds, for a card to end what it was given before a rank was lost
 NUMBERS = 4  # that may go with a vote
+ELSEWHERE = "another rank"  # the phase of an out-of-memory that is not of this rank
 
 
 class Site(IntEnum):
@@ -371,7 +372,7 @@ def together(work: Callable[[], T], device: torch.device) -> T:
         found = oom.describe(error)
         if not found.fills(device):
             raise
-        failure = found.text, "another rank" if isinstance(error, PeerFailed) else "attempt"
+        failure = found.text, ELSEWHERE if isinstance(error, PeerFailed) else "attempt"
         has_voted = voted(error, Site.RUNG) is not None
     if not has_voted:
         peers().vote(Site.RUNG, Status.FAILED_FOR_GOOD)

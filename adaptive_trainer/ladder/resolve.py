@@ -66,6 +66,7 @@ def recipe(config: Config) -> Recipe:
         clip_grad=trainer.clip_grad,
         channels_last=bool(trainer.channels_last),
         num_classes=config.model.num_classes or 0,
+        shares=tuple(trainer.shares) if isinstance(trainer.shares, list) else (),  # `memory` is for training to decide
     )
 
 
@@ -185,6 +186,11 @@ def with_plan(config: Config, plan: str) -> Config:
     return replace(config, trainer=replace(config.trainer, recompute=plan))
 
 
+def with_shares(config: Config, shares: str | list[int]) -> Config:
+    """The same settings with other shares of the ranks."""
+    return replace(config, trainer=replace(config.trainer, shares=shares))
+
+
 def without_savers(config: Config) -> Config:
     """The same settings with all activations kept on the device."""
     return replace(config, trainer=replace(config.trainer, recompute="none", offload=False))
@@ -294,6 +300,7 @@ def _reason(key: str, rung: Rung[Config], above: str) -> str:
         "trainer.batch_size": f"batch size {LARGEST} ",
         "trainer.micro_batch_size": MICRO_BATCHES,
         "trainer.recompute": "recomputation ",
+        "trainer.shares": "shares ",
     }.get(key)
     noted = (note for note in rung.notes if about is not None and note.startswith(about))
     return next(noted, f"rung {rung.name} is used" + (f"; {above}" if above else ""))

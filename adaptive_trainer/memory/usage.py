@@ -16,6 +16,7 @@ import torch
 
 from adaptive_trainer import oom
 from adaptive_trainer.memory.processes import processes_on
+from adaptive_trainer.utils.device import name_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,7 +128,7 @@ def print_gpu_memory(file: TextIO | None = None) -> None:
     lines = []
     for device in _devices():
         free, total = torch.cuda.mem_get_info(device)
-        name = f"{device} ({torch.cuda.get_device_name(device)})"
+        name = name_of(device)
         lines += [_line(name, total, snapshot(device), free), "  " + describe_users(device)]
     for each in simulated_devices:
         used = each.usage()

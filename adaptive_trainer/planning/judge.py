@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 
@@ -9,15 +10,17 @@ import torch
 from omegaconf import DictConfig
 
 from adaptive_trainer.config.schema import Config, ModelConfig
-from adaptive_trainer.distributed.peers import peers
+from adaptive_trainer.distributed.peers import ELSEWHERE
 from adaptive_trainer.ladder.descent import Attempt, Outcome
+from adaptive_trainer.ladder.resolve import with_plan, without_savers
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.memory.usage import format_bytes
+from adaptive_trainer.models.recomputing.plan import NONE
 from adaptive_trainer.planning import exact, refusals
 from adaptive_trainer.planning.cache import Key, Measurement, PlanCache
 from adaptive_trainer.planning.concrete import largest_batch
-from adaptive_trainer.planning.device_spec import DeviceSpec
+from adaptive_trainer.planning.device_spec import DeviceSpec, speed_of
 from adaptive_trainer.planning.networks import ModelFactory
 from adaptive_trainer.planning.predictor import LossFactory, Predictor, other_allocator
 from adaptive_trainer.planning.recomputation import MARGIN, Planner
@@ -54,10 +57,15 @@ class Judge:
         self._is_cuda = capacity.device.type == "cuda"
         self._card = torch.cuda.get_device_name(capacity.device) if self._is_cuda else "simulated"  # in keys
         self._failed: list[tuple[ModelConfig, int, int]] = []  # model, predicted need and room
-        self._elsewhere: int | None = None  # the least room of a rank, as a descent began
         self._room_before = 0  # a dry run, in which kernels are loaded beside the allocator
         self._predictor = Predictor(
-            DeviceSpec(capacity.description, self._is_cuda, capability_of(capacity.device), capacity.room()),
+            DeviceSpec(
+                capacity.description,
+                self._is_cuda,
+                capability_of(capacity.device),
+                capacity.room(),
+                speed=speed_of(torch.cuda.get_device_properties(capacity.device)) if self._is_cuda else None,
+            ),
             num_classes=num_classes,
             make_model=make_model,
             make_loss=make_loss,
@@ -67,16 +75,20 @@ class Judge:
         )
         self._planner = Planner(self._predictor)
 
-    def _room(self) -> int | None:
-        """Bytes that training could hold now, on the rank that has the least."""
-        here = self.capacity.room()
-        return here if here is None or self._elsewhere is None else min(here, self._elsewhere)
+    def _failed_of(self, config: Config) -> list[int]:
+        """What rungs with this network were predicted to need, that have failed."""
+        return [need for model, need, _ in self._failed if model == config.model]
+
+    def tightness(self, config: Config) -> tuple[int, float]:
+        """How tight it is here without recomputation: failures with this network, and predicted need over room."""
+        need = self._predictor.predict(with_plan(config, NONE)).min_capacity_bytes
+        return len(self._failed_of(config)), (need or 0) / (self.capacity.room() or math.inf)
 
     def planned(self, rung: Rung[Config]) -> Rung[Config]:
         """The rung with a plan of recomputation for the room that there is now, where its settings ask for one."""
-        room = self._room()
+        room = self.capacity.room()
         if room is not None:  # what has failed does not fit, whatever was predicted of it
-            failed = [need for model, need, _ in self._failed if model == rung.settings.model]
+            failed = self._failed_of(rung.settings)
             room = min([room, *(int(MARGIN * LESS * need) for need in failed)])  # the planner takes the margin off
         settings = self._planner.planned(rung.settings, room)
         if settings is rung.settings:
@@ -86,7 +98,7 @@ class Judge:
 
     def assess(self, config: Config) -> tuple[str, int | None]:
         """Why these settings are hopeless now ("" where they are not), and the bytes they are predicted to need."""
-        room = self._room()
+        room = self.capacity.room()
         if room is None:
             return "", None
         prediction = self._predictor.recalled(config)
@@ -114,7 +126,7 @@ class Judge:
         )
 
     def _no_step(self, above: Config, config: Config) -> str:
-        room = self._room()
+        room = self.capacity.room()
         return "" if room is None else refusals.no_step(self._planner, above, config, room)
 
     def _doubt(self, model: ModelConfig, need: int) -> str:
@@ -139,6 +151,12 @@ class Judge:
             return timeline(self._predictor.spec_of(config))
         return None
 
+    def seconds(self, config: Config) -> float | None:
+        """Predicted time of an update with all activations kept; None without a card, or of an unknown network."""
+        with suppress(TraceError):
+            return self._planner.seconds(without_savers(config)) if self._is_cuda else None
+        return None
+
     def added_time(self, config: Config) -> float | None:
         """Predicted time of an update over that with all activations kept on the device; None where they are."""
         is_longer = ":" in config.trainer.recompute or config.trainer.offload
@@ -155,15 +173,15 @@ class Judge:
 
     def largest_batch(self, config: Config, most: int) -> int | None:
         """The largest batch size up to `most` that is predicted to fit; None where that is not known."""
-        room = self._room()
+        room = self.capacity.room()
         if room is None or (self._is_cuda and other_allocator()):
             return None
         return largest_batch(self._planner, config, room, most)[0]
 
     def learn(self, config: Config, entry: Attempt) -> None:
         """Remember how an attempt ended, on a CUDA card from one run to the next."""
-        room = self._room()
-        if room is None:
+        room = self.capacity.room()
+        if room is None or entry.phase == ELSEWHERE:
             return
         if entry.outcome == Outcome.OOM and entry.predicted_bytes is not None:
             self._failed.append((config.model, entry.predicted_bytes, room))
@@ -182,7 +200,7 @@ class Judge:
 
     def earlier_dry_run(self, config: Config) -> Measurement | None:
         """What a dry run of these settings came to on this card earlier, in no more room than there is now."""
-        room = self._room()
+        room = self.capacity.room()
         if room is None:
             return None
         self._room_before = room
@@ -196,8 +214,6 @@ class Judge:
 
     def begin(self) -> None:
         """Begin a new descent."""
-        rooms = [room for room in peers().gathered(self.capacity.room()) if room is not None]
-        self._elsewhere = min(rooms, default=None)
         self._failed.clear()  # what failed in the last one may fit again, as other processes end
         self._room_before = 0
 

@@ -139,7 +139,8 @@ class Predictor:
         stored = stored_size([config]) if self.stored_size is None else self.stored_size
         return replace(
             used,
-            batch_size=max(shares(used.batch_size, peers().size)),  # on the rank that has the most
+            batch_size=max(1, shares(used.batch_size, used.weights(peers().size))[peers().rank]),
+            shares=(),  # they are in the batch size, which is that of this rank
             eval_batch_size=used.eval_batch(self.val_size),
             stored_size=stored if self.spec.cuda else 0,  # what waits on a CPU is not counted
             num_classes=self.networks.classes(config),

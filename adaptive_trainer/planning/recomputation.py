@@ -288,10 +288,15 @@ class Planner:
     def added_time(self, config: Config) -> float | None:
         """The predicted time of an update under a known plan, over that with all activations kept on the device."""
         with suppress(TraceError):
-            return self._seconds(config) / self._seconds(without_savers(config))
+            return self.seconds(config) / self.seconds(without_savers(config))
         return None
 
-    def _seconds(self, config: Config) -> float:
+    def seconds(self, config: Config) -> float:
+        """The predicted time of the first micro-batch of an update under a known plan.
+
+        Raises:
+            TraceError: the network cannot be traced.
+        """
         key = repr(self.predictor.key(config))
         if key not in self._times:
             rates = self.predictor.spec.rates(config.trainer.tf32)

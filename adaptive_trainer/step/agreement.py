@@ -57,7 +57,7 @@ class Agreement:
         """An update of so many samples begins, with some of them here; whether there is anything to do.
 
         Args:
-            samples: of all ranks; 0: each has as many as this one.
+            samples: of all ranks; 0, in a dry run: as if each had as many as this one.
         """
         if self.peers.size == 1:
             return here > 0
@@ -68,9 +68,13 @@ class Agreement:
         """Samples of an update on all ranks; as `begin`. On one rank those that could be read."""
         return here if self.peers.size == 1 else samples or self.peers.size * here
 
-    def most(self, samples: int) -> int:
-        """The samples of an update that are on one rank, at the most."""
-        return max(shares(samples, self.peers.size))
+    def parts(self, samples: int) -> tuple[int, ...]:
+        """The samples of an update that are on each rank."""
+        return shares(samples, self._program.recipe.weights(self.peers.size))
+
+    def part(self, samples: int) -> int:
+        """The samples of an update that are on this rank."""
+        return self.parts(samples)[self.peers.rank]
 
     def look(self) -> None:
         """Find out about the step that comes next."""
@@ -121,10 +125,6 @@ class Agreement:
         """
         self.peers.vote(Site.ENGINE, Status.WELL, number)
         return int(min(row[0] for row in self.peers.numbers))
-
-    def part(self, samples: int) -> int:
-        """How many of the samples of an update are on this rank."""
-        return shares(samples, self.peers.size)[self.peers.rank]
 
     def collect(self, weights: list[Tensor]) -> None:
         """Put this rank's gradients where they are summed.

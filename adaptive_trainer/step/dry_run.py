@@ -22,7 +22,8 @@ def dry_run(update: Update, sizes: Recipe, *, odd: int = 0) -> int:
 
     Args:
         sizes: of the tensors that training will meet.
-        odd: size of the update with the largest micro-batch: the last samples of an epoch are split otherwise.
+        odd: size of the update with the largest micro-batch, where that is no usual one: the last samples of an epoch
+            are split otherwise. 0: none. Of several ranks all have one, or none.
 
     Returns:
         The evaluation batch size that fits: the one asked for, halved until it does.
@@ -53,9 +54,9 @@ class _DryRun:
 
     def __init__(self, update: Update, sizes: Recipe, odd: int) -> None:
         self.update = update
-        self.sizes = sizes
-        most = update.agreement.most  # of several ranks: each has as many as the one with the most
-        self.whole, self.odd = most(sizes.batch_size), most(odd)
+        self.sizes, self.has_odd = sizes, odd > 0
+        part = update.agreement.part
+        self.whole, self.odd = part(sizes.batch_size), part(odd)
         program = update.program
         self.state, self.device = program.state, program.device
 
@@ -71,13 +72,13 @@ class _DryRun:
         self.update.note_held()
 
     def train(self) -> None:
-        whole, parts = self.whole, self.update.program.parts
+        whole = self.whole
         for _ in range(DRY_RUN_UPDATES):
             self.update.run(*self.batch(whole), samples=0)
         makes_copies = self.update.step_memory.may_allocate and self.update.on_cuda()
         for _ in range(2 if makes_copies else 0):  # the first makes them beside the weights, where they stay
             self.update.run(*self.batch(whole), samples=0)
-        if max(parts(self.odd), default=0) > max(parts(whole)):
+        if self.has_odd:
             self.update.run(*self.batch(self.odd), samples=0)
         del self.batch  # evaluation has buffers of its own size
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_trainer import oom
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.distributed.peers import Site, voted
+from adaptive_trainer.distributed.peers import ELSEWHERE, PeerFailed, Site, voted
 from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
 from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
@@ -132,13 +132,19 @@ class Update:
         """Whether an update on so many samples makes sense: BatchNorm cannot train on one."""
         return samples != 1 or not self.program.avoid_single
 
-    def largest_part(self, samples: int) -> int:
-        """Samples in the largest forward pass of an update."""
-        return max(self.program.parts(self.agreement.most(samples)), default=0)
+    def outgrowing(self, usual: int, sizes: Iterable[int]) -> int:
+        """Of these sizes of updates, the one that has the largest forward pass on this rank.
 
-    def with_largest_part(self, sizes: Iterable[int]) -> int:
-        """The smallest of these sizes of updates that has the largest forward pass."""
-        return max(sorted(sizes), key=self.largest_part)
+        0 where on no rank one is larger than in an update of the usual size: all ranks then make no further update.
+        """
+
+        def largest(size: int) -> list[int]:  # on each rank
+            return [max(self.program.parts(part), default=0) for part in self.agreement.parts(size)]
+
+        before = largest(usual)
+        if not any(now > then for size in sizes for now, then in zip(largest(size), before, strict=True)):
+            return 0
+        return max(sorted(sizes), key=lambda size: largest(size)[self.agreement.peers.rank])
 
     def on_cuda(self) -> bool:
         """Whether it runs on a CUDA card."""
@@ -215,7 +221,8 @@ class Update:
         finally:
             self._undo.end()
         if isinstance(done, oom.Failure):
-            raise OutOfMemory(done.text, phase=self.phase)
+            is_elsewhere = done.type_name == PeerFailed.__name__
+            raise OutOfMemory(done.text, phase=ELSEWHERE if is_elsewhere else self.phase)
         return done
 
     def _attempt(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T | oom.Failure:

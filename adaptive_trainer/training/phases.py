@@ -104,9 +104,9 @@ def _shortage(stage: Stage, attempts: Sequence[Attempt]) -> str:
 
 def _enough(stage: Stage, attempts: Sequence[Attempt]) -> str:
     """The least memory that one of these rungs is predicted to fit in, in words; empty where that is not known."""
-    room, judge = stage.run.parts.capacity.room(), stage.run.judge
+    room, judge, parted = stage.run.parts.capacity.room(), stage.run.judge, stage.rungs.parting.parted
     names = {entry.rung for entry in attempts if entry.predicted_bytes is not None}  # the others are out for good
-    needs = [(judge.needed(rung.settings), rung.name) for rung in stage.rungs.ladder if rung.name in names]
+    needs = [(judge.needed(parted(rung).settings), rung.name) for rung in stage.rungs.ladder if rung.name in names]
     # A prediction below the room was wrong: the rung has failed in more.
     known = [(need, name) for need, name in needs if need is not None and room is not None and need > room]
     if not known:

@@ -14,6 +14,7 @@ from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt, Outcome, outcomes
 from adaptive_trainer.ladder.resolve import DEFAULT_BATCH, changes, recipe, resolve
 from adaptive_trainer.ladder.rung import Change, Rung
+from adaptive_trainer.training.parting import Parting
 from adaptive_trainer.training.run import Phase, Run
 
 
@@ -24,15 +25,16 @@ class Rungs:
 
     Attributes:
         ladder: the rungs, as far as they are known.
+        parting: what is left open in it.
         largest, why: the batch size that `max` has come to, or None, and the reason for it.
     """
 
-    def __init__(self, phase: Phase, run: Run) -> None:
+    def __init__(self, phase: Phase, run: Run, parting: Parting) -> None:
         self.ladder: Sequence[Rung[Config]] = phase.ladder
         self.largest: int | None = None
         self.why = ""
         self._settings: DictConfig = phase.settings
-        self._run = run
+        self._run, self.parting = run, parting
         self._since = len(run.record.attempts)  # attempts of earlier phases
         self._looked_at = 0  # the lowest rung whose overrides were offered to the network
         self._refused: dict[str, dict[str, str]] = {}  # by rung and settings, with the reason
@@ -74,6 +76,7 @@ class Rungs:
     def requested(self) -> dict[str, Any]:
         """What decides the memory that the request needs."""
         asked = recipe(self.ladder[0].settings).reported()
+        asked["shares"] = self.ladder[0].settings.trainer.shares
         # without what takes no memory of the device: a resume with another lr stays on its rung
         return {key: asked[key] for key in asked if key not in ("lr", "num_workers", "tf32")}
 
@@ -99,7 +102,7 @@ class Rungs:
         return "" if hopeless and (self._is_proven(rung) or self.is_last(rung)) else hopeless, need
 
     def _assessed(self, rung: Rung[Config]) -> tuple[str, int | None]:
-        return peers().decided(lambda: self._run.judge.assess(rung.settings))
+        return self.parting.assess(rung.settings)
 
     def is_last_resort(self, rung: Rung[Config]) -> bool:
         """Whether it is tried though it is predicted not to fit, for want of a rung below it."""
@@ -159,7 +162,7 @@ class Climbing:
     """
 
     def __init__(self, rungs: Rungs, run: Run) -> None:
-        self._rungs, self._capacity, self._judge = rungs, run.parts.capacity, run.judge
+        self._rungs, self._capacity = rungs, run.parts.capacity
         self._room: dict[str, int | None] = {}
         self._wait, self._at = 1, 0
         self.target = 0
@@ -175,6 +178,9 @@ class Climbing:
         if not rung.settings.ladder.climb or epochs < self._at:
             return False
         self.target = peers().decided(lambda: self._higher(rung))
+        asked = self._rungs.ladder[self._rungs.index(rung)]
+        if self.target == self._rungs.index(rung) and self._rungs.parting.planned(asked).settings == rung.settings:
+            self.target = -1  # there is no faster plan
         return self.target >= 0
 
     def _higher(self, rung: Rung[Config]) -> int:
@@ -183,8 +189,7 @@ class Climbing:
         # another model would start from epoch 1
         if above >= 0 and ladder[above].settings.model == rung.settings.model and self._has_grown(ladder[above]):
             return above
-        has_faster_plan = self._has_grown(rung) and self._judge.planned(ladder[here]).settings != rung.settings
-        return here if has_faster_plan else -1
+        return here if self._has_grown(rung) else -1
 
     def _has_grown(self, rung: Rung[Config]) -> bool:
         then, now = self._room.get(rung.name), self._capacity.room()

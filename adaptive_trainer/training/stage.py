@@ -15,15 +15,19 @@ from adaptive_trainer.ladder.descent import Attempt, Found, Outcome, exhausted_m
 from adaptive_trainer.ladder.resolve import with_batch_size, with_plan
 from adaptive_trainer.ladder.rung import Rung
 from adaptive_trainer.memory.leak import Growth
+from adaptive_trainer.memory.usage import format_bytes
 from adaptive_trainer.models.optimizers import kind_of_state
 from adaptive_trainer.report.earlier import to_type
 from adaptive_trainer.report.lines import figures
 from adaptive_trainer.report.listeners import Candidate
 from adaptive_trainer.training.epochs.loop import Loop
 from adaptive_trainer.training.keeper import Keeper
+from adaptive_trainer.training.parting import Parting
 from adaptive_trainer.training.run import Phase, Run
 from adaptive_trainer.training.rungs import Climbing, Rungs
 from adaptive_trainer.training.trial import Trial, Weights
+from adaptive_trainer.utils.device import name_of
+from adaptive_trainer.utils.tables import table
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +55,10 @@ class Stage:
         after: str = "",
     ) -> None:
         self.phase, self.run, self.after = phase, run, after
-        self.rungs = Rungs(phase, run)
+        self.rungs = Rungs(phase, run, Parting(run.judge, run.parts.train_size, saved))
         self.climbing = Climbing(self.rungs, run)
         self.keeper = Keeper(run, number)
-        self.trial = Trial(run, self.keeper, saved, weights)
+        self.trial = Trial(run, self.keeper, saved, weights, self.rungs.parting)
         self.leak = ""
         self._planned_at = -1  # updates, when memory last ran out in training
 
@@ -99,6 +103,7 @@ class Stage:
         """Enter the rung of a checkpoint with no epoch left to train, for which nothing has to be proven."""
         done, asked = saved["finished_epochs"], self.phase.asked.trainer.epochs
         self.run.record.event(f"{done} epochs are trained, and trainer.epochs={asked} asks for no more")
+        rung = self.rungs.parting.parted(rung)
         # the plan of recomputation that it was trained with
         rung = replace(rung, settings=with_plan(rung.settings, saved["config"]["trainer"]["recompute"]))
         too_large = ""
@@ -128,8 +133,7 @@ class Stage:
         updates = self.trial.opened.state.updates
         was, self._planned_at = self._planned_at, updates
         asked = self.rungs.ladder[self.rungs.index(rung)]
-        judge = self.run.judge
-        if was == updates or peers().decided(lambda: judge.planned(asked).settings == rung.settings):
+        if was == updates or self.rungs.parting.planned(asked).settings == rung.settings:
             return False
         self.run.record.event(f"rung {rung.name} is planned anew for the memory that is left, from this update on")
         return True
@@ -145,7 +149,7 @@ class Stage:
                 f"({capacity.description}); set memory.limit=2GiB, or give trainer.batch_size a number"
             )
         else:
-            predicted = peers().decided(lambda: self.run.judge.largest_batch(self.phase.asked, most))
+            predicted = self.rungs.parting.largest_batch(self.phase.asked)
             found = batch_size.find(self._fits, predicted=predicted, most=most, room=room)
         self.rungs.settle(*found)  # it is rung 0 now, below which the ladder goes on as ever
         self.keeper.largest = found[0]
@@ -213,6 +217,16 @@ class Stage:
             event(f"evaluation takes batches of {found.value}: {asked} at a time do not fit; training keeps its own")
         recipe = self.run.parts.recipe(rung.settings)
         log.info("rung %s fits: %s, %s", rung.name, recipe, figures(found.attempts[-1]))
+        self._announce_ranks(found.attempts[-1].predicted_bytes)
+
+    def _announce_ranks(self, predicted: int | None) -> None:
+        """A table of the ranks, where there are several: part of a batch, predicted need, limit."""
+        session = self.trial.opened
+        part, limit = session.update.agreement.part(session.config.trainer.batch_size), session.capacity.size
+        sizes = ("" if size is None else format_bytes(size) for size in (predicted, limit))
+        rows = peers().gathered((str(peers().rank), str(part), *sizes, name_of(session.capacity.device)))
+        if len(rows) > 1:
+            log.info("%s", table([("rank", "samples", "predicted", "limit", "device"), *rows]))
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
         session, run = self.trial.opened, self.run

@@ -297,7 +297,7 @@ class Trainer(Uses):
     def _result(self, done: Done, record: Record) -> Result:
         stage, used = done.stage, done.rung.settings
         asked, requested = typed(stage.phase.settings), stage.rungs.ladder[0].settings
-        parts = stage.run.parts
+        parts, here = stage.run.parts, stage.trial.opened.update.agreement
         return Result(
             outcome="trained",
             rung=done.rung.name,
@@ -311,7 +311,11 @@ class Trainer(Uses):
             output_dir=str(self.output_dir),
             stages=done.phases if len(done.phases) > 1 else [],
             ranks=peers().gathered(
-                {"device": str(parts.device), **{key: stage.keeper.metrics.get(key) for key in PEAKS}}
+                {
+                    "device": str(parts.device),
+                    "part": here.part(used.trainer.batch_size),
+                    **{key: stage.keeper.metrics.get(key) for key in PEAKS},
+                }
             ),
         )
 

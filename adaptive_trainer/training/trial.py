@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from adaptive_trainer.planning.refusals import single_sample
 from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.dry_run import dry_run
 from adaptive_trainer.training.keeper import Keeper
+from adaptive_trainer.training.parting import Parting
 from adaptive_trainer.training.run import Run
 from adaptive_trainer.training.session import Session, draw_apart, enter, settle
 
@@ -67,11 +69,13 @@ class Trial:
         is_climbing: a try that fails goes back to the session before.
     """
 
-    def __init__(self, run: Run, keeper: Keeper, saved: dict[str, Any] | None, weights: Weights | None) -> None:
+    def __init__(
+        self, run: Run, keeper: Keeper, saved: dict[str, Any] | None, weights: Weights | None, parting: Parting
+    ) -> None:
         self.session: Session | None = None
         self.saved = saved
         self.is_climbing = False
-        self._run, self._keeper, self._weights = run, keeper, weights
+        self._run, self._keeper, self._weights, self._parting = run, keeper, weights, parting
         self._tried: Rung[Config]
         self._loader: Loader | None = None  # of the rung tried, whose workers read while the dry run runs
         self._is_followed = False
@@ -128,10 +132,7 @@ class Trial:
 
     def _planned(self, rung: Rung[Config]) -> Iterator[Rung[Config]]:
         """The rung with a plan of recomputation, where it asks for one; with another one after a failure."""
-
-        def planned() -> Rung[Config]:
-            return peers().decided(lambda: self._run.judge.planned(rung))
-
+        planned = partial(self._parting.planned, rung)
         made = None if rung.passed_over else planned()
         yield made or rung
         while made is not None and made.settings != (again := planned()).settings:
@@ -163,8 +164,7 @@ class Trial:
             self._begin_loading(self.session)
             update, sizes, odd = self.session.update, self._sizes(config), self._odd(self.session)
             # an earlier dry run, and the session that a climb came from, say nothing of a larger last update
-            is_usual = back is None and peers().size == 1
-            if is_usual and update.largest_part(odd) <= update.largest_part(sizes.batch_size):
+            if back is None and peers().size == 1 and not odd:
                 self._earlier = self._run.judge.earlier_dry_run(config)
             eval_batch = sizes.eval_batch_size if self._earlier else dry_run(update, sizes, odd=odd)
             eval_batch = int(min(all_are_well(eval_batch)))
@@ -216,10 +216,10 @@ class Trial:
 
     @staticmethod
     def _odd(session: Session) -> int:
-        # the last update of an epoch may have a larger micro-batch than the others
+        # the last update of an epoch may have a larger micro-batch than the others, with more ranks on any of them
         here, batch_size = session.state.position, session.config.trainer.batch_size
         sizes = here.sizes(batch_size) | replace(here, cursor=0).sizes(batch_size)
-        return session.update.with_largest_part(sizes)
+        return session.update.outgrowing(batch_size, sizes)
 
     def eval_batch(self, config: Config) -> int:
         """Samples of an evaluation batch, as asked for."""

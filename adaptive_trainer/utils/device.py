@@ -43,6 +43,11 @@ def _card_of_rank() -> int:
     return local_rank() % torch.cuda.device_count()
 
 
+def name_of(device: torch.device) -> str:
+    """The device for people, such as `cuda:1 (Tesla T4)`."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
 def capability_of(device: torch.device) -> tuple[int, int]:
     """CUDA's compute capability; (0, 0) of a device that is no CUDA one."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

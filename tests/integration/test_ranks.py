@@ -117,6 +117,50 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def unequal(folder: Path, numbers: str, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    start = [*TORCHRUN[:-1], f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+    command = [*start, "-m", "tests.attack.unequal", str(folder), numbers, *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=BOUND, env=environment(), check=False)
+
+
+def parts(folder: Path) -> list[int]:
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return [rank["part"] for rank in result["ranks"]]
+
+
+@pytest.mark.slow
+def test_shares_by_memory_hold_a_batch_that_equal_shares_do_not(tmp_path: Path) -> None:
+    """Cards of 24 and 48 MiB, of which equal parts of 12 samples would need 42 each."""
+    equal, by_memory = tmp_path / "equal", tmp_path / "memory"
+    done = unequal(equal, "24MiB,48MiB")
+    assert done.returncode == 0, done.stderr
+    assert "trained on rung batch-8" in done.stdout
+    assert parts(equal) == [4, 4]
+    done = unequal(by_memory, "24MiB,48MiB", "trainer.shares=memory")
+    assert done.returncode == 0, done.stderr
+    assert "trained on rung requested" in done.stdout
+    assert re.search(r"^1 +8 +42 MiB +48 MiB", done.stdout, re.MULTILINE)
+    assert parts(by_memory) == [4, 8]
+    # to the bit: the same parts as micro-batches of one rank, and given by hand
+    done = unequal(tmp_path / "alone", "4,8", ranks=1)
+    assert done.returncode == 0, done.stderr
+    done = unequal(tmp_path / "by hand", "none,none", "trainer.shares=[4,8]")
+    assert done.returncode == 0, done.stderr
+    expected = weights(by_memory)
+    for folder in ("alone", "by hand"):
+        assert [k for k, v in weights(tmp_path / folder).items() if not torch.equal(v, expected[k])] == [], folder
+    # with more room the parts of a resumed run stay what they were
+    done = unequal(by_memory, "40MiB,48MiB", "trainer.shares=memory", "resume=auto", "trainer.epochs=3")
+    assert done.returncode == 0, done.stderr
+    assert parts(by_memory) == [4, 8]
+
+
+def test_shares_by_speed_are_refused_without_cards(tmp_path: Path) -> None:
+    done = unequal(tmp_path, "none,none", "trainer.shares=speed")
+    assert done.returncode != 0
+    assert "trainer.shares=speed goes by the predicted time of an update" in done.stderr
+
+
 def wait_for(path: Path) -> None:
     end = time.monotonic() + BOUND
     while not path.exists():

@@ -7,7 +7,7 @@ device are used again for every batch; a batch is valid until the next one is as
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -30,37 +30,54 @@ GROUP = 64  # batches whose windows are found at once
 
 
 class Prefetcher:
-    """Batches of training and of evaluation from stored images; every pass has a thread and buffers of its own."""
+    """Batches of training and of evaluation from stored images; every pass has a thread and buffers of its own.
+
+    Args:
+        weights: of the ranks, in training; in evaluation each has as many.
+    """
 
     def __init__(
-        self, data: DataSets, *, batch_size: int, image_size: int, device: torch.device, channels_last: bool = False
+        self,
+        data: DataSets,
+        *,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
+        channels_last: bool = False,
+        weights: Sequence[float] = (1,),
     ) -> None:
         self.data, self.batch_size = data, batch_size
-        self._peers = peers()
+        self._peers, self._weights = peers(), tuple(weights)
         self.image_size, self.device, self.channels_last = image_size, device, channels_last
 
     def train(self, position: Position) -> Iterator[Batch]:
         """The rest of the epoch from `position` on; OutOfMemory where the buffers do not fit on the device."""
-        most = min(self.batch_size + (self.batch_size == 2), position.size - position.cursor)  # 3 of 3: see `next_size`
-        return self._started(0, position.indices(self.batch_size), most, position.seed, position.epoch)
+        batches, sizes = position.indices(self.batch_size), position.sizes(self.batch_size)
+        return self._started(0, *self._parts(batches, sizes, self._weights), position.seed, position.epoch)
 
     def evaluate(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """The validation set in order, from sample `start` on; OutOfMemory as `train`."""
-        size, step = len(self.data.val), self._peers.size * batch_size
+        ranks, size = self._peers.size, len(self.data.val)
+        step = ranks * batch_size
         batches = (np.arange(first, min(first + step, size)) for first in range(start, size, step))
-        return self._started(1, batches, min(step, size), 0, None)
+        parts, most = self._parts(batches, {min(step, size)}, (1,) * ranks, avoid_single=False)
+        return self._started(1, parts, most, 0, None)
 
     def close(self) -> None:
         """Nothing: a pass ends its thread itself."""
 
-    def _started(self, part: int, batches: Iterator[Array], most: int, seed: int, epoch: int | None) -> Iterator[Batch]:
+    def _parts(
+        self, batches: Iterator[Array], sizes: Iterable[int], weights: tuple[float, ...], *, avoid_single: bool = True
+    ) -> tuple[Iterator[Part], int]:
+        """This rank's part of each batch, and the most samples that one has."""
+        rank = self._peers.rank
+        parts = ((part_of(batch, rank, weights, avoid_single=avoid_single), len(batch)) for batch in batches)
+        return parts, max(shares(size, weights, avoid_single=avoid_single)[rank] for size in sizes)
+
+    def _started(self, part: int, parts: Iterator[Part], most: int, seed: int, epoch: int | None) -> Iterator[Batch]:
         data = self.data
         assert data.stored is not None
         source = _Source((data.train, data.val)[part], data.stored[part], data.config, self.image_size, seed, epoch)
-        rank, ranks = self._peers.rank, self._peers.size
-        is_training = part == 0
-        parts = ((part_of(batch, rank, ranks, avoid_single=is_training), len(batch)) for batch in batches)
-        most = max(shares(most, ranks, avoid_single=is_training))
         return _Pass(fitting(self.device, lambda: _Lane(source, parts, most, self.device, self.channels_last)))
 
 

@@ -67,8 +67,8 @@ class Ranked(Recorded):
         if self.is_over:
             return Mode.OVER
         here = len(labels)
-        if not self.is_checked or here != self._agreement.part(self._agreement.whole(here, samples)):
-            return Mode.KERNELS  # images that cannot be read are missing
+        if not here or not self.is_checked or here != self._agreement.part(self._agreement.whole(here, samples)):
+            return Mode.KERNELS  # there is nothing to record, or images that cannot be read are missing
         if self.graph is None:
             return Mode.RECORD
         return Mode.REPLAY if self.graph.suits(images, labels) else Mode.KERNELS

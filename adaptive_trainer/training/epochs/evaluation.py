@@ -80,7 +80,7 @@ class Evaluation:
                 self.broken.name(batch)
                 if len(batch.labels) or peers().size > 1:  # else all of its images are broken
                     more = self.engine.evaluate(model, batch.images, batch.labels, self._gathered.see)
-                    before = shares(batch.samples, peers().size, avoid_single=False)[: peers().rank]
+                    before = shares(batch.samples, (1,) * peers().size, avoid_single=False)[: peers().rank]
                     self._gathered.keep(batch, self._done + sum(before))
                     self._sums = tuple(a + b for a, b in zip(self._sums, more, strict=True))  # type: ignore[assignment]
                 self._done += batch.samples  # only now: a batch that fails is evaluated again, in smaller ones
