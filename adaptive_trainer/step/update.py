@@ -240,9 +240,9 @@ class Update:
                     self._undo.roll_back()
                 raise
             heard = voted(error, *Site)
-        failure = self.agreement.settled(failure, heard, Site.EVALUATION if phase == "evaluation" else Site.UPDATE)
         self._recover(failure)  # after the handler, where nothing holds the frames of the failed work
-        return failure
+        # last: where a peer is lost, what is left here is saved
+        return self.agreement.settled(failure, heard, Site.EVALUATION if phase == "evaluation" else Site.UPDATE)
 
     def _recover(self, failure: oom.Failure) -> None:
         if self.phase == "optimizer step" and self._undo.progress is not Progress.STEPPING:

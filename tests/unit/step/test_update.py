@@ -23,7 +23,8 @@ from adaptive_trainer.config.overrides import compose_config
 from adaptive_trainer.config.schema import ModelConfig
 from adaptive_trainer.data.cached.gpu_transforms import DeviceBatch
 from adaptive_trainer.data.position import Position
-from adaptive_trainer.errors import DeviceUnusable, OutOfMemory
+from adaptive_trainer.distributed.peers import Peers, Site, Status
+from adaptive_trainer.errors import DeviceUnusable, OutOfMemory, PeerLost
 from adaptive_trainer.memory.limit import Capacity, limited
 from adaptive_trainer.memory.simulated import COUNTED_EVERY, SimulatedDevice
 from adaptive_trainer.models.loss_kinds import Found, LossKind
@@ -247,6 +248,29 @@ def test_one_failure_is_retried_and_two_are_refused(capacity: Capacity, caplog: 
     assert caught.value.__context__ is None
     assert run.state.updates == 1
     assert set(differences(dump(run.state), before)) <= {"groups"}  # the schedule was applied before the update
+
+
+class Lost(Peers):
+    """Two ranks, one of which is gone once the other has failed."""
+
+    size = 2
+
+    def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
+        if status:
+            raise PeerLost("the other one is gone")
+        return super().vote(site, status, *numbers)
+
+
+def test_a_failure_after_which_a_peer_is_lost_leaves_no_trace(
+    capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is saved then."""
+    monkeypatch.setattr("adaptive_trainer.step.agreement.peers", Lost)
+    run = start(Case("sgd", "fp32", warm=True), capacity)
+    update, before = run.update(), dump(run.state)
+    with pytest.raises(PeerLost):
+        run.advance(update, Fault(30))
+    assert set(differences(dump(run.state), before)) <= {"groups"}
 
 
 def test_an_evaluation_is_retried_as_an_update_is(capacity: Capacity, caplog: pytest.LogCaptureFixture) -> None:
