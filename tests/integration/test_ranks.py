@@ -22,7 +22,7 @@ from adaptive_trainer.checkpoints import checkpoint
 from adaptive_trainer.errors import Interrupted
 from tests.support.forking import ROOT
 
-BOUND = 120  # seconds, far above what any of it takes
+BOUND = 300  # seconds, far above what any of it takes
 # a free port of its own, for several of them may run at a time
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 COMMAND = [
@@ -200,9 +200,23 @@ def test_where_one_rank_is_killed_the_other_saves_and_ends(tmp_path: Path) -> No
     assert "another rank has ended" in said
     assert "the state is saved: go on with" in said
     before = checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"]
-    again = run(TORCHRUN, tmp_path, "resume=auto", f"trainer.epochs={before // 7 + 2}")
+    again = run([*TORCHRUN, "--nproc-per-node=3"], tmp_path, "resume=auto", f"trainer.epochs={before // 7 + 2}")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] > before
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 7 * (before // 7 + 2)
+    assert json.loads((tmp_path / "result.json").read_text())["world_size"] == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
+def test_torchrun_starts_all_anew_and_they_go_on(tmp_path: Path) -> None:
+    process = started(tmp_path, "trainer.epochs=10", command=[*TORCHRUN, "--max-restarts=1"])
+    wait_for(tmp_path / "metrics.csv")
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=BOUND)
+    assert process.returncode == 0, out
+    assert "resumed at epoch" in out
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()[1:]
+    assert [int(row.split(",")[1]) for row in rows] == [*range(1, 11)]  # each epoch once
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["updates"] == 10 * 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the ranks in /proc")
@@ -236,20 +250,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(tmp_path: Path) ->
     assert str(Interrupted.exit_code) in out
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_run_out_of_memory_stay_together(ranks: int, tmp_path: Path) -> None:
-    """Each by itself, at random operators; afterwards all have the bits of a run without faults down the same rungs."""
-    seeds = range(4 * ranks, 4 * ranks + 3)
-    command = [*TORCHRUN[:-1], f"--nproc-per-node={ranks}", "-m", "tests.attack.ranks", str(tmp_path)]
-    done = subprocess.run(
-        [*command, *map(str, seeds)], capture_output=True, text=True, timeout=BOUND, env=environment(), check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for seed in seeds:
-        found = [json.loads((tmp_path / f"{seed}-{rank}.json").read_text()) for rank in range(ranks)]
-        assert all(each["schedule"] == found[0]["schedule"] for each in found), seed
-        assert all(each["rung"] == found[0]["rung"] for each in found), seed
-        for each in found:
-            replay = each["replay"]
-            assert (each["digest"], each["schedule"]) == (replay["digest"], replay["schedule"]), seed
-    assert sum(json.loads(path.read_text())["faults"] for path in tmp_path.glob("*.json")) > 0
+@pytest.mark.parametrize(("ranks", "seeds"), [(2, "23 29"), (4, "12")])
+def test_ranks_that_run_out_of_memory_or_are_killed_stay_together(ranks: int, seeds: str, tmp_path: Path) -> None:
+    """Each at random, by itself; all have the bits of a run without faults down the same rungs."""
+    command = [sys.executable, "-m", "tests.attack.ranks", str(tmp_path), str(ranks), *seeds.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BOUND, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": well (") == len(seeds.split())
+    assert "exit code -9 of one" in done.stdout
