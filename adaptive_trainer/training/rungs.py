@@ -177,7 +177,8 @@ class Climbing:
         """Whether to leave this rung now, after so many epochs."""
         if not rung.settings.ladder.climb or epochs < self._at:
             return False
-        self.target = peers().decided(lambda: self._higher(rung))
+        targets = peers().gathered(self._higher(rung))  # the room of one rank may have grown, and not of the others
+        self.target = min((target for target in targets if target >= 0), default=-1)
         asked = self._rungs.ladder[self._rungs.index(rung)]
         if self.target == self._rungs.index(rung) and self._rungs.parting.planned(asked).settings == rung.settings:
             self.target = -1  # there is no faster plan

@@ -211,6 +211,21 @@ def test_with_more_room_it_climbs_to_a_faster_plan_and_to_none(tmp_path: Path, r
     assert differing(saved(tmp_path / "climbs"), saved(tmp_path / "whole")) == []
 
 
+def test_memory_that_was_taken_and_given_back_is_used_by_the_faster_plan(
+    tmp_path: Path, room_after: dict[int, int]
+) -> None:
+    """The rung above has no more room than when it was passed over: the rung itself is planned anew, twice."""
+    least = needs()
+    sizes = {plan: fits_in(need) for plan, need in least.items()}
+    room_after |= {2: sizes["blocks"], 6: sizes["cheap"]}
+    how = ("ladder=exact", "ladder.climb=true", "trainer.epochs=6", f"memory.limit={sizes['cheap']}b")
+    result = fit(tmp_path, *how)
+    used = [entry.predicted_bytes or 0 for entry in result.attempts if entry.outcome == "fits"]
+    assert used[0] > used[1]
+    assert used[2] == used[0]
+    assert any("there is room again" in event for event in result.events)
+
+
 def test_a_plan_that_fails_its_dry_run_is_made_for_less(
     tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
