@@ -62,6 +62,7 @@ def main() -> None:
         digest.update(value.cpu().numpy().tobytes())
     found = {
         "rung": result.rung, "events": result.events, "schedule": schedule, "digest": digest.hexdigest(),
+        "parts": [each["part"] for each in result.ranks],
         "failed": [attempt.phase for attempt in result.attempts if "after update" in attempt.phase],
     }  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -91,6 +91,19 @@ def test_memory_runs_out_on_one_card_in_training(tmp_path: Path) -> None:
     assert differing(tmp_path / "free", tmp_path / "capped") == []
 
 
+def test_a_small_card_takes_a_small_part_of_the_batch(tmp_path: Path) -> None:
+    """And the batch stays, which equal parts give up; as without limits with these parts, to the bit."""
+    recipe = ("model.name=efficientnet_b0", "trainer.batch_size=24")
+    assert [each["rung"] for each in trained(tmp_path / "equal", "3000MiB,700MiB", B8, *recipe)] == ["b8", "b8"]
+    found = trained(tmp_path / "unequal", "3000MiB,700MiB", B8, "trainer.shares=memory", *recipe)
+    assert [each["rung"] for each in found] == ["requested", "requested"]
+    parts = found[0]["parts"]
+    assert sum(parts) == 24
+    assert parts[0] > 2 * parts[1] > 0
+    trained(tmp_path / "free", "none,none", "ladder=none", f"trainer.shares={json.dumps(parts)}", *recipe)
+    assert differing(tmp_path / "free", tmp_path / "unequal") == []
+
+
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_where_one_rank_is_killed_the_other_ends_and_torchrun_starts_anew(engine: str, tmp_path: Path) -> None:
     asked = ["device=cuda", "trainer.epochs=40", f"trainer.engine={engine}", "data.train.size=400", "data.val.size=16"]
