@@ -138,8 +138,9 @@ class Group(Peers):
             if len(set(places)) == self.size:  # NCCL refuses two ranks of one card
                 # votes find a lost rank earlier than its watchdog, which would end this process
                 os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-                self._cards = dist.new_group(backend="nccl", timeout=TIMEOUT)
-                dist.all_reduce(torch.zeros(1, device=device), group=self._cards)  # takes its memory now
+                with explained(_unconnected, (RuntimeError,)):
+                    self._cards = dist.new_group(backend="nccl", timeout=TIMEOUT)
+                    dist.all_reduce(torch.zeros(1, device=device), group=self._cards)  # takes its memory now
 
     @unseen
     def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
@@ -240,10 +241,21 @@ def _finishes() -> bool:
     return True
 
 
+def _unconnected(error: Exception) -> PeerLost:
+    return PeerLost(
+        f"NCCL cannot connect the cards of the ranks: {_first_line(error)}. It takes some memory of each card, beside "
+        "memory.limit; NCCL_DEBUG=INFO says more"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _lost(error: Exception) -> PeerLost | None:
     if isinstance(error, torch.OutOfMemoryError):
         return None
-    first = str(error).strip().partition("\n")[0]
+    first = _first_line(error)
     return PeerLost(f"another rank has ended, or was silent for {TIMEOUT.seconds // 60} minutes ({first})")
 
 

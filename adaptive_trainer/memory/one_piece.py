@@ -104,8 +104,10 @@ class OnePiece:
         torch.accelerator.empty_cache()
         stats = torch.cuda.memory_stats(capacity.device)
         small_peak, small_now = (stats[f"reserved_bytes.small_pool.{when}"] for when in ("peak", "current"))
-        size = piece(capacity.unreserved(), self._small, small_peak, small_now)
-        if 2 * size < (capacity.size or 0):  # a graph holds the most, and leaves little to be joined
+        # without a limit the card may be wanted by other processes: no more of it than was held before
+        most = capacity.bytes or stats["reserved_bytes.all.peak"]
+        size = piece(min(capacity.unreserved(), most), self._small, small_peak, small_now)
+        if 2 * size < most:  # a graph holds the most, and leaves little to be joined
             return
         with suppress(torch.OutOfMemoryError):  # another process was faster: then piece by piece
             torch.UntypedStorage(size, device=capacity.device)  # type: ignore[no-untyped-call]  # free at once

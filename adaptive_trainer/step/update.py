@@ -215,14 +215,14 @@ class Update:
             self.free_memory.before_work()
             done = self._attempt(phase, kind, work)
             if isinstance(done, oom.Failure) and not done.exact:
-                self.free_memory.before_retry()
+                if not _is_of_peer(done):
+                    self.free_memory.before_retry()
                 log.warning("out of memory in %s (%s): rolled back, the same samples once more", self.phase, done.text)
                 done = self._attempt(phase, kind, work)
         finally:
             self._undo.end()
         if isinstance(done, oom.Failure):
-            is_elsewhere = done.type_name == PeerFailed.__name__
-            raise OutOfMemory(done.text, phase=ELSEWHERE if is_elsewhere else self.phase)
+            raise OutOfMemory(done.text, phase=ELSEWHERE if _is_of_peer(done) else self.phase)
         return done
 
     def _attempt(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T | oom.Failure:
@@ -262,6 +262,10 @@ class Update:
         if self._is_dry_run or (evaluated is None and not self.step_memory.is_warm):
             return None
         return self._token, id(evaluated), layout(images), layout(labels)
+
+
+def _is_of_peer(failure: oom.Failure) -> bool:
+    return failure.type_name == PeerFailed.__name__
 
 
 def _staying(undo: Undo, agreement: Agreement) -> list[Tensor]:

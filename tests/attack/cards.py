@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from adaptive_trainer import Trainer, compose_config
 from adaptive_trainer.config.limit import parse_limit
 from adaptive_trainer.errors import OutOfMemory
@@ -44,6 +46,7 @@ def main() -> None:
         if not update._is_dry_run:
             schedule.append(update.program.recipe.batch_size)
             if after and update.state.updates == int(after):  # another process takes memory
+                torch.cuda.empty_cache()  # what is reserved would stay this process's own
                 update.capacity.cap(parse_limit(limit).bytes or 0)
 
     def ran(engine: Engine, *args: Any, **how: Any) -> None:

@@ -45,6 +45,7 @@ from adaptive_trainer.training.rungs import Climbing
 from adaptive_trainer.training.trainer import Trainer
 from adaptive_trainer.training.trial import Trial
 from adaptive_trainer.utils.modes import unseen
+from tests.attack.stand_in import stood_in
 from tests.support.faults import Faults, Net, dump
 
 RUNGS = {
@@ -55,7 +56,7 @@ LADDER = ",".join(f'{{name:{name},overrides:["{override}"]}}' for name, override
 SETTINGS = [
     "data=fakedata", "data.train.size=52", "data.val.size=19", "data.num_workers=0", "data.image_size=16", "device=cpu",
     "memory.limit=none", "trainer.epochs=3", "trainer.batch_size=12", "trainer.ema_decay=0.9", "trainer.clip_grad=1.0",
-    "report=false", "verbosity=quiet", f"ladder.rungs=[{LADDER}]",
+    "report=false", "verbosity=quiet", "trainer.engine=graph", f"ladder.rungs=[{LADDER}]",
 ]  # fmt: skip
 VARIANTS = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
@@ -82,6 +83,7 @@ class Case:
 
     Attributes:
         kill: which rank dies at which of its operators; None: none does.
+        is_recorded: updates are replayed as those of CUDA graphs are.
     """
 
     seed: int
@@ -89,6 +91,7 @@ class Case:
     settings: list[str]
     has_dropout: bool
     kill: tuple[int, int] | None
+    is_recorded: bool
 
     @classmethod
     def drawn(cls, folder: Path, ranks: int, seed: int) -> Case:
@@ -96,7 +99,8 @@ class Case:
         settings = [f"{key}={draw.choice(values)}" for key, values in VARIANTS.items()]
         kill = (draw.randrange(ranks), draw.randrange(OPERATORS)) if draw.random() < 0.4 else None
         # in a run that is resumed none, of which other ranks than the first draw anew
-        return cls(seed, folder / str(seed), settings, kill is None and draw.random() < 0.5, kill)
+        has_dropout = kill is None and draw.random() < 0.5
+        return cls(seed, folder / str(seed), settings, has_dropout, kill, draw.random() < 0.5)
 
     def model(self, _: ModelConfig, num_classes: int) -> nn.Module:
         net = Net()
@@ -175,6 +179,8 @@ def attacked(case: Case, life: int, rank: int) -> Iterator[OfMemory]:
             numbers = {first, first + 1} if is_twice else {first}
             if owner not in SAVING or not case.has_dropout:
                 stack.enter_context(around(owner, name, faults.failing(numbers, draw.choice(ERRORS))))
+        if case.is_recorded:
+            stack.enter_context(stood_in())
         stack.enter_context(around(Trial, "dry_run", faults.answered))
         stack.enter_context(around(Loop, "run", faults.answered))
         stack.enter_context(around(Climbing, "_has_grown", lambda *_: True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def test_two_trainings_on_one_card_under_one_limit(tmp_path: Path) -> None:
         subprocess.Popen(
             [*command, "trainer.batch_size=64", f"seed={seed}", f"output_dir={tmp_path / str(seed)}"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "ADAPTIVE_TRAINER_CACHE": str(tmp_path / "cache")},
         )
         for seed in (1, 2)
     ]  # fmt: skip

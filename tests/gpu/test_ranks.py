@@ -65,14 +65,15 @@ def test_two_ranks_train_as_one_with_two_micro_batches(tmp_path: Path) -> None:
     trained(tmp_path / "both", "none,none", *recipe)
     trained(tmp_path / "alone", "none", *recipe, "trainer.micro_batch_size=12", ranks=1)
     both, alone = (checkpoint.load(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("both", "alone"))
-    assert [k for k, v in both.items() if "running" not in k and not bool((v == alone[k]).all())] == []
+    counted = ("running_mean", "running_var", "num_batches_tracked")
+    assert [k for k, v in both.items() if not k.endswith(counted) and not bool((v == alone[k]).all())] == []
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_memory_runs_out_on_one_card_from_the_beginning(engine: str, tmp_path: Path) -> None:
     """Both step down before the first update, and train as without a limit on that rung."""
     recipe = (f"trainer.engine={engine}", "model.name=efficientnet_b0")
-    found = trained(tmp_path / "capped", "none,400MiB", B8, *recipe)
+    found = trained(tmp_path / "capped", "none,900MiB", B8, *recipe)
     assert [each["rung"] for each in found] == ["b8", "b8"]
     trained(tmp_path / "free", "none,none", B8, "ladder.start=b8", *recipe)
     assert differing(tmp_path / "free", tmp_path / "capped") == []
@@ -80,8 +81,8 @@ def test_memory_runs_out_on_one_card_from_the_beginning(engine: str, tmp_path: P
 
 def test_memory_runs_out_on_one_card_in_training(tmp_path: Path) -> None:
     """Both step down after the same update, no sample is lost, and the bits are those of the replay."""
-    recipe = ("model.name=efficientnet_b0", "trainer.engine=graph")
-    found = trained(tmp_path / "capped", "none,10:400MiB", B8, *recipe)
+    recipe = ("model.name=efficientnet_b0", "trainer.engine=eager")  # a replay takes no memory that could run out
+    found = trained(tmp_path / "capped", "none,10:900MiB", B8, *recipe)
     assert [each["rung"] for each in found] == ["b8", "b8"]
     assert found[0]["schedule"] == found[1]["schedule"]
     (phase,) = found[0]["failed"]

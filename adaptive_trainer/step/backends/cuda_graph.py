@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, PeerLost, explained
+from adaptive_trainer.errors import AdaptiveTrainerError, DeviceUnusable, explained
 from adaptive_trainer.memory.compaction import compact
 from adaptive_trainer.memory.kernels import Kernels
 from adaptive_trainer.memory.limit import Capacity
@@ -163,11 +163,7 @@ class Graph:
             rate.fill_(group["lr"])
         self._graphs[0].replay()
         if self._agreement is not None:
-            try:
-                self._agreement.add()
-            except PeerLost as error:
-                error.is_whole = False  # statistics have changed, and weights have not
-                raise
+            self._agreement.add()
             self._graphs[1].replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient

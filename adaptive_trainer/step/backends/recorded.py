@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from adaptive_trainer import oom
-from adaptive_trainer.errors import OutOfMemory
+from adaptive_trainer.errors import OutOfMemory, PeerLost
 from adaptive_trainer.step.backends.cuda_graph import (
     Graph,
     GraphRefused,
@@ -98,7 +98,11 @@ class Recorded(Eager):
         # No name of its own for the graph: it would keep the memory of one that is given up.
         if self.graph is not None and self.graph.with_step and self.graph.suits(images, labels):
             after = self.program.state.position.advance(samples)
-            self.graph.replay(images, labels)
+            try:
+                self.graph.replay(images, labels)
+            except PeerLost as error:
+                error.is_whole = False  # statistics have changed, and weights have not
+                raise
             self.update.commit(after)
             self._replays += 1
             return self
