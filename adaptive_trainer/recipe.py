@@ -66,8 +66,8 @@ class Recipe:
     shares: tuple[float, ...] = ()  # what the ranks' parts of a batch are in proportion to; none: equal parts
 
     def weights(self, ranks: int) -> tuple[float, ...]:
-        """The shares of so many ranks."""
-        return self.shares or (1,) * ranks
+        """The shares of so many ranks; equal ones where they are those of another number."""
+        return self.shares if len(self.shares) == ranks else (1,) * ranks
 
     @property
     def accumulation(self) -> int:

@@ -37,8 +37,8 @@ class Parting:
             ConfigError: there is nothing that the parts could be in proportion to.
         """
         rung = self.parted(rung)
-        if rung.settings.trainer.recompute not in PLANNED:
-            return rung
+        if peers().size == 1 or rung.settings.trainer.recompute not in PLANNED:
+            return self._judge.planned(rung)
         tightness = peers().gathered(self._judge.tightness(rung.settings))
         is_tightest = tightness.index(max(tightness)) == peers().rank
         made = peers().gathered(self._judge.planned(rung) if is_tightest else None)

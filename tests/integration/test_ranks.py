@@ -128,31 +128,36 @@ def parts(folder: Path) -> list[int]:
     return [rank["part"] for rank in result["ranks"]]
 
 
-@pytest.mark.slow
 def test_shares_by_memory_hold_a_batch_that_equal_shares_do_not(tmp_path: Path) -> None:
-    """Cards of 24 and 48 MiB, of which equal parts of 12 samples would need 42 each."""
-    equal, by_memory = tmp_path / "equal", tmp_path / "memory"
-    done = unequal(equal, "24MiB,48MiB")
-    assert done.returncode == 0, done.stderr
-    assert "trained on rung batch-8" in done.stdout
-    assert parts(equal) == [4, 4]
-    done = unequal(by_memory, "24MiB,48MiB", "trainer.shares=memory")
+    """Cards of 24 and 48 MiB, of which equal parts of 12 samples need 42 each."""
+    done = unequal(tmp_path / "both", "24MiB,48MiB", "trainer.shares=memory")
     assert done.returncode == 0, done.stderr
     assert "trained on rung requested" in done.stdout
     assert re.search(r"^1 +8 +42 MiB +48 MiB", done.stdout, re.MULTILINE)
-    assert parts(by_memory) == [4, 8]
-    # to the bit: the same parts as micro-batches of one rank, and given by hand
+    assert parts(tmp_path / "both") == [4, 8]
+    # to the bit the same parts as micro-batches of one rank
     done = unequal(tmp_path / "alone", "4,8", ranks=1)
     assert done.returncode == 0, done.stderr
-    done = unequal(tmp_path / "by hand", "none,none", "trainer.shares=[4,8]")
+    expected = weights(tmp_path / "alone")
+    assert [name for name, value in weights(tmp_path / "both").items() if not torch.equal(value, expected[name])] == []
+
+
+@pytest.mark.slow
+def test_shares_equal_by_hand_and_after_a_resumption(tmp_path: Path) -> None:
+    done = unequal(tmp_path / "equal", "24MiB,48MiB")
     assert done.returncode == 0, done.stderr
-    expected = weights(by_memory)
-    for folder in ("alone", "by hand"):
-        assert [k for k, v in weights(tmp_path / folder).items() if not torch.equal(v, expected[k])] == [], folder
-    # with more room the parts of a resumed run stay what they were
-    done = unequal(by_memory, "40MiB,48MiB", "trainer.shares=memory", "resume=auto", "trainer.epochs=3")
+    assert "trained on rung batch-8" in done.stdout
+    assert parts(tmp_path / "equal") == [4, 4]
+    folders = [tmp_path / "memory", tmp_path / "by hand"]
+    for folder, asked in zip(folders, ("memory", "[4,8]"), strict=True):
+        done = unequal(folder, "24MiB,48MiB", f"trainer.shares={asked}")
+        assert done.returncode == 0, done.stderr
+    of_memory, by_hand = map(weights, folders)
+    assert [name for name, value in of_memory.items() if not torch.equal(value, by_hand[name])] == []
+    # with more room the parts stay what they were
+    done = unequal(folders[0], "40MiB,48MiB", "trainer.shares=memory", "resume=auto", "trainer.epochs=3")
     assert done.returncode == 0, done.stderr
-    assert parts(by_memory) == [4, 8]
+    assert parts(folders[0]) == [4, 8]
 
 
 def test_shares_by_speed_are_refused_without_cards(tmp_path: Path) -> None:

@@ -61,8 +61,11 @@ def collected(loader: Iterator[Batch]) -> list[Batch]:
     return [batch._replace(images=batch.images.clone(), labels=batch.labels.clone()) for batch in loader]
 
 
-def train(data: DataSets, position: Position, batch_size: int = 4, image_size: int = 16) -> list[Batch]:
-    return collected(Prefetcher(data, batch_size=batch_size, image_size=image_size, device=CPU).train(position))
+def train(
+    data: DataSets, position: Position, batch_size: int = 4, image_size: int = 16, weights: tuple[float, ...] = (1,)
+) -> list[Batch]:
+    sizes: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "weights": weights}
+    return collected(Prefetcher(data, **sizes, device=CPU).train(position))
 
 
 def rows(found: list[Batch]) -> Tensor:
@@ -78,18 +81,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
     assert not torch.equal(rows(train(data, Position(7, 3, 0, SIZE))), expected)
 
 
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (2, 3)])  # of which this is the first rank
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 11, 22, 23, 24, 50])
-def test_the_samples_and_batches_are_those_of_the_other_loaders(batch_size: int) -> None:
+def test_the_samples_and_batches_are_those_of_the_other_loaders(batch_size: int, weights: tuple[float, ...]) -> None:
     class Images(Named):
         def __getitem__(self, index: int) -> Any:
             return torch.zeros(3, 4, 4), index % 3
 
     data = kept()
     plain = replace(data, train=Images(), val=Images(), stored=None)
-    loader = Loader(plain, batch_size=batch_size, image_size=16, num_workers=0, pin_memory=False)
+    loader = Loader(plain, batch_size=batch_size, image_size=16, num_workers=0, pin_memory=False, weights=weights)
     for position in (Position(1, 0, 0, SIZE), Position(1, 1, 5, SIZE)):
         theirs = [(batch.labels.tolist(), batch.samples) for batch in loader.train(position)]
-        assert [(b.labels.tolist(), b.samples) for b in train(data, position, batch_size)] == theirs
+        assert [(b.labels.tolist(), b.samples) for b in train(data, position, batch_size, weights=weights)] == theirs
     theirs = [(batch.labels.tolist(), batch.samples) for batch in loader.evaluate(batch_size, start=3)]
     prefetcher = Prefetcher(data, batch_size=batch_size, image_size=16, device=CPU)
     assert [(b.labels.tolist(), b.samples) for b in collected(prefetcher.evaluate(batch_size, start=3))] == theirs

@@ -10,7 +10,7 @@ from adaptive_trainer.config.overrides import typed
 from adaptive_trainer.config.schema import Config
 from adaptive_trainer.data.position import shares
 from adaptive_trainer.errors import ConfigError
-from adaptive_trainer.ladder.resolve import resolve
+from adaptive_trainer.ladder.resolve import recipe, resolve
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.planning.device_spec import spec_of
 from adaptive_trainer.planning.judge import Judge
@@ -25,6 +25,7 @@ def test_numbers_are_those_of_the_ranks() -> None:
     rung = resolve(compose_config([*SMALL, "trainer.shares=[8,16]"]))[0]
     with limited(torch.device("cpu"), "none") as capacity, pytest.raises(ConfigError, match=r"has 2 numbers.*here 1"):
         Parting(Judge(capacity, 10), 50, None).planned(rung)
+    assert recipe(rung.settings).weights(1) == (1,)  # a plan is for the whole batch
 
 
 @pytest.mark.parametrize("value", ["[]", "[0,0]", "[-1,3]", "[1.5,2]", "fair"])
