@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from adaptive_trainer.models.recomputing.trees import tensors
@@ -109,8 +108,11 @@ CLOCK = 1.7e9  # Hz, where it is not known
 BYTES_PER_OPERATION = 0.025  # of memory and of fp32: 0.015 to 0.07 in `configs/card/`
 
 
-class Costs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the time of the operators that run inside.
+class Costs:
+    """Adds up the time of operators.
+
+    Args:
+        events: of a recorder, among which they stand.
 
     Attributes:
         seconds: of each operator, in order.
@@ -118,20 +120,16 @@ class Costs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, rates: Rates, events: bytearray) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.rates = rates
         self.seconds: list[float] = []
         self.marks: list[int] = []
         self._events = events
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count it."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+    def add(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operator that has run."""
         if not func.is_view and func._overloadpacket not in NO_WORK:
             self.seconds.append(self._time(func, args, kwargs, out))
             self.marks.append(len(self._events))
-        return out
 
     def _time(self, func: Any, args: Any, kwargs: Any, out: Any) -> float:
         found = tensors((args, kwargs, out))
@@ -167,8 +165,13 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> float:
         shapes = (each.shape for each in args[:4])
         return float(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
     if packet is aten.convolution:  # torch's formulas leave out that channels may be in groups
-        return float(2 * out.numel() * args[1][0].numel())
+        return float(2 * out.numel() * _taps(args[1]))
     if packet is aten.convolution_backward:
-        return float(2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2]))
+        return float(2 * args[0].numel() * _taps(args[2]) * sum(args[10][:2]))
     formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+
+
+def _taps(weight: Tensor) -> int:
+    """Values of a weight that one of its results is made by."""
+    return weight.numel() // len(weight)

@@ -128,6 +128,63 @@ def _batch_norm_backward(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
     return _like(x), *(_new(of, x.shape[1:2]) if want else None for want in wanted[1:])
 
 
+def _cloned(_: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    x, wanted = args[0], kwargs.get("memory_format")
+    if wanted == CONTIGUOUS and _is_fake(x):
+        return _new(x, x.shape)
+    return _like(x) if wanted in (None, torch.preserve_format) and _are_alike(x) else NotImplemented
+
+
+def _joined(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    parts, dim = args[0], args[1] if len(args) > 1 else 0
+    x = parts[0]
+    if not _is_fake(parts) or not -x.ndim <= dim < x.ndim or (shared := _memory_format(x)) is None:
+        return NotImplemented
+    dim %= x.ndim
+    rest = (*x.shape[:dim], *x.shape[dim + 1 :])
+    for y in parts:
+        if (*y.shape[:dim], *y.shape[dim + 1 :]) != rest or y.dtype != x.dtype or _memory_format(y) != shared:
+            return NotImplemented
+    return _new(x, (*x.shape[:dim], sum(y.shape[dim] for y in parts), *x.shape[dim + 1 :]), shared)
+
+
+def _product(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    *bias, x, y = args
+    fits = x.ndim == y.ndim and x.shape[:-2] == y.shape[:-2] and x.shape[-1] == y.shape[-2]
+    alike = all(each.dtype == x.dtype for each in (*bias, y))
+    if kwargs or not fits or not alike or not _is_fake(args) or any(each.shape != y.shape[-1:] for each in bias):
+        return NotImplemented
+    return _new(x, (*x.shape[:-1], y.shape[-1]))
+
+
+def _layer_norm(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    x, normalized = args[0], args[1]
+    if not _is_layer_norm(x, normalized, args):
+        return NotImplemented
+    rows = (*x.shape[: -len(normalized)], *(1 for _ in normalized))
+    return _like(x), _new(x, rows), _new(x, rows)
+
+
+def _layer_norm_backward(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    gradient, x, normalized, weight, bias, wanted = *args[:3], *args[5:8]
+    if not _is_layer_norm(x, normalized, args) or not _are_alike(x, gradient):
+        return NotImplemented
+    of = (x, weight, bias)
+    return tuple(_like(each) if want and each is not None else None for each, want in zip(of, wanted, strict=True))
+
+
+def _is_layer_norm(x: Any, normalized: Sequence[int], args: Sequence[Any]) -> bool:
+    same = x.dtype == torch.float32 and tuple(x.shape[-len(normalized) :]) == tuple(normalized)
+    return same and _is_fake(args) and _memory_format(x) == CONTIGUOUS
+
+
+def _softmax(_: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    x, *others = args
+    if others[-1] not in (False, x.dtype) or not x.is_floating_point() or _memory_format(x) != CONTIGUOUS:
+        return NotImplemented
+    return _like(x) if _are_alike(x, *(y for y in others if isinstance(y, Tensor))) else NotImplemented
+
+
 def _is_fake(value: Any) -> bool:
     """Whether every tensor in it is without data, on the CPU, and with no value that is known all the same."""
     if isinstance(value, list | tuple):
@@ -179,14 +236,20 @@ def _new(x: FakeTensor, shape: Sequence[int], memory_format: torch.memory_format
 
 
 BY_RULE: dict[Callable[[Any, Sequence[Any], Mapping[str, Any]], Any], str] = {
-    _mean: "mean.dim",
+    _mean: "mean.dim sum.dim_IntList",
+    _cloned: "clone",
+    _joined: "cat",
+    _product: "addmm bmm mm",
+    _layer_norm: "native_layer_norm",
+    _layer_norm_backward: "native_layer_norm_backward",
+    _softmax: "_softmax _softmax_backward_data",
     _convolution: "convolution",
     _convolution_backward: "convolution_backward",
     _batch_norm: "native_batch_norm",
     _batch_norm_backward: "native_batch_norm_backward",
     _made: "empty.memory_format empty_strided zeros",
     _made_like: "empty_like zeros_like ones_like",
-    _viewed: "detach expand permute slice.Tensor t transpose.int unsqueeze view",
+    _viewed: "_unsafe_view detach expand permute select.int slice.Tensor squeeze.dim t transpose.int unsqueeze view",
     _elementwise: "gelu gelu_backward hardsigmoid hardsigmoid_backward hardswish hardswish_backward relu sigmoid "
     "sigmoid_backward silu silu_backward threshold_backward add.Tensor div.Scalar div.Tensor mul.Scalar mul.Tensor "
     "sub.Tensor",

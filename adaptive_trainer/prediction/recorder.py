@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_trainer.prediction.plain import operator_of, plain_result
 
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 
 # Run in float32 by CUDA's autocast and left as they come by the CPU's (aten/src/ATen/autocast_mode.h, list fp32).
 FLOAT32 = (
@@ -74,6 +75,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sizes, parts: per allocation or mark, its bytes and the value of `part` at its birth.
         part, in_step: set by the program that is recorded. Within the optimizer's step any number will do where one
             is asked for; a network that asks for one cannot be followed.
+        seen: is told of each operator when it has run, with what it was given and what it gave.
     """
 
     def __init__(self, *, cuda: bool) -> None:
@@ -85,17 +87,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.parts = bytearray()
         self.part = 0
         self.in_step = False
+        self.seen: Callable[[Any, Any, Any, Any], None] | None = None
         self._known: dict[int, weakref.ref[Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # torch would wrap each call, as if the network might be compiled
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and note what its outputs bring."""
+        if func is DEVICE and type(args[0]) is FakeTensor:  # most of all calls: autograd asks each gradient for it
+            return args[0].fake_device
+        out = self._run(func, args, kwargs or {})
+        if self.seen is not None:
+            self.seen(func, args, kwargs or {}, out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.mkldnn_rnn_layer.default:
             raise NotFollowed("the memory that kernels of LSTMs take is not known")
         if func is aten._local_scalar_dense.default and self.in_step:  # .item(): a step count, which is not 0
             return 1.0 if args[0].dtype.is_floating_point else 1
-        out = plain_result(func, args, kwargs or {})
+        out = plain_result(func, args, kwargs)
         if out is NotImplemented:
-            out = func(*args, **(kwargs or {}))
+            out = func(*args, **kwargs)
         if self.cuda and (func is CONV or func is CONV_BACKWARD):
             self._convolution(func, args, out)  # which notes the results between its marks
             return out

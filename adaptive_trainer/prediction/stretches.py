@@ -76,8 +76,9 @@ def profile(spec: TraceSpec, parts: Sequence[str], rates: Rates) -> Profile:
     def watch(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         marks = _Marks(model, parts, recorder, rates)  # of the last try to trace, in the end
         found[:] = [marks]
-        with marks.costs:
-            yield
+        recorder.seen = marks.costs.add
+        yield
+        recorder.seen = None
 
     made = trace(spec, watch)
     return _divided(made, found[0])

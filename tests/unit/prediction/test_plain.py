@@ -158,7 +158,58 @@ def test_new_tensors_and_views() -> None:
         compare(aten.transpose.int, x, 0, 2)
         compare(aten.unsqueeze.default, x, 1)
         compare(aten.view.default, x, [3, 4])
+        compare(aten._unsafe_view.default, x, [3, 4])
+        compare(aten.select.int, x, 1, 2)
+        compare(aten.squeeze.dim, x, 0)
+        compare(aten.clone.default, x)
+        compare(aten.clone.default, x.transpose(0, 2), memory_format=torch.contiguous_format)
         compare(aten._foreach_add_.Scalar, [x, x], 1.0)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_products(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        x, y, bias = (torch.empty(shape, dtype=dtype) for shape in ((6, 2, 3), (6, 3, 4), (4,)))
+        compare(aten.bmm.default, x, y)
+        compare(aten.bmm.default, x.transpose(1, 2).contiguous().transpose(1, 2), y)
+        compare(aten.mm.default, x[0], y[0])
+        compare(aten.mm.default, y[0].t(), x[0].t())
+        compare(aten.addmm.default, bias, x[0], y[0])
+        for wrong in ((x[0], x[0]), (x[0], y), (bias[:1], x[0], y[0]), (bias.double(), x[0], y[0])):
+            assert plain_result(aten.addmm.default, wrong, {}) is NotImplemented
+
+
+@settings(deadline=None)
+@given(real=images(), other=images(), dim=st.integers(-5, 4))
+def test_joined(real: Tensor, other: Tensor, dim: int) -> None:
+    with FakeTensorMode() as mode:
+        x, y = mode.from_tensor(real), mode.from_tensor(other)
+        assert plain_result(aten.cat.default, ([x, x], min(dim % 5, 2)), {}) is not NotImplemented
+        for parts in ([x], [x, x, x], [x, y], [x, x[:, :1]]):
+            if plain_result(aten.cat.default, (parts, dim), {}) is not NotImplemented:
+                compare(aten.cat.default, parts, dim)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1), (5, 4)])
+def test_layer_norm_and_softmax(shape: tuple[int, ...]) -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(shape), torch.empty(shape[-1:])
+        for affine in (weight, None):
+            compare(aten.native_layer_norm.default, x, list(shape[-1:]), affine, affine, 1e-5)
+            _, mean, rstd = aten.native_layer_norm.default(x, list(shape[-1:]), affine, affine, 1e-5)
+            mask = [True, affine is not None, False]
+            args = (x, x, list(shape[-1:]), mean, rstd, affine, affine, mask)
+            compare(aten.native_layer_norm_backward.default, *args)
+        compare(aten.native_layer_norm.default, x, list(shape[-2:]), None, None, 1e-5)
+        compare(aten._softmax.default, x, -1, False)
+        compare(aten._softmax_backward_data.default, x, x, -1, torch.float32)
+        compare(aten.sum.dim_IntList, x, [0, -1], True)
+        half = x.half()
+        assert plain_result(aten.native_layer_norm.default, (half, list(shape[-1:]), None, None, 1e-5), {}) is (
+            NotImplemented
+        )
+        assert plain_result(aten._softmax_backward_data.default, (x, x, -1, torch.float16), {}) is NotImplemented
+        assert plain_result(aten._softmax.default, (half, -1, True), {}) is NotImplemented
 
 
 @pytest.mark.parametrize("other", ["gaps", "layout", "type", "data"])
