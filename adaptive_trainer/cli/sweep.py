@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NoReturn
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -47,6 +48,8 @@ class Sweep(Callback):
         _check_overrides(config)
         Sweep.codes, Sweep.metric = Path(config.hydra.sweep.dir).absolute() / CODES, config.optimized_metric
         shutil.rmtree(Sweep.codes, ignore_errors=True)
+        if "submitit" in config.hydra.launcher._target_:
+            _outlive_lost_jobs(Sweep.codes)
         try:
             if config.ladder.same_rung:
                 _have_same_rung(config)
@@ -94,6 +97,27 @@ def lost_job(error: Exception) -> str:
         "error: the process of a job has ended without a result: it was killed, perhaps for its memory. Its folder has "
         f"no result.json, or that of an earlier run; resume=auto output_dir=FOLDER goes on with it ({first})"
     )
+
+
+def _outlive_lost_jobs(codes: Path) -> None:
+    """Have a job of submitit whose process was killed give none, as one that fails: its error would end the sweep."""
+    from submitit.core.core import Job
+
+    results = Job.results
+
+    def given(job: Any) -> list[Any]:
+        try:
+            return list(results(job))
+        except Exception as error:
+            said = lost_job(error)
+            if not said:
+                raise
+        show_error(said)
+        codes.mkdir(parents=True, exist_ok=True)
+        write_whole(codes / f"lost-{job.job_id}", "1")
+        return [JobReturn(status=JobStatus.COMPLETED)]
+
+    Job.results = given  # type: ignore[method-assign, assignment]
 
 
 def end(text: str, code: int = UserError.exit_code) -> NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,42 @@ def test_two_jobs_at_a_time_share_a_card(sweep: Any, tmp_path: Path) -> None:
     taken = [int(event.partition("takes ")[2].partition(" ")[0]) for event in events]
     assert len(taken) == 2
     assert sum(taken) <= 120
+
+
+SIZES = (96, 32, 97, 0, 98, 64, 99, 640, 160, 48, 101, 102)  # of images; 0 is a mistake, and 640 fits nowhere
+LADDER = 'ladder.rungs=[{name:b8,overrides:["trainer.batch_size=8"]}]'
+
+
+@pytest.mark.slow
+def test_twelve_jobs_two_at_a_time(launcher: Launcher, tmp_path: Path) -> None:
+    """On one card, for which some are too large; what becomes of one is its own affair, and the first is killed."""
+    env = {"PYTHONPATH": str(ROOT), "ADAPTIVE_TRAINER_CACHE": str(tmp_path / "cache")}
+    card = ("memory.limit=140MiB", "memory.shared=true", "trainer.epochs=8", LADDER)
+    jobs = ("hydra/launcher=local", "hydra.sweeper.max_batch_size=2", f"data.image_size={','.join(map(str, SIZES))}")
+    running = launcher.start(*TINY, *card, *jobs, folder=tmp_path, env=env)
+    folder = tmp_path / "sweep"
+    while not (folder / "0" / "metrics.csv").exists():
+        time.sleep(0.02)
+    os.kill(process_in(folder / "0"), signal.SIGKILL)
+    ended = running.wait()
+    assert ended.code == 3, ended.text
+    assert sorted(path.read_text() for path in (folder / ".exit_codes").iterdir()) == [*"000000000123"]
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    outcomes = {SIZES[0]: "lost", 0: "failed", 640: "exhausted"}
+    assert [row["outcome"] for row in rows] == [outcomes.get(size, "trained") for size in SIZES], ended.text
+    trained = [row for row in rows if row["outcome"] == "trained"]
+    assert {row["rung"] for row in trained} == {"requested", "b8"}
+    assert all(bool(row["other_recipe"]) == (row["rung"] == "b8") for row in trained)
+
+
+def process_in(folder: Path) -> int:
+    """The process that writes the log of this folder."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(link.resolve().is_relative_to(folder.resolve()) for link in (entry / "fd").iterdir()):
+                return int(entry.name)
+    raise AssertionError(f"no process writes in {folder}")
 
 
 def test_the_share_of_a_training_that_was_killed_is_free(launcher: Launcher, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.support.composing import without_report
 
 ROOT = Path(__file__).parents[2]
 WARM = ("adaptive_trainer.training.trainer", "timm", "torchvision", "sklearn.datasets")
-LONGEST = 150  # seconds, then the process is ended by SIGALRM
+LONGEST = 300  # seconds, then the process is ended by SIGALRM
 
 
 @dataclass(frozen=True)
