@@ -132,6 +132,24 @@ class CachingAllocator:
             _join(block, following)
         self._put(block)
 
+    def pass_through(self, nbytes: int) -> None:
+        """As `free(allocate(nbytes))`, in less time: where a free block is large enough, only peaks change.
+
+        Raises:
+            AllocatorFull: as `allocate`.
+        """
+        size = (nbytes + MIN_BLOCK - 1) & -MIN_BLOCK
+        small = size <= SMALL_LIMIT
+        pool = self._small if small else self._large
+        at = bisect_left(pool, size << ADDRESS_BITS)
+        if not nbytes or at == len(pool):
+            self.free(self.allocate(nbytes))
+            return
+        whole = pool[at] >> ADDRESS_BITS
+        taken = size if whole - size > SMALL_LIMIT or (small and whole - size >= MIN_BLOCK) else whole
+        self.peak_requested = max(self.peak_requested, self.requested + nbytes)
+        self.peak_allocated = max(self.peak_allocated, self.allocated + taken)
+
     def empty_cache(self) -> None:
         """Give back every wholly free segment."""
         for pool in (self._large, self._small):

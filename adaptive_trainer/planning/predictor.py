@@ -77,7 +77,7 @@ class Predictor:
         found = self.recalled(config)
         if found is None:
             try:
-                found = self._predict(config, self._tracer)
+                found = self._predict(self.spec_of(config), self._tracer)
             except Exception as error:  # factories of the user's own may raise anything
                 found = Prediction(reason=(str(error) or type(error).__name__).splitlines()[0])
             found = replace(found, seconds=time.perf_counter() - start)
@@ -88,17 +88,18 @@ class Predictor:
 
     def limit(self, config: Config) -> int | None:
         """The smallest limit of these settings in bytes, not remembered; None where it is not known."""
-        return self._predict(config, Tracer()).min_capacity_bytes
+        update = replace(self.spec_of(config), eval_batch_size=None)  # which has no part in it
+        return self._predict(update, Tracer()).min_capacity_bytes
 
     @property
     def workspaces(self) -> Workspaces:
         """What kernels take on the device."""
         return workspaces_of(self.spec.capability, self.spec.multiprocessors)
 
-    def _predict(self, config: Config, tracer: Tracer) -> Prediction:
+    def _predict(self, spec: TraceSpec, tracer: Tracer) -> Prediction:
         device = self.spec
         return predict(
-            self.spec_of(config),
+            spec,
             capability=device.capability,
             multiprocessors=device.multiprocessors,
             tracer=tracer,

@@ -148,6 +148,8 @@ def smallest_limit(trace: Trace, workspaces: Workspaces, at_most: int, spec: Tra
 
 def runs(trace: Trace, workspaces: Workspaces, limit: int, spec: TraceSpec) -> bool:
     """Whether the updates of a trace run under a limit in bytes."""
+    if limit < trace.most_alive:
+        return False
     try:
         Replay(trace, workspaces, limit, retried=spec.undo, same_kernels=spec.same_kernels).run()
     except AllocatorFull:

@@ -134,7 +134,9 @@ class Replay:
             elif kind == Kind.SUM:
                 rows = sizes[number]
             elif kind == Kind.SUMMED:
-                free(allocate(self.workspaces.reduction(rows, sizes[number])))  # partial sums of all blocks
+                self.allocator.pass_through(
+                    self.workspaces.reduction(rows, sizes[number])
+                )  # partial sums of all blocks
             elif kind in SPLIT_LIMIT:
                 split = sizes[number] if sizes[number] <= SPLIT_LIMIT[kind] * sizes[number + 1] else None
             elif kind != Kind.MOVED:
@@ -142,7 +144,7 @@ class Replay:
 
     def _convolve(self, nbytes: int) -> None:
         try:
-            self.allocator.free(self.allocator.allocate(nbytes))
+            self.allocator.pass_through(nbytes)
         except AllocatorFull:
             if self.same_kernels:
                 raise
@@ -151,7 +153,7 @@ class Replay:
     def _multiply(self, kind: int) -> None:
         workspaces, allocator = self.workspaces, self.allocator
         if not workspaces.kept:
-            allocator.free(allocator.allocate(workspaces.bias if kind == Kind.GEMM_BIAS else workspaces.gemm))
+            allocator.pass_through(workspaces.bias if kind == Kind.GEMM_BIAS else workspaces.gemm)
             return
         # Each thread that multiplies has a workspace of its own; that of cublasLt is one for both.
         thread = Kind.GEMM_BACKWARD if kind == Kind.GEMM_BACKWARD else Kind.GEMM

@@ -11,8 +11,10 @@ import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from adaptive_trainer.data.position import Position
 from adaptive_trainer.distributed.gradients import Gradients
 from adaptive_trainer.distributed.peers import Peers
+from adaptive_trainer.memory.allocator import MIN_BLOCK
 from adaptive_trainer.models.loss_kinds import LossKind
 from adaptive_trainer.models.losses import Criterion, Loss, Terms
 from adaptive_trainer.models.memory_format import to_channels_last
@@ -116,6 +119,20 @@ class Trace:
     # Numbers of the copies that an allocating step needs, from the first to before the last. They are born where an
     # update would make them; the replay knows which updates do.
     copies: tuple[int, int] = (0, 0)
+
+    @cached_property
+    def most_alive(self) -> int:
+        """Bytes that are alive at once in a later update: with less, none runs, however the memory is divided."""
+        count, start = self.evaluation_start, self.update_start
+        kinds, numbers = np.frombuffer(self.kinds, np.uint8, count), np.array(self.numbers[:count], np.int64)
+        sizes = -(-np.array(self.sizes, np.int64) // MIN_BLOCK) * MIN_BLOCK
+        sizes[slice(*self.copies)] = 0  # are made in some updates only
+        is_born, is_died = kinds == Kind.BORN, kinds == Kind.DIED
+        ends, stays, passes = np.zeros((3, len(sizes)), bool)
+        ends[numbers[is_died]] = stays[numbers[is_born]] = passes[numbers[start:][is_born[start:]]] = True
+        stays &= ~ends  # what an update leaves is there before the next one, and not born again
+        changes = np.where(passes & ends, sizes, 0)[numbers] * (is_born.astype(np.int64) - is_died)
+        return int(sizes[stays].sum() + changes[start:].cumsum().max(initial=0))
 
     def moved(self, micro_batches: int) -> int:
         """Bytes that an update of so many micro-batches offloads to the host, and fetches back."""

@@ -141,6 +141,29 @@ def test_invariants(events: list[Any], capacity: int | None) -> None:
     assert (allocator.peak_requested, allocator.peak_allocated, allocator.peak_reserved) == (0, 0, 0)
 
 
+@given(EVENTS, CAPACITIES, st.lists(st.integers(0, 60 * MiB), max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_what_passes_through_leaves_what_allocate_and_free_would(
+    events: list[Any], capacity: int | None, passing: list[int]
+) -> None:
+    def left(*, at_once: bool) -> tuple[Any, ...]:
+        allocator = CachingAllocator(capacity)
+        run(events, allocator)
+        found: list[str] = []
+        for nbytes in passing:
+            try:
+                if at_once:
+                    allocator.pass_through(nbytes)
+                else:
+                    allocator.free(allocator.allocate(nbytes))
+            except AllocatorFull as error:
+                found.append(str(error))
+        peaks = allocator.peak_requested, allocator.peak_allocated, allocator.peak_reserved
+        return allocator.free_blocks(), allocator.requested, allocator.allocated, allocator.num_retries, peaks, found
+
+    assert left(at_once=True) == left(at_once=False)
+
+
 @given(EVENTS)
 @settings(max_examples=100, deadline=None)
 def test_what_it_reserved_is_enough_and_the_same(events: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from adaptive_trainer.memory.allocator import AllocatorFull
 from adaptive_trainer.prediction.derivation import Tracer
-from adaptive_trainer.prediction.estimator import Prediction, predict, verdict
+from adaptive_trainer.prediction.estimator import Prediction, predict, verdict, workspaces_of
 from adaptive_trainer.prediction.recorder import Kind
+from adaptive_trainer.prediction.replay import Replay
 from adaptive_trainer.prediction.tracer import Trace, TraceSpec
 
 MiB = 2**20
@@ -119,6 +122,34 @@ def test_the_smallest_capacity_is_below_what_is_reserved_when_it_may() -> None:
     assert live == 31 * MiB
     assert reserved == 62 * MiB
     assert least == 32 * MiB
+
+
+@given(st.lists(st.one_of(st.integers(0, 40 * MiB), st.floats(0, 1, exclude_max=True)), min_size=1), st.data())
+def test_with_less_than_what_is_alive_no_update_runs(happens: list[Any], data: st.DataObject) -> None:
+    """A size is born, and a share of all that live says which one dies."""
+    events, sizes, alive = list[tuple[int, int]](), list[int](), list[int]()
+    for each in happens:
+        if isinstance(each, int):
+            alive.append(len(sizes))
+            events.append((B, len(sizes)))
+            sizes.append(each)
+        elif alive:
+            events.append((D, alive.pop(int(each * len(alive)))))
+    first, last = sorted(data.draw(st.integers(0, len(sizes))) for _ in range(2))
+    trace = Canned(events, sizes, data.draw(st.integers(0, len(events))), (first, last)).canned
+    workspaces = workspaces_of((9, 0), 132)
+    free = Replay(trace, workspaces)
+    free.run()
+    assert trace.most_alive <= free.allocator.peak_allocated
+    if trace.most_alive:
+        with pytest.raises(AllocatorFull):
+            Replay(trace, workspaces, trace.most_alive - 1, retried=True).run()
+
+
+def test_what_is_alive_counts_what_the_first_update_leaves() -> None:
+    """0 dies in the first update, 1 is left by it, and 2 passes."""
+    events = [(B, 0), (D, 0), (B, 2), (D, 2), (B, 1)]
+    assert Canned(events, [9 * MiB, 2 * MiB, 4 * MiB], update_start=1).canned.most_alive == 6 * MiB
 
 
 @pytest.mark.parametrize(
