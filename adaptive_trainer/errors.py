@@ -108,12 +108,14 @@ class OutOfMemory(AdaptiveTrainerError):
     Attributes:
         phase: where it happened, in words for the record ("forward", "optimizer step", "evaluation", ...).
         reason: the first line of the original message.
+        is_final: the same cannot help once more, whatever room is made.
     """
 
-    def __init__(self, reason: str, *, phase: str) -> None:
+    def __init__(self, reason: str, *, phase: str, is_final: bool = False) -> None:
         super().__init__(f"out of memory in {phase}: {reason}")
         self.phase = phase
         self.reason = reason
+        self.is_final = is_final
 
 
 class LadderExhausted(AdaptiveTrainerError):

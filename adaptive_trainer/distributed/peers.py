@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from adaptive_trainer import oom
@@ -23,6 +24,8 @@ from adaptive_trainer.errors import OutOfMemory, PeerLost, explained
 from adaptive_trainer.utils.device import synchronizing
 from adaptive_trainer.utils.launch import world_size
 from adaptive_trainer.utils.modes import unseen
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # for one vote: a rank that loads slowly is no rank that hangs
@@ -115,6 +118,13 @@ class Peers:
     def take_first(self, tensors: list[Tensor]) -> None:
         """Give tensors the values that they have on the first rank; raises as `vote`."""
 
+    def catch_up(self) -> None:
+        """Wait for the card, where another wait could have no end: a rank may be gone that its kernels wait for.
+
+        Raises:
+            PeerLost: it does not come to the end of what it was given.
+        """
+
 
 class Group(Peers):
     """The ranks that torchrun has started.
@@ -132,6 +142,7 @@ class Group(Peers):
         self._all = [torch.zeros_like(self._mine) for _ in range(self.size)]
         self._cards: Any = self._control
         self._is_deciding = False
+        self._store = PrefixStore("last words", _get_default_store())
         if device.type == "cuda":
             name = torch.cuda.get_device_properties(device).uuid
             places = self.gathered((socket.gethostname(), str(name)))
@@ -211,10 +222,19 @@ class Group(Peers):
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self._group(tensor))
 
-    def close(self) -> None:
-        """Give back what the groups hold."""
-        for group in {self._control, self._cards}:
-            dist.destroy_process_group(group)
+    def catch_up(self) -> None:
+        """As of `Peers`."""
+        if self._cards is not self._control and not _finishes(TIMEOUT.total_seconds()):
+            self._give_up_cards()
+            lost = PeerLost("what the cards were given does not end: another one, or what is between them, has failed")
+            lost.is_whole = False
+            raise lost
+
+    def close(self, *, is_well: bool) -> None:
+        """Give back what the groups hold; where this rank ends by itself, at once and with nobody's help."""
+        dist.destroy_process_group(self._control)  # first: the others wait in a vote
+        if self._cards is not self._control:
+            (dist.destroy_process_group if is_well else _abort_process_group)(self._cards)
 
     def _group(self, tensor: Tensor) -> Any:
         return self._cards if tensor.is_cuda else self._control
@@ -223,22 +243,40 @@ class Group(Peers):
         return explained(self._explain, (RuntimeError,))
 
     def _explain(self, error: Exception) -> PeerLost | None:
-        lost = _lost(error)
+        lost = _lost(error, self._last_words())
         if lost is not None and self._cards is not self._control:
-            lost.is_whole = _finishes()
-            cards, self._cards = self._cards, self._control
-            _abort_process_group(cards)  # a kernel of it would wait for the other rank, and all else for that kernel
+            lost.is_whole = _finishes(GRACE)
+            self._give_up_cards()
         return lost
 
+    def say(self, text: str) -> None:
+        """Leave word of why this rank ends, for those that lose it."""
+        with suppress(RuntimeError):  # whoever keeps the store is gone too
+            self._store.set(str(self.rank), text)
 
-def _finishes() -> bool:
-    """Whether the card comes to the end of what it was given within `GRACE`."""
-    end, last = time.monotonic() + GRACE, torch.cuda.current_stream().record_event()
-    while not last.query():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
+    def _last_words(self) -> str:
+        """What the first of the ranks that have ended has left; empty where none has."""
+        with suppress(RuntimeError):
+            for rank in map(str, range(self.size)):
+                if self._store.check([rank]):
+                    return f"rank {rank} has ended: {self._store.get(rank).decode(errors='replace')}"
+        return ""
+
+    def _give_up_cards(self) -> None:
+        """End kernels that wait for a rank which is lost: all else on this card waits for them."""
+        cards, self._cards = self._cards, self._control
+        _abort_process_group(cards)
+
+
+def _finishes(seconds: float) -> bool:
+    """Whether the card comes to the end of what it was given in that time."""
+    with suppress(RuntimeError):  # it may answer nothing any more
+        end, last = time.monotonic() + seconds, torch.cuda.current_stream().record_event()
+        while time.monotonic() < end:
+            if last.query():
+                return True
+            time.sleep(0.001)
+    return False
 
 
 def _unconnected(error: Exception) -> PeerLost:
@@ -252,11 +290,11 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _lost(error: Exception) -> PeerLost | None:
-    if isinstance(error, torch.OutOfMemoryError):
+def _lost(error: Exception, last_words: str = "") -> PeerLost | None:
+    if isinstance(error, torch.OutOfMemoryError) or oom.describe(error).kind is oom.Kind.POISONED:
         return None
-    first = _first_line(error)
-    return PeerLost(f"another rank has ended, or was silent for {TIMEOUT.seconds // 60} minutes ({first})")
+    log.debug("a rank is lost: %s", error)
+    return PeerLost(last_words or f"another rank has ended, or was silent for {TIMEOUT.seconds // 60} minutes")
 
 
 _current: Peers = Peers()
@@ -283,11 +321,18 @@ def joined(device: torch.device) -> Iterator[Peers]:
             if is_new:
                 _find_each_other()
             group = Group(device)
+        is_well = False
         try:
             with as_current(group):
                 yield group
+            is_well = True
+        except PeerLost:
+            raise
+        except Exception as error:
+            group.say(str(error))
+            raise
         finally:
-            group.close()
+            group.close(is_well=is_well)
     finally:
         if is_new and dist.is_initialized():
             dist.destroy_process_group()

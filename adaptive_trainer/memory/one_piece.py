@@ -104,9 +104,11 @@ class OnePiece:
         torch.accelerator.empty_cache()
         stats = torch.cuda.memory_stats(capacity.device)
         small_peak, small_now = (stats[f"reserved_bytes.small_pool.{when}"] for when in ("peak", "current"))
-        # without a limit the card may be wanted by other processes: no more of it than was held before
-        most = capacity.bytes or stats["reserved_bytes.all.peak"]
-        size = piece(min(capacity.unreserved(), most), self._small, small_peak, small_now)
+        most, left = capacity.bytes, capacity.unreserved()
+        if most is None:  # the card may be wanted by other processes: no more of it than was held before
+            most = stats["reserved_bytes.all.peak"]
+            left = min(left, most - stats["reserved_bytes.all.current"])
+        size = piece(left, self._small, small_peak, small_now)
         if 2 * size < most:  # a graph holds the most, and leaves little to be joined
             return
         with suppress(torch.OutOfMemoryError):  # another process was faster: then piece by piece

@@ -41,7 +41,6 @@ class Agreement:
         self.may_allocate: bool | None = None
         self._program, self._step_memory = program, step_memory
         self._gradients = Gradients(parameters, self.peers)
-        self._has_weights = False  # the loss counts something else than samples
 
     @property
     def gather(self) -> Gather | None:
@@ -132,17 +131,16 @@ class Agreement:
         Args:
             weights: the denominators of the parts here.
         """
-        self._has_weights = bool(weights)
         self._gradients.collect(weights)
 
-    def add(self) -> None:
-        """Sum the gradients of all ranks."""
-        self._gradients.add(with_weights=self._has_weights)
+    def add(self, *, with_weights: bool) -> None:
+        """Sum the gradients of all ranks, and their denominators where the loss counts something else than samples."""
+        self._gradients.add(with_weights=with_weights)
 
-    def hand_out(self) -> None:
+    def hand_out(self, *, with_weights: bool) -> None:
         """Give the parameters the gradients of the whole update."""
         weight = self._gradients.hand_out()
-        if self._has_weights:
+        if with_weights:
             correct(self._program.parameters, self._whole, [weight])
 
     @property
@@ -159,10 +157,10 @@ class Agreement:
             return False
         self._gradients.settle(checksums)
         self.collect(weights)
-        self._has_weights = any(parts)  # a rank without samples has none
-        self.add()
-        self.hand_out()
-        if not self._has_weights and sum(counts) != self._whole and not any(sums):  # some images could not be read
+        has_weights = any(parts)  # a rank without samples has none
+        self.add(with_weights=has_weights)
+        self.hand_out(with_weights=has_weights)
+        if not has_weights and sum(counts) != self._whole and not any(sums):  # some images could not be read
             gradients = [each.grad for each in self._program.parameters if each.grad is not None]
             torch._foreach_mul_(gradients, self._whole / sum(counts))
         return True

@@ -52,7 +52,7 @@ class Engine:
         if self.update.agreement.whole(len(labels), samples) == self.batch_size:
             self.backend = self.backend.run(images, labels, samples)
         else:  # the last batch of an epoch
-            self.backend.beside(lambda: self.update.run(images, labels, samples=samples), stays=False)
+            self.backend.aside(lambda: self.update.run(images, labels, samples=samples))
 
     def close(self) -> None:
         """End what was begun for later updates."""
@@ -62,7 +62,7 @@ class Engine:
         self, model: nn.Module, images: Tensor, labels: Tensor, see: See | None = None
     ) -> tuple[float, float, float]:
         """Evaluate one batch, as `Update.evaluate`."""
-        return self.backend.beside(lambda: self.update.evaluate(model, images, labels, see), stays=False)
+        return self.backend.aside(lambda: self.update.evaluate(model, images, labels, see))
 
     def beside(self, work: Callable[[], T], *, stays: bool = True) -> T:
         """Return what the work returns; where memory runs out beside a graph, once more without it.

@@ -38,6 +38,8 @@ class Program:
         phase: how far it has come, in words.
         avoid_single: no forward pass of one sample where there are more, as the network has BatchNorm.
         whole: samples of the update on all ranks; None: those that it is given.
+        counted: of the gradients that were made last: the denominators of the loss by parts, where it counts something
+            else than samples, and whether it is a sum.
     """
 
     def __init__(self, state: TrainState, loss: Loss | Criterion, recipe: Recipe, device: torch.device) -> None:
@@ -50,8 +52,7 @@ class Program:
         self.foreach: bool | None = None  # torch's choice of how gradients are clipped
         self.avoid_single = has_batch_norm(state.model)
         self.whole: int | None = None
-        self._weights: list[Tensor] = []
-        self._is_sum = False
+        self.counted: tuple[list[Tensor], bool] = [], False
         self._memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
         self.parameters = list(state.model.parameters())
         self._modules = list(state.model.modules())
@@ -74,8 +75,10 @@ class Program:
         """
         self.phase = "forward"
         (accumulate or self.accumulate)(images, labels)
-        if gather is not None and not gather(self._weights, len(labels), self._is_sum):
-            return
+        if gather is not None:
+            weights, is_sum = self.counted
+            if not gather(weights, len(labels), is_sum):
+                return
         self.clip()
         if guard is None:
             self.change()
@@ -96,7 +99,7 @@ class Program:
         state = self.state
         if not all(module.training for module in self._modules):  # setting it is many times slower than looking
             state.model.train()
-        total, weights = self.whole or len(labels), list[Tensor]()
+        total, weights, is_sum = self.whole or len(labels), list[Tensor](), False
         for part in self._split(images, labels):
             self.phase = "forward"
             x, y = self._placed(*part)
@@ -105,13 +108,13 @@ class Program:
             terms = self._terms(output, y)
             self._measure(output, y, terms)
             self.phase = "backward"
-            self._is_sum = terms.is_sum
+            is_sum = terms.is_sum
             share = terms.share(total)
             state.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             weights += [] if terms.weight is None else [terms.weight]
         # the gradients of one part that is the whole are right
-        self._weights = weights if len(weights) > 1 or len(labels) < total else []
-        if self._weights and self.whole is None:  # else `gather` does, for all ranks
+        self.counted = weights if len(weights) > 1 or len(labels) < total else [], is_sum
+        if self.counted[0] and self.whole is None:  # else `gather` does, for all ranks
             correct(self.parameters, total, weights)
 
     def _split(self, images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

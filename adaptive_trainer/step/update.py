@@ -222,7 +222,8 @@ class Update:
         finally:
             self._undo.end()
         if isinstance(done, oom.Failure):
-            raise OutOfMemory(done.text, phase=ELSEWHERE if _is_of_peer(done) else self.phase)
+            phase = ELSEWHERE if _is_of_peer(done) else self.phase
+            raise OutOfMemory(done.text, phase=phase, is_final=done.exact)
         return done
 
     def _attempt(self, phase: str, kind: Hashable, work: Callable[[], T]) -> T | oom.Failure:

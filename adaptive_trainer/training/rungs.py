@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from adaptive_trainer.config.schema import LARGEST, Config
+from adaptive_trainer.config.schema import EQUAL, LARGEST, Config
 from adaptive_trainer.distributed.peers import peers
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.ladder.descent import Attempt, Outcome, outcomes
@@ -69,7 +69,7 @@ class Rungs:
                 "ask for that model, or start anew with resume=null"
             )
         has_grown = peers().decided(lambda: (self._run.parts.capacity.size or 0) > (saved["capacity"] or 0))
-        if is_finished or (saved["requested"] == self.requested() and not has_grown):
+        if is_finished or ({"shares": EQUAL, **saved["requested"]} == self.requested() and not has_grown):
             return next((i for i in possible if self.ladder[i].name == saved["rung"]), possible[0])
         return possible[0]
 

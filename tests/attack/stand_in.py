@@ -27,6 +27,7 @@ class Graphs:
         except torch.OutOfMemoryError as error:
             raise NoRoom(str(error)) from None
         self.update, self.whole = update, update.program.whole
+        self.counted = update.program.counted
 
     def lent(self) -> Any:
         return nullcontext()
@@ -43,8 +44,8 @@ class Graphs:
 
         def gather(weights: list[Tensor], samples: int, is_sum: bool) -> bool:
             agreement.collect(weights)
-            agreement.add()
-            agreement.hand_out()
+            agreement.add(with_weights=bool(self.counted[0]))
+            agreement.hand_out(with_weights=bool(self.counted[0]))
             return True
 
         with _disable_current_modes():

@@ -76,7 +76,7 @@ class Graph:
         with_step: bool = True,
         in_one: float = 1.0,
     ) -> None:
-        program = update.program
+        program = self._program = update.program
         self.with_step = with_step
         self.groups = program.state.optimizer.param_groups if with_step else []
         self.gradients: list[tuple[nn.Parameter, Tensor]] = []
@@ -163,10 +163,11 @@ class Graph:
             rate.fill_(group["lr"])
         self._graphs[0].replay()
         if self._agreement is not None:
-            self._agreement.add()
+            self._agreement.add(with_weights=bool(self._counted[0]))
             self._graphs[1].replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
+        self._program.counted = self._counted
 
     def _record(self, program: Program, accumulate: Accumulate, size: int, kernels: Kernels) -> None:
         self.rates = [torch.tensor(float(group["lr"]), device=program.device) for group in self.groups]
@@ -193,6 +194,7 @@ class Graph:
         self._pool.capture(self._graphs, work, size)
         if not self.with_step:
             self.gradients = [(p, p.grad) for p in program.state.model.parameters() if p.grad is not None]
+        self._counted = program.counted  # a replay fills the tensors anew
         self._host_memory = host_memory_of(program.state.model)  # which replays copy to and from
 
 
@@ -202,7 +204,7 @@ def _cut_between(
     """End the graph whose gradients are to be summed, and begin the one that takes the sum."""
     agreement.collect(weights)
     cut()
-    agreement.hand_out()
+    agreement.hand_out(with_weights=bool(weights))
     return True
 
 

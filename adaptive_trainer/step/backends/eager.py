@@ -53,6 +53,10 @@ class Eager:
         """
         return work()
 
+    def aside(self, work: Callable[[], T]) -> T:
+        """Do an update or an evaluation that is not replayed, of which all ranks know how it ends."""
+        return self.beside(work, stays=False)
+
     def make_room(self, phase: str) -> bool:
         """Give back memory that updates can do without, which is wanted in `phase`; whether there was any."""
         return False

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from typing import TypeVar
 
 from torch import Tensor
 
+from adaptive_trainer.distributed.peers import ELSEWHERE
+from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.step.backends.eager import Eager
 from adaptive_trainer.step.backends.recorded import Recorded
 from adaptive_trainer.step.update import Update
+
+T = TypeVar("T")
 
 
 class Mode(IntEnum):
@@ -40,7 +45,8 @@ class Ranked(Recorded):
         mode = self._agreement.least(self._mode(images, labels, samples))
         if mode == Mode.KERNELS:
             first = self._run_kernels if self.is_checked else self._check
-            return self.beside(lambda: first(images, labels, samples), stays=False)
+            self.aside(lambda: first(images, labels, samples))
+            return self  # also where it is over here, of which the others hear before the next update
         if mode == Mode.RECORD:
             self._agreement.begin(len(labels), samples)
             self._reason = "" if self.graph is not None else self.record(images, labels)
@@ -53,6 +59,20 @@ class Ranked(Recorded):
             return super().give_up(why).run(images, labels, samples)
         return self.replay(images, labels, samples)
 
+    def aside(self, work: Callable[[], T]) -> T:
+        """Do an update or an evaluation; where it runs out of memory that a graph of some rank has, all do it again."""
+        while True:
+            try:
+                return self._beside(work, stays=False)
+            except OutOfMemory as error:
+                failed = error.reason, error.phase, error.is_final
+            reason, phase, is_final = failed
+            is_helped = self.graph is not None and phase != ELSEWHERE
+            if is_final or self._agreement.least(not is_helped):
+                raise OutOfMemory(reason, phase=phase, is_final=is_final)
+            if is_helped:
+                self._make_way(phase, stays=False)
+
     def record(self, images: Tensor, labels: Tensor) -> str:
         """Record the graphs; why that failed, else nothing. Less than all of the update would be other votes."""
         made = self._recorded(images, labels)
@@ -62,6 +82,10 @@ class Ranked(Recorded):
         """Give up the graph here; the others hear of it before the next update."""
         self._reason = reason
         return super().give_up(reason)
+
+    def _run_checked(self, images: Tensor, labels: Tensor, samples: int) -> Eager:
+        """Make an update whose passes may not wait for the card; in its step a refusal would come between votes."""
+        return self._or_self(self.kernels.run_with(self._accumulate_checked, images, labels, samples))
 
     def _mode(self, images: Tensor, labels: Tensor, samples: int) -> Mode:
         if self.is_over:

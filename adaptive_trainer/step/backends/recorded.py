@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TypeVar
 
 from torch import Tensor
@@ -107,7 +106,7 @@ class Recorded(Eager):
             self._replays += 1
             return self
         try:
-            return self.beside(lambda: self._replay_passes(images, labels, samples), stays=False)
+            return self.aside(lambda: self._replay_passes(images, labels, samples))
         except GraphRefused as error:  # a replay would do harm
             reason = str(error)
         return self.give_up(reason).run(images, labels, samples)
@@ -118,22 +117,30 @@ class Recorded(Eager):
         The graph is recorded again at the next whole batch.
         """
         while self.graph is not None:
-            is_lent = bool(self._lends) and not stays
             try:
-                with self.graph.lent() if is_lent else nullcontext():
-                    done = work()
+                return self._beside(work, stays=stays)
             except OutOfMemory as error:
                 phase = error.phase
-            else:
-                if is_lent and self.graph.is_spoiled:  # it goes before a replay writes over what is there
-                    self._lends = False
-                    self._give_way(f"{self.update.phase}, which leaves tensors there")
-                return done
-            if self._lends is None and not stays:  # not before: the error's frames hold tensors
-                self._lends = True
-            else:
-                self.make_room(phase)
+            self._make_way(phase, stays=stays)  # not before: the error's frames hold tensors
         return work()
+
+    def _beside(self, work: Callable[[], T], *, stays: bool) -> T:
+        """Do the work beside the graph, or in the memory that it lends."""
+        if self.graph is None or stays or not self._lends:
+            return work()
+        with self.graph.lent():
+            done = work()
+        if self.graph.is_spoiled:  # it goes before a replay writes over what is there
+            self._lends = False
+            self._give_way(f"{self.update.phase}, which leaves tensors there")
+        return done
+
+    def _make_way(self, phase: str, *, stays: bool) -> None:
+        """Have the graph lend its memory from now on, or give back what it can, or go."""
+        if self._lends is None and not stays:
+            self._lends = True
+        else:
+            self.make_room(phase)
 
     def make_room(self, phase: str) -> bool:
         """Give back what the graph can do without, else the graph; whether there was one."""

@@ -201,6 +201,7 @@ class Loop:
     def _finish_epoch(self) -> None:
         """Evaluate and record, both or neither: what ends it early is as if it had not begun. Then checkpoint."""
         self.loss.is_asked, self.loss.last, self.loss.text = False, None, ()  # what follows says more
+        peers().catch_up()
         row: dict[str, Any] = {}
         # a stop takes the evaluation back too: a resumed run begins it anew and ends with the same bits
         with suppress(Interrupted), Undo(self.session.state, self.device, on_host=True).rolled_back_on_error():
@@ -224,6 +225,8 @@ class Loop:
         # a loss may count weights in place of samples; with all of them 0 it is 0
         train_loss = finite("training", meters["loss"] / (meters.get("weight", seen) or 1), self.session)
         loss, accuracy = self.evaluation.run(self.session.model)
+        if peers().size > 1:
+            self.broken.tell()
         finite("validation", loss, self.session)  # before this epoch's weights take the place of good ones
         is_scored = not math.isnan(accuracy)
         seconds = time.perf_counter() - self.started

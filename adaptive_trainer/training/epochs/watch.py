@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import chain
 
 import torch
 
@@ -71,6 +72,7 @@ class RunningLoss:
         Raises:
             DivergedError: it is no number.
         """
+        peers().catch_up()
         if self._copied is not None:
             self._copied.synchronize()  # for this copy alone, not for the update that is running
         self.is_asked = False
@@ -133,12 +135,19 @@ class BrokenImages:
     def __init__(self, record: Listener) -> None:
         self._record = record
         self._named: set[str] = set()
+        self._waiting: list[str] = []  # to be told to all ranks
         self._has_left_one = False
 
     def name(self, batch: Batch) -> None:
-        """Record those of a batch, each once, three at a time."""
-        broken = [name for name in batch.skipped if name not in self._named]
-        if broken:
+        """Record those of a batch, each once, three at a time; of several ranks at the end of an epoch."""
+        self._waiting += [name for name in batch.skipped if name not in self._named]
+        if peers().size == 1:
+            self.tell()
+
+    def tell(self) -> None:
+        """Record those that the ranks have met."""
+        broken, self._waiting = [*chain(*peers().gathered(self._waiting))], []
+        if broken := [*dict.fromkeys(broken)]:
             self._named.update(broken[:3])  # those that were only counted may be named in another epoch
             what = "1 broken image is" if len(broken) == 1 else f"{len(broken)} broken images are"
             self._record.event(f"{what} left out: {', '.join(broken[:3])}")
