@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from adaptive_trainer import __version__
 from adaptive_trainer.config.overrides import config_dir
-from adaptive_trainer.utils.screen import COMMAND, width
+from adaptive_trainer.utils.launch import COMMAND
+from adaptive_trainer.utils.screen import width
 
 ABOUT = (
     f"adaptive_trainer {__version__} trains image classifiers in PyTorch. Where GPU memory runs out, it undoes the "

@@ -39,6 +39,7 @@ from adaptive_trainer.errors import (
     ConfigError,
     DeviceUnusable,
     Interrupted,
+    LadderExhausted,
     UserError,
     quoted,
     remedy,
@@ -93,7 +94,7 @@ def main() -> None:
         said = lost_job(error) or ("" if codes or ours is None else f"error: {ours}")
         show_error(said if said and not whole_traceback else traceback.format_exc())
         codes.append(1 if ours is None else ours.exit_code)
-    if text := compared():
+    if not rank() and (text := compared()):
         show(text, sys.stdout)
     if any(codes := [*codes, *codes_left()]):
         sys.exit(max(codes))
@@ -168,7 +169,8 @@ def _job(cfg: DictConfig, whole_traceback: bool) -> tuple[int, float | None]:
         code, said = _ended(error, folder)
         if isinstance(error, UserError):
             fail(folder, "failed", str(error))
-        show_error(traceback.format_exc() if whole_traceback else said)
+        if not (rank() and isinstance(error, Interrupted | LadderExhausted)):  # which all ranks share
+            show_error(traceback.format_exc() if whole_traceback else said)
         return code, None  # the other jobs of a sweep go on; the exit code says it
     return 0, value if math.isfinite(value) else None
 
@@ -205,6 +207,8 @@ def _from_folder(cfg: DictConfig, overrides: Sequence[str], start: Path) -> tupl
 
 def _run(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> float:
     """The task that the settings name; what a sweep compares, NaN for a task without."""
+    if rank() and cfg.task != "train":  # what one rank does alone
+        return float("nan")
     log.debug("the settings are composed")  # scripts/benchmark_start.py reads these lines
     _check_mode()
     typed(cfg)  # names a setting that does not resolve

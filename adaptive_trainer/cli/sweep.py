@@ -158,8 +158,9 @@ def _have_same_rung(config: DictConfig) -> None:
     name = highest_common(ladders)
     if name is None:
         raise LadderExhausted(
-            "ladder.same_rung=true: no rung is predicted to fit for all jobs; give them more memory (memory.limit) or "
-            "smaller settings. task=plan in place of training shows what each needs"
+            "ladder.same_rung=true: no rung is predicted to fit for all jobs, and one that may fit does not do; give "
+            "them more memory (memory.limit), or smaller settings, or the rung yourself (ladder.start=RUNG). task=plan "
+            "in place of training shows the rungs of each"
         )
     with open_dict(config):  # the sweeper hands on what is typed
         config.hydra.overrides.task.append(f"ladder.start={quoted(name)}")

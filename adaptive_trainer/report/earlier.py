@@ -15,7 +15,8 @@ from typing import Any
 from adaptive_trainer.config.overrides import is_running_ours
 from adaptive_trainer.errors import CheckpointError, override
 from adaptive_trainer.utils.files import alone, as_json, existing_checkpoint, refused_by_disk, write_whole
-from adaptive_trainer.utils.screen import COMMAND, nearby
+from adaptive_trainer.utils.launch import command
+from adaptive_trainer.utils.screen import nearby
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d")  # only Hydra's ROOT/DATE/TIME says that the folders beside are runs as well
 LAST = Path("checkpoints", "last.pt")
@@ -225,4 +226,4 @@ def way_on(output_dir: Path) -> str:
 
 def to_type(output_dir: Path) -> str:
     """What the run in this folder goes on with: a command in a shell; overrides in Python, where code belongs to it."""
-    return f"{COMMAND} {way_on(output_dir)}" if is_running_ours() else way_on(output_dir)
+    return f"{command()} {way_on(output_dir)}" if is_running_ours() else way_on(output_dir)

@@ -14,7 +14,8 @@ from adaptive_trainer.recipe import in_words
 from adaptive_trainer.report.lines import brief
 from adaptive_trainer.report.listeners import Finished
 from adaptive_trainer.report.result import Result
-from adaptive_trainer.utils.screen import COMMAND, log_file, nearby
+from adaptive_trainer.utils.launch import COMMAND, command
+from adaptive_trainer.utils.screen import log_file, nearby
 from adaptive_trainer.utils.tables import table
 
 BEST = Path("checkpoints", "best.pt")  # in the folder of a run
@@ -77,7 +78,7 @@ def summary(result: Result, finished: Finished, *, way_on: str, kept: str = "") 
         lines.append(f"log: {nearby(log)}")
     lines += [f"{what}: {typed}" for what, typed in uses(model, is_own_model=finished.is_own_model)]
     if way_on:
-        lines.append(f"train on: {COMMAND} {way_on}")
+        lines.append(f"train on: {command()} {way_on}")
     if (folder / "report.html").exists():
         lines.append(f"report: {nearby(folder / 'report.html')}")
     lines += [f"advice: {hint}" for hint in finished.hints]

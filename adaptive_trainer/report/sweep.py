@@ -10,7 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from adaptive_trainer.errors import CheckpointError
 from adaptive_trainer.report.summary import short
@@ -42,7 +45,7 @@ def summary(folder: Path, metric: str) -> str:
     if all(row["outcome"] == LOST for row in rows):  # as of a task that keeps no record
         return ""
     shown = _shown(rows, metric)
-    remark = _remark(rows)
+    remark = _remark(rows, is_same_rung=any("ladder.same_rung=true" in asked for asked in typed.values()))
     with refused_by_disk(CheckpointError, f"cannot write the table of the sweep in {folder}"):
         write_whole(folder / "sweep.csv", as_csv(rows))
         page = f"<!doctype html><meta charset=utf-8><title>sweep</title><h1>{escape(folder.name)}</h1>{html(shown)}"
@@ -57,15 +60,24 @@ def _number(overrides: Path) -> tuple[int, str]:
 
 
 def _typed(overrides: Path) -> list[str]:
-    return [str(each) for each in OmegaConf.load(overrides)]
+    with suppress(OSError, YAMLError):  # its process was killed as it wrote
+        return [str(each) for each in yaml.safe_load(overrides.read_text(encoding="utf-8"))]
+    return []
+
+
+def _home(job: Path) -> Path:
+    """The folder of a job's record: `output_dir`, which may depend on other settings, or its own."""
+    with suppress(OSError, YAMLError, OmegaConfBaseException, AttributeError):
+        return Path(OmegaConf.load(job / ".hydra" / "config.yaml").output_dir or job)
+    return job
 
 
 def _row(job: Path, typed: Sequence[str], common: set[str], metric: str) -> dict[str, Any]:
     """What one job has come to; what could not be known is empty."""
-    folder = next((Path(each.partition("=")[2]) for each in typed if each.startswith("output_dir=")), job)
+    folder = _home(job)
     result: dict[str, Any] = {"outcome": LOST, "message": KILLED}
     with suppress(OSError, ValueError):
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result |= {"message": ""} | json.loads((folder / "result.json").read_text(encoding="utf-8"))
     metrics, attempts = result.get("metrics", {}), result.get("attempts", [])
     peaks = [entry["peak_reserved_bytes"] or 0 for entry in attempts if "peak_reserved_bytes" in entry]
     changes = [change for change in result.get("changes", []) if change["key"] not in HARMLESS]
@@ -96,7 +108,7 @@ def _seconds(folder: Path, attempts: Sequence[dict[str, Any]]) -> float:
 
 def _shown(rows: Sequence[dict[str, Any]], metric: str) -> list[Sequence[str]]:
     """The table for people: a star marks another recipe than was asked for, which the last column names."""
-    lines: list[Sequence[str]] = [(*NAMES, metric, "seconds", "MiB", "why")]
+    lines: list[Sequence[str]] = [(*NAMES, metric, "seconds", "reserved MiB", "why")]
     for row in rows:
         value, seconds, peak = row[metric], row["total_seconds"], row["peak_reserved_bytes"]
         figures = (f"{value:.4g}" if isinstance(value, float) else str(value), f"{seconds:.0f}")
@@ -107,11 +119,12 @@ def _shown(rows: Sequence[dict[str, Any]], metric: str) -> list[Sequence[str]]:
     return lines
 
 
-def _remark(rows: Sequence[dict[str, Any]]) -> str:
+def _remark(rows: Sequence[dict[str, Any]], *, is_same_rung: bool) -> str:
     others = [row["job"] for row in rows if row["other_recipe"]]
     if not others:
         return ""
+    advice = "" if is_same_rung else "; ladder.same_rung=true begins all jobs at one rung"
     return (
         f"* trained by another recipe than was asked for (job {', '.join(others)}): such figures say less about the "
-        "settings that are compared; ladder.same_rung=true begins all jobs at one rung"
+        f"settings that are compared{advice}"
     )

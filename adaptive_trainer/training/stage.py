@@ -227,6 +227,12 @@ class Stage:
         rows = peers().gathered((str(peers().rank), str(part), *sizes, name_of(session.capacity.device)))
         if len(rows) > 1:
             log.info("%s", table([("rank", "samples", "predicted", "limit", "device"), *rows]))
+        if idle := [row[0] for row in rows if row[1] == "0"]:
+            size = session.config.trainer.batch_size
+            self.run.record.event(
+                f"of a batch of {size} no sample is left for rank {', '.join(idle)}, which does nothing: ask for a "
+                "larger trainer.batch_size, fewer ranks, or other trainer.shares"
+            )
 
     def _loop(self, rung: Rung[Config], eval_batch: int) -> Loop:
         session, run = self.trial.opened, self.run

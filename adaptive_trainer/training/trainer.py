@@ -151,7 +151,7 @@ class Trainer(Uses):
         heard = [Lines(), self._history, *(trackers(typed(start.cfg).trackers) if here.is_first else ())]
         folder = self.output_dir if here.is_first else self.output_dir / "ranks" / str(here.rank)
         record = Record(folder, heard, self.output_dir)
-        with showing(start.cfg.verbosity if here.is_first else "quiet"), alone_in_process(), record.held():
+        with showing(start.cfg.verbosity if here.is_first else "silent"), alone_in_process(), record.held():
             if not left_by_earlier(folder):  # else the folder is taken only once nothing is refused
                 record.begin(frozen(start.cfg), start.path)
             try:

@@ -16,11 +16,12 @@ from pathlib import Path
 from textwrap import wrap
 from typing import IO, Any
 
+from adaptive_trainer.utils.launch import MODULE, rank
+
 log = logging.getLogger(__name__)
 
 PACKAGE = __name__.partition(".")[0]
 USUAL_WIDTH = 80  # columns, where there is no terminal to ask
-COMMAND = "python -m adaptive_trainer"  # what people type
 QUOTED = re.compile(r"""(?<![^\s(=\['"])(['"]).+?\1(?=[\s,.;:)\]'"]|$)""")
 LABEL = re.compile(r"[a-z][a-z ]{,20}:(?= )")  # what a line is about
 BOLD, RED, YELLOW, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
@@ -51,6 +52,8 @@ def show(text: str, stream: IO[str] | None, level: int = logging.INFO) -> None:
     # Nothing here is a reason to stop training: no reader that has gone, nor a letter that a terminal does not have.
     if stream is None:
         return
+    if number := rank():
+        text = f"rank {number}: {text}"
     if columns := _columns(stream):
         text = "\n".join(_broken(line, columns) for line in text.splitlines())
     if is_terminal(stream) and has_colours():
@@ -97,7 +100,7 @@ def show_error(text: str) -> None:
 
 
 def _broken(line: str, columns: int) -> str:
-    if len(line) <= columns or COMMAND in line:  # half a command, pasted, would run
+    if len(line) <= columns or MODULE in line:  # half a command, pasted, would run
         return line
     indent = (len(line) - len(line.lstrip()) + 2) * " "
     whole = QUOTED.sub(lambda found: found[0].replace(" ", NO_BREAK), line)  # as in paths, which are copied too
@@ -126,7 +129,7 @@ def showing(verbosity: str = "normal") -> Iterator[None]:
     """Show this package's log while the block runs, unless the caller has configured logging.
 
     Args:
-        verbosity: `quiet` shows warnings and errors, `normal` what happens, `debug` each step of it.
+        verbosity: `silent` shows errors, `quiet` warnings too, `normal` what happens, `debug` each step of it.
     """
     ours = logging.getLogger(PACKAGE)
     added = [] if ours.handlers or logging.getLogger().handlers else [Screen()]
@@ -134,7 +137,7 @@ def showing(verbosity: str = "normal") -> Iterator[None]:
     levels = [each.level for each in screens]
     try:
         for each in screens:
-            each.setLevel(logging.WARNING if verbosity == "quiet" else logging.NOTSET)
+            each.setLevel({"silent": logging.ERROR, "quiet": logging.WARNING}.get(verbosity, logging.NOTSET))
         if screens and verbosity == "debug":
             ours.setLevel(logging.DEBUG)
         elif added:

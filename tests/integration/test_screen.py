@@ -26,8 +26,9 @@ from adaptive_trainer.recipe import Recipe, Technique
 from adaptive_trainer.report.lines import Lines, step_down
 from adaptive_trainer.report.listeners import Candidate
 from adaptive_trainer.utils import screen
+from adaptive_trainer.utils.launch import COMMAND
 from adaptive_trainer.utils.progress import Progress
-from adaptive_trainer.utils.screen import COMMAND, Screen, _broken, duration, nearby, show, showing
+from adaptive_trainer.utils.screen import Screen, _broken, duration, nearby, show, showing
 from adaptive_trainer.utils.tables import table
 from tests.support.forking import ROOT, Launcher
 

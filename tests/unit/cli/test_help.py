@@ -10,7 +10,7 @@ from PIL import Image
 from adaptive_trainer.cli import help as page
 from adaptive_trainer.cli.main import _check
 from adaptive_trainer.config.overrides import compose_config
-from adaptive_trainer.utils.screen import COMMAND
+from adaptive_trainer.utils.launch import COMMAND
 
 
 @pytest.mark.parametrize("settings", [settings for _, settings in page.COMMANDS])

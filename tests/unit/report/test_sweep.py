@@ -46,7 +46,17 @@ def test_every_job_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     said = summary(tmp_path, "val_accuracy")
     lines = said.splitlines()
     assert [line.split()[0] for line in lines if line[:1].isdigit()] == ["0", "1", "2", "3", "10"]
-    assert lines[0].split() == ["job", "settings", "outcome", "rung", "val_accuracy", "seconds", "MiB", "why"]
+    assert lines[0].split() == [
+        "job",
+        "settings",
+        "outcome",
+        "rung",
+        "val_accuracy",
+        "seconds",
+        "reserved",
+        "MiB",
+        "why",
+    ]
     assert lines[1].split() == ["0", "seed=1", "trained", "requested", "0.9", "7", "5"]
     assert "trainer.batch_size 24 -> 8, optimizer.lr 0.001 -> 0.000333" in said
     assert "(job 1): such figures say less" in said
@@ -68,7 +78,9 @@ def test_jobs_that_keep_no_record_have_no_table(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_typed_is_looked_into(tmp_path: Path) -> None:
-    job(tmp_path / "sweep", 0, [f"output_dir={tmp_path / 'mine'}"], None)
+    typed = f"output_dir={tmp_path}/${{name}}"
+    job(tmp_path / "sweep", 0, [typed], None)
+    (tmp_path / "sweep" / "0" / ".hydra" / "config.yaml").write_text(f"name: mine\n{typed.replace('=', ': ')}\n")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "result.json").write_text(json.dumps({**TRAINED, "metrics": {"seconds": 3.25}}))
     assert "3.25" in summary(tmp_path / "sweep", "seconds")
