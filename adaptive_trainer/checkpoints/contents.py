@@ -171,6 +171,7 @@ CHECKS: dict[str, Check] = {
     "requested": _requested,
     "largest_batch": _or_none(_from(1)),
     "capacity": _or_none(_count),
+    "cards": _texts,
     "metrics": _plain,
     "buffers": _named,
     "optimizer": _optimizer,
@@ -183,6 +184,6 @@ CHECKS: dict[str, Check] = {
     "random": _random,
     "split": _or_none(_split),
 }
-SINCE_LATER = ("made_buffers", "largest_batch", "split")  # older checkpoints do without
+SINCE_LATER = ("made_buffers", "largest_batch", "split", "cards")  # older checkpoints do without
 OF_A_RUN = tuple(CHECKS)
 OF_A_MODEL = ("model", "made_buffers", "ema", "config", "num_classes")

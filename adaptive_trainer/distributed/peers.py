@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -77,6 +76,7 @@ class Peers:
     Attributes:
         rank: this one, from 0.
         size: how many there are.
+        cards: names of what the ranks compute on, which no two cards share; empty of one rank alone.
         numbers: what each rank has given with the last vote.
         wish: what this rank asks of all, from its next vote on; 0: nothing.
         wished: the largest wish of the last vote, which is the same on all ranks.
@@ -86,6 +86,7 @@ class Peers:
     size = 1
 
     def __init__(self) -> None:
+        self.cards: list[str] = []
         self.numbers: list[list[float]] = []
         self.wish = self.wished = 0
 
@@ -143,15 +144,14 @@ class Group(Peers):
         self._cards: Any = self._control
         self._is_deciding = False
         self._store = PrefixStore("last words", _get_default_store())
-        if device.type == "cuda":
-            name = torch.cuda.get_device_properties(device).uuid
-            places = self.gathered((socket.gethostname(), str(name)))
-            if len(set(places)) == self.size:  # NCCL refuses two ranks of one card
-                # votes find a lost rank earlier than its watchdog, which would end this process
-                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-                with explained(_unconnected, (RuntimeError,)):
-                    self._cards = dist.new_group(backend="nccl", timeout=TIMEOUT)
-                    dist.all_reduce(torch.zeros(1, device=device), group=self._cards)  # takes its memory now
+        is_cuda = device.type == "cuda"
+        self.cards = self.gathered(str(torch.cuda.get_device_properties(device).uuid) if is_cuda else device.type)
+        if is_cuda and len(set(self.cards)) == self.size:  # NCCL refuses two ranks of one card
+            # votes find a lost rank earlier than its watchdog, which would end this process
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            with explained(_unconnected, (RuntimeError,)):
+                self._cards = dist.new_group(backend="nccl", timeout=TIMEOUT)
+                dist.all_reduce(torch.zeros(1, device=device), group=self._cards)  # takes its memory now
 
     @unseen
     def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:

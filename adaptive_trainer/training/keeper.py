@@ -71,6 +71,7 @@ class Keeper:
             "requested": self.requested,  # a resumed run that asks for more, or has more room, begins further up
             "largest_batch": self.largest,
             "capacity": parts.capacity.size,
+            "cards": peers().cards,  # the ranks of a resumed run may be in another order
             "metrics": self.metrics,
             "num_classes": parts.num_classes,
             "classes": list(self.run.data.classes),  # labels are their places: a new folder would shift them

@@ -21,13 +21,15 @@ class Parting:
 
     Args:
         samples: of the training set.
-        saved: a checkpoint to go on from: as many ranks that ask for the same keep the parts of its rung.
+        saved: a checkpoint to go on from: ranks that ask for the same, on the same cards, keep the parts of its rung.
     """
 
     def __init__(self, judge: Judge, samples: int, saved: dict[str, Any] | None) -> None:
         self._judge, self._samples = judge, samples
         self._known: dict[tuple[str, str], list[int]] = {}  # by rung, and what was asked for
-        if saved is not None and isinstance(parts := saved["config"]["trainer"]["shares"], list):
+        if saved is None or saved.get("cards") != peers().cards:
+            return
+        if isinstance(parts := saved["config"]["trainer"]["shares"], list):
             self._known[saved["rung"], str(saved["requested"].get("shares"))] = parts
 
     def planned(self, rung: Rung[Config]) -> Rung[Config]:
