@@ -119,8 +119,11 @@ class Peers:
     def take_first(self, tensors: list[Tensor]) -> None:
         """Give tensors the values that they have on the first rank; raises as `vote`."""
 
-    def catch_up(self) -> None:
+    def catch_up(self, event: Any = None) -> None:
         """Wait for the card, where another wait could have no end: a rank may be gone that its kernels wait for.
+
+        Args:
+            event: of the card; None: all that it was given.
 
         Raises:
             PeerLost: it does not come to the end of what it was given.
@@ -222,9 +225,9 @@ class Group(Peers):
             for tensor in tensors:
                 dist.broadcast(tensor, src=0, group=self._group(tensor))
 
-    def catch_up(self) -> None:
+    def catch_up(self, event: Any = None) -> None:
         """As of `Peers`."""
-        if self._cards is not self._control and not _finishes(TIMEOUT.total_seconds()):
+        if self._cards is not self._control and not _finishes(TIMEOUT.total_seconds(), event):
             self._give_up_cards()
             lost = PeerLost("what the cards were given does not end: another one, or what is between them, has failed")
             lost.is_whole = False
@@ -268,10 +271,10 @@ class Group(Peers):
         _abort_process_group(cards)
 
 
-def _finishes(seconds: float) -> bool:
-    """Whether the card comes to the end of what it was given in that time."""
+def _finishes(seconds: float, event: Any = None) -> bool:
+    """Whether the card comes to an event, or to the end of what it was given, in that time."""
     with suppress(RuntimeError):  # it may answer nothing any more
-        end, last = time.monotonic() + seconds, torch.cuda.current_stream().record_event()
+        end, last = time.monotonic() + seconds, event or torch.cuda.current_stream().record_event()
         while time.monotonic() < end:
             if last.query():
                 return True

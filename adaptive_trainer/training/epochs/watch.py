@@ -72,8 +72,8 @@ class RunningLoss:
         Raises:
             DivergedError: it is no number.
         """
-        peers().catch_up()
         if self._copied is not None:
+            peers().catch_up(self._copied)
             self._copied.synchronize()  # for this copy alone, not for the update that is running
         self.is_asked = False
         total, weight, correct, seen = map(sum, zip(*peers().gathered(self._sums.tolist()), strict=True))
