@@ -284,13 +284,9 @@ def _finishes(seconds: float, event: Any = None) -> bool:
 
 def _unconnected(error: Exception) -> PeerLost:
     return PeerLost(
-        f"NCCL cannot connect the cards of the ranks: {_first_line(error)}. It takes some memory of each card, beside "
-        "memory.limit; NCCL_DEBUG=INFO says more"
+        f"NCCL cannot connect the cards of the ranks: {oom.describe(error).text}. It takes some memory of each card, "
+        "beside memory.limit; NCCL_DEBUG=INFO says more"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _lost(error: Exception, last_words: str = "") -> PeerLost | None:

@@ -46,7 +46,6 @@ class Ranked(Recorded):
         if mode == Mode.KERNELS:
             first = self._run_kernels if self.is_checked else self._check
             self.aside(lambda: first(images, labels, samples))
-            return self  # also where it is over here, of which the others hear before the next update
         if mode == Mode.RECORD:
             self._agreement.begin(len(labels), samples)
             self._reason = "" if self.graph is not None else self.record(images, labels)
@@ -57,7 +56,9 @@ class Ranked(Recorded):
             reasons = enumerate(self._agreement.peers.gathered(self._reason))
             why = "; ".join(f"{reason} (rank {rank})" for rank, reason in reasons if reason)
             return super().give_up(why).run(images, labels, samples)
-        return self.replay(images, labels, samples)
+        if mode == Mode.REPLAY:
+            self.replay(images, labels, samples)
+        return self  # also where it is over here, of which the others hear before the next update
 
     def aside(self, work: Callable[[], T]) -> T:
         """Do an update or an evaluation; where it runs out of memory that a graph of some rank has, all do it again."""

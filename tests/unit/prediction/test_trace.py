@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from adaptive_trainer.config.schema import ModelConfig, OptimizerConfig
 from adaptive_trainer.data.position import Position, micro_batches
-from adaptive_trainer.distributed.peers import Peers, Site, Status, as_current
+from adaptive_trainer.distributed.peers import Peers, as_current
 from adaptive_trainer.errors import OutOfMemory
 from adaptive_trainer.memory.limit import limited
 from adaptive_trainer.models.batch_norm import has_batch_norm
@@ -33,8 +33,8 @@ from adaptive_trainer.recipe import Recipe
 from adaptive_trainer.step.dry_run import DRY_RUN_UPDATES, dry_run
 from adaptive_trainer.step.undo import TrainState
 from adaptive_trainer.step.update import Update
+from tests.support.twins import Twins
 
-T = TypeVar("T")
 CPU = torch.device("cpu")
 MiB = 2**20
 METERS = ("loss", "correct", "seen", "skipped")
@@ -59,19 +59,6 @@ class Conv(nn.Sequential):
 
 
 # -- against a real update on a CPU, counted by the simulated card
-
-
-class Twins(Peers):
-    """Two ranks, of which the other does all that this one does."""
-
-    size = 2
-
-    def vote(self, site: Site, status: Status = Status.WELL, *numbers: float) -> Status:
-        self.numbers = [list(numbers)] * self.size
-        return status
-
-    def gathered(self, value: T) -> list[T]:
-        return [value] * self.size
 
 
 class Case:

@@ -18,11 +18,14 @@ from adaptive_trainer.errors import ConfigError, OutOfMemory
 from adaptive_trainer.memory.limit import Capacity
 from adaptive_trainer.step.backends import choose, recorded
 from adaptive_trainer.step.backends.cuda_graph import GraphRefused, NoRoom
+from adaptive_trainer.step.backends.eager import Eager
+from adaptive_trainer.step.backends.ranked import Ranked
 from adaptive_trainer.step.backends.recorded import IN_ONE, Recorded
 from adaptive_trainer.step.engine import Engine
 from adaptive_trainer.step.update import Update
 from tests.support import runs
 from tests.support.faults import differences, dump
+from tests.support.twins import Twins
 
 
 class Stand:
@@ -319,3 +322,30 @@ def test_every_backend_can_be_asked_for() -> None:
     assert set(named[1].split(", ")) == choose.BACKENDS.keys()
     for name in choose.BACKENDS:
         check(typed(compose_config([f"trainer.engine={name}"])))
+
+
+def test_one_rank_tells_the_others_before_it_goes_on_without_a_graph(
+    capacity: Capacity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay that is refused is made kernel by kernel; that there is no graph any more is voted before the next."""
+    monkeypatch.setattr("adaptive_trainer.step.agreement.peers", Twins)
+    monkeypatch.setattr(recorded, "step_refusal", lambda program: "it keeps a part of its state on the host")
+    run, events = runs.start(runs.Case("adamw-fused", "fp32", warm=True), capacity), list[str]()
+    engine = Engine(run.update(), "graph", 14, events.append)
+
+    def advance_both() -> None:
+        engine.run(run.images[:7], run.labels[:7], samples=0)
+
+    while engine.backend.graph is None:
+        advance_both()
+
+    def refused(stand: Stand, images: Tensor, labels: Tensor) -> None:
+        raise GraphRefused("the optimizer keeps gradients")
+
+    monkeypatch.setattr(Stand, "replay", refused)
+    updates = run.state.updates
+    advance_both()
+    assert (run.state.updates, isinstance(engine.backend, Ranked)) == (updates + 1, True)
+    advance_both()
+    assert (run.state.updates, type(engine.backend)) == (updates + 2, Eager)
+    assert any("the optimizer keeps gradients" in event for event in events)
